@@ -1,0 +1,48 @@
+# make rollout: the main job, on real processes.   make test: everything that must hold.   Both start from nothing.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CONFIG ?= configs/pcp2_dcp2.json
+GPUS   ?= 8
+
+# Small models on few cores: more threads than ranks only get in each other's way.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: rollout test slow check docs clean
+
+rollout: $(VENV)/.installed
+	deepspeed --num_gpus $(GPUS) tools/rollout.py --config $(CONFIG)
+
+test: check
+	$(BIN)/pytest -q -m "not slow"
+
+slow: $(VENV)/.installed-test
+	$(BIN)/pytest -q -m slow
+
+# Style, types, floors.
+check: $(VENV)/.installed-test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Rewrite the parts of the README that come from code.
+docs: $(VENV)/.installed
+	$(BIN)/python tools/docs.py
+
+# torch first and pinned: anything else that wants "torch" is then content with it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt torch numpy
+	$(BIN)/python -m pip install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info

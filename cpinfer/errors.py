@@ -1,0 +1,19 @@
+"""The errors a user can meet. Each message says what is, what was wanted, and what to do."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad config or input, found before any model is loaded. Tools print its message without a traceback and exit 2."""
+
+
+class UnsupportedError(UserError):
+    """Something listed in the table of what is refused (`cpinfer.refusals`)."""
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed because another rank ended. That rank's error is the cause; this one is only its echo."""
+
+
+class EngineFaultError(RuntimeError):
+    """A step produced something that cannot be right (NaN logits, leaked blocks). Raised on every rank alike."""

@@ -1,0 +1,60 @@
+"""What one token of KV costs and how many tokens a budget holds.
+
+>>> kv = KVLayout(num_heads=1, k_dim=128, v_dim=128)
+>>> kv.bytes_per_token(num_layers=28, dtype="bfloat16")
+14336
+>>> pool = PoolSize.from_bytes(int(12.674468994140625 * 2**30), 14336, KVSharding(1, 16, 16))
+>>> pool.capacity_tokens
+949296
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpinfer.layout.shards import KVSharding
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What a cache stores per token and layer: GQA and MLA are two instances of it.
+
+    `v_is_prefix_of_k` says that V is the first `v_dim` values of K (MLA's latent), so that it costs nothing more.
+    """
+
+    num_heads: int
+    k_dim: int
+    v_dim: int
+    v_is_prefix_of_k: bool = False
+
+    @property
+    def values_per_token(self) -> int:
+        return self.num_heads * (self.k_dim + (0 if self.v_is_prefix_of_k else self.v_dim))
+
+    def bytes_per_token(self, num_layers: int, dtype: str) -> int:
+        """Bytes of one token on one rank that owns it, all layers."""
+        return num_layers * self.values_per_token * DTYPE_BYTES[dtype]
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """A pool of `num_blocks` KV blocks on every rank of a home."""
+
+    num_blocks: int
+    sharding: KVSharding
+
+    @classmethod
+    def from_bytes(cls, num_bytes: int, bytes_per_token: int, sharding: KVSharding) -> PoolSize:
+        """The largest pool within `num_bytes` per rank; 0 blocks when not even one fits."""
+        return cls(num_bytes // (bytes_per_token * sharding.block_size), sharding)
+
+    @property
+    def capacity_tokens(self) -> int:
+        """Tokens that the shards of one home hold together: one sequence can be that long."""
+        return self.num_blocks * self.sharding.block_size * self.sharding.num_shards
+
+    def max_concurrency(self, seq_len: int) -> float:
+        """Sequences of `seq_len` tokens that fit at once, as a ratio of tokens."""
+        return self.capacity_tokens / seq_len

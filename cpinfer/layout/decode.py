@@ -1,0 +1,90 @@
+"""One decode step: every running sequence computes its next token.
+
+Rows (sequences) are dealt over the pcp ranks like cards, `R = ceil(rows / pcp)` each, so that everything but attention
+is done once per row; a rank short of rows is padded with dummies (position 0, no keys, nothing written).
+
+    5 rows over pcp=2:      pcp0 | row 0 | row 2 | row 4 |        after the gather over pcp, in place order:
+                            pcp1 | row 1 | row 3 |   -   |        0 2 4 1 3 -
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.layout.shards import IntArray, KVSharding
+
+
+@dataclass(frozen=True)
+class DecodePlan:
+    """What one rank does in a decode step.
+
+    `own`: `[R]` the rows this rank computes, as indices into the step's sequences, -1 for padding.
+    `positions`: `[R]` positions of their new tokens, 0 for padding.
+    `gathered`: `[pcp * R]` the rows of all pcp ranks in the order a gather over the pcp axis brings them.
+    `write_src`, `write_slots`: `[W]` which of the gathered rows this shard stores, and where.
+    `rows`: one query row per gathered row, over the keys of this shard, the new token included.
+    """
+
+    own: IntArray
+    positions: IntArray
+    gathered: IntArray
+    write_src: IntArray
+    write_slots: IntArray
+    rows: AttentionRows
+
+
+def plan_decode(
+    positions: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    sharding: KVSharding,
+    *,
+    pcp_size: int,
+    pcp_rank: int,
+    shard: int,
+) -> DecodePlan:
+    """Plan the step for the rank at `pcp_rank` that holds `shard`.
+
+    `positions[i]` is where the new token of sequence i goes (its length before this step) and `block_tables[i]` already
+    covers it. There must be at least one sequence.
+    """
+    if not positions:
+        raise ValueError("a decode step needs at least one sequence")
+    gathered = deal_rows(len(positions), pcp_size)
+    own = gathered.reshape(pcp_size, -1)[pcp_rank]
+    at = np.asarray(positions, dtype=np.int64)
+    # Of a new token the owner keeps K and V; -1 from `slots` marks the tokens that other shards own.
+    slots = np.array(
+        [-1 if i < 0 else sharding.slots(np.asarray(block_tables[i]), at[i : i + 1], shard)[0] for i in gathered]
+    )
+    write_src = np.flatnonzero(slots >= 0)
+    kv_lens = np.where(gathered < 0, 0, sharding.local_len(at[gathered] + 1, shard))
+    return DecodePlan(
+        own=own,
+        positions=np.where(own < 0, 0, at[own]),
+        gathered=gathered,
+        write_src=write_src,
+        write_slots=slots[write_src],
+        rows=AttentionRows.build(
+            np.ones(len(gathered), dtype=np.int32),
+            kv_lens,
+            [() if i < 0 else block_tables[i] for i in gathered],
+            block_size=sharding.block_size,
+            # One query at the end of its keys sees them all, and in another shard's tokens there is no order to keep.
+            causal=False,
+        ),
+    )
+
+
+def deal_rows(num_rows: int, pcp_size: int) -> IntArray:
+    """`[pcp * R]` rows in gathered order, -1 for padding.
+
+    >>> deal_rows(5, 2).tolist()
+    [0, 2, 4, 1, 3, -1]
+    """
+    per_rank = -(-num_rows // pcp_size)
+    dealt = np.arange(per_rank * pcp_size).reshape(per_rank, pcp_size).T.reshape(-1)
+    return np.where(dealt < num_rows, dealt, -1)

@@ -1,0 +1,233 @@
+"""One prefill step: whole prompts are computed, split over the pcp ranks so that causal work is equal.
+
+A prompt of q tokens is cut into n = 2 * pcp pieces; rank r takes pieces r and n-1-r, one cheap and one dear:
+
+    pcp=2, q=8         piece    0    1    2    3          work of a row grows with its end, so 0+3 = 1+2
+                       tokens  0 1  2 3  4 5  6 7
+                       rank     0    1    1    0
+
+Every rank sends the K and V of its tokens; the gathered buffer is read through a table that puts pages of
+`page_size` tokens back in sequence order, so nothing is copied after the gather:
+
+    rank 0 sends 0 1 6 7, rank 1 sends 2 3 4 5      gathered  0 1 6 7 2 3 4 5      table (page 2)  0 2 3 1
+
+Each piece is one row of a variable-length batch: its queries, and all keys up to its end. Prompts too short to be worth
+cutting stay whole on one rank.
+
+>>> cut(8, pcp_size=2).tolist()
+[0, 2, 4, 6, 8]
+>>> cut(25, pcp_size=2, page_size=4).tolist()
+[0, 4, 12, 20, 25]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.layout.shards import IntArray, KVSharding
+
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens `[start, end)` of prompt `prompt`, never empty, at row `offset` of the buffer that `pcp_rank` sends."""
+
+    prompt: int
+    start: int
+    end: int
+    pcp_rank: int
+    offset: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def num_pairs(self) -> int:
+        """Query-key pairs its causal rows compute: each query at position p sees p + 1 keys."""
+        return (self.end * (self.end + 1) - self.start * (self.start + 1)) // 2
+
+
+@dataclass(frozen=True)
+class PrefillSplit:
+    """Who computes which tokens: the same value on every rank.
+
+    `pieces` are in order of rank, then of offset. `part_len` is the length of every rank's send buffer, padded to the
+    longest; `page_size` the tokens per page of the gathered buffer.
+    """
+
+    pieces: tuple[Piece, ...]
+    pcp_size: int
+    part_len: int
+    page_size: int
+
+    def part(self, pcp_rank: int) -> list[Piece]:
+        return [piece for piece in self.pieces if piece.pcp_rank == pcp_rank]
+
+    def tokens_per_rank(self) -> list[int]:
+        return [sum(piece.num_tokens for piece in self.part(r)) for r in range(self.pcp_size)]
+
+    def pairs_per_rank(self) -> list[int]:
+        """Attention work of every rank, in query-key pairs."""
+        return [sum(piece.num_pairs for piece in self.part(r)) for r in range(self.pcp_size)]
+
+
+@dataclass(frozen=True)
+class PrefillPlan:
+    """What one rank does in a prefill step; its T tokens are packed piece after piece.
+
+    `pieces`: which tokens these are. `positions`: `[T]`. `send_rows`: `[T]` their rows in the send buffer.
+    `rows`: one row per piece, over the gathered buffer `[pcp * part_len]`, causal.
+    `write_src`, `write_slots`: `[W]` rows of the gathered buffer that this shard stores, and where.
+    `sample_rows`: `[P]` for each prompt the packed row of its last token, -1 where another rank has it.
+    `sample_owner`: `[P]` the pcp rank that has it.
+    """
+
+    split: PrefillSplit
+    pieces: tuple[Piece, ...]
+    positions: IntArray
+    send_rows: IntArray
+    rows: AttentionRows
+    write_src: IntArray
+    write_slots: IntArray
+    sample_rows: IntArray
+    sample_owner: IntArray
+
+
+def cut(num_tokens: int, pcp_size: int, page_size: int = 1) -> IntArray:
+    """`[2 * pcp + 1]` cut points of a prompt, ascending, multiples of `page_size` except the last.
+
+    Pieces may be empty (a prompt of one token has one piece that is not). The work of ranks differs by at most 1 %
+    when `page_size <= num_tokens / (200 * (pcp_size - 1))`.
+    """
+    n = 2 * pcp_size
+    num_pages = -(-num_tokens // page_size)
+    cuts = np.minimum(num_tokens, page_size * (np.arange(n + 1, dtype=np.int64) * num_pages // n))
+    cuts[n] = num_tokens
+    return cuts
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Time of one rank in a prefill step, in units of one token's linear layers.
+
+    A rank takes the time of at least `floor_tokens`: below that its linear layers wait for weights, not for arithmetic.
+    `row_tokens` is what one attention row costs however short it is, and `pairs_per_token` how many query-key pairs
+    cost as much as a token's linear layers: parameters per layer / (2 * heads * head_dim), about 6 * hidden_size.
+    """
+
+    floor_tokens: int = 256
+    row_tokens: int = 16
+    pairs_per_token: int = 4096
+
+    def of(self, load: FloatArray) -> FloatArray:
+        """Time of ranks whose `load` is `[..., 3]`: tokens, rows, pairs."""
+        tokens, rows, pairs = load[..., 0], load[..., 1], load[..., 2]
+        return np.maximum(tokens, self.floor_tokens) + rows * self.row_tokens + pairs / self.pairs_per_token
+
+
+def deal_prompts(prompt_lens: Sequence[int], pcp_size: int, cost: StepCost = StepCost()) -> list[int | None]:
+    """For each prompt the pcp rank that takes it whole, or None where it is split over all of them.
+
+    Longest first, each goes where the slowest rank of the step stays fastest; whole when splitting is no faster.
+
+    >>> deal_prompts([200], pcp_size=8), deal_prompts([4000], pcp_size=8)
+    ([0], [None])
+    """
+    load = np.zeros((pcp_size, 3))
+    dealt: list[int | None] = [None] * len(prompt_lens)
+    for i in sorted(range(len(prompt_lens)), key=lambda i: (-prompt_lens[i], i)):
+        q = prompt_lens[i]
+        work = np.array([q, 1, q * (q + 1) / 2])
+        # Below the floor many ranks look equally free: of these the one with the fewest tokens.
+        target = min(range(pcp_size), key=lambda r: (float(cost.of(load[r] + work)), float(load[r, 0])))
+        whole = load.copy()
+        whole[target] += work
+        split = load + np.array([q / pcp_size, 2, work[2] / pcp_size])
+        if cost.of(whole).max() <= cost.of(split).max():
+            dealt[i], load = target, whole
+        else:
+            load = split
+    return dealt
+
+
+def split_prompts(
+    prompt_lens: Sequence[int], pcp_size: int, *, page_size: int = 1, dealt: Sequence[int | None] | None = None
+) -> PrefillSplit:
+    """Cut and deal prompts of at least one token each. `dealt` as `deal_prompts` gives it; None splits every prompt."""
+    if min(prompt_lens, default=0) < 1:
+        raise ValueError("a prefill step needs at least one prompt, and every prompt at least one token")
+    offsets = [0] * pcp_size
+    pieces = []
+    for prompt, q in enumerate(prompt_lens):
+        whole_on = None if dealt is None else dealt[prompt]
+        cuts = cut(q, pcp_size, page_size) if whole_on is None else np.array([0, q])
+        n = len(cuts) - 1
+        for i in range(n):
+            start, end = int(cuts[i]), int(cuts[i + 1])
+            if start == end:
+                continue
+            r = min(i, n - 1 - i) if whole_on is None else whole_on
+            pieces.append(Piece(prompt, start, end, r, offsets[r]))
+            # Only a prompt's last piece can end inside a page; what follows it starts on a new one.
+            offsets[r] += -(-(end - start) // page_size) * page_size
+    return PrefillSplit(tuple(sorted(pieces, key=lambda p: (p.pcp_rank, p.offset))), pcp_size, max(offsets), page_size)
+
+
+def plan_prefill(
+    split: PrefillSplit,
+    block_tables: Sequence[Sequence[int]],
+    sharding: KVSharding,
+    *,
+    pcp_rank: int,
+    shard: int,
+) -> PrefillPlan:
+    """Plan the step for the rank at `pcp_rank` that holds `shard`; one block table per prompt."""
+    by_prompt: list[list[Piece]] = [[] for _ in block_tables]
+    for piece in sorted(split.pieces, key=lambda p: (p.prompt, p.start)):
+        by_prompt[piece.prompt].append(piece)
+    gathered = [np.concatenate([_gathered_rows(split, p) for p in pieces]) for pieces in by_prompt]
+    mine = split.part(pcp_rank)
+
+    slots = [
+        sharding.slots(np.asarray(table, dtype=np.int64), np.arange(len(rows)), shard)
+        for table, rows in zip(block_tables, gathered, strict=True)
+    ]
+    all_slots, all_rows = np.concatenate(slots), np.concatenate(gathered)
+    kept = all_slots >= 0
+
+    ends = np.cumsum([p.num_tokens for p in mine], dtype=np.int64)
+    last = {p.prompt: int(end) - 1 for p, end in zip(mine, ends, strict=True) if p == by_prompt[p.prompt][-1]}
+    page = split.page_size
+    return PrefillPlan(
+        split=split,
+        pieces=tuple(mine),
+        positions=_concat([np.arange(p.start, p.end) for p in mine]),
+        send_rows=_concat([np.arange(p.offset, p.offset + p.num_tokens) for p in mine]),
+        rows=AttentionRows.build(
+            [p.num_tokens for p in mine],
+            [p.end for p in mine],
+            [gathered[p.prompt][::page] // page for p in mine],
+            block_size=page,
+            causal=True,
+        ),
+        write_src=all_rows[kept],
+        write_slots=all_slots[kept],
+        sample_rows=np.array([last.get(i, -1) for i in range(len(by_prompt))], dtype=np.int64),
+        sample_owner=np.array([pieces[-1].pcp_rank for pieces in by_prompt], dtype=np.int64),
+    )
+
+
+def _gathered_rows(split: PrefillSplit, piece: Piece) -> IntArray:
+    first = piece.pcp_rank * split.part_len + piece.offset
+    return np.arange(first, first + piece.num_tokens)
+
+
+def _concat(arrays: list[IntArray]) -> IntArray:
+    return np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)

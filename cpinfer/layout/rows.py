@@ -1,0 +1,79 @@
+"""What a backend is asked to attend to: rows of queries, each over a key range of its own block table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class AttentionRows:
+    """A batch of variable-length attention problems over one paged store of keys and values.
+
+    Row i has the next `q_lens[i]` packed queries, which see the keys with index `[kv_lo[i], kv_hi[i])` of the dense
+    sequence that its block table spells out. Under `causal` the last query sees all of them, the one before it one key
+    less, and so on (aligned to the end of the row). A row with `kv_lo == kv_hi` is empty: output 0, lse -inf.
+    """
+
+    q_lens: Int32Array
+    kv_lo: Int32Array
+    kv_hi: Int32Array
+    block_indptr: Int32Array
+    block_ids: Int32Array
+    block_size: int
+    causal: bool
+
+    def __post_init__(self) -> None:
+        n = len(self.q_lens)
+        if not len(self.kv_lo) == len(self.kv_hi) == len(self.block_indptr) - 1 == n:
+            raise ValueError("q_lens, kv_lo, kv_hi and block_indptr disagree on the number of rows")
+        if (self.kv_lo > self.kv_hi).any() or (self.kv_lo < 0).any():
+            raise ValueError("key ranges must be [lo, hi) with 0 <= lo <= hi")
+        if (np.diff(self.block_indptr) * self.block_size < self.kv_hi).any():
+            raise ValueError("a block table is too short for its kv_hi")
+        kv_lens = self.kv_hi - self.kv_lo
+        # With fewer keys than queries the first queries would see nothing: no plan of ours means that.
+        if self.causal and ((kv_lens > 0) & (kv_lens < self.q_lens)).any():
+            raise ValueError("a causal row needs at least as many keys as queries")
+
+    @classmethod
+    def build(
+        cls,
+        q_lens: Sequence[int] | Int32Array,
+        kv_hi: Sequence[int] | Int32Array,
+        block_tables: Sequence[Sequence[int] | NDArray[np.int64]],
+        *,
+        block_size: int,
+        causal: bool,
+    ) -> AttentionRows:
+        """Rows that see the first `kv_hi` keys of their tables; each table is cut to the blocks it needs."""
+        needed = [-(-int(hi) // block_size) for hi in kv_hi]
+        tables = [np.asarray(table[:n], dtype=np.int32) for table, n in zip(block_tables, needed, strict=True)]
+        return cls(
+            q_lens=np.asarray(q_lens, dtype=np.int32),
+            kv_lo=np.zeros(len(tables), dtype=np.int32),
+            kv_hi=np.asarray(kv_hi, dtype=np.int32),
+            block_indptr=np.concatenate([[0], np.cumsum(needed, dtype=np.int64)]).astype(np.int32),
+            block_ids=np.concatenate(tables) if tables else np.empty(0, dtype=np.int32),
+            block_size=block_size,
+            causal=causal,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.q_lens)
+
+    @property
+    def num_queries(self) -> int:
+        return int(self.q_lens.sum())
+
+    def slots(self, row: int) -> NDArray[np.int64]:
+        """Rows of the flattened store that row `row` sees, in key order."""
+        table = self.block_ids[self.block_indptr[row] : self.block_indptr[row + 1]].astype(np.int64)
+        index = np.arange(self.kv_lo[row], self.kv_hi[row])
+        return table[index // self.block_size] * self.block_size + index % self.block_size

@@ -1,0 +1,62 @@
+"""The one table of what is refused, by name. The README's "not yet" list is printed from it (`make docs`).
+
+A feature that lands takes its row away; everything else in the package asks this table for its words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cpinfer.errors import UnsupportedError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One unsupported thing: `what` it is, and what to do `instead`."""
+
+    what: str
+    instead: str
+
+
+REFUSALS: dict[str, Refusal] = {
+    "speculative_decoding": Refusal("speculative decoding", "Remove the key; decoding is one token per step."),
+    "pipeline_parallel": Refusal("pipeline parallelism", "Use tensor and context parallelism: tp x pcp x dp."),
+    "multimodal": Refusal("multimodal models", "Load the text model alone."),
+    "recurrent": Refusal(
+        "recurrent and hybrid models (state instead of KV)", "Use a model with softmax attention only."
+    ),
+    "encoder_decoder": Refusal("encoder-decoder models", "Use a decoder-only causal LM."),
+    "quantized_weights": Refusal("quantized weights", "Load the model in float32, bfloat16 or float16."),
+    "family": Refusal(
+        "model families other than Llama, Qwen2, Qwen3 and Mistral (MoE, MLA, MQA, Gemma, gpt-oss, ...)",
+        "Use one of these families.",
+    ),
+    "sliding_window": Refusal(
+        "sliding-window attention", "Use a model (or set its config) with full attention in every layer."
+    ),
+    "homes": Refusal("dcp < pcp (several KV homes) in the engine", "Use dcp = pcp, or a larger dcp."),
+    "mixed_heads": Refusal(
+        "DCP groups that mix KV heads (a group spans tp ranks with different heads)",
+        "Use a dcp whose groups stay among the copies of one KV head.",
+    ),
+    "flashinfer": Refusal('the FlashInfer backend (`"backend": "flashinfer"`)', 'Use "torch", or "auto".'),
+    "chunked_prefill": Refusal(
+        "prompts longer than max_num_batched_tokens (chunked prefill)", "Raise max_num_batched_tokens."
+    ),
+    "prefix_caching": Refusal("prefix caching", "Leave enable_prefix_caching false; each sample prefills its prompt."),
+    "context_exchange": Refusal(
+        'context_exchange other than "auto"', "Remove the key: nothing is cached before a prefill."
+    ),
+}
+
+
+def refuse(key: str, found: str) -> UnsupportedError:
+    """The error to raise for row `key` of the table; `found` says where it was met."""
+    refusal = REFUSALS[key]
+    return UnsupportedError(f"{found}: cpinfer does not support {refusal.what} yet. {refusal.instead}")
+
+
+def not_yet_table() -> str:
+    """The README's "not yet" list, as a Markdown table."""
+    rows = [f"| {r.what} | {r.instead} |" for r in REFUSALS.values()]
+    return "\n".join(["| refused | instead |", "|---|---|", *rows])

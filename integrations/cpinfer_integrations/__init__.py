@@ -1,0 +1,1 @@
+"""Adapters to neighbours, one module each; none is imported by `cpinfer` itself."""
