@@ -76,4 +76,5 @@ class AttentionRows:
         """Rows of the flattened store that row `row` sees, in key order."""
         table = self.block_ids[self.block_indptr[row] : self.block_indptr[row + 1]].astype(np.int64)
         index = np.arange(self.kv_lo[row], self.kv_hi[row])
-        return table[index // self.block_size] * self.block_size + index % self.block_size
+        slots: NDArray[np.int64] = table[index // self.block_size] * self.block_size + index % self.block_size
+        return slots

@@ -1,0 +1,256 @@
+"""The config: one JSON file, keys as users know them from vLLM and DeepSpeed. These classes are the only schema.
+
+`parse_config` turns plain data into a `Config` and refuses what it does not know; `load_config` reads a file, applies
+overrides and resolves relative paths against the file's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cpinfer.errors import UserError
+from cpinfer.refusals import refuse
+
+T = TypeVar("T")
+
+
+def _key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
+    """A field with the sentence that the README's table of keys prints for it."""
+    return field(default=default, default_factory=factory, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the tokens of one request are chosen."""
+
+    temperature: float = _key("0 is greedy", 1.0)
+    top_k: int = _key("keep the k likeliest tokens; 0 keeps all", 0)
+    top_p: float = _key("keep the likeliest tokens that hold this much probability together", 1.0)
+    min_p: float = _key("keep tokens at least this likely relative to the likeliest", 0.0)
+    repetition_penalty: float = _key("above 1 makes tokens of the prompt and of the answer less likely", 1.0)
+    max_new_tokens: int = _key("longest answer, in tokens", 128)
+    n: int = _key("samples per prompt", 1)
+    seed: int = _key("with it the text is a function of the prompt, the sample and the model alone", 0)
+    stop: tuple[str, ...] = _key("texts that end an answer; they are cut off `text`, not off `token_ids`", ())
+    stop_token_ids: tuple[int, ...] = _key("tokens that end an answer, beside the model's own", ())
+    ignore_eos: bool = _key("do not end at the model's end-of-text tokens", False)
+
+    def __post_init__(self) -> None:
+        _check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
+        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
+        _check(self.n >= 1, "n", self.n, "at least 1")
+        _check(0 <= self.seed < 2**64, "seed", self.seed, "in [0, 2**64)")
+        _check("" not in self.stop, "stop", list(self.stop), "free of empty strings")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The framework's own tensor parallelism."""
+
+    tp_size: int = _key("ranks that share the weights of one replica", 1)
+
+    def __post_init__(self) -> None:
+        _check(self.tp_size >= 1, "tp_size", self.tp_size, "at least 1")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Where the summary of a run is logged."""
+
+    project: str = _key("W&B project", "cpinfer")
+    name: str | None = _key("run name; default: the name of the output", None)
+    group: str | None = _key("run group", None)
+    mode: Literal["auto", "online", "offline"] = _key("auto is online with an API key, else offline", "auto")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run needs to know. Sizes left null are worked out from the others and from the world."""
+
+    model: str | None = _key("Hugging Face id, or folder (relative to the config file)", None)
+    dtype: Literal["float32", "bfloat16", "float16"] = _key("of weights, activations and KV cache", "bfloat16")
+    backend: Literal["auto", "torch", "flashinfer"] = _key("attention kernels", "auto")
+    tensor_parallel: TensorParallel = _key("tensor parallelism", factory=TensorParallel)
+    prefill_context_parallel_size: int = _key("ranks that share the prefill of a prompt (pcp)", 1)
+    decode_context_parallel_size: int | None = _key("KV shards of a sequence (dcp); default: pcp", None)
+    data_parallel_size: int | None = _key("independent replicas (dp); default: what is left of the world", None)
+    cp_kv_cache_interleave_size: int | None = _key("tokens dealt to a KV shard at a time; default: block_size", None)
+    cp_wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
+        "dtype in which partial attention outputs travel; auto is `dtype` (lse is always float32)", "auto"
+    )
+    block_size: int = _key("tokens of one shard per KV block", 16)
+    kv_cache_gib: float | None = _key("KV pool per rank; default: half the free memory on CUDA, 0.25 on CPU", None)
+    max_num_seqs: int = _key("sequences that run at once", 256)
+    max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192)
+    enable_prefix_caching: bool = _key("share KV of equal prefixes", False)
+    context_exchange: Literal["auto", "queries", "kv"] = _key("what travels when a prompt continues cached KV", "auto")
+    sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
+    input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
+    output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
+    wandb: WandbConfig | None = _key("log the summary to W&B", None)
+
+    def __post_init__(self) -> None:
+        for name in ("prefill_context_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("decode_context_parallel_size", "data_parallel_size", "cp_kv_cache_interleave_size"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, value, "at least 1")
+        _check(self.kv_cache_gib is None or self.kv_cache_gib > 0, "kv_cache_gib", self.kv_cache_gib, "above 0")
+        if self.backend == "flashinfer":
+            raise refuse("flashinfer", 'backend="flashinfer"')
+        if self.enable_prefix_caching:
+            raise refuse("prefix_caching", "enable_prefix_caching=true")
+        if self.context_exchange != "auto":
+            raise refuse("context_exchange", f'context_exchange="{self.context_exchange}"')
+
+    @property
+    def tp_size(self) -> int:
+        return self.tensor_parallel.tp_size
+
+    @property
+    def pcp_size(self) -> int:
+        return self.prefill_context_parallel_size
+
+    @property
+    def dcp_size(self) -> int:
+        return self.decode_context_parallel_size or self.pcp_size
+
+    @property
+    def interleave(self) -> int:
+        return self.cp_kv_cache_interleave_size or self.block_size
+
+
+# Keys that other engines know and this one refuses by name, with the row of the table that says why.
+_REFUSED_KEYS = {
+    "speculative_config": "speculative_decoding",
+    "speculative_model": "speculative_decoding",
+    "num_speculative_tokens": "speculative_decoding",
+    "pipeline_parallel": "pipeline_parallel",
+    "pipeline_parallel_size": "pipeline_parallel",
+    "limit_mm_per_prompt": "multimodal",
+    "quantization": "quantized_weights",
+}
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, apply `a.b=value` overrides (values in JSON, else text), resolve its relative paths.
+
+    UserError, naming the file, for anything that cannot be read or understood.
+    """
+    path = Path(path)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"config {path}: {error.strerror}. Give the path of a JSON file with --config.") from error
+    except ValueError as error:
+        raise UserError(f"config {path}: not valid JSON: {error}.") from error
+    try:
+        if not isinstance(data, dict):
+            raise UserError(f"the file holds a {type(data).__name__}, an object with config keys was wanted.")
+        for override in overrides:
+            _apply_override(data, override)
+        return _resolve_paths(parse_config(data), path.parent)
+    except UserError as error:
+        raise type(error)(f"config {path}: {error}") from error
+
+
+def parse_config(data: Mapping[str, Any]) -> Config:
+    """A `Config` from plain data. UserError for an unknown key (naming the nearest), a wrong type or an illegal value."""
+    return _parse_object(Config, data, "")
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """Plain data that `parse_config` turns back into an equal config."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, eq, text = override.partition("=")
+    if not eq or not key:
+        raise UserError(f"--set {override!r} is not of the form a.b=value.")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *parents, last = key.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {override!r}: {parent!r} is {inner!r}, not an object with keys of its own.")
+        data = inner
+    data[last] = value
+
+
+def _resolve_paths(config: Config, folder: Path) -> Config:
+    def resolve(path: str | None) -> str | None:
+        return None if path is None else str(folder / Path(path).expanduser())
+
+    model = config.model
+    # A hub id looks like a relative path, so a name counts as a folder when there is one, or when it says so itself.
+    if model is not None and ((folder / model).is_dir() or model.startswith((".", "/", "~"))):
+        model = resolve(model)
+    return dataclasses.replace(config, model=model, input=resolve(config.input), output=resolve(config.output))
+
+
+def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:
+    hints = typing.get_type_hints(cls)
+    for key, value in data.items():
+        if key in _REFUSED_KEYS and value not in (None, 1, False):
+            raise refuse(_REFUSED_KEYS[key], f'key "{where}{key}"')
+        if key not in hints and key not in _REFUSED_KEYS:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
+            raise UserError(f'unknown key "{where}{key}"; the nearest known key is "{where}{near[0]}".')
+    return cls(**{k: _parse_value(hints[k], v, where + k) for k, v in data.items() if k in hints})
+
+
+def _parse_value(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        hint = next(a for a in args if a is not type(None))
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return _parse_object(typing.cast("type[Any]", hint), value, where + ".")
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_parse_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    # bool is an int to Python, but `"n": true` is a mistake to everyone else.
+    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
+        return value
+    raise UserError(f'"{where}" is {json.dumps(value, default=str)}; {_wanted(hint)} was wanted.')
+
+
+def _wanted(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(json.dumps(a) for a in args)
+    if origin is tuple:
+        return f"a list, each item {_wanted(args[0])},"
+    if dataclasses.is_dataclass(hint):
+        return "an object with keys " + ", ".join(f.name for f in dataclasses.fields(hint))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
+
+
+def _check(ok: bool, name: str, value: Any, wanted: str) -> None:
+    if not ok:
+        raise UserError(f'"{name}" is {json.dumps(value)}; it must be {wanted}.')
