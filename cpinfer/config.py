@@ -171,7 +171,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def parse_config(data: Mapping[str, Any]) -> Config:
-    """A `Config` from plain data. UserError for an unknown key (naming the nearest), a wrong type or an illegal value."""
+    """A `Config` from plain data. UserError for an unknown key (naming the nearest), wrong type or illegal value."""
     return _parse_object(Config, data, "")
 
 

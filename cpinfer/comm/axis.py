@@ -1,0 +1,140 @@
+"""A communicator along one axis of the rank grid.
+
+Places along the axis follow the grid's order (for DCP: shard order), whatever order the library underneath gives its
+ranks. torch sorts the ranks of a group, so `ProcessGroupComm` permutes what it sends and receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cpinfer.errors import PeerLostError
+
+
+class AxisComm(Protocol):
+    """Collectives along one axis. Every rank of the axis makes the same calls in the same order, with equal shapes."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def index(self) -> int:
+        """This rank's place along the axis, in `[0, size)`; on the DCP axis its KV shard."""
+        ...
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """`[size, *x.shape]`: what each place gave, in place order."""
+        ...
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        """`x [size, ...]` holds one message per place; the result `[size, ...]` what each place had for this one."""
+        ...
+
+
+@dataclass(frozen=True)
+class SoloComm:
+    """An axis of one rank: every collective is the identity, and no copy."""
+
+    size: int = 1
+    index: int = 0
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.unsqueeze(0)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        return x
+
+
+class ProcessGroupComm:
+    """An axis over a torch process group of the same ranks. A peer that ends raises `PeerLostError` here."""
+
+    def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], rank: int) -> None:
+        members = dist.get_process_group_ranks(group)
+        if sorted(members) != sorted(ranks):
+            raise ValueError(f"the group holds ranks {members}, ranks {list(ranks)} were wanted")
+        self.group = group
+        self.size = len(ranks)
+        self.index = list(ranks).index(rank)
+        # Where each of our places stands in the group, and the way back; None when they agree and no copy is needed.
+        to_group = [members.index(r) for r in ranks]
+        ordered = to_group == list(range(self.size))
+        self._to_group = None if ordered else torch.tensor(to_group)
+        self._from_group = None if ordered else torch.argsort(torch.tensor(to_group))
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        out = x.new_empty(self.size, *x.shape)
+        with _peer_loss("all_gather"):
+            dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+        return _reorder(out, self._to_group)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        x = _reorder(x, self._from_group).contiguous()
+        out = torch.empty_like(x)
+        with _peer_loss("all_to_all"):
+            dist.all_to_all_single(out, x, group=self.group)
+        return _reorder(out, self._to_group)
+
+
+def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
+    return x if order is None else x.index_select(0, order.to(x.device))
+
+
+class _peer_loss:  # noqa: N801 - reads as a statement
+    """Turns the library's error about a broken connection into `PeerLostError`."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, RuntimeError):
+            raise PeerLostError(f"{self._what} failed, another rank is gone: {error}") from error
+
+
+@dataclass
+class Traffic:
+    """Collectives counted along one axis: how many, and the bytes this rank received from others."""
+
+    num_all_gather: int = 0
+    num_all_to_all: int = 0
+    received_bytes: int = 0
+
+    @property
+    def num_collectives(self) -> int:
+        return self.num_all_gather + self.num_all_to_all
+
+
+@dataclass(frozen=True)
+class CountingComm:
+    """Counts what another communicator does. Solo axes move nothing, so they count nothing."""
+
+    inner: AxisComm
+    traffic: Traffic = field(default_factory=Traffic)
+
+    @property
+    def size(self) -> int:
+        return self.inner.size
+
+    @property
+    def index(self) -> int:
+        return self.inner.index
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            self.traffic.num_all_gather += 1
+            self.traffic.received_bytes += (self.size - 1) * x.nbytes
+        return self.inner.all_gather(x)
+
+    def all_to_all(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            self.traffic.num_all_to_all += 1
+            self.traffic.received_bytes += (self.size - 1) * x.nbytes // self.size
+        return self.inner.all_to_all(x)

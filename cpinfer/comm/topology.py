@@ -1,0 +1,104 @@
+"""The topology: a rank's place in the grid, with a communicator along every axis. A value that is passed in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from cpinfer.comm.axis import AxisComm, ProcessGroupComm, SoloComm
+from cpinfer.layout.grid import Coords, Group, RankGrid
+
+
+@dataclass(frozen=True)
+class Topology:
+    """What a rank needs to know of the others.
+
+    `pcp`: the ranks that share a prefill. `dcp`: the KV shards of a sequence, in shard order. `replica`: the (pcp, tp)
+    ranks of this dp replica in rank order, which agree on every step. `tp_group` is the framework's own object, or None
+    at tp_size=1; cpinfer hands it on and never communicates on it. `owned_groups` are those made here.
+    """
+
+    grid: RankGrid
+    rank: int
+    pcp: AxisComm
+    dcp: AxisComm
+    replica: AxisComm
+    tp_group: Any = None
+    owned_groups: tuple[Any, ...] = ()
+
+    @classmethod
+    def single(cls) -> Topology:
+        """One process, no parallelism."""
+        return cls(RankGrid(), 0, SoloComm(), SoloComm(), SoloComm())
+
+    @classmethod
+    def from_world(
+        cls, grid: RankGrid, *, tp_group: dist.ProcessGroup | None = None, lent: Sequence[dist.ProcessGroup] = ()
+    ) -> Topology:
+        """Carve the groups of `grid` out of the initialised default process group. Collective over all ranks.
+
+        `tp_group` and the `lent` groups are the job's own; one with the ranks that an axis needs is used as it is, and
+        only what is missing is created. Each rank must lend groups of the same kinds. ValueError when the world or the
+        tp group does not fit the grid.
+        """
+        if grid.world_size == 1:
+            return dataclasses.replace(cls.single(), tp_group=tp_group)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if world_size != grid.world_size:
+            raise ValueError(f"{world_size} processes were started, the grid has {grid.world_size} ranks")
+        existing: dict[frozenset[int], Any] = {frozenset(range(world_size)): dist.group.WORLD}
+        for group in (*lent, *([tp_group] if tp_group is not None else [])):
+            existing[frozenset(dist.get_process_group_ranks(group))] = group
+        own_tp = _own(grid.tp_groups, rank)
+        if tp_group is not None and set(dist.get_process_group_ranks(tp_group)) != set(own_tp):
+            raise ValueError(
+                f"rank {rank}: the job's tensor-parallel group has ranks {dist.get_process_group_ranks(tp_group)}, "
+                f"the grid puts it with {list(own_tp)}; tp must run fastest over consecutive ranks"
+            )
+        owned: list[Any] = []
+
+        def comm(groups: tuple[Group, ...]) -> AxisComm:
+            mine = _own(groups, rank)
+            if len(mine) == 1:
+                return SoloComm()
+            if frozenset(mine) not in existing:
+                _create(groups, existing, owned, rank)
+            return ProcessGroupComm(existing[frozenset(mine)], mine, rank)
+
+        pcp, dcp, replica = comm(grid.pcp_groups), comm(grid.dcp_groups), comm(grid.replica_groups)
+        return cls(grid, rank, pcp, dcp, replica, tp_group, tuple(owned))
+
+    @property
+    def coords(self) -> Coords:
+        return self.grid.coords(self.rank)
+
+    @property
+    def kv_shard(self) -> int:
+        return self.dcp.index
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank speaks for its dp replica."""
+        return self.replica.index == 0
+
+    def close(self) -> None:
+        """Destroy the groups made here; the job's own are left alone."""
+        for group in self.owned_groups:
+            dist.destroy_process_group(group)
+
+
+def _own(groups: Sequence[Group], rank: int) -> Group:
+    return next(group for group in groups if rank in group)
+
+
+def _create(groups: tuple[Group, ...], existing: dict[frozenset[int], Any], owned: list[Any], rank: int) -> None:
+    """Create every group of an axis: `new_group` is collective over the world, so all ranks create all of them."""
+    for ranks in groups:
+        group = dist.new_group(list(ranks))
+        if rank in ranks:
+            existing[frozenset(ranks)] = group
+            owned.append(group)

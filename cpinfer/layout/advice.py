@@ -1,0 +1,144 @@
+"""Which layouts a machine allows, best first: for one long prompt, and for many sequences.
+
+A layout is judged by what it fixes whatever the hardware: how many ranks work on a prompt, how many tokens the same
+bytes hold, how much travels. It is not judged by weights, which take `1/tp` of the model on every rank and must fit.
+
+The published advice (vLLM's "Context Parallel Deployment" and the guide of vllm-ascend) counts KV shards inside TP, on
+top of pcp. In our terms, where `dcp` counts all shards of a sequence, it is one rule: pcp=2 and `dcp = pcp * rep`, with
+`rep = max(1, tp / num_kv_heads)` copies of each KV head turned into shards. MLA has one (latent) KV head, so there
+`rep = tp` and all tp ranks take part.
+
+>>> [option.sizes.dcp_size for option in legal_layouts(8, num_q_heads=64, num_kv_heads=2) if option.is_advised]
+[2, 2, 4]
+>>> str(for_long_prompt(legal_layouts(8, num_q_heads=64, num_kv_heads=8))[0].sizes)
+'tp=4 pcp=2 dcp=2'
+>>> str(for_long_prompt(legal_layouts(8, num_q_heads=128, num_kv_heads=1))[0].sizes)
+'tp=4 pcp=2 dcp=8'
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
+from cpinfer.layout.heads import HeadPlacement
+from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.layout.traffic import decode_collectives
+
+
+@dataclass(frozen=True)
+class LayoutOption:
+    """One legal layout of a machine and what it fixes. `runs_today`: the engine takes it, not only `explain`."""
+
+    sizes: LayoutSizes
+    runs_today: bool
+
+    @property
+    def grid(self) -> RankGrid:
+        return RankGrid(self.sizes.tp_size, self.sizes.pcp_size, self.sizes.dcp_size, self.sizes.dp_size)
+
+    @property
+    def heads(self) -> HeadPlacement:
+        return HeadPlacement(self.sizes.num_q_heads, self.sizes.num_kv_heads, self.sizes.tp_size)
+
+    @property
+    def is_advised(self) -> bool:
+        """Whether it follows the published advice (head of this module)."""
+        return self.sizes.pcp_size == 2 and self.sizes.dcp_size == 2 * self.heads.rep
+
+    @property
+    def longest_sequence(self) -> float:
+        """Tokens of the longest sequence, in units of what one rank holds of one KV head."""
+        return self.grid.dcp_size / self.heads.kv_heads_per_rank
+
+    @property
+    def total_tokens(self) -> float:
+        """Tokens that all homes of all replicas hold, in the same unit."""
+        return self.longest_sequence * self.grid.num_homes * self.grid.dp_size
+
+    @property
+    def collectives_per_layer(self) -> int:
+        """Collectives of a decode step: attention's, and the two all-reduces of tensor parallelism."""
+        return decode_collectives(self.grid.dcp_size) + (2 if self.grid.tp_size > 1 else 0)
+
+    @property
+    def prefill_values(self) -> float:
+        """Values (units of head_dim) that a rank receives per prompt token and layer: K/V gather and all-reduces."""
+        gather = (self.grid.pcp_size - 1) * 2 * self.heads.kv_heads_per_rank
+        return (gather + self._all_reduce_values) / self.grid.pcp_size
+
+    @property
+    def decode_values(self) -> float:
+        """Values (units of head_dim) that a rank receives per running sequence of the machine and layer."""
+        hq, kvl = self.heads.q_heads_per_rank, self.heads.kv_heads_per_rank
+        exchange = (self.grid.dcp_size - 1) * (2 * hq + (2 * kvl if self.grid.pcp_size > 1 else 0))
+        return (exchange + self._all_reduce_values) / (self.grid.pcp_size * self.grid.dp_size)
+
+    @property
+    def _all_reduce_values(self) -> float:
+        """Two ring all-reduces of a token's hidden state, taken to be as wide as its query heads."""
+        return 4 * self.sizes.num_q_heads * (self.grid.tp_size - 1) / self.grid.tp_size
+
+
+def legal_layouts(
+    num_ranks: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    *,
+    tp_size: int | None = None,
+    pcp_size: int | None = None,
+    dcp_size: int | None = None,
+    dp_size: int | None = None,
+) -> list[LayoutOption]:
+    """Every legal layout that uses all `num_ranks`, with the given sizes where they are given; empty when none does."""
+
+    def wanted(size: int, given: int | None) -> bool:
+        return given is None or size == given
+
+    options = []
+    for tp in _divisors(num_ranks):
+        for pcp in _divisors(num_ranks // tp):
+            sizes = LayoutSizes(tp, pcp, 1, num_q_heads, num_kv_heads, dp_size=num_ranks // (tp * pcp))
+            if not (wanted(tp, tp_size) and wanted(pcp, pcp_size) and wanted(sizes.dp_size, dp_size)):
+                continue
+            for dcp in legal_dcp_sizes(tp, pcp):
+                option = replace(sizes, dcp_size=dcp)
+                if wanted(dcp, dcp_size) and not layout_errors(option, "explain"):
+                    options.append(LayoutOption(option, runs_today=not layout_errors(option, "engine")))
+    return options
+
+
+def for_long_prompt(options: Sequence[LayoutOption]) -> list[LayoutOption]:
+    """Best first: most ranks on one prompt, then the longest sequence, then published advice, then least traffic."""
+    return sorted(
+        options,
+        key=lambda o: (
+            not o.runs_today,
+            -o.grid.ranks_per_replica,
+            -o.longest_sequence,
+            not o.is_advised,
+            o.prefill_values,
+        ),
+    )
+
+
+def for_many_sequences(options: Sequence[LayoutOption]) -> list[LayoutOption]:
+    """Best first: most tokens held in all, then least decode traffic, fewest collectives, most ranks on a prompt.
+
+    What the engine does not run yet comes last in both orders.
+    """
+    return sorted(
+        options,
+        key=lambda o: (
+            not o.runs_today,
+            -o.total_tokens,
+            o.decode_values,
+            o.collectives_per_layer,
+            -o.grid.ranks_per_replica,
+        ),
+    )
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,206 @@
+"""A layout, explained: who holds what, what fits, and what it costs. `tools/explain.py` prints it.
+
+>>> print(draw_grid(RankGrid(tp_size=2, pcp_size=2, dcp_size=2), HeadPlacement(8, 2, tp_size=2)))
+       tp0                tp1
+pcp0 | 0: q0-3/k0/s0/p0 | 1: q4-7/k1/s0/p0 |
+pcp1 | 2: q0-3/k0/s1/p1 | 3: q4-7/k1/s1/p1 |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout, PoolSize
+from cpinfer.layout.grid import Group, RankGrid
+from cpinfer.layout.heads import HeadPlacement
+from cpinfer.layout.prefill import split_prompts
+from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.layout.shards import KVSharding
+from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_bytes
+
+
+@dataclass(frozen=True)
+class Question:
+    """A layout, and as much of the model, the memory and the prompts as is known; None leaves its answers out."""
+
+    sizes: LayoutSizes
+    num_layers: int | None = None
+    head_dim: int | None = None
+    dtype: str = "bfloat16"
+    wire_dtype: str | None = None
+    kv_cache_gib: float | None = None
+    max_model_len: int | None = None
+    seq_len: int | None = None
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """What one rank computes and stores. `kv_copies`: ranks of its home that store the same heads of the same shard."""
+
+    rank: int
+    dp_rank: int
+    pcp_rank: int
+    tp_rank: int
+    q_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+    kv_shard: int
+    prefill_part: int
+    home: int
+    kv_copies: int
+
+
+@dataclass(frozen=True)
+class PrefillCost:
+    """One prompt of `seq_len` tokens, split over the pcp ranks: `pieces[r]` are the `[start, end)` of part r."""
+
+    pieces: tuple[tuple[tuple[int, int], ...], ...]
+    pairs_per_rank: tuple[int, ...]
+    max_over_mean_work: float
+    received_bytes_per_rank_per_layer: int | None
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """One decode step. A rank computes `ceil(sequences of its home / row_ranks)` rows."""
+
+    row_ranks: int
+    collectives_per_layer: int
+    received_bytes_per_rank_per_layer_per_row: int | None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that follows from a `Question`; all None but `errors` when the layout is refused.
+
+    Groups of `dcp` are in shard order. Capacity is that of one dp replica: of one home, which a single sequence can
+    fill, and of all homes together, which is what `max_concurrency` sequences of `max_model_len` tokens share.
+    """
+
+    valid: bool
+    errors: list[str]
+    groups: dict[str, tuple[Group, ...]] | None = None
+    ranks: tuple[RankPlace, ...] | None = None
+    kv_local_lens: tuple[int, ...] | None = None
+    kv_bytes_per_token_per_rank: int | None = None
+    kv_capacity_tokens: int | None = None
+    kv_capacity_tokens_total: int | None = None
+    max_concurrency: float | None = None
+    prefill: PrefillCost | None = None
+    decode: DecodeCost | None = None
+
+
+def explain(question: Question) -> Explanation:
+    """The `Explanation` of a layout; `valid` False, never an exception, for one that breaks a rule."""
+    sizes = question.sizes
+    errors = layout_errors(sizes, "explain")
+    if errors:
+        return Explanation(valid=False, errors=errors)
+    grid = RankGrid(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)
+    heads = HeadPlacement(sizes.num_q_heads, sizes.num_kv_heads, sizes.tp_size)
+    sharding = KVSharding(sizes.dcp_size, sizes.interleave, sizes.block_size)
+    length = question.seq_len
+
+    token_bytes = capacity = total = concurrency = None
+    if question.num_layers is not None and question.head_dim is not None:
+        kv = KVLayout(heads.kv_heads_per_rank, question.head_dim, question.head_dim)
+        token_bytes = kv.bytes_per_token(question.num_layers, question.dtype)
+    if token_bytes is not None and question.kv_cache_gib is not None:
+        pool = PoolSize.from_bytes(int(question.kv_cache_gib * 2**30), token_bytes, sharding)
+        capacity, total = pool.capacity_tokens, pool.capacity_tokens * grid.num_homes
+        if question.max_model_len is not None:
+            concurrency = pool.max_concurrency(question.max_model_len) * grid.num_homes
+    return Explanation(
+        valid=True,
+        errors=[],
+        groups={"tp": grid.tp_groups, "pcp": grid.pcp_groups, "dcp": grid.dcp_groups},
+        ranks=tuple(rank_places(grid, heads)),
+        kv_local_lens=None if length is None else tuple(sharding.local_len(length, s) for s in range(sizes.dcp_size)),
+        kv_bytes_per_token_per_rank=token_bytes,
+        kv_capacity_tokens=capacity,
+        kv_capacity_tokens_total=total,
+        max_concurrency=concurrency,
+        prefill=None if length is None else _prefill_cost(question, length, heads),
+        decode=_decode_cost(question, grid, heads),
+    )
+
+
+def rank_places(grid: RankGrid, heads: HeadPlacement) -> list[RankPlace]:
+    """Every rank of an unmixed layout, in rank order."""
+    return [
+        RankPlace(
+            rank=rank,
+            **grid.coords(rank)._asdict(),
+            q_heads=tuple(heads.q_heads(grid.coords(rank).tp_rank)),
+            kv_heads=tuple(heads.kv_heads(grid.coords(rank).tp_rank)),
+            kv_shard=grid.kv_shard(rank),
+            prefill_part=grid.coords(rank).pcp_rank,
+            home=grid.home(rank),
+            kv_copies=heads.copies_per_home(grid),
+        )
+        for rank in range(grid.world_size)
+    ]
+
+
+def draw_grid(grid: RankGrid, heads: HeadPlacement) -> str:
+    """The rank table of an unmixed layout, one block per dp replica.
+
+    A cell is rank: query heads / KV heads / KV shard / prefill part, and / home when there are several.
+    """
+    places = rank_places(grid, heads)
+    cells = [
+        f"{p.rank}: q{_span(p.q_heads)}/k{_span(p.kv_heads)}/s{p.kv_shard}/p{p.prefill_part}"
+        + (f"/h{p.home}" if grid.num_homes > 1 else "")
+        for p in places
+    ]
+    width = max(map(len, cells))
+    labels = [f"pcp{p}" for p in range(grid.pcp_size)]
+    indent = len(labels[-1])
+    blocks = []
+    for d in range(grid.dp_size):
+        title = f"dp{d}" if grid.dp_size > 1 else ""
+        columns = "   ".join(f"tp{t}".ljust(width) for t in range(grid.tp_size))
+        lines = [f"{title.ljust(indent)}   {columns}".rstrip()]
+        for p, label in enumerate(labels):
+            first = grid.rank(d, p, 0)
+            row = " | ".join(cell.ljust(width) for cell in cells[first : first + grid.tp_size])
+            lines.append(f"{label.ljust(indent)} | {row} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _prefill_cost(question: Question, seq_len: int, heads: HeadPlacement) -> PrefillCost:
+    pcp = question.sizes.pcp_size
+    split = split_prompts([seq_len], pcp)
+    pairs = split.pairs_per_rank()
+    received = None
+    if question.head_dim is not None:
+        received = prefill_bytes(
+            pcp, split.part_len, heads.kv_heads_per_rank, question.head_dim, DTYPE_BYTES[question.dtype]
+        )
+    return PrefillCost(
+        pieces=tuple(tuple((piece.start, piece.end) for piece in split.part(r)) for r in range(pcp)),
+        pairs_per_rank=tuple(pairs),
+        max_over_mean_work=max(pairs) * pcp / sum(pairs),
+        received_bytes_per_rank_per_layer=received,
+    )
+
+
+def _decode_cost(question: Question, grid: RankGrid, heads: HeadPlacement) -> DecodeCost:
+    received = None
+    if question.head_dim is not None:
+        received = decode_bytes(
+            dcp_size=grid.dcp_size,
+            rows_per_rank=1,
+            q_heads=heads.q_heads_per_rank,
+            kv_heads=heads.kv_heads_per_rank,
+            head_dim=question.head_dim,
+            dtype_bytes=DTYPE_BYTES[question.dtype],
+            pcp_size=grid.pcp_size,
+            wire_bytes=DTYPE_BYTES[question.wire_dtype or question.dtype],
+        ).total
+    return DecodeCost(grid.row_ranks, decode_collectives(grid.dcp_size), received)
+
+
+def _span(heads: Sequence[int]) -> str:
+    return f"{heads[0]}" if len(heads) == 1 else f"{heads[0]}-{heads[-1]}"

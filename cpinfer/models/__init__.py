@@ -1,0 +1,1 @@
+"""Hugging Face models under context parallelism. The only importer of transformers."""
