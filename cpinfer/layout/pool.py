@@ -22,6 +22,8 @@ class BlockPool:
 
     def allocate(self, n: int) -> list[int]:
         """`n` blocks, ascending; a run of neighbours when there is one. ValueError when fewer are free."""
+        if n < 0:
+            raise ValueError(f"{n} blocks wanted: a number from 0 was expected")
         if n > len(self._free):
             raise ValueError(f"{n} blocks wanted, {len(self._free)} of {self.num_blocks} are free")
         start = self._first_run(n)

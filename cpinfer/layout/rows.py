@@ -34,6 +34,8 @@ class AttentionRows:
             raise ValueError("q_lens, kv_lo, kv_hi and block_indptr disagree on the number of rows")
         if (self.kv_lo > self.kv_hi).any() or (self.kv_lo < 0).any():
             raise ValueError("key ranges must be [lo, hi) with 0 <= lo <= hi")
+        if self.block_indptr[0] != 0 or self.block_indptr[-1] != len(self.block_ids):
+            raise ValueError("block_indptr does not cover block_ids")
         if (np.diff(self.block_indptr) * self.block_size < self.kv_hi).any():
             raise ValueError("a block table is too short for its kv_hi")
         kv_lens = self.kv_hi - self.kv_lo
@@ -58,7 +60,7 @@ class AttentionRows:
             q_lens=np.asarray(q_lens, dtype=np.int32),
             kv_lo=np.zeros(len(tables), dtype=np.int32),
             kv_hi=np.asarray(kv_hi, dtype=np.int32),
-            block_indptr=np.concatenate([[0], np.cumsum(needed, dtype=np.int64)]).astype(np.int32),
+            block_indptr=np.concatenate([[0], np.cumsum([len(t) for t in tables], dtype=np.int64)]).astype(np.int32),
             block_ids=np.concatenate(tables) if tables else np.empty(0, dtype=np.int32),
             block_size=block_size,
             causal=causal,

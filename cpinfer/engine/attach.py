@@ -1,0 +1,72 @@
+"""The way in: attach an engine to a model that a job already holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.engine.engine import Engine
+from cpinfer.errors import UserError
+from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.models.runner import attached
+from cpinfer.models.spec import ModelSpec
+
+
+@contextmanager
+def attach(
+    model: Any, topology: Topology | None = None, config: Config | None = None, *, tokenizer: Any | None = None
+) -> Iterator[Engine]:
+    """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
+
+    `model` is a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`). `topology`
+    defaults to one process, `config` to the defaults at the model's dtype. Collective over the ranks of the topology.
+    UserError when model, topology and config do not fit together.
+    """
+    topology = topology or Topology.single()
+    config = config or Config()
+    spec = model_spec(model)
+    check_layout(spec, config, topology.grid)
+    with attached(model, spec, topology.grid.tp_size) as runner:
+        yield Engine(runner, topology, config, tokenizer)
+
+
+def model_spec(model: Any) -> ModelSpec:
+    """What a loaded model is. UserError when it is no Hugging Face model, or one that is refused."""
+    if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
+        raise UserError(
+            f"attach was given a {type(model).__name__}; a Hugging Face model was wanted. "
+            "Of a framework's engine pass its .module."
+        )
+    generation = getattr(model, "generation_config", None)
+    return ModelSpec.from_config(model.config.to_dict(), generation.to_dict() if generation is not None else None)
+
+
+def check_layout(spec: ModelSpec, config: Config, grid: RankGrid) -> None:
+    """UserError when the layout cannot run this model, or when config and topology name different layouts."""
+    sizes = layout_sizes(spec, config, grid.dp_size)
+    errors = layout_errors(sizes, "engine")
+    if errors:
+        raise UserError(" ".join(errors))
+    if (sizes.tp_size, sizes.pcp_size, sizes.dcp_size) != (grid.tp_size, grid.pcp_size, grid.dcp_size):
+        raise UserError(
+            f"the config says {sizes}, the topology tp={grid.tp_size} pcp={grid.pcp_size} dcp={grid.dcp_size}. "
+            "Give both the same sizes."
+        )
+
+
+def layout_sizes(spec: ModelSpec, config: Config, dp_size: int = 1) -> LayoutSizes:
+    """The layout a config asks for, for this model."""
+    return LayoutSizes(
+        tp_size=config.tp_size,
+        pcp_size=config.pcp_size,
+        dcp_size=config.dcp_size,
+        num_q_heads=spec.num_q_heads,
+        num_kv_heads=spec.num_kv_heads,
+        dp_size=dp_size,
+        interleave=config.interleave,
+        block_size=config.block_size,
+    )

@@ -1,0 +1,128 @@
+"""Prompts: what a user may write, turned into token ids, and whether they can ever run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cpinfer.config import Config, SamplingParams
+from cpinfer.engine.request import Prompt
+from cpinfer.errors import UserError
+from cpinfer.layout.capacity import PoolSize
+from cpinfer.models.spec import ModelSpec
+from cpinfer.refusals import refuse
+
+PromptLike = Prompt | str | Sequence[int] | Mapping[str, Any]
+_FORMS = ("prompt", "prompt_token_ids", "messages")
+
+
+@dataclass(frozen=True)
+class InputLine:
+    """A prompt of an input file, with the answer the file expects, if it names one."""
+
+    prompt: Prompt
+    answer: str | None
+
+
+def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
+    """The prompt with token ids. UserError when it has no token, is in no known form, or needs a missing tokenizer."""
+    if isinstance(given, Prompt):
+        return given
+    if isinstance(given, str):
+        given = {"prompt": given}
+    elif not isinstance(given, Mapping):
+        given = {"prompt_token_ids": given}
+    forms = [form for form in _FORMS if form in given]
+    if len(forms) != 1:
+        raise UserError(f"found the keys {sorted(given)}; exactly one of {', '.join(_FORMS)} was wanted.")
+    token_ids = _token_ids(forms[0], given[forms[0]], tokenizer)
+    if not token_ids:
+        raise UserError("the prompt is empty; at least one token was wanted.")
+    name = given.get("id", index)
+    if not isinstance(name, (str, int)):
+        raise UserError(f'"id" is {json.dumps(name)}; a text or a whole number was wanted.')
+    return Prompt(index, str(name), token_ids)
+
+
+def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, config: Config, pool: PoolSize) -> None:
+    """UserError, with the numbers, for a prompt that can never run: every limit of the engine in one place."""
+    length = len(prompt.token_ids)
+    bad = [t for t in prompt.token_ids if not 0 <= t < spec.vocab_size]
+    if bad:
+        raise UserError(f"token id {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")
+    if length >= spec.max_positions:
+        raise UserError(
+            f"the prompt has {length} tokens; the model has {spec.max_positions} positions, one of them for an answer."
+        )
+    longest = length + min(params.max_new_tokens, spec.max_positions - length) - 1
+    if pool.sharding.num_blocks(longest) > pool.num_blocks:
+        raise UserError(
+            f"the prompt has {length} tokens and may grow to {longest}; the KV pool holds {pool.capacity_tokens}. "
+            "Raise kv_cache_gib or decode_context_parallel_size, or lower max_new_tokens."
+        )
+    if length > config.max_num_batched_tokens:
+        raise refuse(
+            "chunked_prefill",
+            f"the prompt has {length} tokens, max_num_batched_tokens is {config.max_num_batched_tokens}",
+        )
+
+
+def read_input(path: str, tokenizer: Any | None) -> tuple[list[InputLine], list[str]]:
+    """Prompts of a JSON Lines file in file order, and a sentence for each line that is not one.
+
+    Blank lines are passed over. A bad line still counts in `prompt_index`, so that indices do not depend on how bad
+    lines are treated. UserError when the file cannot be read or holds no line at all.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"input {path}: {getattr(error, 'strerror', None) or error}.") from error
+    inputs: list[InputLine] = []
+    complaints: list[str] = []
+    seen: dict[str, int] = {}
+    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not filled:
+        raise UserError(f"input {path}: the file is empty; one JSON object per line was wanted.")
+    for index, (number, line) in enumerate(filled):
+        try:
+            inputs.append(_parse_line(line, index, tokenizer))
+            first = seen.setdefault(inputs[-1].prompt.id, number)
+            if first != number:
+                inputs.pop()
+                raise UserError(f'"id" is the same as in line {first}; ids must differ, they seed the samples.')
+        except UserError as error:
+            complaints.append(f"input {path}, line {number}: {error}")
+    return inputs, complaints
+
+
+def _parse_line(line: str, index: int, tokenizer: Any | None) -> InputLine:
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"not valid JSON: {error}.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"found {json.dumps(data)[:40]}; an object was wanted.")
+    answer = data.get("answer")
+    return InputLine(as_prompt(data, index, tokenizer), answer if isinstance(answer, str) else None)
+
+
+def _token_ids(form: str, value: Any, tokenizer: Any | None) -> tuple[int, ...]:
+    if form == "prompt_token_ids":
+        if not isinstance(value, Sequence) or not all(isinstance(t, int) and not isinstance(t, bool) for t in value):
+            raise UserError('"prompt_token_ids" must be a list of whole numbers.')
+        return tuple(value)
+    if tokenizer is None:
+        raise UserError(f'"{form}" needs a tokenizer, the model folder has none. Use "prompt_token_ids".')
+    if form == "prompt":
+        if not isinstance(value, str):
+            raise UserError(f'"prompt" is {json.dumps(value)[:40]}; a text was wanted.')
+        return tuple(tokenizer(value)["input_ids"])
+    if not isinstance(value, Sequence) or not value or not all(isinstance(m, Mapping) for m in value):
+        raise UserError('"messages" must be a list of objects with "role" and "content".')
+    try:
+        return tuple(tokenizer.apply_chat_template(list(value), add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # templates are programs of the model's author and raise what they like
+        raise UserError(f'"messages" do not fit the chat template: {error}.') from error

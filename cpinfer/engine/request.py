@@ -1,0 +1,88 @@
+"""A request, its running sequence, and its result."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cpinfer.config import SamplingParams
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as token ids, at least one. `id` names it in results and in its randomness; `index` is its place."""
+
+    index: int
+    id: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SampledToken:
+    """One token, with its logprob in the model's distribution and in the processed one it was drawn from."""
+
+    token_id: int
+    logprob: float
+    processed_logprob: float
+
+
+@dataclass
+class Sequence:
+    """One sample of one prompt while it runs: what the scheduler knows of it."""
+
+    prompt: Prompt
+    sample_index: int
+    params: SamplingParams
+    max_new_tokens: int
+    submitted_s: float = field(default_factory=time.perf_counter)
+    blocks: list[int] = field(default_factory=list)
+    sampled: list[SampledToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    first_token_s: float | None = None
+    finished_s: float | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens generated so far."""
+        return [s.token_id for s in self.sampled]
+
+    @property
+    def last_token_id(self) -> int:
+        return self.sampled[-1].token_id
+
+    @property
+    def next_position(self) -> int:
+        """Position of the newest token, which the next decode step computes."""
+        return len(self.prompt.token_ids) + len(self.sampled) - 1
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens whose KV it may come to hold: the last token it generates is never computed."""
+        return len(self.prompt.token_ids) + self.max_new_tokens - 1
+
+
+@dataclass(frozen=True)
+class RolloutResult:
+    """One finished sample; its fields are the keys of an output line.
+
+    `token_ids` includes the stop token that ended it. `logprobs` are the raw distribution's (temperature 1, nothing
+    processed), `processed_logprobs` those of the distribution that was sampled from: 0 under greedy decoding, which
+    leaves one token. `ttft_s` counts from submission; `tpot_s` is null for a single token. `text` is null without a
+    tokenizer.
+    """
+
+    id: str
+    prompt_index: int
+    sample_index: int
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    text: str | None
+    logprobs: tuple[float, ...]
+    processed_logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    ttft_s: float
+    tpot_s: float | None
+    weights_version: int

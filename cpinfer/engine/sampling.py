@@ -1,0 +1,77 @@
+"""Choosing tokens: one vectorised pass per set of sampling parameters, randomness by counter.
+
+The random number of a token is a pure function of (seed, prompt id, sample, token index). There is no state to save or
+to move, so a sequence may change rank, be batched with anything, or be computed again, and its text stays what it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from collections.abc import Sequence as ListLike
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpinfer.engine.request import SampledToken, Sequence
+from cpinfer.models.logits import logits_processors
+
+
+def sample_tokens(logits: Tensor, sequences: ListLike[Sequence]) -> list[SampledToken]:
+    """One token for each row of `logits [N, vocab]`, float32, chosen as each row's sequence wants. Empty for N = 0."""
+    by_params: dict[object, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        by_params.setdefault(sequence.params, []).append(row)
+    sampled: list[SampledToken | None] = [None] * len(sequences)
+    for rows in by_params.values():
+        chosen = _sample_alike(logits[rows], [sequences[row] for row in rows])
+        for row, token in zip(rows, chosen, strict=True):
+            sampled[row] = token
+    return [token for token in sampled if token is not None]
+
+
+def _sample_alike(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+    """Sample rows whose sequences share their sampling parameters."""
+    params = sequences[0].params
+    scores = _process(logits, sequences)
+    if params.greedy:
+        tokens = scores.argmax(dim=-1)
+        processed = torch.zeros(len(sequences))
+    else:
+        logprobs = torch.log_softmax(scores, dim=-1)
+        tokens = _draw(logprobs, [uniform(s) for s in sequences])
+        processed = _pick(logprobs, tokens)
+    raw = _pick(torch.log_softmax(logits, dim=-1), tokens)
+    return [SampledToken(*row) for row in zip(tokens.tolist(), raw.tolist(), processed.tolist(), strict=True)]
+
+
+def _process(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    params = sequences[0].params
+    processors: Callable[[Tensor, Tensor], Tensor] = logits_processors(params)
+    if params.repetition_penalty == 1:
+        empty = torch.empty(len(sequences), 0, dtype=torch.long, device=logits.device)
+        return processors(empty, logits.clone())
+    # The penalty looks at the text so far, whose length differs from row to row.
+    histories = [torch.tensor([[*s.prompt.token_ids, *s.token_ids]], device=logits.device) for s in sequences]
+    return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])
+
+
+def _draw(logprobs: Tensor, uniforms: list[float]) -> Tensor:
+    """Where each uniform number falls in the cumulative distribution, tokens in order of their ids."""
+    cumulative = logprobs.double().exp().cumsum(dim=-1)
+    at = torch.tensor(uniforms, dtype=torch.float64, device=logprobs.device) * cumulative[:, -1]
+    # right=True: a token without probability ends where it starts and can never be met.
+    return torch.searchsorted(cumulative, at.unsqueeze(-1), right=True).squeeze(-1)
+
+
+def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
+    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def uniform(sequence: Sequence) -> float:
+    """The random number in [0, 1) of a sequence's next token (Philox, Salmon et al., SC 2011)."""
+    prompt_key = int.from_bytes(hashlib.blake2b(sequence.prompt.id.encode(), digest_size=8).digest())
+    counter = [len(sequence.sampled), sequence.sample_index, prompt_key, 0]
+    bits = int(np.random.Philox(key=sequence.params.seed, counter=counter).random_raw())
+    return (bits >> 11) / 2**53

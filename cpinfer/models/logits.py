@@ -1,0 +1,37 @@
+"""Which tokens may be chosen: Transformers' own logits processors, built from sampling parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from cpinfer.config import SamplingParams
+
+
+def logits_processors(params: SamplingParams) -> Any:
+    """A callable `(input_ids [N, L], scores [N, vocab]) -> scores`, in the order `generate` applies them.
+
+    Under greedy decoding only the repetition penalty is left: the others never change which token is likeliest.
+    """
+    processors = LogitsProcessorList()
+    if params.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(penalty=params.repetition_penalty))
+    if params.greedy:
+        return processors
+    if params.temperature != 1:
+        processors.append(TemperatureLogitsWarper(params.temperature))
+    if params.top_k > 0:
+        processors.append(TopKLogitsWarper(top_k=params.top_k))
+    if params.top_p < 1:
+        processors.append(TopPLogitsWarper(top_p=params.top_p))
+    if params.min_p > 0:
+        processors.append(MinPLogitsWarper(min_p=params.min_p))
+    return processors
