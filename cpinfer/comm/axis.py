@@ -16,6 +16,9 @@ from torch import Tensor
 
 from cpinfer.errors import PeerLostError
 
+# torch 2.13 gave the same function this shorter name and deprecates the old one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 
 class AxisComm(Protocol):
     """Collectives along one axis. Every rank of the axis makes the same calls in the same order, with equal shapes."""
@@ -70,7 +73,7 @@ class ProcessGroupComm:
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.size, *x.shape)
         with _peer_loss("all_gather"):
-            dist.all_gather_into_tensor(out.view(-1), x.contiguous().view(-1), group=self.group)
+            _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
         return _reorder(out, self._to_group)
 
     def all_to_all(self, x: Tensor) -> Tensor:

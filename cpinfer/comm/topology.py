@@ -85,6 +85,10 @@ class Topology:
         """Whether this rank speaks for its dp replica."""
         return self.replica.index == 0
 
+    def owning(self, groups: Sequence[Any]) -> Topology:
+        """The same topology, which also destroys `groups` when it closes."""
+        return dataclasses.replace(self, owned_groups=(*self.owned_groups, *groups))
+
     def close(self) -> None:
         """Destroy the groups made here; the job's own are left alone."""
         for group in self.owned_groups:

@@ -21,8 +21,9 @@ _FORMS = ("prompt", "prompt_token_ids", "messages")
 
 @dataclass(frozen=True)
 class InputLine:
-    """A prompt of an input file, with the answer the file expects, if it names one."""
+    """A prompt of an input file: its line number there, and the answer the file expects, if it names one."""
 
+    number: int
     prompt: Prompt
     answer: str | None
 
@@ -88,17 +89,17 @@ def read_input(path: str, tokenizer: Any | None) -> tuple[list[InputLine], list[
         raise UserError(f"input {path}: the file is empty; one JSON object per line was wanted.")
     for index, (number, line) in enumerate(filled):
         try:
-            inputs.append(_parse_line(line, index, tokenizer))
-            first = seen.setdefault(inputs[-1].prompt.id, number)
+            prompt, answer = _parse_line(line, index, tokenizer)
+            first = seen.setdefault(prompt.id, number)
             if first != number:
-                inputs.pop()
                 raise UserError(f'"id" is the same as in line {first}; ids must differ, they seed the samples.')
+            inputs.append(InputLine(number, prompt, answer))
         except UserError as error:
             complaints.append(f"input {path}, line {number}: {error}")
     return inputs, complaints
 
 
-def _parse_line(line: str, index: int, tokenizer: Any | None) -> InputLine:
+def _parse_line(line: str, index: int, tokenizer: Any | None) -> tuple[Prompt, str | None]:
     try:
         data = json.loads(line)
     except ValueError as error:
@@ -106,7 +107,7 @@ def _parse_line(line: str, index: int, tokenizer: Any | None) -> InputLine:
     if not isinstance(data, dict):
         raise UserError(f"found {json.dumps(data)[:40]}; an object was wanted.")
     answer = data.get("answer")
-    return InputLine(as_prompt(data, index, tokenizer), answer if isinstance(answer, str) else None)
+    return as_prompt(data, index, tokenizer), answer if isinstance(answer, str) else None
 
 
 def _token_ids(form: str, value: Any, tokenizer: Any | None) -> tuple[int, ...]:

@@ -1,0 +1,111 @@
+"""Starting and ending the processes' common life: what the launcher said, the default group, how a rank dies.
+
+The environment is an argument here; only tools read it.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from cpinfer.errors import PeerLostError, UserError
+
+# How long a collective may wait for a rank that is alive but slow: a cold kernel build, a large checkpoint.
+_TIMEOUT = datetime.timedelta(minutes=30)
+
+# Words of gloo and NCCL for "the other end is gone".
+_PEER_LOSS_WORDS = (
+    "closed by peer",
+    "connection reset",
+    "broken pipe",
+    "socket closed",
+    "remote process exited",
+    "ncclremoteerror",
+)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher (deepspeed, torchrun, accelerate) tells its processes; one process where none was used."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Launch:
+        return cls(
+            rank=int(environ.get("RANK", 0)),
+            local_rank=int(environ.get("LOCAL_RANK", 0)),
+            world_size=int(environ.get("WORLD_SIZE", 1)),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextmanager
+def default_group(launch: Launch) -> Iterator[None]:
+    """The default process group for the length of the block: gloo on CPU, NCCL beside it on CUDA.
+
+    After an error it is not torn down in an orderly way, since that would wait for ranks that may wait for us.
+    """
+    if launch.world_size == 1:
+        yield
+        return
+    cuda = launch.device.type == "cuda"
+    if cuda:
+        torch.cuda.set_device(launch.device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    yield
+    dist.destroy_process_group()
+
+
+def check_together(launch: Launch, complaint: str | None) -> None:
+    """Raise UserError on every rank when any rank has a complaint: the lowest such rank's. Collective."""
+    complaints: list[str | None] = [complaint]
+    if launch.world_size > 1:
+        complaints = [None] * launch.world_size
+        dist.all_gather_object(complaints, complaint)
+    for found in complaints:
+        if found is not None:
+            raise UserError(found)
+
+
+def share_from_first(launch: Launch, value: str) -> str:
+    """Rank 0's `value`, on every rank. Collective."""
+    if launch.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def world_size_error(world_size: int, grid_size: int, dp_is_free: bool) -> str | None:
+    """Why a world does not fit a layout, with the likely cause; None when it fits."""
+    fits = world_size % grid_size == 0 if dp_is_free else world_size == grid_size
+    if fits:
+        return None
+    wanted = f"a multiple of {grid_size}" if dp_is_free else str(grid_size)
+    hint = f"Start {grid_size} processes, or change the layout."
+    if world_size == 1:
+        hint = (
+            f"Start it with `deepspeed --num_gpus {grid_size}` or `torchrun --nproc-per-node {grid_size}`. "
+            "On CPU `accelerate launch` starts one process unless it is called as "
+            f"`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes {grid_size}`."
+        )
+    return f"{world_size} process(es) were started, the layout needs {wanted} (tp x pcp x dp). {hint}"
+
+
+def is_peer_loss(error: BaseException) -> bool:
+    """Whether `error` only echoes the end of another rank (a framework's own collectives raise what they like)."""
+    if isinstance(error, PeerLostError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in words for word in _PEER_LOSS_WORDS)

@@ -1,0 +1,105 @@
+"""DeepSpeed: a topology from an engine that a job holds, or an inference engine for a job that has none yet.
+
+Two of DeepSpeed's habits are worked around here (seen in 0.19). Its shared-memory collectives for CPU ignore process
+groups and are compiled on first use, so they are switched off. And `init_inference` builds its tensor-parallel group
+from ranks `0..tp-1` alone, unless it is given both an `mpu` and a `tp_group`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.inference.engine import InferenceEngine
+
+from cpinfer.comm.topology import Topology
+from cpinfer.layout.grid import RankGrid
+from cpinfer.models.kv_expansion import expand_kv_heads
+
+
+def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
+    """The topology of a DeepSpeed engine: its own tensor-parallel group, and its data-parallel ranks lent to prefill.
+
+    `engine` comes from `deepspeed.init_inference`, or from `deepspeed.initialize` with or without `autotp_size`. By
+    default all data-parallel ranks become one pcp axis; a smaller `pcp_size` leaves the rest as dp replicas. `dcp_size`
+    defaults to `pcp_size`. Groups that the engine has are used as they are; only missing ones are created. Collective.
+    """
+    tp_group, lent = _groups_of(engine)
+    tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+    num_replicas = dist.get_world_size() // tp_size if dist.is_initialized() else 1
+    pcp_size = pcp_size or num_replicas
+    if num_replicas % pcp_size:
+        raise ValueError(f"pcp={pcp_size} does not divide the engine's {num_replicas} data-parallel ranks")
+    grid = RankGrid(tp_size, pcp_size, dcp_size or pcp_size, num_replicas // pcp_size)
+    return Topology.from_world(grid, tp_group=tp_group, lent=lent)
+
+
+def init_distributed() -> None:
+    """Make DeepSpeed use the default process group, which must exist, without compiling anything."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+
+
+@dataclass(frozen=True)
+class LaunchedInference:
+    """A DeepSpeed inference engine, its model sharded by tensor parallelism, and the topology around it."""
+
+    engine: Any
+    topology: Topology
+
+    @property
+    def module(self) -> Any:
+        return self.engine.module
+
+
+def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> LaunchedInference:
+    """Shard `model` over the tp axis of `grid` with DeepSpeed's AutoTP, for jobs that have no engine yet.
+
+    `model` is a Hugging Face causal LM, whole on every rank; it is changed in place, its K/V heads expanded first where
+    tp exceeds them. The default process group must exist. Collective over all ranks. The groups made here belong to the
+    topology.
+    """
+    init_distributed()
+    tp_group, owned = None, []
+    for ranks in grid.tp_groups:
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            tp_group, owned = group, [group]
+    expand_kv_heads(model, grid.tp_size)
+    engine = deepspeed.init_inference(
+        model,
+        dtype=dtype,
+        replace_with_kernel_inject=False,
+        tensor_parallel={"tp_size": grid.tp_size, "mpu": _ModelParallelUnit(tp_group), "tp_group": tp_group},
+    )
+    topology = topology_from(engine, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size)
+    return LaunchedInference(engine, topology.owning(owned))
+
+
+@dataclass(frozen=True)
+class _ModelParallelUnit:
+    """What DeepSpeed asks of Megatron's `mpu`: which group, how large, and where in it this rank is."""
+
+    group: Any
+
+    def get_model_parallel_group(self) -> Any:
+        return self.group
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self.group)
+
+
+def _groups_of(engine: Any) -> tuple[Any | None, list[Any]]:
+    """The engine's tensor-parallel group (None without tensor parallelism), and its other groups an axis may use."""
+    if isinstance(engine, InferenceEngine):
+        return engine.mp_group, []
+    if engine.autotp_size() > 1:
+        mpu = engine.mpu
+        return mpu.get_tensor_model_parallel_group(), [mpu.get_data_parallel_group()]
+    return None, []

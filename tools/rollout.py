@@ -1,0 +1,359 @@
+"""Generate rollouts from a file of prompts: the project's main job.
+
+    deepspeed --num_gpus 8 tools/rollout.py --config configs/pcp2_dcp2.json
+    torchrun --nproc-per-node 2 tools/rollout.py --config configs/pcp2.json
+    python tools/rollout.py --config configs/single.json
+
+Bad config or input is found before any model is loaded (exit 2); any failure ends every rank (exit 1). Progress and a
+table go to stderr; the last line that rank 0 writes to stdout is the summary, one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+import transformers
+from tqdm import tqdm
+
+import cpinfer
+from cpinfer.comm.bootstrap import (
+    Launch,
+    check_together,
+    default_group,
+    is_peer_loss,
+    share_from_first,
+    world_size_error,
+)
+from cpinfer.config import Config, config_to_dict, load_config
+from cpinfer.engine.attach import layout_sizes
+from cpinfer.engine.engine import affordable_pool
+from cpinfer.engine.metrics import SampleMetrics, format_summary, summarize
+from cpinfer.engine.output import (
+    Existing,
+    ResultWriter,
+    SampleKey,
+    check_output,
+    check_resumable,
+    default_output,
+    join_parts,
+    meta_path,
+    part_path,
+    read_finished,
+    remove_results,
+    summary_path,
+    write_json,
+)
+from cpinfer.engine.prompts import InputLine, check_prompt, read_input
+from cpinfer.errors import UserError
+from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.rules import layout_errors
+from cpinfer.models.loading import load_model, load_spec, load_tokenizer
+from cpinfer.models.spec import ModelSpec
+
+EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
+# How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
+PEER_GRACE_S = 5.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rollout that is known to be runnable: all of this is worked out before a model is loaded."""
+
+    config: Config
+    spec: ModelSpec
+    grid: RankGrid
+    tokenizer: Any | None
+    inputs: tuple[InputLine, ...]
+    skipped: tuple[str, ...]
+    output: Path
+    existing: Existing
+    meta: dict[str, Any]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing: with many ranks only one should speak."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
+    parser.add_argument("--input", metavar="FILE", help="prompts, JSON Lines; wins over the config")
+    parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
+    existing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--skip-bad-prompts", action="store_true", help="report bad lines of the input, run the rest")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    launch = Launch.from_environ(os.environ)
+    transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
+    try:
+        return run(launch, argv)
+    except UserError as error:
+        # Every rank has found or been told the same error, so one voice is enough.
+        if launch.rank == 0:
+            print(f"rollout: {error}", file=sys.stderr, flush=True)
+        _leave_together()
+        return EXIT_BAD_INPUT
+    except BaseException as error:
+        if launch.world_size == 1:
+            raise
+        _die(launch, error)
+
+
+def run(launch: Launch, argv: Sequence[str] | None) -> int:
+    job, complaint = _prepared(lambda: prepare(launch, parse_args(argv)))
+    with default_group(launch):
+        check_together(launch, complaint)
+        assert job is not None, "without a complaint there is a job"
+        job = replace(job, output=Path(share_from_first(launch, str(job.output))))
+        return rollout(launch, job, dry_run=parse_args(argv).dry_run)
+
+
+def prepare(launch: Launch, args: argparse.Namespace) -> Job:
+    """Check everything that can be checked without the weights. UserError says what is wrong."""
+    config = load_config(args.config, args.set)
+    config = replace(config, input=args.input or config.input, output=args.output or config.output)
+    if config.model is None:
+        raise UserError(f'config {args.config}: "model" is missing; a Hugging Face id or a folder was wanted.')
+    if config.input is None:
+        raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
+    spec = load_spec(config.model)
+    errors = layout_errors(layout_sizes(spec, config, config.data_parallel_size or 1), "engine")
+    if errors:
+        raise UserError(f"config {args.config}: " + " ".join(errors))
+    grid = _grid(launch, config)
+    tokenizer = load_tokenizer(config.model)
+    if config.sampling.stop and tokenizer is None:
+        raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
+    inputs, complaints = _read_prompts(config, spec, launch, tokenizer)
+    if complaints and not args.skip_bad_prompts:
+        more = f" ({len(complaints) - 1} more bad lines)" if len(complaints) > 1 else ""
+        raise UserError(f"{complaints[0]}{more} Mend the input, or pass --skip-bad-prompts to run the rest.")
+    if not inputs:
+        raise UserError(f"input {config.input}: no line can be run. {complaints[0]}")
+    output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
+    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
+    check_output(output, existing)
+    meta = describe_run(config, grid, launch)
+    if existing == "resume":
+        check_resumable(output, meta)
+    return Job(config, spec, grid, tokenizer, tuple(inputs), tuple(complaints), output, existing, meta)
+
+
+def rollout(launch: Launch, job: Job, *, dry_run: bool) -> int:
+    """Load, generate, write. Collective over all ranks."""
+    is_first = launch.rank == 0
+    if is_first:
+        print(_headline(job), file=sys.stderr)
+        for complaint in job.skipped:
+            print(f"rollout: skipped: {complaint}", file=sys.stderr)
+    if dry_run:
+        pool = affordable_pool(job.spec, job.config, job.config.dtype, launch.device)
+        summary = {"dry_run": True, "num_prompts": len(job.inputs), "kv_capacity_tokens": pool.capacity_tokens}
+        if is_first:
+            print(json.dumps({**summary, "layout": job.meta["layout"]}))
+        return EXIT_DONE
+    done = _open_output(job) if is_first else frozenset()
+    done = frozenset(map(tuple, json.loads(share_from_first(launch, json.dumps(sorted(done))))))
+
+    with ExitStack() as stack:
+        model, topology = _load(launch, job)
+        stack.callback(topology.close)
+        engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
+        start_s = time.perf_counter()
+        samples = _generate(engine, topology, job, done)
+        wall_s = time.perf_counter() - start_s
+        everyone = _gather_samples(launch, samples if topology.is_writer else [])
+        capacity = engine.kv_capacity_tokens
+    summary = {
+        **summarize(everyone, len(job.inputs), wall_s),
+        "kv_capacity_tokens": capacity,
+        "kv_capacity_tokens_total": capacity * job.grid.dp_size,
+        "num_samples_resumed": len(done),
+        "layout": job.meta["layout"],
+        "output": str(job.output),
+    }
+    if is_first:
+        join_parts(job.output)
+        write_json(summary_path(job.output), summary)
+        if job.config.wandb is not None:
+            from cpinfer_integrations.wandb import log_run
+
+            log_run(job.config.wandb, job.meta, summary, job.output, has_api_key="WANDB_API_KEY" in os.environ)
+        print(format_summary(summary), file=sys.stderr, flush=True)
+        print(json.dumps(summary), flush=True)
+    return EXIT_DONE
+
+
+def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, Any]:
+    """What OUTPUT.meta.json says: everything needed to make the output again."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
+    if config.tp_size > 1:
+        import deepspeed
+
+        versions["deepspeed"] = deepspeed.__version__
+    sizes = {"tp": grid.tp_size, "pcp": grid.pcp_size, "dcp": grid.dcp_size, "dp": grid.dp_size}
+    device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else platform.processor()
+    return {
+        "config": config_to_dict(config),
+        "versions": versions,
+        "git_revision": _git_revision(),
+        "layout": {**sizes, "world_size": grid.world_size},
+        "device": device or launch.device.type,
+    }
+
+
+def _prepared(prepare: Callable[[], Job]) -> tuple[Job | None, str | None]:
+    """A job, or the complaint that keeps it from being one; the ranks compare complaints once they can talk."""
+    try:
+        return prepare(), None
+    except UserError as error:
+        return None, str(error)
+
+
+def _grid(launch: Launch, config: Config) -> RankGrid:
+    per_replica = config.tp_size * config.pcp_size
+    dp_is_free = config.data_parallel_size is None
+    grid_size = per_replica * (config.data_parallel_size or 1)
+    error = world_size_error(launch.world_size, grid_size, dp_is_free)
+    if error:
+        raise UserError(error)
+    return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, launch.world_size // per_replica)
+
+
+def _read_prompts(
+    config: Config, spec: ModelSpec, launch: Launch, tokenizer: Any | None
+) -> tuple[list[InputLine], list[str]]:
+    assert config.input is not None
+    inputs, complaints = read_input(config.input, tokenizer)
+    pool = affordable_pool(spec, config, config.dtype, launch.device)
+    good = []
+    for line in inputs:
+        try:
+            check_prompt(line.prompt, config.sampling, spec, config, pool)
+            good.append(line)
+        except UserError as error:
+            complaints.append(f"input {config.input}, line {line.number}: {error}")
+    return good, complaints
+
+
+def _load(launch: Launch, job: Job) -> tuple[Any, cpinfer.Topology]:
+    """The model and the topology around it: DeepSpeed shards the weights when there is tensor parallelism."""
+    assert job.config.model is not None
+    dtype = getattr(torch, job.config.dtype)
+    if job.grid.tp_size == 1:
+        model = load_model(job.config.model, dtype).to(launch.device)
+        return model, cpinfer.Topology.from_world(job.grid)
+    from cpinfer_integrations.deepspeed import launch_inference
+
+    launched = launch_inference(load_model(job.config.model, dtype), job.grid, dtype=dtype)
+    return launched.module, launched.topology
+
+
+def _open_output(job: Job) -> frozenset[SampleKey]:
+    """Make place for the results; the samples that are there already when resuming."""
+    job.output.parent.mkdir(parents=True, exist_ok=True)
+    if job.existing == "overwrite":
+        remove_results(job.output)
+    done = read_finished(job.output) if job.existing == "resume" else frozenset()
+    write_json(meta_path(job.output), job.meta)
+    return done
+
+
+def _generate(
+    engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job, done: frozenset[SampleKey]
+) -> list[SampleMetrics]:
+    """Run this dp replica's share of the prompts; its first rank writes each sample as it finishes."""
+    dp_rank = topology.coords.dp_rank
+    share = job.inputs[dp_rank :: job.grid.dp_size]
+    answers = {line.prompt.index: line.answer for line in share}
+    stream = engine.stream([line.prompt for line in share], job.config.sampling, skip=done)
+    if not topology.is_writer:
+        for _ in stream:
+            pass
+        return []
+    samples = []
+    total = len(share) * job.config.sampling.n - sum(1 for index, _ in done if index in answers)
+    with (
+        ResultWriter(part_path(job.output, dp_rank)) as writer,
+        tqdm(total=total, unit="sample", disable=topology.rank != 0 or None, file=sys.stderr) as bar,
+    ):
+        for result in stream:
+            writer.write(result)
+            samples.append(SampleMetrics.of(result, answers[result.prompt_index]))
+            bar.update()
+    return samples
+
+
+def _gather_samples(launch: Launch, samples: list[SampleMetrics]) -> list[SampleMetrics]:
+    if launch.world_size == 1:
+        return samples
+    parts: list[list[SampleMetrics]] = [[] for _ in range(launch.world_size)]
+    dist.all_gather_object(parts, samples)
+    return [sample for part in parts for sample in part]
+
+
+def _headline(job: Job) -> str:
+    grid = job.grid
+    return (
+        f"{job.config.model} ({job.config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
+        f"dcp={grid.dcp_size} dp={grid.dp_size}; {len(job.inputs)} prompts x {job.config.sampling.n} -> {job.output}"
+    )
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _leave_together() -> None:
+    """End the default group once every rank has come here, so that no launcher kills the one that is printing."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def _die(launch: Launch, error: BaseException) -> NoReturn:
+    """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
+    if is_peer_loss(error):
+        time.sleep(PEER_GRACE_S)
+        print(f"rollout: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
+    else:
+        print(f"rollout: rank {launch.rank} failed", file=sys.stderr)
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    os._exit(EXIT_FAILURE)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
