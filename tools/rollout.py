@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,8 +33,8 @@ from tqdm import tqdm
 import cpinfer
 from cpinfer.comm.bootstrap import (
     Launch,
-    check_together,
     default_group,
+    first_complaint,
     is_peer_loss,
     share_from_first,
     world_size_error,
@@ -48,18 +48,16 @@ from cpinfer.engine.output import (
     ResultWriter,
     SampleKey,
     check_output,
-    check_resumable,
     default_output,
     join_parts,
-    meta_path,
+    open_output,
     part_path,
     read_finished,
-    remove_results,
     summary_path,
     write_json,
 )
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
-from cpinfer.errors import UserError
+from cpinfer.errors import EngineFaultError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import layout_errors
 from cpinfer.models.loading import load_model, load_spec, load_tokenizer
@@ -82,7 +80,9 @@ class Job:
     skipped: tuple[str, ...]
     output: Path
     existing: Existing
+    done: frozenset[SampleKey]
     meta: dict[str, Any]
+    dry_run: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -114,12 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
     try:
         return run(launch, argv)
-    except UserError as error:
-        # Every rank has found or been told the same error, so one voice is enough.
-        if launch.rank == 0:
-            print(f"rollout: {error}", file=sys.stderr, flush=True)
-        _leave_together()
-        return EXIT_BAD_INPUT
+    except SystemExit:  # --help
+        raise
     except BaseException as error:
         if launch.world_size == 1:
             raise
@@ -127,12 +123,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(launch: Launch, argv: Sequence[str] | None) -> int:
-    job, complaint = _prepared(lambda: prepare(launch, parse_args(argv)))
+    job, complaint = _prepared(launch, argv)
     with default_group(launch):
-        check_together(launch, complaint)
+        # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
+        complaint = first_complaint(launch, complaint)
+        if complaint is not None:
+            if launch.rank == 0:
+                print(f"rollout: {complaint}", file=sys.stderr, flush=True)
+            return EXIT_BAD_INPUT
         assert job is not None, "without a complaint there is a job"
+        # Each rank has read its own clock for a default name; the first rank's is the one.
         job = replace(job, output=Path(share_from_first(launch, str(job.output))))
-        return rollout(launch, job, dry_run=parse_args(argv).dry_run)
+        return rollout(launch, job)
 
 
 def prepare(launch: Launch, args: argparse.Namespace) -> Job:
@@ -161,33 +163,43 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
     check_output(output, existing)
     meta = describe_run(config, grid, launch)
-    if existing == "resume":
-        check_resumable(output, meta)
-    return Job(config, spec, grid, tokenizer, tuple(inputs), tuple(complaints), output, existing, meta)
+    done = read_finished(output, meta) if existing == "resume" else frozenset[SampleKey]()
+    return Job(
+        config=config,
+        spec=spec,
+        grid=grid,
+        tokenizer=tokenizer,
+        inputs=tuple(inputs),
+        skipped=tuple(complaints),
+        output=output,
+        existing=existing,
+        done=done,
+        meta=meta,
+        dry_run=args.dry_run,
+    )
 
 
-def rollout(launch: Launch, job: Job, *, dry_run: bool) -> int:
+def rollout(launch: Launch, job: Job) -> int:
     """Load, generate, write. Collective over all ranks."""
     is_first = launch.rank == 0
     if is_first:
         print(_headline(job), file=sys.stderr)
         for complaint in job.skipped:
             print(f"rollout: skipped: {complaint}", file=sys.stderr)
-    if dry_run:
+    if job.dry_run:
         pool = affordable_pool(job.spec, job.config, job.config.dtype, launch.device)
-        summary = {"dry_run": True, "num_prompts": len(job.inputs), "kv_capacity_tokens": pool.capacity_tokens}
+        checked = {"num_prompts": len(job.inputs), "kv_capacity_tokens": pool.capacity_tokens}
         if is_first:
-            print(json.dumps({**summary, "layout": job.meta["layout"]}))
+            print(json.dumps({"dry_run": True, **checked, "layout": job.meta["layout"]}), flush=True)
         return EXIT_DONE
-    done = _open_output(job) if is_first else frozenset()
-    done = frozenset(map(tuple, json.loads(share_from_first(launch, json.dumps(sorted(done))))))
-
+    if is_first:
+        open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
         model, topology = _load(launch, job)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
-        samples = _generate(engine, topology, job, done)
+        samples = _generate(engine, topology, job)
         wall_s = time.perf_counter() - start_s
         everyone = _gather_samples(launch, samples if topology.is_writer else [])
         capacity = engine.kv_capacity_tokens
@@ -195,7 +207,7 @@ def rollout(launch: Launch, job: Job, *, dry_run: bool) -> int:
         **summarize(everyone, len(job.inputs), wall_s),
         "kv_capacity_tokens": capacity,
         "kv_capacity_tokens_total": capacity * job.grid.dp_size,
-        "num_samples_resumed": len(done),
+        "num_samples_resumed": len(job.done),
         "layout": job.meta["layout"],
         "output": str(job.output),
     }
@@ -220,20 +232,20 @@ def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, An
 
         versions["deepspeed"] = deepspeed.__version__
     sizes = {"tp": grid.tp_size, "pcp": grid.pcp_size, "dcp": grid.dcp_size, "dp": grid.dp_size}
-    device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else platform.processor()
+    device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else platform.machine()
     return {
         "config": config_to_dict(config),
         "versions": versions,
         "git_revision": _git_revision(),
         "layout": {**sizes, "world_size": grid.world_size},
-        "device": device or launch.device.type,
+        "device": device,
     }
 
 
-def _prepared(prepare: Callable[[], Job]) -> tuple[Job | None, str | None]:
-    """A job, or the complaint that keeps it from being one; the ranks compare complaints once they can talk."""
+def _prepared(launch: Launch, argv: Sequence[str] | None) -> tuple[Job | None, str | None]:
+    """A job, or the complaint that keeps it from being one."""
     try:
-        return prepare(), None
+        return prepare(launch, parse_args(argv)), None
     except UserError as error:
         return None, str(error)
 
@@ -277,30 +289,18 @@ def _load(launch: Launch, job: Job) -> tuple[Any, cpinfer.Topology]:
     return launched.module, launched.topology
 
 
-def _open_output(job: Job) -> frozenset[SampleKey]:
-    """Make place for the results; the samples that are there already when resuming."""
-    job.output.parent.mkdir(parents=True, exist_ok=True)
-    if job.existing == "overwrite":
-        remove_results(job.output)
-    done = read_finished(job.output) if job.existing == "resume" else frozenset()
-    write_json(meta_path(job.output), job.meta)
-    return done
-
-
-def _generate(
-    engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job, done: frozenset[SampleKey]
-) -> list[SampleMetrics]:
+def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> list[SampleMetrics]:
     """Run this dp replica's share of the prompts; its first rank writes each sample as it finishes."""
     dp_rank = topology.coords.dp_rank
     share = job.inputs[dp_rank :: job.grid.dp_size]
     answers = {line.prompt.index: line.answer for line in share}
-    stream = engine.stream([line.prompt for line in share], job.config.sampling, skip=done)
+    stream = engine.stream([line.prompt for line in share], job.config.sampling, skip=job.done)
     if not topology.is_writer:
         for _ in stream:
             pass
         return []
     samples = []
-    total = len(share) * job.config.sampling.n - sum(1 for index, _ in done if index in answers)
+    total = len(share) * job.config.sampling.n - sum(1 for index, _ in job.done if index in answers)
     with (
         ResultWriter(part_path(job.output, dp_rank)) as writer,
         tqdm(total=total, unit="sample", disable=topology.rank != 0 or None, file=sys.stderr) as bar,
@@ -336,16 +336,13 @@ def _git_revision() -> str | None:
         return None
 
 
-def _leave_together() -> None:
-    """End the default group once every rank has come here, so that no launcher kills the one that is printing."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
 def _die(launch: Launch, error: BaseException) -> NoReturn:
     """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
-    if is_peer_loss(error):
+    if isinstance(error, EngineFaultError):  # every rank has found the same
+        if launch.rank == 0:
+            print(f"rollout: {error}", file=sys.stderr, flush=True)
+        time.sleep(PEER_GRACE_S if launch.rank else 0)
+    elif is_peer_loss(error):
         time.sleep(PEER_GRACE_S)
         print(f"rollout: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
     else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cpinfer.errors import PeerLostError, UserError
+from cpinfer.errors import PeerLostError
 
 # How long a collective may wait for a rank that is alive but slow: a cold kernel build, a large checkpoint.
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -67,15 +67,13 @@ def default_group(launch: Launch) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def check_together(launch: Launch, complaint: str | None) -> None:
-    """Raise UserError on every rank when any rank has a complaint: the lowest such rank's. Collective."""
+def first_complaint(launch: Launch, complaint: str | None) -> str | None:
+    """The complaint of the lowest rank that has one, on every rank; None when nobody complains. Collective."""
     complaints: list[str | None] = [complaint]
     if launch.world_size > 1:
         complaints = [None] * launch.world_size
         dist.all_gather_object(complaints, complaint)
-    for found in complaints:
-        if found is not None:
-            raise UserError(found)
+    return next((found for found in complaints if found is not None), None)
 
 
 def share_from_first(launch: Launch, value: str) -> str:

@@ -41,27 +41,32 @@ def check_output(path: Path, existing: Existing) -> None:
         raise UserError(f"output {path} cannot be written: no write access to {target}.")
 
 
-def check_resumable(path: Path, meta: Mapping[str, Any]) -> None:
-    """UserError when the run that `path` belongs to was another one: its results must not be mixed with these."""
-    old = meta_path(path)
-    if not path.exists() or not old.exists():
-        return
-    before = json.loads(old.read_text(encoding="utf-8"))
-    for key in ("model", "dtype", "sampling", "input"):
-        if before["config"].get(key) != meta["config"].get(key):
-            raise UserError(
-                f"output {path} was made with {key}={json.dumps(before['config'].get(key))}, this run has "
-                f"{json.dumps(meta['config'].get(key))}. Use the same, another --output, or --overwrite."
-            )
+def read_finished(path: Path, meta: Mapping[str, Any]) -> frozenset[SampleKey]:
+    """The samples that an earlier run left in `path` and its dp parts; none when there was no run. Touches nothing.
+
+    UserError when that run was another one (`meta` is this run's): its results must not be mixed with these.
+    """
+    if meta_path(path).exists():
+        before = json.loads(meta_path(path).read_text(encoding="utf-8"))["config"]
+        for key in ("model", "dtype", "sampling", "input"):
+            if before.get(key) != meta["config"].get(key):
+                raise UserError(
+                    f"output {path} was made with {key}={json.dumps(before.get(key))}, this run has "
+                    f"{json.dumps(meta['config'].get(key))}. Use the same, another --output, or --overwrite."
+                )
+    return frozenset(key for part in (path, *part_paths(path)) if part.exists() for key in _read_keys(part))
 
 
-def read_finished(path: Path) -> frozenset[SampleKey]:
-    """The samples that a results file and its dp parts hold. A torn last line, left by a kill, is cut off the file."""
-    finished: set[SampleKey] = set()
+def open_output(path: Path, existing: Existing, meta: Mapping[str, Any]) -> None:
+    """Make place for results: a folder, nothing old when overwriting, no torn line when resuming, and the meta file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if existing == "overwrite":
+        for old in (path, *part_paths(path), meta_path(path), summary_path(path)):
+            old.unlink(missing_ok=True)
     for part in (path, *part_paths(path)):
         if part.exists():
-            finished.update(_read_keys(part))
-    return frozenset(finished)
+            os.truncate(part, len(_whole_lines(part)))
+    write_json(meta_path(path), meta)
 
 
 def part_path(path: Path, dp_rank: int) -> Path:
@@ -80,12 +85,6 @@ def join_parts(path: Path) -> None:
         with path.open("a", encoding="utf-8") as out:
             out.write(part.read_text(encoding="utf-8"))
         part.unlink()
-
-
-def remove_results(path: Path) -> None:
-    """Forget an earlier run: its results, parts, meta and summary."""
-    for old in (path, *part_paths(path), meta_path(path), summary_path(path)):
-        old.unlink(missing_ok=True)
 
 
 def meta_path(path: Path) -> Path:
@@ -120,13 +119,15 @@ class ResultWriter:
         self._file.close()
 
 
-def _read_keys(path: Path) -> list[SampleKey]:
+def _whole_lines(path: Path) -> bytes:
+    """What a file holds up to its last newline: a kill in the middle of a write leaves a torn line behind it."""
     data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
+    return data[: data.rfind(b"\n") + 1]
+
+
+def _read_keys(path: Path) -> list[SampleKey]:
     try:
-        lines = [json.loads(line) for line in data[:whole].splitlines()]
+        lines = [json.loads(line) for line in _whole_lines(path).splitlines()]
         return [(line["prompt_index"], line["sample_index"]) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"output {path} holds lines that are not results ({error}). Use another --output.") from error

@@ -171,7 +171,7 @@ def draw_grid(grid: RankGrid, heads: HeadPlacement) -> str:
 
 def _prefill_cost(question: Question, seq_len: int, heads: HeadPlacement) -> PrefillCost:
     pcp = question.sizes.pcp_size
-    split = split_prompts([seq_len], pcp)
+    split = split_prompts([seq_len], pcp, dealt=[None if pcp > 1 else 0])
     pairs = split.pairs_per_rank()
     received = None
     if question.head_dim is not None:

@@ -135,25 +135,30 @@ class StepCost:
 def deal_prompts(prompt_lens: Sequence[int], pcp_size: int, cost: StepCost = StepCost()) -> list[int | None]:
     """For each prompt the pcp rank that takes it whole, or None where it is split over all of them.
 
-    Longest first, each goes where the slowest rank of the step stays fastest; whole when splitting is no faster.
+    The longest are split, the others dealt whole, longest first, each to the rank that is soonest done with it. How
+    many are split is decided by the time of the slowest rank; as few as possible when that is equal.
 
     >>> deal_prompts([200], pcp_size=8), deal_prompts([4000], pcp_size=8)
     ([0], [None])
+    >>> deal_prompts([4000, 300, 300], pcp_size=2)
+    [None, 0, 1]
     """
-    load = np.zeros((pcp_size, 3))
-    dealt: list[int | None] = [None] * len(prompt_lens)
-    for i in sorted(range(len(prompt_lens)), key=lambda i: (-prompt_lens[i], i)):
+    order = sorted(range(len(prompt_lens)), key=lambda i: (-prompt_lens[i], i))
+    # All choices at once: in row j the j longest are split. One by one, each prompt would look better split.
+    load = np.zeros((len(order) + 1, pcp_size, 3))
+    takers = np.zeros((len(order), len(order) + 1), dtype=np.int64)
+    for k, i in enumerate(order):
         q = prompt_lens[i]
         work = np.array([q, 1, q * (q + 1) / 2])
+        load[k + 1 :] += np.array([q / pcp_size, 2, work[2] / pcp_size])
+        whole = load[: k + 1]
         # Below the floor many ranks look equally free: of these the one with the fewest tokens.
-        target = min(range(pcp_size), key=lambda r: (float(cost.of(load[r] + work)), float(load[r, 0])))
-        whole = load.copy()
-        whole[target] += work
-        split = load + np.array([q / pcp_size, 2, work[2] / pcp_size])
-        if cost.of(whole).max() <= cost.of(split).max():
-            dealt[i], load = target, whole
-        else:
-            load = split
+        takers[k, : k + 1] = np.lexsort((whole[..., 0], cost.of(whole + work)), axis=-1)[:, 0]
+        whole[np.arange(k + 1), takers[k, : k + 1]] += work
+    num_split = int(cost.of(load).max(axis=1).argmin())
+    dealt: list[int | None] = [None] * len(order)
+    for k in range(num_split, len(order)):
+        dealt[order[k]] = int(takers[k, num_split])
     return dealt
 
 

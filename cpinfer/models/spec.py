@@ -51,7 +51,8 @@ class ModelSpec:
         _refuse_unsupported(config)
         num_q_heads = config["num_attention_heads"]
         num_kv_heads = config.get(NUM_KV_HEADS_BEFORE_EXPANSION) or config.get("num_key_value_heads") or num_q_heads
-        eos = (generation_config or {}).get("eos_token_id", config.get("eos_token_id"))
+        eos = (generation_config or {}).get("eos_token_id")
+        eos = config.get("eos_token_id") if eos is None else eos
         return cls(
             family=config["model_type"],
             num_layers=config["num_hidden_layers"],

@@ -7,6 +7,8 @@ from ranks `0..tp-1` alone, unless it is given both an `mpu` and a `tp_group`.
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,12 +71,13 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
         if dist.get_rank() in ranks:
             tp_group, owned = group, [group]
     expand_kv_heads(model, grid.tp_size)
-    engine = deepspeed.init_inference(
-        model,
-        dtype=dtype,
-        replace_with_kernel_inject=False,
-        tensor_parallel={"tp_size": grid.tp_size, "mpu": _ModelParallelUnit(tp_group), "tp_group": tp_group},
-    )
+    with redirect_stdout(sys.stderr):  # it prints what it shards; stdout belongs to the caller
+        engine = deepspeed.init_inference(
+            model,
+            dtype=dtype,
+            replace_with_kernel_inject=False,
+            tensor_parallel={"tp_size": grid.tp_size, "mpu": _ModelParallelUnit(tp_group), "tp_group": tp_group},
+        )
     topology = topology_from(engine, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size)
     return LaunchedInference(engine, topology.owning(owned))
 
