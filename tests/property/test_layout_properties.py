@@ -1,0 +1,302 @@
+"""The laws of the layout floor, on layouts and lengths that nobody thought of."""
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from cpinfer.layout.decode import plan_decode
+from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
+from cpinfer.layout.heads import HeadPlacement, head_errors
+from cpinfer.layout.pool import BlockPool
+from cpinfer.layout.prefill import deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.shards import KVSharding
+
+LAW = settings(max_examples=60, deadline=None, derandomize=True)
+
+shardings = st.builds(
+    KVSharding, num_shards=st.integers(1, 9), interleave=st.integers(1, 40), block_size=st.integers(1, 40)
+)
+small_shardings = st.builds(
+    KVSharding, num_shards=st.integers(1, 5), interleave=st.integers(1, 9), block_size=st.integers(1, 9)
+)
+
+
+@st.composite
+def block_tables(draw, lengths, sharding):
+    """Disjoint tables, blocks in no order, long enough for `lengths`."""
+    needed = [sharding.num_blocks(length) for length in lengths]
+    blocks = draw(st.permutations(range(sum(needed) + 3)))
+    starts = np.cumsum([0, *needed])
+    return [list(blocks[start : start + n]) for start, n in zip(starts, needed, strict=False)]
+
+
+@st.composite
+def prefill_steps(draw):
+    """(prompt lengths, split, block tables, sharding): split everywhere, dealt by cost, or dealt at will."""
+    lens = draw(st.lists(st.integers(1, 70) | st.integers(200, 700), min_size=1, max_size=5))
+    pcp = draw(st.integers(1, 5))
+    at_will = st.lists(st.none() | st.integers(0, pcp - 1), min_size=len(lens), max_size=len(lens))
+    dealt = draw(st.none() | st.just(deal_prompts(lens, pcp)) | at_will)
+    sharding = draw(small_shardings)
+    split = split_prompts(lens, pcp, page_size=draw(st.sampled_from([1, 2, 3, 16])), dealt=dealt)
+    return lens, split, draw(block_tables(lens, sharding)), sharding
+
+
+def gathered_tokens(lens, split):
+    """What the K/V gather brings, with a (prompt, position) for each row's token, and (-1, -1) for padding."""
+    buffer = np.full((split.pcp_size * split.part_len, 2), -1)
+    for piece in split.pieces:
+        first = piece.pcp_rank * split.part_len + piece.offset
+        for position in range(piece.start, piece.end):
+            assert (buffer[first + position - piece.start] == -1).all(), "two tokens in one row"
+            buffer[first + position - piece.start] = piece.prompt, position
+    return buffer
+
+
+@LAW
+@given(shardings, st.integers(0, 2000))
+def test_shards_partition_a_sequence_and_local_len_counts_them(sharding, length):
+    positions = np.arange(length)
+    owner = sharding.owner(positions)
+    assert ((owner >= 0) & (owner < sharding.num_shards)).all()
+    parts = [sharding.positions(length, s) for s in range(sharding.num_shards)]
+    assert np.sort(np.concatenate(parts)).tolist() == positions.tolist()
+    for s, part in enumerate(parts):
+        assert part.tolist() == np.flatnonzero(owner == s).tolist()
+        assert sharding.local_len(length, s) == len(part)
+        assert sharding.local_index(part).tolist() == list(range(len(part)))
+
+
+@LAW
+@given(shardings, st.integers(0, 5000))
+def test_shard_0_is_never_shorter_than_another_and_no_shard_lags_by_more_than_an_interleave(sharding, length):
+    lens = [sharding.local_len(length, s) for s in range(sharding.num_shards)]
+    assert lens == sorted(lens, reverse=True)
+    assert lens[0] - lens[-1] <= sharding.interleave
+
+
+@LAW
+@given(st.data(), shardings, st.integers(0, 600))
+def test_slots_are_unique_per_shard_lie_in_the_table_and_agree_with_local_index(data, sharding, length):
+    (table,) = data.draw(block_tables([length], sharding))
+    positions, size = np.arange(length), sharding.block_size
+    for s in range(sharding.num_shards):
+        slots = sharding.slots(np.array(table, dtype=np.int64), positions, s)
+        mine = slots >= 0
+        assert mine.tolist() == (sharding.owner(positions) == s).tolist()
+        assert len(set(slots[mine])) == mine.sum()
+        expected = [table[i // size] * size + i % size for i in sharding.local_index(positions)[mine]]
+        assert slots[mine].tolist() == expected
+
+
+@LAW
+@given(shardings, st.integers(0, 5000))
+def test_blocks_are_sufficient_for_every_shard_and_none_is_wasted(sharding, length):
+    n = sharding.num_blocks(length)
+    lens = [sharding.local_len(length, s) for s in range(sharding.num_shards)]
+    assert all(local <= n * sharding.block_size for local in lens)
+    assert n == 0 or lens[0] > (n - 1) * sharding.block_size
+
+
+@LAW
+@given(prefill_steps())
+def test_pieces_partition_every_prompt_and_fit_their_send_buffers(step):
+    lens, split, _, _ = step
+    for prompt, length in enumerate(lens):
+        pieces = sorted((p.start, p.end) for p in split.pieces if p.prompt == prompt)
+        assert pieces[0][0] == 0
+        assert pieces[-1][1] == length
+        assert all(start < end for start, end in pieces)
+        assert all(a[1] == b[0] for a, b in pairwise(pieces))
+    assert sum(split.tokens_per_rank()) == sum(lens)
+    for piece in split.pieces:
+        assert piece.offset % split.page_size == 0
+        assert piece.offset + piece.num_tokens <= split.part_len
+    assert split.part_len % split.page_size == 0
+
+
+@LAW
+@given(st.integers(4096, 200_000), st.integers(2, 21), st.data())
+def test_every_rank_works_as_much_within_one_percent(num_tokens, pcp, data):
+    largest = num_tokens // (200 * (pcp - 1))
+    page = data.draw(st.integers(1, largest) if largest else st.just(1))
+    pairs = split_prompts([num_tokens], pcp, page_size=page).pairs_per_rank()
+    assert sum(pairs) == num_tokens * (num_tokens + 1) // 2
+    if largest:
+        assert max(pairs) * pcp / sum(pairs) <= 1.01
+
+
+@LAW
+@given(prefill_steps())
+def test_the_page_table_restores_sequence_order_for_every_row_of_every_rank(step):
+    lens, split, tables, sharding = step
+    buffer = gathered_tokens(lens, split)
+    for rank in range(split.pcp_size):
+        plan = plan_prefill(split, tables, sharding, pcp_rank=rank, shard=0)
+        for row, piece in enumerate(plan.pieces):
+            seen = buffer[plan.rows.slots(row)]
+            assert seen.tolist() == [[piece.prompt, position] for position in range(piece.end)]
+
+
+@LAW
+@given(prefill_steps())
+def test_a_rank_sends_and_computes_exactly_its_own_pieces_in_order(step):
+    lens, split, tables, sharding = step
+    buffer = gathered_tokens(lens, split).reshape(split.pcp_size, split.part_len, 2)
+    for rank in range(split.pcp_size):
+        plan = plan_prefill(split, tables, sharding, pcp_rank=rank, shard=0)
+        own = [[p.prompt, position] for p in split.part(rank) for position in range(p.start, p.end)]
+        assert plan.positions.tolist() == [position for _, position in own]
+        assert buffer[rank][plan.send_rows].tolist() == own
+        assert plan.rows.num_queries == len(own)
+        # Nothing but what it sends is in its part of the gathered buffer.
+        assert (buffer[rank][:, 0] >= 0).sum() == len(own)
+
+
+@LAW
+@given(prefill_steps())
+def test_every_token_is_written_once_over_all_shards_where_the_sharding_says(step):
+    lens, split, tables, sharding = step
+    buffer = gathered_tokens(lens, split)
+    written = Counter()
+    for shard in range(sharding.num_shards):
+        plan = plan_prefill(split, tables, sharding, pcp_rank=0, shard=shard)
+        assert len(set(plan.write_slots.tolist())) == len(plan.write_slots)
+        for (prompt, position), slot in zip(buffer[plan.write_src].tolist(), plan.write_slots.tolist(), strict=True):
+            written[prompt, position] += 1
+            assert sharding.slots(np.array(tables[prompt]), np.array([position]), shard).tolist() == [slot]
+    assert written == {(prompt, position): 1 for prompt, n in enumerate(lens) for position in range(n)}
+
+
+@LAW
+@given(prefill_steps())
+def test_the_last_token_of_every_prompt_is_sampled_by_one_rank_and_all_agree_which(step):
+    lens, split, tables, sharding = step
+    plans = [plan_prefill(split, tables, sharding, pcp_rank=r, shard=0) for r in range(split.pcp_size)]
+    for prompt, length in enumerate(lens):
+        samplers = [rank for rank, plan in enumerate(plans) if plan.sample_rows[prompt] >= 0]
+        assert {int(plan.sample_owner[prompt]) for plan in plans} == set(samplers)
+        (rank,) = samplers
+        row = plans[rank].sample_rows[prompt]
+        assert plans[rank].positions[row] == length - 1
+        ends = np.cumsum([p.num_tokens for p in plans[rank].pieces])
+        assert plans[rank].pieces[int(np.searchsorted(ends, row, side="right"))].prompt == prompt
+
+
+@LAW
+@given(st.data(), small_shardings, st.integers(1, 5), st.lists(st.integers(0, 150), min_size=1, max_size=12))
+def test_a_decode_step_computes_every_row_once_and_its_shards_hold_exactly_the_keys_up_to_it(
+    data, sharding, pcp, positions
+):
+    tables = data.draw(block_tables([p + 1 for p in positions], sharding))
+    keys, writers = [[] for _ in positions], Counter()
+    for shard in range(sharding.num_shards):
+        plans = [plan_decode(positions, tables, sharding, pcp_size=pcp, pcp_rank=r, shard=shard) for r in range(pcp)]
+        own = np.concatenate([plan.own for plan in plans])
+        assert sorted(own[own >= 0].tolist()) == list(range(len(positions)))
+        plan = plans[0]
+        # Ranks gather in place order, so each finds its own rows at its place.
+        assert own.tolist() == plan.gathered.tolist()
+        for place, row in enumerate(plan.gathered):
+            slots = plan.rows.slots(place)
+            if row < 0:
+                assert len(slots) == 0
+                continue
+            stored = sharding.positions(positions[row] + 1, shard)
+            assert slots.tolist() == sharding.slots(np.array(tables[row]), stored, shard).tolist()
+            keys[row] += stored.tolist()
+        for src, slot in zip(plan.write_src, plan.write_slots, strict=True):
+            row = plan.gathered[src]
+            writers[int(row)] += 1
+            assert plan.rows.slots(src)[-1] == slot  # The last key a row sees is the one it has just written.
+        for other in plans:
+            at = [0 if row < 0 else positions[row] for row in other.own]
+            assert other.positions.tolist() == at
+            assert other.write_slots.tolist() == plan.write_slots.tolist()
+    assert [sorted(k) for k in keys] == [list(range(p + 1)) for p in positions]
+    assert writers == dict.fromkeys(range(len(positions)), 1)
+
+
+class PoolNeverLeaks(RuleBasedStateMachine):
+    """Sequences come, grow and go; at every moment each block is free or in exactly one of them."""
+
+    @initialize(num_blocks=st.integers(0, 40))
+    def start(self, num_blocks):
+        self.pool, self.twin = BlockPool(num_blocks), BlockPool(num_blocks)
+        self.held = []
+
+    @rule(n=st.integers(0, 12))
+    def allocate(self, n):
+        if n > self.pool.num_free:
+            for pool in (self.pool, self.twin):
+                try:
+                    pool.allocate(n)
+                except ValueError:
+                    continue
+                raise AssertionError("allocated more than was free")
+            return
+        blocks = self.pool.allocate(n)
+        assert len(blocks) == n
+        assert blocks == sorted(set(blocks))
+        assert blocks == self.twin.allocate(n), "replicas of a pool must hand out the same blocks"
+        self.held.append(blocks)
+
+    @rule(data=st.data())
+    def free(self, data):
+        if self.held:
+            blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+            self.pool.free(blocks)
+            self.twin.free(blocks[::-1])
+
+    @invariant()
+    def every_block_is_free_or_held_once(self):
+        if not hasattr(self, "pool"):
+            return
+        self.pool.check_integrity()
+        used = [block for blocks in self.held for block in blocks]
+        assert len(used) == len(set(used))
+        assert self.pool.num_free == self.pool.num_blocks - len(used)
+
+
+TestPoolNeverLeaks = PoolNeverLeaks.TestCase
+TestPoolNeverLeaks.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
+
+
+def unmixed_layouts():
+    for tp in range(1, 17):
+        for pcp in range(1, 16 // tp + 1):
+            for dcp in legal_dcp_sizes(tp, pcp):
+                for kv in (k for k in range(1, 17) if not head_errors(tp * k, k, tp)):
+                    grid, heads = RankGrid(tp, pcp, dcp), HeadPlacement(tp * kv, kv, tp)
+                    if not heads.mixes_heads(grid):
+                        yield grid, heads
+
+
+def test_every_head_and_shard_exists_copies_times_in_every_home_of_all_unmixed_layouts_up_to_16_ranks():
+    num_layouts = 0
+    for grid, heads in unmixed_layouts():
+        stored = Counter(
+            (grid.home(rank), head, grid.kv_shard(rank))
+            for rank in range(grid.world_size)
+            for head in heads.kv_heads(grid.coords(rank).tp_rank)
+        )
+        everything = {
+            (home, head, shard)
+            for home in range(grid.num_homes)
+            for head in range(heads.num_kv_heads)
+            for shard in range(grid.dcp_size)
+        }
+        assert stored == dict.fromkeys(everything, heads.copies_per_home(grid)), (grid, heads)
+        num_layouts += 1
+    assert num_layouts > 1000
+
+
+def test_a_mixed_layout_breaks_that_law():
+    """Negative control: TP2 PCP2 DCP4 with two KV heads stores each head on half of the shards only."""
+    grid, heads = RankGrid(2, 2, 4), HeadPlacement(8, 2, 2)
+    stored = {(head, grid.kv_shard(r)) for r in range(4) for head in heads.kv_heads(grid.coords(r).tp_rank)}
+    assert stored == {(0, 0), (0, 1), (1, 2), (1, 3)}

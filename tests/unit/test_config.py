@@ -1,0 +1,319 @@
+"""The config: what is accepted, what is refused and in which words, and where relative paths point."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cpinfer.config import Config, SamplingParams, TensorParallel, config_to_dict, load_config, parse_config
+from cpinfer.errors import UnsupportedError, UserError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def write(folder, data, name="run.json"):
+    path = folder / name
+    path.write_text(data if isinstance(data, str) else json.dumps(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "data, unknown, nearest",
+    [
+        ({"modle": "m"}, "modle", "model"),
+        ({"max_num_seq": 4}, "max_num_seq", "max_num_seqs"),
+        ({"decode_context_parallel": 2}, "decode_context_parallel", "decode_context_parallel_size"),
+        ({"sampling": {"temprature": 0}}, "sampling.temprature", "sampling.temperature"),
+        ({"sampling": {"max_tokens": 0}}, "sampling.max_tokens", "sampling.max_new_tokens"),
+        ({"tensor_parallel": {"size": 2}}, "tensor_parallel.size", "tensor_parallel.tp_size"),
+        ({"wandb": {"projct": "p"}}, "wandb.projct", "wandb.project"),
+    ],
+)
+def test_an_unknown_key_names_itself_and_the_nearest_known_one(data, unknown, nearest):
+    with pytest.raises(UserError) as caught:
+        parse_config(data)
+    assert f'unknown key "{unknown}"' in str(caught.value)
+    assert f'nearest known key is "{nearest}"' in str(caught.value)
+
+
+def test_a_key_like_no_other_is_still_an_error():
+    with pytest.raises(UserError, match='unknown key "zzz"; the nearest known key is "'):
+        parse_config({"zzz": 1})
+
+
+@pytest.mark.parametrize(
+    "data, where, wanted",
+    [
+        ({"block_size": True}, "block_size", "a whole number"),
+        ({"block_size": 16.0}, "block_size", "a whole number"),
+        ({"block_size": "16"}, "block_size", "a whole number"),
+        ({"block_size": None}, "block_size", "a whole number"),
+        ({"kv_cache_gib": "1"}, "kv_cache_gib", "a number"),
+        ({"kv_cache_gib": True}, "kv_cache_gib", "a number"),
+        ({"enable_prefix_caching": 0}, "enable_prefix_caching", "true or false"),
+        ({"model": 3}, "model", "a text"),
+        ({"dtype": "fp8"}, "dtype", 'one of "float32", "bfloat16", "float16"'),
+        ({"dtype": None}, "dtype", "one of"),
+        ({"sampling": {"stop": "end"}}, "sampling.stop", "a list, each item a text"),
+        ({"sampling": {"stop": ["end", 1]}}, "sampling.stop[1]", "a text"),
+        ({"sampling": {"stop_token_ids": [True]}}, "sampling.stop_token_ids[0]", "a whole number"),
+        ({"sampling": {"temperature": "0"}}, "sampling.temperature", "a number"),
+        ({"sampling": {"n": True}}, "sampling.n", "a whole number"),
+        ({"sampling": []}, "sampling", "an object with keys temperature, top_k"),
+        ({"sampling": None}, "sampling", "an object with keys"),
+        ({"tensor_parallel": 2}, "tensor_parallel", "an object with keys tp_size"),
+        ({"wandb": "project"}, "wandb", "an object with keys project"),
+    ],
+)
+def test_a_wrong_type_says_where_what_is_and_what_was_wanted(data, where, wanted):
+    with pytest.raises(UserError) as caught:
+        parse_config(data)
+    assert f'"{where}" is ' in str(caught.value)
+    assert wanted in str(caught.value)
+
+
+def test_a_whole_number_will_do_where_a_number_is_wanted():
+    config = parse_config({"kv_cache_gib": 1, "sampling": {"temperature": 0}})
+    assert (config.kv_cache_gib, config.sampling.temperature) == (1.0, 0.0)
+    assert isinstance(config.kv_cache_gib, float)
+
+
+@pytest.mark.parametrize(
+    "key, bad, good",
+    [
+        ("temperature", -0.1, 0),
+        ("top_k", -1, 0),
+        ("top_p", 0, 0.01),
+        ("top_p", 1.01, 1),
+        ("min_p", -0.1, 0),
+        ("min_p", 1.1, 1),
+        ("repetition_penalty", 0, 0.1),
+        ("max_new_tokens", 0, 1),
+        ("n", 0, 1),
+        ("seed", -1, 0),
+        ("seed", 2**64, 2**64 - 1),
+        ("stop", [""], ["x"]),
+    ],
+)
+def test_a_sampling_value_out_of_range_is_refused_at_the_edge(key, bad, good):
+    with pytest.raises(UserError, match=rf'"{key}" is .*; it must be '):
+        parse_config({"sampling": {key: bad}})
+    parse_config({"sampling": {key: good}})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "prefill_context_parallel_size",
+        "decode_context_parallel_size",
+        "data_parallel_size",
+        "cp_kv_cache_interleave_size",
+        "block_size",
+        "kv_cache_gib",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+    ],
+)
+def test_a_size_below_one_is_refused(key):
+    with pytest.raises(UserError, match=f'"{key}" is 0'):
+        parse_config({key: 0})
+    assert getattr(parse_config({key: 1}), key) == 1
+
+
+def test_tp_size_below_one_is_refused():
+    with pytest.raises(UserError, match='"tp_size" is 0; it must be at least 1'):
+        parse_config({"tensor_parallel": {"tp_size": 0}})
+
+
+@pytest.mark.parametrize("text", ['{"kv_cache_gib": NaN}', '{"kv_cache_gib": Infinity}', '{"kv_cache_gib": 1e999}'])
+def test_a_size_that_is_no_finite_number_is_refused(tmp_path, text):
+    with pytest.raises(UserError, match="kv_cache_gib"):
+        load_config(write(tmp_path, text))
+
+
+def test_sizes_left_out_follow_from_the_others():
+    assert (Config().dcp_size, Config().interleave, Config().tp_size, Config().pcp_size) == (1, 16, 1, 1)
+    config = parse_config({"prefill_context_parallel_size": 4, "block_size": 8, "tensor_parallel": {"tp_size": 2}})
+    assert (config.dcp_size, config.interleave, config.tp_size) == (4, 8, 2)
+    config = parse_config({"decode_context_parallel_size": 2, "cp_kv_cache_interleave_size": 1})
+    assert (config.dcp_size, config.interleave) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        Config(model="m", tensor_parallel=TensorParallel(4), kv_cache_gib=1.5, output="o.jsonl"),
+        Config(sampling=SamplingParams(temperature=0, stop=("a", "b"), stop_token_ids=(1, 2), seed=2**64 - 1)),
+        parse_config({"wandb": {"name": "run", "mode": "offline"}, "data_parallel_size": 2}),
+    ],
+)
+def test_a_config_survives_the_way_to_json_and_back(config):
+    data = json.loads(json.dumps(config_to_dict(config)))
+    assert parse_config(data) == config
+
+
+def test_different_configs_do_not_become_the_same_data():
+    assert config_to_dict(Config()) != config_to_dict(Config(sampling=SamplingParams(seed=1)))
+
+
+def load_with(folder, data, *overrides):
+    return load_config(write(folder, data), overrides)
+
+
+def test_overrides_are_json_first_and_text_otherwise(tmp_path):
+    config = load_with(
+        tmp_path,
+        {"block_size": 8},
+        "block_size=32",
+        "kv_cache_gib=null",
+        "dtype=float32",
+        'sampling.stop=["a=b", "c"]',
+        "sampling.ignore_eos=true",
+        "wandb.project=5x",
+    )
+    assert (config.block_size, config.kv_cache_gib, config.dtype) == (32, None, "float32")
+    assert config.sampling.stop == ("a=b", "c")
+    assert config.sampling.ignore_eos is True
+    assert config.wandb is not None and config.wandb.project == "5x"
+
+
+def test_an_override_makes_the_objects_it_goes_through(tmp_path):
+    assert load_with(tmp_path, {}, "sampling.n=3", "tensor_parallel.tp_size=2").sampling.n == 3
+
+
+def test_an_override_keeps_the_keys_beside_it_and_the_last_one_wins(tmp_path):
+    config = load_with(tmp_path, {"sampling": {"n": 3, "seed": 7}}, "sampling.n=4", "sampling.n=5")
+    assert (config.sampling.n, config.sampling.seed) == (5, 7)
+
+
+@pytest.mark.parametrize("override", ["block_size", "=3", ""])
+def test_an_override_of_bad_form_is_named(tmp_path, override):
+    with pytest.raises(UserError) as caught:
+        load_with(tmp_path, {}, override)
+    assert f"--set {override!r} is not of the form a.b=value" in str(caught.value)
+
+
+def test_an_override_through_something_that_is_no_object_is_named(tmp_path):
+    with pytest.raises(UserError, match="'block_size' is 8, not an object"):
+        load_with(tmp_path, {"block_size": 8}, "block_size.x=3")
+
+
+def test_an_override_is_held_to_the_same_rules(tmp_path):
+    with pytest.raises(UserError, match='nearest known key is "sampling.temperature"'):
+        load_with(tmp_path, {}, "sampling.temprature=0")
+    with pytest.raises(UserError, match='"block_size" is "many"; a whole number was wanted'):
+        load_with(tmp_path, {}, "block_size=many")
+
+
+def test_relative_paths_start_at_the_config_file(tmp_path, monkeypatch):
+    folder = tmp_path / "deep"
+    (folder / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write(folder, {"model": "tiny", "input": "in.jsonl", "output": "../out.jsonl"})
+    config = load_config(Path("deep") / "run.json")
+    assert (config.input, config.output) == (str(Path("deep/in.jsonl")), str(Path("deep/../out.jsonl")))
+    assert Path(config.model or "").resolve() == folder / "tiny"
+
+
+def test_absolute_and_home_paths_stay_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = load_with(tmp_path, {"model": "/models/m", "input": "~/in.jsonl", "output": "/out.jsonl"})
+    assert config.model == "/models/m"
+    assert config.input == str(tmp_path / "home" / "in.jsonl")
+    assert config.output == "/out.jsonl"
+
+
+def test_a_hub_id_is_left_alone(tmp_path):
+    assert load_with(tmp_path, {"model": "Qwen/Qwen2.5-3B"}).model == "Qwen/Qwen2.5-3B"
+
+
+def test_a_missing_folder_that_says_it_is_one_is_kept_as_a_path(tmp_path):
+    assert load_with(tmp_path, {"model": "./missing"}).model == str(tmp_path / "missing")
+    assert load_with(tmp_path, {"model": "../missing"}).model == str(tmp_path / ".." / "missing")
+
+
+def test_unnamed_paths_stay_unnamed(tmp_path):
+    config = load_with(tmp_path, {})
+    assert (config.model, config.input, config.output) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    "data, what",
+    [
+        ({"speculative_config": {"num_speculative_tokens": 3}}, "speculative decoding"),
+        ({"speculative_model": "m"}, "speculative decoding"),
+        ({"num_speculative_tokens": 1}, "speculative decoding"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"pipeline_parallel": {"pp_size": 2}}, "pipeline parallelism"),
+        ({"limit_mm_per_prompt": {"image": 1}}, "multimodal"),
+        ({"quantization": "awq"}, "quantized weights"),
+        ({"backend": "flashinfer"}, "FlashInfer"),
+        ({"enable_prefix_caching": True}, "prefix caching"),
+        ({"context_exchange": "queries"}, "context_exchange"),
+        ({"context_exchange": "kv"}, "context_exchange"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(data, what):
+    with pytest.raises(UnsupportedError) as caught:
+        parse_config(data)
+    message = str(caught.value)
+    assert "does not support" in message and what in message and next(iter(data)) in message
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"pipeline_parallel_size": 1},
+        {"speculative_config": None},
+        {"quantization": None},
+        {"enable_prefix_caching": False},
+        {"context_exchange": "auto"},
+        {"backend": "torch"},
+    ],
+)
+def test_a_refused_key_that_asks_for_nothing_is_accepted(data):
+    parse_config(data)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"model": ', "not valid JSON"),
+        ("", "not valid JSON"),
+        ("[1, 2]", "holds a list, an object with config keys was wanted"),
+        ('"text"', "holds a str"),
+        ("null", "an object with config keys was wanted"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(tmp_path, text, words):
+    path = write(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert f"config {path}: " in str(caught.value) and words in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for path in (tmp_path / "missing.json", tmp_path):
+        with pytest.raises(UserError, match=f"config {path}: .*--config"):
+            load_config(path)
+    binary = tmp_path / "binary.json"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_config(binary)
+
+
+def test_an_error_in_a_file_keeps_its_kind_and_names_the_file(tmp_path):
+    with pytest.raises(UnsupportedError, match=r"config .*run\.json: .*FlashInfer"):
+        load_with(tmp_path, {"backend": "flashinfer"})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_config_that_is_shipped_parses_and_names_its_files(path):
+    config = load_config(path)
+    assert config.model is not None and config.input is not None
+    assert Path(config.input).is_file()
+
+
+def test_configs_are_shipped():
+    assert len(list(CONFIGS.glob("*.json"))) >= 4

@@ -1,0 +1,82 @@
+import numpy as np
+import pytest
+
+from cpinfer.layout.decode import deal_rows, plan_decode
+from cpinfer.layout.shards import KVSharding
+
+SHARDING = KVSharding(num_shards=2, interleave=2, block_size=4)
+
+
+def plan(positions, tables, pcp_rank=0, shard=0, pcp_size=2):
+    return plan_decode(positions, tables, SHARDING, pcp_size=pcp_size, pcp_rank=pcp_rank, shard=shard)
+
+
+def test_the_drawn_example_deals_five_rows_over_two_ranks():
+    tables = [[i] for i in range(5)]
+    plans = [plan([0, 1, 2, 3, 4], tables, pcp_rank=r, shard=r) for r in range(2)]
+    assert [p.own.tolist() for p in plans] == [[0, 2, 4], [1, 3, -1]]
+    assert [p.positions.tolist() for p in plans] == [[0, 2, 4], [1, 3, 0]]
+    for p in plans:
+        assert p.gathered.tolist() == [0, 2, 4, 1, 3, -1]
+
+
+@pytest.mark.parametrize("num_rows", range(1, 12))
+@pytest.mark.parametrize("pcp", [1, 2, 3, 8])
+def test_rows_are_dealt_like_cards_and_every_rank_gets_as_many(num_rows, pcp):
+    dealt = deal_rows(num_rows, pcp).reshape(pcp, -1)
+    assert dealt.shape[1] == -(-num_rows // pcp)
+    for rank, row in enumerate(dealt):
+        expected = list(range(rank, num_rows, pcp))
+        assert row.tolist() == expected + [-1] * (len(row) - len(expected))
+
+
+def test_the_new_token_is_among_the_keys_its_query_sees():
+    # Position 4 is owned by shard 0, whose third token it is: local 0 1 4 -> slots 12 13 14 of block 3.
+    owner, other = plan([4], [[3]], shard=0), plan([4], [[3]], shard=1)
+    assert owner.write_slots.tolist() == [14]
+    assert owner.rows.slots(0).tolist() == [12, 13, 14]
+    assert other.write_slots.tolist() == []
+    assert other.rows.slots(0).tolist() == [12, 13]
+
+
+def test_a_shard_without_keys_yet_has_an_empty_row():
+    p = plan([1], [[3]], shard=1)
+    assert p.rows.kv_hi.tolist() == [0, 0]
+    assert p.rows.block_ids.tolist() == []
+
+
+def test_a_padding_row_sees_nothing_and_writes_nothing():
+    for shard in range(2):
+        p = plan([5, 9, 7], [[0], [1, 2], [3]], pcp_rank=1, shard=shard)
+        (padding,) = np.flatnonzero(p.gathered < 0)
+        assert p.rows.kv_hi[padding] == 0
+        assert padding not in p.write_src
+        assert p.own.tolist() == [1, -1]
+        assert p.positions.tolist() == [9, 0]
+
+
+def test_a_decode_row_is_one_query_without_a_mask():
+    p = plan([5, 9, 7], [[0], [1, 2], [3]])
+    assert p.rows.q_lens.tolist() == [1, 1, 1, 1]
+    assert not p.rows.causal
+
+
+def test_writes_go_to_the_slots_of_the_row_they_come_from():
+    positions, tables = [5, 9, 7, 8], [[0], [1, 2], [3], [4, 5]]
+    for shard in range(2):
+        p = plan(positions, tables, shard=shard)
+        for src, slot in zip(p.write_src, p.write_slots, strict=True):
+            row = p.gathered[src]
+            assert SHARDING.slots(np.array(tables[row]), np.array([positions[row]]), shard).tolist() == [slot]
+
+
+def test_a_step_without_sequences_is_refused():
+    with pytest.raises(ValueError, match="at least one sequence"):
+        plan([], [])
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_a_block_table_that_does_not_cover_the_new_token_is_an_error_on_every_shard(shard):
+    # 10 tokens on each shard by then, in blocks of 4: three are needed.
+    with pytest.raises((IndexError, ValueError)):
+        plan([19], [[0, 1]], shard=shard)
