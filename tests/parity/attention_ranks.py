@@ -94,7 +94,7 @@ def run_case(case: Case, tampering: Tampering = Tampering()) -> Outcome:
             # max() would pass over a NaN.
             worst = error if error != error else max(worst, error)
             seen[part.sequence][where] += 1
-    # Rows are dealt over pcp, heads over tp: every (position, head) is computed by exactly one rank when pcp deals rows.
+    # Rows are dealt over pcp, heads over tp: every (position, head) is computed once per home.
     assert all((count == case.grid.pcp_size // case.grid.row_ranks).all() for count in seen)
     return Outcome(worst, [prefill for _, prefill, _ in ranks], [decode for _, _, decode in ranks])
 

@@ -200,7 +200,7 @@ def test_an_override_through_something_that_is_no_object_is_named(tmp_path):
 
 
 def test_an_override_is_held_to_the_same_rules(tmp_path):
-    with pytest.raises(UserError, match='nearest known key is "sampling.temperature"'):
+    with pytest.raises(UserError, match=r'nearest known key is "sampling\.temperature"'):
         load_with(tmp_path, {}, "sampling.temprature=0")
     with pytest.raises(UserError, match='"block_size" is "many"; a whole number was wanted'):
         load_with(tmp_path, {}, "block_size=many")

@@ -1,0 +1,86 @@
+"""Starting real processes under real launchers, bounded in time, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parents[2]
+
+_ENVIRON = {
+    "OMP_NUM_THREADS": "1",
+    "PATH": f"{BIN}:{os.environ['PATH']}",
+    "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT / 'tests'}",  # as pytest has it
+}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a launcher ended, and all it and its processes printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    wall_s: float
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The last line of stdout that is a JSON object."""
+        lines = [line for line in self.stdout.splitlines() if line.startswith("{")]
+        found: dict[str, Any] = json.loads(lines[-1])
+        return found
+
+    def __str__(self) -> str:
+        return f"rc {self.returncode} after {self.wall_s:.0f} s\n--- stdout\n{self.stdout}\n--- stderr\n{self.stderr}"
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def torchrun(num_ranks: int, *command: str) -> list[str]:
+    return [str(BIN / "torchrun"), "--nproc-per-node", str(num_ranks), "--master-port", str(free_port()), *command]
+
+
+def deepspeed(num_ranks: int, *command: str) -> list[str]:
+    return [str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(free_port()), *command]
+
+
+def accelerate(num_ranks: int, *command: str) -> list[str]:
+    options = ["--multi_gpu", "--num_processes", str(num_ranks), "--main_process_port", str(free_port())]
+    return [str(BIN / "accelerate"), "launch", *options, *command]
+
+
+def launch(command: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None) -> Finished:
+    """Run a command from the repository's root; past the timeout its whole process group is killed and it fails."""
+    started_s = time.perf_counter()
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **_ENVIRON, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        stdout, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        raise AssertionError(
+            f"{' '.join(command)} did not end within {timeout_s:g} s\n{stdout[-3000:]}\n{stderr[-3000:]}"
+        ) from None
+    return Finished(process.returncode, stdout, stderr, time.perf_counter() - started_s)

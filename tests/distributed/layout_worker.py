@@ -1,0 +1,81 @@
+"""Runs layouts one after another on the processes it was started with; rank 0 writes how they differ from Transformers.
+
+torchrun --nproc-per-node 2 tests/distributed/layout_worker.py OUTPUT '[{"tp": 2, "pcp": 1, "dcp": 1, "kv": 2}]'
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from typing import Any
+
+import check_rollout
+import torch
+from tiny_models import FAMILIES, make_model, prompts_of
+
+import cpinfer
+from cpinfer.comm.bootstrap import Launch, default_group
+from cpinfer.config import SamplingParams, parse_config
+from cpinfer.layout.grid import RankGrid
+
+PROMPT_LENS = (1, 2, 3, 17, 64, 200)
+
+
+def main(output: str, layouts: list[dict[str, Any]]) -> None:
+    launch = Launch.from_environ(os.environ)
+    with default_group(launch):
+        for layout in layouts:
+            outcome = {**layout, **run(launch, **layout)}
+            if launch.rank == 0:
+                with open(output, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(outcome) + "\n")
+
+
+def run(launch: Launch, tp: int, pcp: int, dcp: int, kv: int, family: str = "qwen2") -> dict[str, Any]:
+    """Greedy and sampled text of one layout against the unsharded model, in float32."""
+    config = copy.deepcopy(FAMILIES[family])
+    config.num_key_value_heads = kv
+    whole = make_model(config)
+    grid = RankGrid(tp, pcp, dcp, launch.world_size // (tp * pcp))
+    model, topology = copy.deepcopy(whole), None
+    if tp > 1:
+        from cpinfer_integrations.deepspeed import launch_inference
+
+        launched = launch_inference(model, grid, dtype=torch.float32)
+        model, topology = launched.module, launched.topology
+    else:
+        topology = cpinfer.Topology.from_world(grid)
+    engine_config = parse_config(
+        {
+            "dtype": "float32",
+            "tensor_parallel": {"tp_size": tp},
+            "prefill_context_parallel_size": pcp,
+            "decode_context_parallel_size": dcp,
+            "cp_kv_cache_interleave_size": 3,
+            "block_size": 4,
+        }
+    )
+    prompts = prompts_of(PROMPT_LENS, vocab_size=128)
+    with cpinfer.attach(model, topology, engine_config) as engine:
+        greedy = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=10))
+        sampled = engine.generate(prompts, SamplingParams(temperature=1, seed=4, max_new_tokens=10))
+    topology.close()
+    if launch.rank != 0:
+        return {}
+    differences = [
+        (check_rollout.score(whole, r.prompt_token_ids, r.token_ids) - torch.tensor(r.logprobs)).abs().max().item()
+        for r in greedy + sampled
+    ]
+    num_same = sum(list(r.token_ids) == check_rollout.generate_greedy(whole, r.prompt_token_ids, 10) for r in greedy)
+    return {
+        "num_prompts": len(prompts),
+        "num_same_tokens": num_same,
+        "max_abs_logprob_difference": max(differences),
+        "sampled": [r.token_ids for r in sampled],
+    }
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))

@@ -1,0 +1,91 @@
+"""The KV cache: what is written to a slot is read there and nowhere else."""
+
+import pytest
+import torch
+
+from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.layout.capacity import KVLayout
+
+LAYERS, BLOCKS, BLOCK_SIZE = 2, 3, 4
+SLOTS = BLOCKS * BLOCK_SIZE
+
+
+def make_cache(layout=KVLayout(2, 8, 6), dtype=torch.float32):
+    return PagedKVCache(layout, LAYERS, BLOCKS, BLOCK_SIZE, dtype, torch.device("cpu"))
+
+
+def tokens(num, layout=KVLayout(2, 8, 6), dtype=torch.float32):
+    k = torch.randn(num, layout.num_heads, layout.k_dim).to(dtype)
+    v = torch.randn(num, layout.num_heads, layout.v_dim).to(dtype)
+    return k, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_written_to_slots_is_read_there_and_nothing_else_changes(dtype):
+    cache = make_cache(dtype=dtype)
+    slots = torch.tensor([11, 0, 5])
+    k, v = tokens(3, dtype=dtype)
+    cache.write(1, slots, k, v)
+    keys, values = cache.read(1)
+    assert keys.shape == (SLOTS, 2, 8) and values.shape == (SLOTS, 2, 6)
+    assert torch.equal(keys[slots], k) and torch.equal(values[slots], v)
+    others = [s for s in range(SLOTS) if s not in slots.tolist()]
+    assert (keys[others] == 0).all() and (values[others] == 0).all()
+    assert all((x == 0).all() for x in cache.read(0))
+
+
+def test_a_later_write_replaces_an_earlier_one():
+    cache = make_cache()
+    cache.write(0, torch.tensor([3, 4]), *tokens(2))
+    k, v = tokens(1)
+    cache.write(0, torch.tensor([4]), k, v)
+    assert torch.equal(cache.read(0)[0][4], k[0]) and torch.equal(cache.read(0)[1][4], v[0])
+
+
+def test_writing_no_rows_changes_nothing():
+    cache = make_cache()
+    cache.write(0, torch.empty(0, dtype=torch.long), *tokens(0))
+    assert all((x == 0).all() for x in cache.read(0))
+
+
+def test_the_store_starts_finite():
+    for x in make_cache().read(0):
+        assert x.isfinite().all()
+
+
+def test_reading_copies_nothing():
+    cache = make_cache()
+    before = cache.read(0)[0]
+    k, v = tokens(1)
+    cache.write(0, torch.tensor([2]), k, v)
+    assert torch.equal(before[2], k[0])
+
+
+def test_strided_rows_are_written_as_they_read():
+    cache = make_cache(KVLayout(2, 8, 8))
+    fused = torch.randn(5, 2, 16)
+    cache.write(0, torch.tensor([1, 2, 3, 4, 5]), fused[..., :8], fused[..., 8:])
+    keys, values = cache.read(0)
+    assert torch.equal(keys[1:6], fused[..., :8]) and torch.equal(values[1:6], fused[..., 8:])
+
+
+def test_values_that_are_a_prefix_of_keys_have_no_store_of_their_own():
+    layout = KVLayout(1, 12, 8, v_is_prefix_of_k=True)
+    cache = make_cache(layout)
+    k, _ = tokens(2, layout)
+    cache.write(1, torch.tensor([7, 2]), k, k[..., :8])
+    keys, values = cache.read(1)
+    assert values.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
+    assert torch.equal(values[[7, 2]], k[..., :8])
+
+
+def test_values_of_their_own_are_stored_apart():
+    keys, values = make_cache().read(0)
+    assert values.untyped_storage().data_ptr() != keys.untyped_storage().data_ptr()
+
+
+def test_the_store_has_the_bytes_that_capacity_counts():
+    for layout in (KVLayout(2, 8, 6), KVLayout(1, 12, 8, v_is_prefix_of_k=True)):
+        cache = make_cache(layout, torch.bfloat16)
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for n in (0, 1) for x in cache.read(n)}
+        assert sum(storages.values()) == SLOTS * layout.bytes_per_token(LAYERS, "bfloat16")
