@@ -1,8 +1,8 @@
 """Writes `configs/recall-tiny`: a 1M-parameter Qwen2 that recalls facts from its prompt, written down, not trained.
 
 An inference engine is best tested with a model whose answer depends on *where* every key sits: lose a KV shard, or
-merge two attention states with the wrong weight, and a sentence comes out wrong. Random weights cannot show that, and
-trained ones cannot be downloaded everywhere, so an induction circuit is put into the weights by hand.
+merge the shards' attention evenly, and sentences come out wrong. Random weights cannot show that, and trained ones
+cannot be downloaded everywhere, so an induction circuit is put into the weights by hand.
 
     residual stream, 256 dims, in slices of 32: one slice for each of the two K/V heads
 

@@ -1,4 +1,4 @@
-"""Communicators: place order along an axis whatever order torch gives ranks, failures that end everyone, launch facts."""
+"""Communicators: place order along an axis, failures that end everyone, and what launchers say."""
 
 import threading
 import time

@@ -1,0 +1,38 @@
+"""tools/rollout.py with a fault put into one rank, to see that all ranks end and the right one explains.
+
+torchrun --nproc-per-node 2 tests/distributed/failing_rollout.py {raise|kill} --config ...
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import rollout
+
+from cpinfer.engine.engine import Engine
+
+FAULTY_RANK = 1
+STEPS_BEFORE_FAULT = 5
+
+
+def main(fault: str, argv: list[str]) -> int:
+    if int(os.environ["RANK"]) == FAULTY_RANK:
+        decode = Engine._decode
+        steps = iter(range(STEPS_BEFORE_FAULT))
+
+        def faulty_decode(engine: Engine, step: Any) -> Any:
+            if next(steps, None) is None:
+                if fault == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise RuntimeError("the fault that was put in")
+            return decode(engine, step)
+
+        Engine._decode = faulty_decode  # type: ignore[method-assign]
+    return rollout.main(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], sys.argv[2:]))

@@ -1,0 +1,87 @@
+"""tools/rollout.py under the launchers people use: right answers, one voice for bad input, and no rank left hanging."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import check_rollout
+import pytest
+from launching import Finished, accelerate, deepspeed, launch, torchrun
+
+ROLLOUT = "tools/rollout.py"
+# Past this a failure counts as a hang.
+ALL_END_WITHIN_S = 60
+
+
+def assert_answers_are_right(finished: Finished, output: Path, num_prompts: int) -> None:
+    assert finished.returncode == 0, finished
+    assert finished.summary["num_samples"] == num_prompts, finished
+    assert finished.summary["num_answers_retrieved"] >= 0.9 * num_prompts
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert sorted(line["prompt_index"] for line in lines) == list(range(num_prompts))
+    assert check_rollout.main(["--output", str(output)]) == 0
+
+
+def few_prompts(path: Path, n: int = 8) -> str:
+    """The first `n` shipped prompts, as an input file of their own."""
+    lines = Path("configs/recall-tiny-prompts.jsonl").read_text(encoding="utf-8").splitlines()[:n]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_deepspeed_on_8_processes_gives_the_answers_of_the_unsharded_model(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    command = deepspeed(8, ROLLOUT, "--config", "configs/pcp2_dcp2.json", "--output", str(output))
+    finished = launch(command, timeout_s=180)
+    assert_answers_are_right(finished, output, num_prompts=64)
+    assert finished.summary["layout"] == {"tp": 4, "pcp": 2, "dcp": 2, "dp": 1, "world_size": 8}
+
+
+def test_accelerate_launch_on_2_processes(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    arguments = [
+        "--config",
+        "configs/pcp2.json",
+        "--input",
+        few_prompts(tmp_path / "in.jsonl"),
+        "--output",
+        str(output),
+    ]
+    finished = launch(accelerate(2, ROLLOUT, *arguments), timeout_s=90, env={"ACCELERATE_USE_CPU": "true"})
+    assert_answers_are_right(finished, output, num_prompts=8)
+
+
+def test_torchrun_with_two_dp_replicas_joins_their_results(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    arguments = ["--config", "configs/single.json", "--input", few_prompts(tmp_path / "in.jsonl", 7)]
+    finished = launch(torchrun(2, ROLLOUT, *arguments, "--output", str(output)), timeout_s=90)
+    assert_answers_are_right(finished, output, num_prompts=7)
+    assert finished.summary["layout"]["dp"] == 2
+    assert [p.name for p in tmp_path.glob("results.jsonl*")] and not list(tmp_path.glob("*.dp1"))
+
+
+def test_bad_input_on_many_ranks_is_said_once_and_all_exit_2(tmp_path: Path) -> None:
+    bad = tmp_path / "in.jsonl"
+    bad.write_text('{"prompt": "fine"}\n{"prompt": \n')
+    finished = launch(deepspeed(2, ROLLOUT, "--config", "configs/pcp2.json", "--input", str(bad)), timeout_s=90)
+    assert finished.returncode == 2, finished
+    assert finished.stderr.count("line 2: not valid JSON") == 1, finished
+    assert "Traceback" not in finished.stderr.split("rollout:")[0], finished
+
+
+@pytest.mark.parametrize("fault", ["raise", "kill"])
+def test_one_failing_rank_ends_all_and_is_the_one_that_is_heard(fault: str, tmp_path: Path) -> None:
+    arguments = ["--config", "configs/tp2_pcp2_dcp2.json", "--set", "prefill_context_parallel_size=1"]
+    arguments += ["--set", "decode_context_parallel_size=1", "--output", str(tmp_path / "results.jsonl")]
+    arguments += ["--set", "max_num_seqs=8"]  # so that some samples are done before others begin
+    command = torchrun(2, "tests/distributed/failing_rollout.py", fault, *arguments)
+    finished = launch(command, timeout_s=ALL_END_WITHIN_S + 30)
+    assert finished.returncode != 0, finished
+    if fault == "raise":
+        assert finished.stderr.count("RuntimeError: the fault that was put in") == 1, finished
+        assert "rank 1 failed" in finished.stderr and "rank 0 failed" not in finished.stderr, finished
+    # What was finished before the fault is on disk, every line whole.
+    lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert 0 < len(lines) < 64
+    assert all(json.loads(line)["finish_reason"] in ("stop", "length") for line in lines)

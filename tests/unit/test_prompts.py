@@ -1,0 +1,231 @@
+"""Prompts: every form a user may write, and for every mistake a sentence with the line and the numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from cpinfer.config import Config, SamplingParams
+from cpinfer.engine.prompts import as_prompt, check_prompt, read_input
+from cpinfer.engine.request import Prompt
+from cpinfer.errors import UnsupportedError, UserError
+from cpinfer.layout.capacity import PoolSize
+from cpinfer.layout.shards import KVSharding
+from cpinfer.models.spec import ModelSpec
+
+FOLDER = Path(__file__).parents[2] / "configs" / "recall-tiny"
+SPEC = ModelSpec.from_config(json.loads((FOLDER / "config.json").read_text(encoding="utf-8")))
+
+
+def load_tokenizer():
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer()
+
+
+@pytest.fixture
+def read(tmp_path, tokenizer):
+    """Reads a file of the given lines: (inputs, complaints)."""
+
+    def read(*lines, tokenizer=tokenizer, end="\n"):
+        path = tmp_path / "in.jsonl"
+        path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + end for x in lines), encoding="utf-8")
+        return read_input(str(path), tokenizer)
+
+    return read
+
+
+def test_text_ids_and_chat_become_token_ids(tokenizer, read):
+    chat = [{"role": "user", "content": "hi there"}]
+    inputs, complaints = read({"prompt": "hi there"}, {"prompt_token_ids": [3, 4]}, {"messages": chat})
+    assert complaints == []
+    text_ids = tuple(tokenizer("hi there")["input_ids"])
+    assert [line.prompt.token_ids for line in inputs] == [text_ids, (3, 4), text_ids]
+
+
+def test_the_library_takes_the_same_forms_and_plain_values(tokenizer):
+    ids = tuple(tokenizer("hi")["input_ids"])
+    assert as_prompt("hi", 0, tokenizer).token_ids == ids
+    assert as_prompt(list(ids), 0, None) == as_prompt({"prompt_token_ids": ids}, 0, None) == Prompt(0, "0", ids)
+    prompt = Prompt(5, "mine", (1,))
+    assert as_prompt(prompt, 0, None) is prompt
+
+
+def test_ids_default_to_the_index_and_may_be_text_or_number(read):
+    inputs, complaints = read(
+        {"prompt_token_ids": [1]}, {"prompt_token_ids": [1], "id": "x"}, {"prompt_token_ids": [1], "id": 77}
+    )
+    assert [line.prompt.id for line in inputs] == ["0", "x", "77"] and complaints == []
+
+
+@pytest.mark.parametrize("bad", [None, 1.5, [], {}])
+def test_an_id_that_is_neither_text_nor_number_is_named(bad):
+    with pytest.raises(UserError, match='"id" is .*; a text or a whole number was wanted'):
+        as_prompt({"prompt_token_ids": [1], "id": bad}, 0, None)
+
+
+def test_an_id_given_twice_names_both_lines(read):
+    one = {"prompt_token_ids": [1], "id": "x"}
+    inputs, complaints = read(one, "", {"prompt_token_ids": [2]}, one)
+    assert [line.prompt.index for line in inputs] == [0, 1]
+    assert len(complaints) == 1
+    assert "line 4: " in complaints[0] and '"id" is the same as in line 1' in complaints[0]
+
+
+def test_an_answer_is_kept_when_it_is_text(read):
+    inputs, _ = read({"prompt_token_ids": [1], "answer": "yes"}, {"prompt_token_ids": [1], "answer": 3})
+    assert [line.answer for line in inputs] == ["yes", None]
+
+
+def test_blank_lines_count_as_lines_and_not_as_prompts(read):
+    inputs, complaints = read("", {"prompt_token_ids": [1]}, "   ", "", {"prompt_token_ids": [2]}, "")
+    assert [(line.number, line.prompt.index) for line in inputs] == [(2, 0), (5, 1)] and complaints == []
+
+
+def test_a_bad_line_keeps_its_place_in_the_count(read):
+    inputs, complaints = read({"prompt_token_ids": [1]}, "{", {"prompt_token_ids": [2]})
+    assert [(line.number, line.prompt.index, line.prompt.id) for line in inputs] == [(1, 0, "0"), (3, 2, "2")]
+    assert len(complaints) == 1
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_end_as_on_any_system(read, end):
+    inputs, complaints = read({"prompt_token_ids": [1]}, {"prompt_token_ids": [2]}, end=end)
+    assert len(inputs) == 2 and complaints == []
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+def test_only_line_ends_end_a_line(tokenizer, read, char):
+    """JSON lets most of these stand in a text as they are; `json.dumps(ensure_ascii=False)` writes them so."""
+    line = json.dumps({"prompt": f"a{char}b"}, ensure_ascii=False)
+    inputs, complaints = read(line, {"prompt": "c"})
+    assert complaints == []
+    assert [x.number for x in inputs] == [1, 2]
+    assert inputs[0].prompt.token_ids == tuple(tokenizer(f"a{char}b")["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [
+        ('{"prompt": "a"', "not valid JSON"),
+        ("prompt", "not valid JSON"),
+        ("[1, 2]", "found [1, 2]; an object was wanted"),
+        ('"text"', 'found "text"; an object was wanted'),
+        ("null", "found null; an object was wanted"),
+        ({}, "found the keys []; exactly one of prompt, prompt_token_ids, messages was wanted"),
+        ({"text": "a"}, "found the keys ['text']"),
+        ({"prompt": "a", "prompt_token_ids": [1]}, "found the keys ['prompt', 'prompt_token_ids']; exactly one of"),
+        ({"prompt": ""}, "the prompt is empty; at least one token was wanted"),
+        ({"prompt_token_ids": []}, "the prompt is empty"),
+        ({"prompt": 5}, '"prompt" is 5; a text was wanted'),
+        ({"prompt": None}, '"prompt" is null; a text was wanted'),
+        ({"prompt": ["a", "b"]}, '"prompt" is ["a", "b"]; a text was wanted'),
+        ({"prompt_token_ids": "12"}, "must be a list of whole numbers"),
+        ({"prompt_token_ids": 12}, "must be a list of whole numbers"),
+        ({"prompt_token_ids": [1, 2.0]}, "must be a list of whole numbers"),
+        ({"prompt_token_ids": [1, True]}, "must be a list of whole numbers"),
+        ({"prompt_token_ids": [[1, 2]]}, "must be a list of whole numbers"),
+        ({"messages": []}, '"messages" must be a list of objects'),
+        ({"messages": "hi"}, '"messages" must be a list of objects'),
+        ({"messages": {"role": "user"}}, '"messages" must be a list of objects'),
+        ({"messages": [{"role": "user", "content": ""}]}, "the prompt is empty"),
+        (r'{"prompt": "half of a pair: \ud83d"}', "prompt"),
+    ],
+)
+def test_a_line_that_is_no_prompt_is_named_with_its_number(read, line, words):
+    inputs, complaints = read({"prompt_token_ids": [1]}, line, {"prompt_token_ids": [2]})
+    assert [x.number for x in inputs] == [1, 3]
+    assert len(complaints) == 1
+    assert "in.jsonl, line 2: " in complaints[0] and words in complaints[0]
+
+
+@pytest.mark.parametrize("text", ["", "\n", "  \n\n\t\n"])
+def test_an_empty_file_is_an_error(tmp_path, text):
+    path = tmp_path / "in.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=rf"input {path}: the file is empty; one JSON object per line was wanted"):
+        read_input(str(path), None)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for path in (tmp_path / "missing.jsonl", tmp_path):
+        with pytest.raises(UserError, match=f"input {path}: "):
+            read_input(str(path), None)
+    binary = tmp_path / "binary.jsonl"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=f"input {binary}: .*utf-8"):
+        read_input(str(binary), None)
+
+
+@pytest.mark.parametrize("form", [{"prompt": "hi"}, {"messages": [{"role": "user", "content": "hi"}]}])
+def test_text_without_a_tokenizer_says_what_to_use(form):
+    with pytest.raises(UserError, match=r'needs a tokenizer, the model folder has none\. Use "prompt_token_ids"'):
+        as_prompt(form, 0, None)
+
+
+def test_messages_without_a_chat_template_are_refused():
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(UserError, match='"messages" do not fit the chat template'):
+        as_prompt({"messages": [{"role": "user", "content": "hi"}]}, 0, tokenizer)
+
+
+def test_messages_that_a_template_rejects_are_refused_in_its_words():
+    tokenizer = load_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="roles must alternate"):
+        as_prompt({"messages": [{"role": "user", "content": "hi"}]}, 0, tokenizer)
+
+
+def check(length, *, max_new_tokens=4, blocks=10**6, shards=1, token=5, **config):
+    """Check a prompt of `length` tokens against a pool of 16-token blocks."""
+    prompt = Prompt(0, "p", (token,) * length)
+    pool = PoolSize(blocks, KVSharding(shards, 16, 16))
+    check_prompt(prompt, SamplingParams(max_new_tokens=max_new_tokens), SPEC, Config(**config), pool)
+
+
+@pytest.mark.parametrize("token", [-1, 768, 10**30])
+def test_a_token_outside_of_the_vocabulary_is_named(token):
+    with pytest.raises(UserError, match=f"token id {token} is outside the vocabulary of 768 tokens"):
+        check(3, token=token)
+
+
+def test_the_ends_of_the_vocabulary_are_inside():
+    check(3, token=0)
+    check(3, token=767)
+
+
+def test_a_prompt_needs_one_position_for_an_answer():
+    check(32767, max_num_batched_tokens=10**6)
+    for length in (32768, 40000):
+        with pytest.raises(UserError, match=f"has {length} tokens; the model has 32768 positions"):
+            check(length, max_num_batched_tokens=10**6)
+
+
+def test_a_prompt_that_outgrows_the_pool_is_refused_with_numbers_and_advice():
+    check(61, max_new_tokens=4, blocks=4)  # 64 tokens are cached: the last new one never is
+    with pytest.raises(UserError) as caught:
+        check(61, max_new_tokens=5, blocks=4)
+    for words in ("has 61 tokens and may grow to 65", "the KV pool holds 64", "Raise kv_cache_gib", "max_new_tokens"):
+        assert words in str(caught.value)
+
+
+def test_shards_make_the_pool_hold_more():
+    check(121, max_new_tokens=5, blocks=4, shards=2)
+    with pytest.raises(UserError, match="may grow to 129; the KV pool holds 128"):
+        check(125, max_new_tokens=5, blocks=4, shards=2)
+
+
+def test_an_answer_never_grows_beyond_the_positions():
+    """What cannot be generated need not fit into the pool."""
+    check(32760, max_new_tokens=10**6, blocks=32768 // 16, max_num_batched_tokens=10**6)
+
+
+def test_a_prompt_longer_than_a_step_is_refused_with_numbers():
+    check(100, max_num_batched_tokens=100)
+    with pytest.raises(UnsupportedError, match="101 tokens, max_num_batched_tokens is 100.*Raise max_num_batched"):
+        check(101, max_num_batched_tokens=100)
