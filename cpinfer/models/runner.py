@@ -58,7 +58,9 @@ class ModelRunner:
 
         token_ids, positions `[T]`, T and N at least 1: models crash on zero rows.
         """
-        output = self._model(
+        # `forward`, not a call: hooks on the outermost module belong to training. DeepSpeed's AutoTP has one that
+        # pickles the arguments of the first batch to compare them between ranks, once.
+        output = self._model.forward(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=None,

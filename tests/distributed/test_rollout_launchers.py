@@ -40,15 +40,9 @@ def test_deepspeed_on_8_processes_gives_the_answers_of_the_unsharded_model(tmp_p
 
 def test_accelerate_launch_on_2_processes(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
-    arguments = [
-        "--config",
-        "configs/pcp2.json",
-        "--input",
-        few_prompts(tmp_path / "in.jsonl"),
-        "--output",
-        str(output),
-    ]
-    finished = launch(accelerate(2, ROLLOUT, *arguments), timeout_s=90, env={"ACCELERATE_USE_CPU": "true"})
+    arguments = ["--config", "configs/pcp2.json", "--input", few_prompts(tmp_path / "in.jsonl")]
+    command = accelerate(2, ROLLOUT, *arguments, "--output", str(output))
+    finished = launch(command, timeout_s=90, env={"ACCELERATE_USE_CPU": "true"})
     assert_answers_are_right(finished, output, num_prompts=8)
 
 

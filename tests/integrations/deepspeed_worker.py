@@ -68,6 +68,7 @@ def main(kind: str, tp_size: int) -> dict[str, Any]:
     module = engine.module
     before = {name: weight.clone() for name, weight in module.state_dict().items()}
     modes = [m.training for m in module.modules()]
+    hooks = [list(m._forward_pre_hooks) for m in module.modules()]
     with cpinfer.attach(module, topology, config) as inference:
         results = inference.generate(prompts, SamplingParams(temperature=0, max_new_tokens=8))
     topology.close()
@@ -81,6 +82,7 @@ def main(kind: str, tp_size: int) -> dict[str, Any]:
         ],
         "weights_untouched": all(torch.equal(before[n], w) for n, w in module.state_dict().items()),
         "modes_restored": modes == [m.training for m in module.modules()],
+        "hooks_untouched": hooks == [list(m._forward_pre_hooks) for m in module.modules()],
     }
 
 
