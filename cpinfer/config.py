@@ -103,7 +103,7 @@ class Config:
     sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
     input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
-    wandb: WandbConfig | None = _key("log the summary to W&B", None)
+    wandb: WandbConfig | None = _key("log the summary to W&B: an object with `project`, `name`, `group`, `mode`", None)
 
     def __post_init__(self) -> None:
         for name in ("prefill_context_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
