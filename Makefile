@@ -13,8 +13,10 @@ export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: rollout test slow check docs clean
 
+# The second command runs the same prompts through the whole model, without us, and compares.
 rollout: $(VENV)/.installed
 	deepspeed --num_gpus $(GPUS) tools/rollout.py --config $(CONFIG)
+	$(BIN)/python tools/check_rollout.py
 
 test: check
 	$(BIN)/pytest -q -m "not slow"

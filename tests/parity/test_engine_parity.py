@@ -7,18 +7,18 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-import check_rollout
 import pytest
 import torch
-from tiny_models import FAMILIES, make_model, prompts_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import check_rollout
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.grid import RankGrid
+from tiny_models import FAMILIES, make_model, prompts_of
 
 RECALL_TINY = "configs/recall-tiny"
 TOLERANCE = 1e-4
