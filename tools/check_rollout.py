@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from cpinfer.config import Config, parse_config
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"check_rollout: {error}", file=sys.stderr)
         return 2
     assert config.model is not None, "a rollout has a model"
+    transformers.utils.logging.disable_progress_bar()  # loading takes no time beside the rest
     model = load_model(config.model, getattr(torch, config.dtype))
     summary = compare(model, results, config)
     ok = summary["num_same_tokens"] in (None, len(results)) and summary["max_abs_logprob_difference"] <= args.tolerance

@@ -58,6 +58,7 @@ from cpinfer.engine.output import (
 )
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.errors import EngineFaultError, UserError
+from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import layout_errors
 from cpinfer.models.loading import load_model, load_spec, load_tokenizer
@@ -183,7 +184,7 @@ def rollout(launch: Launch, job: Job) -> int:
     """Load, generate, write. Collective over all ranks."""
     is_first = launch.rank == 0
     if is_first:
-        print(_headline(job), file=sys.stderr)
+        print(_headline(job), draw_grid(job.grid, job.spec.heads(job.grid.tp_size)), sep="\n\n", file=sys.stderr)
         for complaint in job.skipped:
             print(f"rollout: skipped: {complaint}", file=sys.stderr)
     if job.dry_run:
@@ -324,7 +325,8 @@ def _headline(job: Job) -> str:
     grid = job.grid
     return (
         f"{job.config.model} ({job.config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
-        f"dcp={grid.dcp_size} dp={grid.dp_size}; {len(job.inputs)} prompts x {job.config.sampling.n} -> {job.output}"
+        f"dcp={grid.dcp_size} dp={grid.dp_size}; {len(job.inputs)} prompts x {job.config.sampling.n} -> {job.output}\n"
+        "rank: query heads / KV head / KV shard / prefill part"
     )
 
 

@@ -57,6 +57,8 @@ def _median(values: Iterable[float]) -> float | None:
 
 
 def _format(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return " ".join(f"{key}={_format(inner)}" for key, inner in value.items())
     if isinstance(value, float):
         return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

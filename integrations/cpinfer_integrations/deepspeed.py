@@ -7,7 +7,7 @@ from ranks `0..tp-1` alone, unless it is given both an `mpu` and a `tp_group`.
 
 from __future__ import annotations
 
-import sys
+import io
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +71,7 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
         if dist.get_rank() in ranks:
             tp_group, owned = group, [group]
     expand_kv_heads(model, grid.tp_size)
-    with redirect_stdout(sys.stderr):  # it prints what it shards; stdout belongs to the caller
+    with redirect_stdout(io.StringIO()):  # every rank prints what it shards
         engine = deepspeed.init_inference(
             model,
             dtype=dtype,
