@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -44,11 +45,12 @@ class SamplingParams:
     ignore_eos: bool = _key("do not end at the model's end-of-text tokens", False)
 
     def __post_init__(self) -> None:
-        _check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+        _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "at least 0 and finite")
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
-        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
+        penalty = self.repetition_penalty
+        _check(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0 and finite")
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         _check(self.n >= 1, "n", self.n, "at least 1")
         _check(0 <= self.seed < 2**64, "seed", self.seed, "in [0, 2**64)")
@@ -111,7 +113,8 @@ class Config:
         for name in ("decode_context_parallel_size", "data_parallel_size", "cp_kv_cache_interleave_size"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "at least 1")
-        _check(self.kv_cache_gib is None or self.kv_cache_gib > 0, "kv_cache_gib", self.kv_cache_gib, "above 0")
+        gib = self.kv_cache_gib
+        _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
         if self.backend == "flashinfer":
             raise refuse("flashinfer", 'backend="flashinfer"')
         if self.enable_prefix_caching:
@@ -211,7 +214,7 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
 def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     for key, value in data.items():
-        if key in _REFUSED_KEYS and value not in (None, 1, False):
+        if key in _REFUSED_KEYS and value not in (None, False, 1 if "parallel" in key else 0):
             raise refuse(_REFUSED_KEYS[key], f'key "{where}{key}"')
         if key not in hints and key not in _REFUSED_KEYS:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)

@@ -34,6 +34,10 @@ REFUSALS: dict[str, Refusal] = {
     "sliding_window": Refusal(
         "sliding-window attention", "Use a model (or set its config) with full attention in every layer."
     ),
+    "length_dependent_rope": Refusal(
+        "RoPE whose frequencies depend on the longest position of a step (longrope)",
+        "Set another rope_type.",
+    ),
     "homes": Refusal("dcp < pcp (several KV homes) in the engine", "Use dcp = pcp, or a larger dcp."),
     "mixed_heads": Refusal(
         "DCP groups that mix KV heads (a group spans tp ranks with different heads)",

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from cpinfer.config import Config, parse_config
 from cpinfer.engine.metrics import format_summary
-from cpinfer.engine.output import meta_path
+from cpinfer.engine.output import read_meta
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_model
 
@@ -63,10 +63,10 @@ def newest_results(folder: Path) -> Path:
 def read_results(path: Path) -> tuple[list[dict[str, Any]], Config]:
     """The lines of a results file, and the config it was made with."""
     try:
-        results = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        config = parse_config(json.loads(meta_path(path).read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path} and its .meta.json cannot be read: {error}.") from error
+        results = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    config = parse_config(read_meta(path)["config"])
     if not results:
         raise UserError(f"{path} holds no results.")
     return results, config

@@ -154,7 +154,10 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     tokenizer = load_tokenizer(config.model)
     if config.sampling.stop and tokenizer is None:
         raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
-    inputs, complaints = _read_prompts(config, spec, launch, tokenizer)
+    pool = affordable_pool(spec, config, config.dtype, launch.device)
+    inputs, complaints = read_input(
+        config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, config, pool)
+    )
     if complaints and not args.skip_bad_prompts:
         more = f" ({len(complaints) - 1} more bad lines)" if len(complaints) > 1 else ""
         raise UserError(f"{complaints[0]}{more} Mend the input, or pass --skip-bad-prompts to run the rest.")
@@ -259,22 +262,6 @@ def _grid(launch: Launch, config: Config) -> RankGrid:
     if error:
         raise UserError(error)
     return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, launch.world_size // per_replica)
-
-
-def _read_prompts(
-    config: Config, spec: ModelSpec, launch: Launch, tokenizer: Any | None
-) -> tuple[list[InputLine], list[str]]:
-    assert config.input is not None
-    inputs, complaints = read_input(config.input, tokenizer)
-    pool = affordable_pool(spec, config, config.dtype, launch.device)
-    good = []
-    for line in inputs:
-        try:
-            check_prompt(line.prompt, config.sampling, spec, config, pool)
-            good.append(line)
-        except UserError as error:
-            complaints.append(f"input {config.input}, line {line.number}: {error}")
-    return good, complaints
 
 
 def _load(launch: Launch, job: Job) -> tuple[Any, cpinfer.Topology]:

@@ -13,6 +13,7 @@ import datetime
 import json
 import os
 from collections.abc import Mapping
+from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO
@@ -26,7 +27,9 @@ SampleKey = tuple[int, int]
 
 def default_output(config_path: str | Path, now: datetime.datetime) -> Path:
     """A folder of its own for a run that names no output: `runs/<config name>-<UTC time>/results.jsonl`."""
-    return Path("runs") / f"{Path(config_path).stem}-{now:%Y%m%d-%H%M%S}" / "results.jsonl"
+    folder = Path("runs") / f"{Path(config_path).stem}-{now:%Y%m%d-%H%M%S}"
+    names = chain([folder], (folder.with_name(f"{folder.name}-{i}") for i in count(2)))
+    return next(name for name in names if not name.exists()) / "results.jsonl"
 
 
 def check_output(path: Path, existing: Existing) -> None:
@@ -47,7 +50,7 @@ def read_finished(path: Path, meta: Mapping[str, Any]) -> frozenset[SampleKey]:
     UserError when that run was another one (`meta` is this run's): its results must not be mixed with these.
     """
     if meta_path(path).exists():
-        before = json.loads(meta_path(path).read_text(encoding="utf-8"))["config"]
+        before = read_meta(path)["config"]
         for key in ("model", "dtype", "sampling", "input"):
             if before.get(key) != meta["config"].get(key):
                 raise UserError(
@@ -80,10 +83,12 @@ def part_paths(path: Path) -> list[Path]:
 
 
 def join_parts(path: Path) -> None:
-    """Append the parts of other dp replicas to the results file, and remove them."""
+    """Append the parts of other dp replicas to the results file, and remove them. Done twice, it adds nothing twice."""
     for part in part_paths(path):
-        with path.open("a", encoding="utf-8") as out:
-            out.write(part.read_text(encoding="utf-8"))
+        there = set(_read_keys(path)) if path.exists() else set()
+        lines = zip(_read_keys(part), _whole_lines(part).splitlines(keepends=True), strict=True)
+        with path.open("ab") as out:
+            out.writelines(line for key, line in lines if key not in there)
         part.unlink()
 
 
@@ -93,6 +98,17 @@ def meta_path(path: Path) -> Path:
 
 def summary_path(path: Path) -> Path:
     return path.with_name(path.name + ".summary.json")
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """The meta file beside a results file. UserError when it cannot be read or holds no config."""
+    try:
+        meta = json.loads(meta_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{meta_path(path)} cannot be read: {error}. Use another --output, or --overwrite.") from error
+    if not isinstance(meta, dict) or not isinstance(meta.get("config"), dict):
+        raise UserError(f"{meta_path(path)} holds no config. Use another --output, or --overwrite.")
+    return meta
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:

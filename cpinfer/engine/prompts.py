@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,20 +71,23 @@ def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, config
         )
 
 
-def read_input(path: str, tokenizer: Any | None) -> tuple[list[InputLine], list[str]]:
-    """Prompts of a JSON Lines file in file order, and a sentence for each line that is not one.
+def read_input(
+    path: str, tokenizer: Any | None, check: Callable[[Prompt], None] = lambda prompt: None
+) -> tuple[list[InputLine], list[str]]:
+    """Prompts of a JSON Lines file in file order, and a sentence for each line that is none or that `check` refuses.
 
     Blank lines are passed over. A bad line still counts in `prompt_index`, so that indices do not depend on how bad
     lines are treated. UserError when the file cannot be read or holds no line at all.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"input {path}: {getattr(error, 'strerror', None) or error}.") from error
     inputs: list[InputLine] = []
     complaints: list[str] = []
     seen: dict[str, int] = {}
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    # Not splitlines(): it also breaks at characters like U+2028, which may stand in a JSON text.
+    filled = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not filled:
         raise UserError(f"input {path}: the file is empty; one JSON object per line was wanted.")
     for index, (number, line) in enumerate(filled):
@@ -93,6 +96,7 @@ def read_input(path: str, tokenizer: Any | None) -> tuple[list[InputLine], list[
             first = seen.setdefault(prompt.id, number)
             if first != number:
                 raise UserError(f'"id" is the same as in line {first}; ids must differ, they seed the samples.')
+            check(prompt)
             inputs.append(InputLine(number, prompt, answer))
         except UserError as error:
             complaints.append(f"input {path}, line {number}: {error}")
@@ -120,6 +124,8 @@ def _token_ids(form: str, value: Any, tokenizer: Any | None) -> tuple[int, ...]:
     if form == "prompt":
         if not isinstance(value, str):
             raise UserError(f'"prompt" is {json.dumps(value)[:40]}; a text was wanted.')
+        if not _is_unicode(value):
+            raise UserError('"prompt" holds half of a surrogate pair; text that can be written as UTF-8 was wanted.')
         return tuple(tokenizer(value)["input_ids"])
     if not isinstance(value, Sequence) or not value or not all(isinstance(m, Mapping) for m in value):
         raise UserError('"messages" must be a list of objects with "role" and "content".')
@@ -127,3 +133,12 @@ def _token_ids(form: str, value: Any, tokenizer: Any | None) -> tuple[int, ...]:
         return tuple(tokenizer.apply_chat_template(list(value), add_generation_prompt=True, return_dict=False))
     except Exception as error:  # templates are programs of the model's author and raise what they like
         raise UserError(f'"messages" do not fit the chat template: {error}.') from error
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text can be encoded: JSON may spell halves of characters that cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

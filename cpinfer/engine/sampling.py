@@ -72,6 +72,7 @@ def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
 def uniform(sequence: Sequence) -> float:
     """The random number in [0, 1) of a sequence's next token (Philox, Salmon et al., SC 2011)."""
     prompt_key = int.from_bytes(hashlib.blake2b(sequence.prompt.id.encode(), digest_size=8).digest())
-    counter = [len(sequence.sampled), sequence.sample_index, prompt_key, 0]
+    # uint64 by hand: numpy would turn a list with large numbers into floats, and ids that differ would share numbers.
+    counter = np.array([len(sequence.sampled), sequence.sample_index, prompt_key, 0], dtype=np.uint64)
     bits = int(np.random.Philox(key=sequence.params.seed, counter=counter).random_raw())
     return (bits >> 11) / 2**53

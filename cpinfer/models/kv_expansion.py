@@ -18,17 +18,19 @@ def expand_kv_heads(model: Any, tp_size: int) -> None:
     `tp_size` is not above the number of KV heads. ValueError when the heads cannot be dealt.
     """
     spec = ModelSpec.from_config(model.config.to_dict())
-    rep = spec.heads(tp_size).rep
-    if rep == 1:
+    # Heads that are copies already count: a second call finds enough of them.
+    have = model.config.num_key_value_heads
+    rep = spec.heads(tp_size).rep * spec.num_kv_heads // have
+    if rep <= 1:
         return
     for module in model.modules():
         for name in ("k_proj", "v_proj"):
             projection = getattr(module, name, None)
             if isinstance(projection, nn.Linear):
                 setattr(module, name, _repeat_heads(projection, spec.head_dim, rep))
-                module.num_key_value_groups = spec.num_q_heads // (spec.num_kv_heads * rep)
+                module.num_key_value_groups = spec.num_q_heads // (have * rep)
     setattr(model.config, NUM_KV_HEADS_BEFORE_EXPANSION, spec.num_kv_heads)
-    model.config.num_key_value_heads = spec.num_kv_heads * rep
+    model.config.num_key_value_heads = have * rep
 
 
 @torch.no_grad()

@@ -101,3 +101,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     windowed = bool(layer_types - {_FULL_ATTENTION}) if layer_types else config.get("sliding_window") is not None
     if windowed or (family == "mistral" and config.get("sliding_window") is not None):
         raise refuse("sliding_window", found)
+    # Ranks and steps see different longest positions, so they would rotate one sequence by different angles. (`dynamic`
+    # changes beyond max_positions alone, where no prompt can come.)
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        raise refuse("length_dependent_rope", f'{found} with rope_type "longrope"')

@@ -25,7 +25,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bo
     T, H, _ = q.shape
     S, K, V = v.shape
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = q.to(wide).reshape(T, K, H // K, -1)
+    grouped = q.to(wide).reshape(T, K, H // K, q.shape[-1])
     scores = torch.einsum("tkgd,skd->tkgs", grouped, k.to(wide)) * scale
     if causal:
         hidden = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)

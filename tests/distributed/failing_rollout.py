@@ -11,7 +11,6 @@ import sys
 from typing import Any
 
 import rollout
-
 from cpinfer.engine.engine import Engine
 
 FAULTY_RANK = 1

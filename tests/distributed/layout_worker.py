@@ -11,14 +11,14 @@ import os
 import sys
 from typing import Any
 
-import check_rollout
 import torch
-from tiny_models import FAMILIES, make_model, prompts_of
 
+import check_rollout
 import cpinfer
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
+from tiny_models import FAMILIES, make_model, prompts_of
 
 PROMPT_LENS = (1, 2, 3, 17, 64, 200)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launching import launch, torchrun
-from tiny_models import FAMILIES, make_model, prompts_of
 
 import cpinfer
 from cpinfer.config import SamplingParams, parse_config
+from launching import launch, torchrun
+from tiny_models import FAMILIES, make_model, prompts_of
 
 # kv: KV heads of the model; with fewer than tp they are expanded, and dcp above pcp then shards the copies.
 LAYOUTS: dict[int, list[dict[str, Any]]] = {

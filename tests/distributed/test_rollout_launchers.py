@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import check_rollout
 import pytest
+
+import check_rollout
 from launching import Finished, accelerate, deepspeed, launch, torchrun
 
 ROLLOUT = "tools/rollout.py"

@@ -11,17 +11,17 @@ import sys
 from contextlib import redirect_stdout
 from typing import Any
 
-import check_rollout
 import deepspeed
 import torch
 import torch.distributed as dist
-from cpinfer_integrations.deepspeed import init_distributed, launch_inference, topology_from
-from tiny_models import FAMILIES, make_model, prompts_of
 
+import check_rollout
 import cpinfer
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
+from cpinfer_integrations.deepspeed import init_distributed, launch_inference, topology_from
+from tiny_models import FAMILIES, make_model, prompts_of
 
 
 def training_engine(tp_size: int) -> Any:

@@ -47,7 +47,9 @@ def only_the_authority_samples(topology):
 @pytest.mark.parametrize("body", [everyone_samples, only_the_authority_samples])
 def test_all_ranks_get_the_tokens_of_the_first_tp_rank(body):
     results = run_ranks(GRID, body)
-    assert [t.token_id for t in results[0]] == [0, 100, 10]
+    for got, want in zip(results[0], [token(0, 0), token(1, 0), token(0, 1)], strict=True):
+        assert got.token_id == want.token_id
+        assert (got.logprob, got.processed_logprob) == pytest.approx((want.logprob, want.processed_logprob))
     assert all(result == results[0] for result in results)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import docs
 import pytest
+
+import docs
 
 
 def test_the_readme_is_up_to_date_with_the_code() -> None:

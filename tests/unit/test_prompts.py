@@ -64,7 +64,7 @@ def test_ids_default_to_the_index_and_may_be_text_or_number(read):
 
 @pytest.mark.parametrize("bad", [None, 1.5, [], {}])
 def test_an_id_that_is_neither_text_nor_number_is_named(bad):
-    with pytest.raises(UserError, match='"id" is .*; a text or a whole number was wanted'):
+    with pytest.raises(UserError, match=r'"id" is .*; a text or a whole number was wanted'):
         as_prompt({"prompt_token_ids": [1], "id": bad}, 0, None)
 
 
@@ -98,9 +98,9 @@ def test_lines_end_as_on_any_system(read, end):
     assert len(inputs) == 2 and complaints == []
 
 
-@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c"])
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\x85"])
 def test_only_line_ends_end_a_line(tokenizer, read, char):
-    """JSON lets most of these stand in a text as they are; `json.dumps(ensure_ascii=False)` writes them so."""
+    """JSON lets these stand in a text as they are; `json.dumps(ensure_ascii=False)` writes them so."""
     line = json.dumps({"prompt": f"a{char}b"}, ensure_ascii=False)
     inputs, complaints = read(line, {"prompt": "c"})
     assert complaints == []
@@ -227,5 +227,5 @@ def test_an_answer_never_grows_beyond_the_positions():
 
 def test_a_prompt_longer_than_a_step_is_refused_with_numbers():
     check(100, max_num_batched_tokens=100)
-    with pytest.raises(UnsupportedError, match="101 tokens, max_num_batched_tokens is 100.*Raise max_num_batched"):
+    with pytest.raises(UnsupportedError, match=r"101 tokens, max_num_batched_tokens is 100.*Raise max_num_batched"):
         check(101, max_num_batched_tokens=100)

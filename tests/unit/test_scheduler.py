@@ -192,6 +192,14 @@ def test_a_sequence_that_never_fits_the_pool_is_refused_with_numbers(prompt_len,
     assert scheduler.num_unfinished == 0 and pool.num_free == 5
 
 
+def test_a_sequence_that_fits_the_pool_may_wait_while_others_hold_it():
+    _, scheduler = make_scheduler(num_blocks=5)
+    scheduler.add(make_sequence(0, 17))
+    scheduler.schedule()
+    scheduler.add(make_sequence(1, 17))
+    assert scheduler.num_unfinished == 2
+
+
 def test_a_prompt_above_the_token_budget_is_refused_with_numbers():
     _, scheduler = make_scheduler(max_num_batched_tokens=8)
     scheduler.add(make_sequence(0, 8))

@@ -111,7 +111,7 @@ def test_long_runs_are_read_and_merged(causal, block_size):
     """Three runs, each long enough to be a view of its own."""
     n = (MIN_RUN_TOKENS + 48) // block_size
     table = [*range(2 * n, 3 * n), *range(n), *range(4 * n, 5 * n)]
-    for lo, q_len in ((0, 1), (0, 9), (7, 9)):
+    for lo, q_len in ((0, 1), (0, 9), (7, 9), (0, 3 * n * block_size)):
         check(make_rows([q_len], [(lo, 3 * n * block_size)], [table], block_size, causal), 6 * n * block_size)
 
 

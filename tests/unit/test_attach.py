@@ -1,0 +1,225 @@
+"""Attaching: inside the block the engine has the model, after it the model is what it was, bit by bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
+
+import cpinfer
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import Config, TensorParallel
+from cpinfer.engine.attach import attach
+from cpinfer.errors import UnsupportedError, UserError
+from cpinfer.layout.grid import RankGrid
+from cpinfer.models.kv_expansion import expand_kv_heads
+
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+CONFIG = Config(kv_cache_gib=0.001, block_size=4, sampling=cpinfer.SamplingParams(temperature=0, max_new_tokens=4))
+IDS = torch.arange(10)[None]
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Qwen2Config(**SHAPE), dtype=torch.float32, attn_implementation="sdpa")
+    model.train()
+    model.model.layers[1].mlp.eval()  # a job may have set modes module by module
+    model.lm_head.weight.requires_grad_(False)
+    return model
+
+
+def photograph(model):
+    """Everything of a model that attaching could change."""
+    with torch.no_grad():
+        logits = model(input_ids=IDS, use_cache=False).logits
+    return {
+        "logits": logits.clone(),
+        "state": {name: x.clone() for name, x in model.state_dict().items()},
+        "parameters": {name: (id(x), x.data_ptr(), x.requires_grad) for name, x in model.named_parameters()},
+        "training": {name: module.training for name, module in model.named_modules()},
+        "modules": {name: (id(module), type(module)) for name, module in model.named_modules()},
+        "hooks": {
+            name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
+        },
+        "attention": model.config._attn_implementation,
+        "config": copy.deepcopy(model.config.to_dict()),
+        "generation_config": copy.deepcopy(model.generation_config.to_dict()),
+    }
+
+
+def assert_same(before, after):
+    assert torch.equal(before.pop("logits"), after.pop("logits"))
+    old, new = before.pop("state"), after.pop("state")
+    assert old.keys() == new.keys()
+    assert all(torch.equal(old[name], new[name]) for name in old)
+    assert before == after
+
+
+def test_the_model_is_bit_by_bit_what_it_was(model):
+    before = photograph(model)
+    with attach(model, config=CONFIG) as engine:
+        results = engine.generate([[1, 2, 3, 4, 5], [6]])
+        assert [len(r.token_ids) for r in results] == [4, 4]
+    assert_same(before, photograph(model))
+
+
+def test_a_photograph_would_show_a_change(model):
+    """The control: each of these must be seen."""
+    for change in (
+        lambda m: m.eval(),
+        lambda m: m.model.norm.weight.data.add_(1e-6),
+        lambda m: setattr(m.config, "_attn_implementation", "eager"),
+        lambda m: m.lm_head.weight.requires_grad_(True),
+        lambda m: m.model.layers[0].register_forward_hook(lambda *_: None),
+        lambda m: setattr(m.model.layers[0], "extra", nn.Identity()),
+    ):
+        changed = copy.deepcopy(model)
+        before = photograph(changed)
+        change(changed)
+        with pytest.raises(AssertionError):
+            assert_same(before, photograph(changed))
+
+
+def test_the_weights_are_the_models_own_and_not_copies(model):
+    with attach(model, config=CONFIG) as engine:
+        first = engine.generate([[1, 2, 3]])[0].logprobs
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        assert engine.generate([[1, 2, 3]])[0].logprobs != first
+
+
+def test_the_engine_runs_in_evaluation_mode(model):
+    with attach(model, config=CONFIG):
+        assert not any(module.training for module in model.modules())
+    assert model.training and not model.model.layers[1].mlp.training
+
+
+def test_the_model_cannot_be_run_past_the_engine(model):
+    with attach(model, config=CONFIG), pytest.raises(RuntimeError, match=r"leave the `with cpinfer\.attach"):
+        model(input_ids=IDS)
+    model(input_ids=IDS)
+
+
+def test_a_model_trains_on_after_the_block(model):
+    with attach(model, config=CONFIG) as engine:
+        engine.generate([[1, 2, 3]])
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
+
+
+def test_a_block_that_fails_still_gives_the_model_back(model):
+    before = photograph(model)
+    with pytest.raises(KeyError, match="mine"), attach(model, config=CONFIG) as engine:
+        engine.generate([[1, 2, 3]])
+        raise KeyError("mine")
+    assert_same(before, photograph(model))
+
+
+def test_a_prompt_that_is_refused_leaves_engine_and_model_usable(model):
+    before = photograph(model)
+    with attach(model, config=CONFIG) as engine:
+        with pytest.raises(UserError, match="token id 64"):
+            engine.generate([[1, 2], [64]])
+        assert len(engine.generate([[1, 2]])) == 1
+    assert_same(before, photograph(model))
+
+
+def test_an_engine_that_cannot_be_made_leaves_the_model_alone(model):
+    before = photograph(model)
+    with pytest.raises(UserError, match="buys no block"), attach(model, config=Config(kv_cache_gib=1e-9)):
+        pytest.fail("the block must not be entered")
+    assert_same(before, photograph(model))
+
+
+def test_blocks_may_follow_each_other(model):
+    texts = []
+    for _ in range(2):
+        with attach(model, config=CONFIG) as engine:
+            texts.append(engine.generate([[1, 2, 3]])[0].token_ids)
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(tensor_parallel=TensorParallel(2)),
+        Config(prefill_context_parallel_size=2),
+        Config(prefill_context_parallel_size=2, decode_context_parallel_size=2, tensor_parallel=TensorParallel(2)),
+    ],
+)
+def test_a_config_that_names_another_layout_than_the_topology_is_refused(model, config):
+    before = photograph(model)
+    with (
+        pytest.raises(UserError, match=r"the config says tp=.*, the topology tp=1 pcp=1 dcp=1"),
+        attach(model, None, config),
+    ):
+        pytest.fail("the block must not be entered")
+    assert_same(before, photograph(model))
+
+
+def test_a_topology_that_is_wider_than_the_config_is_refused(model):
+    def body(topology):
+        with pytest.raises(UserError, match="the topology tp=1 pcp=2 dcp=2"), attach(model, topology, CONFIG):
+            pytest.fail("the block must not be entered")
+        return True
+
+    assert run_ranks(RankGrid(pcp_size=2, dcp_size=2), body) == [True, True]
+
+
+def test_a_layout_that_the_heads_do_not_allow_is_refused(model):
+    with (
+        pytest.raises(UserError, match="4 query heads do not divide over tp=3"),
+        attach(model, None, Config(tensor_parallel=TensorParallel(3))),
+    ):
+        pytest.fail("the block must not be entered")
+
+
+def test_weights_that_are_not_sharded_as_the_config_says_are_refused(model):
+    """The model holds all its heads, while tp=2 gives each rank half of them."""
+    config = Config(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
+    before = photograph(model)
+
+    def body(topology):
+        with (
+            pytest.raises(UserError, match=r"holds 4 heads on this rank.*it should hold 2"),
+            attach(model, topology, config),
+        ):
+            pytest.fail("the block must not be entered")
+        return True
+
+    assert run_ranks(RankGrid(tp_size=2), body) == [True, True]
+    assert_same(before, photograph(model))
+
+
+def test_a_model_expanded_for_more_ranks_is_refused_on_one(model):
+    expand_kv_heads(model, 4)
+    with (
+        pytest.raises(UserError, match=r"k_proj holds 4 heads on this rank.*it should hold 2"),
+        attach(model, config=CONFIG),
+    ):
+        pytest.fail("the block must not be entered")
+
+
+def test_what_is_no_hugging_face_model_is_refused_in_words():
+    with (
+        pytest.raises(UserError, match=r"given a Linear; a Hugging Face model was wanted.*\.module"),
+        attach(nn.Linear(1, 1)),
+    ):
+        pytest.fail("the block must not be entered")
+
+
+def test_a_model_that_is_not_supported_is_refused_by_name():
+    shape = {**SHAPE, "head_dim": 8, "num_hidden_layers": 1}
+    model = AutoModelForCausalLM.from_config(Gemma2Config(**shape), dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match='"gemma2"'), attach(model):
+        pytest.fail("the block must not be entered")

@@ -1,0 +1,396 @@
+"""The rollout tool as a user meets it: one process, the shipped tiny model, files in and files out.
+
+Everything that is wrong with config or input is found before a model is loaded, ends with 2 and says one thing clearly.
+"""
+
+import datetime
+import json
+import shutil
+import types
+from pathlib import Path
+
+import pytest
+
+import rollout
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "configs" / "recall-tiny"
+PROMPTS = [{"prompt": "The door waited."}, {"prompt_token_ids": [70, 71, 72], "id": "mine"}, {"prompt": "It was"}]
+RESULT_KEYS = [
+    "id",
+    "prompt_index",
+    "sample_index",
+    "prompt_token_ids",
+    "token_ids",
+    "text",
+    "logprobs",
+    "processed_logprobs",
+    "finish_reason",
+    "ttft_s",
+    "tpot_s",
+    "weights_version",
+]
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Folder:
+    """A folder with a config, an input, and whatever a run leaves there."""
+
+    def __init__(self, path, capsys):
+        self.path, self.capsys = path, capsys
+        self.data = {
+            "model": str(MODEL),
+            "dtype": "float32",
+            "kv_cache_gib": 0.01,
+            "max_num_batched_tokens": 10**6,
+            "input": "in.jsonl",
+            "output": "out.jsonl",
+            "sampling": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
+        }
+        self.input(*PROMPTS)
+
+    @property
+    def output(self):
+        return self.path / "out.jsonl"
+
+    def input(self, *lines, name="in.jsonl"):
+        text = "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
+        (self.path / name).write_text(text, encoding="utf-8")
+
+    def run(self, *argv, **config):
+        """(exit code, stdout, stderr) of the tool on this config; a key set to None is taken away."""
+        data = {key: value for key, value in {**self.data, **config}.items() if value is not None}
+        (self.path / "run.json").write_text(json.dumps(data), encoding="utf-8")
+        code = rollout.main(["--config", str(self.path / "run.json"), *argv])
+        return code, *self.capsys.readouterr()
+
+    def results(self, path=None):
+        return [json.loads(line) for line in (path or self.output).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def folder(tmp_path, capsys):
+    return Folder(tmp_path, capsys)
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    def load_model(*args, **kwargs):
+        raise AssertionError("a model is being loaded")
+
+    monkeypatch.setattr(rollout, "load_model", load_model)
+
+
+def assert_refused(outcome, *words):
+    """Exit 2, nothing on stdout, and on stderr one complaint that holds the words."""
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.startswith("rollout: ") and err.count("rollout: ") == 1 and len(err.strip().splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+SAMPLING = {"temperature": 0, "max_new_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"modle": "m"}, ["run.json", 'unknown key "modle"', 'nearest known key is "model"']),
+        ({"sampling": {"temprature": 0}}, ['"sampling.temprature"', '"sampling.temperature"']),
+        ({"block_size": "16"}, ["run.json", '"block_size" is "16"; a whole number was wanted']),
+        ({"sampling": {"stop": "x"}}, ['"sampling.stop" is "x"; a list']),
+        ({"max_num_seqs": 0}, ['"max_num_seqs" is 0; it must be at least 1']),
+        (
+            {"tensor_parallel": {"tp_size": 2}},
+            ["1 process(es) were started", "a multiple of 2", "deepspeed --num_gpus 2", "torchrun"],
+        ),
+        ({"prefill_context_parallel_size": 2}, ["1 process(es) were started", "a multiple of 2"]),
+        ({"data_parallel_size": 4}, ["1 process(es) were started", "needs 4 "]),
+        ({"decode_context_parallel_size": 3}, ["run.json", "dcp=3 does not fit tp=1, pcp=1", "Use one of 1."]),
+        ({"tensor_parallel": {"tp_size": 3}}, ["8 query heads do not divide over tp=3", "Use a divisor of 8"]),
+        ({"tensor_parallel": {"tp_size": 16}}, ["8 query heads do not divide over tp=16"]),
+        (
+            {"tensor_parallel": {"tp_size": 2}, "decode_context_parallel_size": 2},
+            ["mix KV heads", "The largest here is dcp=1"],
+        ),
+        (
+            {"prefill_context_parallel_size": 2, "decode_context_parallel_size": 1},
+            ["makes 2 KV homes", "Use dcp = pcp, or a larger dcp"],
+        ),
+        ({"backend": "flashinfer"}, ["does not support the FlashInfer backend", 'Use "torch"']),
+        ({"enable_prefix_caching": True}, ["does not support prefix caching"]),
+        ({"speculative_config": {}}, ["does not support speculative decoding"]),
+        ({"model": "./nowhere"}, ["nowhere: no config could be read", "Give a folder with a config.json"]),
+        ({"model": None}, ['"model" is missing']),
+        ({"input": None}, ['"input" is missing', "--input"]),
+        ({"input": "nowhere.jsonl"}, ["nowhere.jsonl: No such file or directory"]),
+        ({"output": "in.jsonl/out.jsonl"}, ["in.jsonl/out.jsonl cannot be written"]),
+        ({"output": "."}, ["is a folder; a file was wanted"]),
+        ({"kv_cache_gib": 1e-9}, ["buys no block", "Raise kv_cache_gib"]),
+    ],
+    ids=lambda x: json.dumps(x) if isinstance(x, dict) else "",
+)
+def test_a_bad_config_is_refused_before_loading(folder, no_loading, config, words):
+    assert_refused(folder.run(**config), *words)
+    assert not folder.output.exists()
+
+
+@pytest.mark.parametrize(
+    "line, config, words",
+    [
+        ('{"prompt": "a"', {}, ["not valid JSON"]),
+        ("[1]", {}, ["found [1]; an object was wanted"]),
+        ({"text": "a"}, {}, ["found the keys ['text']", "exactly one of prompt, prompt_token_ids, messages"]),
+        ({"prompt": ""}, {}, ["the prompt is empty; at least one token was wanted"]),
+        ({"prompt_token_ids": []}, {}, ["the prompt is empty"]),
+        ({"prompt_token_ids": [5, 768]}, {}, ["token id 768 is outside the vocabulary of 768 tokens"]),
+        ({"prompt_token_ids": [-1]}, {}, ["token id -1 is outside the vocabulary"]),
+        ({"prompt_token_ids": [5] * 32768}, {}, ["has 32768 tokens; the model has 32768 positions"]),
+        (
+            {"prompt_token_ids": [5] * 200},
+            {"kv_cache_gib": 0.0001},
+            ["has 200 tokens and may grow to 203", "the KV pool holds 96", "Raise kv_cache_gib"],
+        ),
+        (
+            {"prompt_token_ids": [5] * 101},
+            {"max_num_batched_tokens": 100},
+            ["101 tokens, max_num_batched_tokens is 100", "Raise max_num_batched_tokens"],
+        ),
+        ({"prompt": "a", "id": "mine"}, {}, ['"id" is the same as in line 2']),
+        ({"messages": []}, {}, ['"messages" must be a list']),
+        (r'{"prompt": "half a pair: \ud83d"}', {}, ["prompt"]),
+    ],
+    ids=lambda x: str(x)[:40] if isinstance(x, (str, dict)) else "",
+)
+def test_a_bad_line_is_refused_before_loading_with_its_number(folder, no_loading, line, config, words):
+    folder.input(PROMPTS[0], PROMPTS[1], "", line)
+    assert_refused(folder.run(**config), "in.jsonl, line 4: ", "--skip-bad-prompts", *words)
+    assert not folder.output.exists()
+
+
+def test_the_first_bad_line_is_shown_and_the_others_are_counted(folder, no_loading):
+    folder.input({"prompt_token_ids": [9999]}, PROMPTS[0], "{", '{"prompt": ""}')
+    assert_refused(folder.run(), "in.jsonl, line 1: ", "token id 9999", "(2 more bad lines)")
+
+
+def test_an_empty_input_is_refused(folder, no_loading):
+    folder.input("", "  ")
+    assert_refused(folder.run(), "in.jsonl: the file is empty; one JSON object per line was wanted")
+
+
+def test_an_input_of_bad_lines_alone_is_refused_even_when_they_are_skipped(folder, no_loading):
+    folder.input("{", '{"prompt": ""}')
+    assert_refused(folder.run("--skip-bad-prompts"), "no line can be run", "line 1: ")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--set", "sampling.temprature=0"], ["nearest known key"]),
+        (["--set", "max_num_seqs"], ["--set 'max_num_seqs' is not of the form a.b=value"]),
+        (["--resume", "--overwrite"], ["not allowed with argument", "--help"]),
+        (["--frobnicate"], ["unrecognized arguments: --frobnicate", "--help"]),
+        (["--input"], ["--input", "expected one argument"]),
+    ],
+)
+def test_a_bad_command_line_is_refused(folder, no_loading, argv, words):
+    assert_refused(folder.run(*argv), *words)
+
+
+def test_a_config_is_wanted_and_must_be_there(tmp_path, capsys, no_loading):
+    assert_refused((rollout.main([]), *capsys.readouterr()), "--config")
+    missing = tmp_path / "missing.json"
+    assert_refused((rollout.main(["--config", str(missing)]), *capsys.readouterr()), str(missing), "No such file")
+
+
+def test_help_is_no_error(capsys):
+    with pytest.raises(SystemExit) as left:
+        rollout.main(["--help"])
+    assert left.value.code == 0
+    out, err = capsys.readouterr()
+    assert "--skip-bad-prompts" in out and "local_rank" not in out and err == ""
+
+
+def test_an_output_that_exists_is_refused_before_loading_and_left_alone(folder, no_loading):
+    folder.output.write_text("precious\n")
+    assert_refused(folder.run(), "out.jsonl exists", "--resume", "--overwrite")
+    assert folder.output.read_text() == "precious\n"
+
+
+def test_resuming_another_run_or_a_foreign_file_is_refused_before_loading(folder, monkeypatch, no_loading):
+    folder.output.write_text("precious\n")
+    assert_refused(folder.run("--resume"), "holds lines that are not results")
+    assert folder.output.read_text() == "precious\n"
+    folder.output.unlink()
+    monkeypatch.undo()
+    assert folder.run()[0] == 0
+    assert_refused(folder.run("--resume", "--set", "sampling.seed=1"), "was made with sampling=", "--overwrite")
+
+
+def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):
+    code, out, err = folder.run("--set", "sampling.n=2", "--local_rank=0")
+    assert code == 0 and "Traceback" not in err
+    results = folder.results()
+    assert all(list(line) == RESULT_KEYS for line in results)
+    assert sorted((x["prompt_index"], x["sample_index"]) for x in results) == [(p, s) for p in range(3) for s in (0, 1)]
+    assert {x["id"] for x in results} == {"0", "mine", "2"}
+    for line in results:
+        assert len(line["token_ids"]) == len(line["logprobs"]) == len(line["processed_logprobs"]) == 4
+        assert line["finish_reason"] == "length" and isinstance(line["text"], str)
+        assert set(line["processed_logprobs"]) == {0.0} and all(x <= 0 for x in line["logprobs"])
+        assert line["ttft_s"] > 0 and line["tpot_s"] > 0 and line["weights_version"] == 0
+    assert [x["prompt_token_ids"] for x in results if x["id"] == "mine"] == [[70, 71, 72]] * 2
+
+    summary = json.loads(out.splitlines()[-1])
+    assert json.loads((folder.path / "out.jsonl.summary.json").read_text()) == summary
+    assert (summary["num_prompts"], summary["num_samples"], summary["num_generated_tokens"]) == (3, 6, 24)
+    for key in ("wall_s", "tokens_per_s", "ttft_s_p50", "tpot_s_p50", "kv_capacity_tokens", "kv_capacity_tokens_total"):
+        assert summary[key] > 0
+    assert summary["output"] == str(folder.output)
+    assert summary["layout"] == {"tp": 1, "pcp": 1, "dcp": 1, "dp": 1, "world_size": 1}
+
+    meta = json.loads((folder.path / "out.jsonl.meta.json").read_text())
+    assert set(meta) == {"config", "versions", "git_revision", "layout", "device"}
+    assert meta["config"]["sampling"]["n"] == 2 and meta["config"]["model"] == str(MODEL)
+    assert {"python", "torch", "transformers"} <= set(meta["versions"])
+    assert "num_generated_tokens" in err and "sample" in err  # the table and the bar are for people
+
+
+def test_flags_win_over_the_config_and_start_where_the_user_is(folder, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    folder.input({"prompt": "One"}, name="elsewhere/other.jsonl")
+    argv = ["--input", "other.jsonl", "--output", "deep/mine.jsonl", "--set", "sampling.max_new_tokens=2"]
+    assert folder.run(*argv, "--local_rank", "0", input="nowhere.jsonl")[0] == 0
+    (line,) = folder.results(elsewhere / "deep" / "mine.jsonl")
+    assert len(line["token_ids"]) == 2
+    assert not folder.output.exists()
+
+
+def test_bad_lines_are_skipped_on_request_and_keep_their_place(folder):
+    folder.input(PROMPTS[0], "{", {"prompt_token_ids": [768]}, "", PROMPTS[2])
+    code, out, err = folder.run("--skip-bad-prompts")
+    assert code == 0
+    assert sorted((x["prompt_index"], x["id"]) for x in folder.results()) == [(0, "0"), (3, "3")]
+    assert "skipped: " in err and "line 2: not valid JSON" in err and "line 3: token id 768" in err
+    assert json.loads(out.splitlines()[-1])["num_prompts"] == 2
+
+
+def test_a_dry_run_loads_and_writes_nothing(folder, no_loading):
+    code, out, _ = folder.run("--dry-run")
+    assert code == 0
+    summary = json.loads(out.splitlines()[-1])
+    assert summary["dry_run"] is True and summary["num_prompts"] == 3 and summary["kv_capacity_tokens"] > 0
+    assert sorted(p.name for p in folder.path.iterdir()) == ["in.jsonl", "run.json"]
+
+
+def test_a_dry_run_finds_what_is_wrong(folder, no_loading):
+    assert_refused(folder.run("--dry-run", block_size=0), '"block_size" is 0')
+
+
+def test_a_run_without_an_output_makes_a_folder_of_its_own(folder, monkeypatch):
+    monkeypatch.chdir(folder.path)
+    code, out, _ = folder.run(output=None)
+    assert code == 0
+    (made,) = (folder.path / "runs").iterdir()
+    assert made.name.startswith("run-")
+    assert sorted(p.name for p in made.iterdir()) == [
+        "results.jsonl",
+        "results.jsonl.meta.json",
+        "results.jsonl.summary.json",
+    ]
+    assert len(folder.results(made / "results.jsonl")) == 3
+    assert json.loads(out.splitlines()[-1])["output"] == str(Path("runs") / made.name / "results.jsonl")
+
+
+def test_a_command_may_be_repeated_within_a_second(folder, monkeypatch):
+    now = datetime.datetime(2025, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    clock = types.SimpleNamespace(UTC=datetime.UTC, datetime=types.SimpleNamespace(now=lambda tz: now))
+    monkeypatch.setattr(rollout, "datetime", clock)
+    monkeypatch.chdir(folder.path)
+    assert folder.run(output=None)[0] == 0
+    code, _, err = folder.run(output=None)
+    assert code == 0, err
+    assert len(list((folder.path / "runs").iterdir())) == 2
+
+
+def test_overwriting_replaces_and_greedy_text_is_repeated(folder):
+    def texts():
+        return {x["prompt_index"]: x["token_ids"] for x in folder.results()}
+
+    assert folder.run()[0] == 0
+    first = texts()
+    assert folder.run("--overwrite")[0] == 0
+    assert len(folder.results()) == 3 and texts() == first
+
+
+def sampled(results):
+    return sorted((x["prompt_index"], x["sample_index"], tuple(x["token_ids"])) for x in results)
+
+
+def test_a_resumed_run_computes_what_is_missing_and_equals_an_undisturbed_one(folder):
+    sampling = {"temperature": 1, "n": 2, "max_new_tokens": 4, "seed": 7, "ignore_eos": True}
+    assert folder.run(sampling=sampling)[0] == 0
+    undisturbed = folder.results()
+    assert len({tuple(x["token_ids"]) for x in undisturbed}) > 3  # sampled, and not all alike
+    lines = folder.output.read_bytes().splitlines(keepends=True)
+    kept = b"".join(lines[:2])
+    folder.output.write_bytes(kept + lines[2][: len(lines[2]) // 2])
+
+    code, out, _ = folder.run("--resume", sampling=sampling)
+    assert code == 0
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["num_samples_resumed"], summary["num_samples"]) == (2, 4)
+    assert folder.output.read_bytes().startswith(kept)
+    assert len(folder.results()) == 6
+    assert sampled(folder.results()) == sampled(undisturbed)
+
+    code, out, _ = folder.run("--resume", sampling=sampling)  # nothing is missing now
+    assert code == 0 and json.loads(out.splitlines()[-1])["num_samples"] == 0
+    assert sampled(folder.results()) == sampled(undisturbed)
+
+
+def test_another_seed_samples_another_text(folder):
+    """The control of the test above."""
+    sampling = {"temperature": 1, "max_new_tokens": 4, "ignore_eos": True}
+    assert folder.run(sampling={**sampling, "seed": 1})[0] == 0
+    first = sampled(folder.results())
+    assert folder.run("--overwrite", sampling={**sampling, "seed": 2})[0] == 0
+    assert sampled(folder.results()) != first
+
+
+@pytest.fixture
+def bare_model(tmp_path):
+    """The shipped model without its tokenizer."""
+    return shutil.copytree(MODEL, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+
+
+def test_a_model_without_tokenizer_works_with_token_ids_and_gives_no_text(folder, bare_model):
+    folder.input(PROMPTS[1])
+    assert folder.run(model=str(bare_model))[0] == 0
+    (line,) = folder.results()
+    assert line["text"] is None and len(line["token_ids"]) == 4
+
+
+def test_what_needs_a_tokenizer_is_refused_without_one(folder, bare_model, no_loading):
+    assert_refused(folder.run(model=str(bare_model)), "line 1: ", 'needs a tokenizer, the model folder has none. Use "')
+    folder.input(PROMPTS[1])
+    stop = {**SAMPLING, "stop": ["x"]}
+    assert_refused(folder.run(model=str(bare_model), sampling=stop), '"sampling.stop" needs a tokenizer')
+
+
+def test_answers_of_the_input_are_judged(folder):
+    folder.input({"prompt": "It was", "answer": "no such text"}, {"prompt": "The"})
+    code, out, _ = folder.run()
+    assert code == 0
+    summary = json.loads(out.splitlines()[-1])
+    assert (summary["num_answers"], summary["num_answers_retrieved"]) == (1, 0)
