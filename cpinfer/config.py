@@ -45,7 +45,9 @@ class SamplingParams:
     ignore_eos: bool = _key("do not end at the model's end-of-text tokens", False)
 
     def __post_init__(self) -> None:
-        _check(0 <= self.temperature < math.inf, "temperature", self.temperature, "at least 0 and finite")
+        # Below 1e-5 logits divided by it overflow float32.
+        ok = self.temperature == 0 or 1e-5 <= self.temperature < math.inf
+        _check(ok, "temperature", self.temperature, "0 (greedy), or at least 1e-5 and finite")
         _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
@@ -149,6 +151,8 @@ _REFUSED_KEYS = {
     "limit_mm_per_prompt": "multimodal",
     "quantization": "quantized_weights",
 }
+# What asks for nothing may stand in a config that was written for another engine.
+_ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1")}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -214,7 +218,8 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
 def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:
     hints = typing.get_type_hints(cls)
     for key, value in data.items():
-        if key in _REFUSED_KEYS and value not in (None, False, 1 if "parallel" in key else 0):
+        harmless = _ASKS_FOR_NOTHING.get(key, ("null", "false", "0"))
+        if key in _REFUSED_KEYS and json.dumps(value, default=str) not in harmless:
             raise refuse(_REFUSED_KEYS[key], f'key "{where}{key}"')
         if key not in hints and key not in _REFUSED_KEYS:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
@@ -235,7 +240,7 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
         return value
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_parse_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
     # bool is an int to Python, but `"n": true` is a mistake to everyone else.
     if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):

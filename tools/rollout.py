@@ -111,7 +111,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    launch = Launch.from_environ(os.environ)
+    try:
+        launch = Launch.from_environ(os.environ)
+    except UserError as error:
+        print(f"rollout: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
     try:
         return run(launch, argv)

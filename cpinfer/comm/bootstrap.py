@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from cpinfer.errors import PeerLostError
+from cpinfer.errors import PeerLostError, UserError
 
 # How long a collective may wait for a rank that is alive but slow: a cold kernel build, a large checkpoint.
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -39,11 +39,13 @@ class Launch:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Launch:
-        return cls(
-            rank=int(environ.get("RANK", 0)),
-            local_rank=int(environ.get("LOCAL_RANK", 0)),
-            world_size=int(environ.get("WORLD_SIZE", 1)),
-        )
+        def number(name: str, default: int) -> int:
+            value = environ.get(name) or str(default)
+            if not value.isdigit():
+                raise UserError(f"the environment says {name}={value!r}; a whole number, set by a launcher, was wanted.")
+            return int(value)
+
+        return cls(rank=number("RANK", 0), local_rank=number("LOCAL_RANK", 0), world_size=number("WORLD_SIZE", 1))
 
     @property
     def device(self) -> torch.device:

@@ -112,7 +112,10 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    """Write a file whole or not at all."""
+    new = path.with_name(path.name + ".new")
+    new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 class ResultWriter:
@@ -144,6 +147,6 @@ def _whole_lines(path: Path) -> bytes:
 def _read_keys(path: Path) -> list[SampleKey]:
     try:
         lines = [json.loads(line) for line in _whole_lines(path).splitlines()]
-        return [(line["prompt_index"], line["sample_index"]) for line in lines]
+        return [(int(line["prompt_index"]), int(line["sample_index"])) for line in lines]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"output {path} holds lines that are not results ({error}). Use another --output.") from error

@@ -268,6 +268,10 @@ def test_only_parts_of_this_output_are_taken_for_parts(path, tmp_path):
     assert part_path(path, 0) == path and part_path(path, 12) == tmp_path / "out.jsonl.dp12"
 
 
-def test_a_run_without_a_named_output_gets_a_folder_named_after_config_and_time():
+def test_a_run_without_a_named_output_gets_a_folder_named_after_config_and_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     now = datetime.datetime(2025, 3, 4, 5, 6, 7, tzinfo=datetime.UTC)
-    assert str(default_output("configs/pcp2.json", now)) == "runs/pcp2-20250304-050607/results.jsonl"
+    path = default_output("configs/pcp2.json", now)
+    assert str(path) == "runs/pcp2-20250304-050607/results.jsonl"
+    path.parent.mkdir(parents=True)
+    assert default_output("configs/pcp2.json", now).parent != path.parent
