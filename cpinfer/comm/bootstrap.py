@@ -39,10 +39,12 @@ class Launch:
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str]) -> Launch:
+        """Read RANK, LOCAL_RANK and WORLD_SIZE; UserError when one is no number."""
+
         def number(name: str, default: int) -> int:
             value = environ.get(name) or str(default)
             if not value.isdigit():
-                raise UserError(f"the environment says {name}={value!r}; a whole number, set by a launcher, was wanted.")
+                raise UserError(f"the environment says {name}={value!r}; launchers set a whole number there.")
             return int(value)
 
         return cls(rank=number("RANK", 0), local_rank=number("LOCAL_RANK", 0), world_size=number("WORLD_SIZE", 1))
