@@ -14,8 +14,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpinfer.errors import PeerLostError
-
 # torch 2.13 gave the same function this shorter name and deprecates the old one.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
@@ -55,7 +53,7 @@ class SoloComm:
 
 
 class ProcessGroupComm:
-    """An axis over a torch process group of the same ranks. A peer that ends raises `PeerLostError` here."""
+    """An axis over a torch process group of the same ranks. A peer that ends shows as the library's RuntimeError."""
 
     def __init__(self, group: dist.ProcessGroup, ranks: Sequence[int], rank: int) -> None:
         members = dist.get_process_group_ranks(group)
@@ -72,34 +70,18 @@ class ProcessGroupComm:
 
     def all_gather(self, x: Tensor) -> Tensor:
         out = x.new_empty(self.size, *x.shape)
-        with _peer_loss("all_gather"):
-            _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
+        _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
         return _reorder(out, self._to_group)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         x = _reorder(x, self._from_group).contiguous()
         out = torch.empty_like(x)
-        with _peer_loss("all_to_all"):
-            dist.all_to_all_single(out, x, group=self.group)
+        dist.all_to_all_single(out, x, group=self.group)
         return _reorder(out, self._to_group)
 
 
 def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x.index_select(0, order.to(x.device))
-
-
-class _peer_loss:  # noqa: N801 - reads as a statement
-    """Turns the library's error about a broken connection into `PeerLostError`."""
-
-    def __init__(self, what: str) -> None:
-        self._what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, RuntimeError):
-            raise PeerLostError(f"{self._what} failed, another rank is gone: {error}") from error
 
 
 @dataclass

@@ -210,13 +210,17 @@ def test_a_process_group_of_other_ranks_is_refused(transport):
         ProcessGroupComm(None, (0, 1), 0)
 
 
-def test_a_broken_connection_is_a_lost_peer(transport, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+def test_only_a_lost_peer_is_taken_for_one(transport, monkeypatch):
+    """Another error of a collective (shapes that differ, say) is this rank's own, and must be told as such."""
+    for message, lost in (("Connection closed by peer [127.0.0.1]:1234", True), ("output shape is wrong", False)):
 
-    monkeypatch.setattr(axis, "_all_gather", broken)
-    with pytest.raises(PeerLostError, match="another rank is gone"):
-        ProcessGroupComm(None, (0, 2, 1, 3), 0).all_gather(torch.zeros(1))
+        def broken(*args, message=message, **kwargs):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(axis, "_all_gather", broken)
+        with pytest.raises(RuntimeError) as caught:
+            ProcessGroupComm(None, (0, 2, 1, 3), 0).all_gather(torch.zeros(1))
+        assert is_peer_loss(caught.value) == lost
 
 
 def test_a_world_of_one_needs_no_process_group():
