@@ -102,15 +102,23 @@ class Config:
     kv_cache_gib: float | None = _key("KV pool per rank; default: half the free memory on CUDA, 0.25 on CPU", None)
     max_num_seqs: int = _key("sequences that run at once", 256)
     max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192)
-    enable_prefix_caching: bool = _key("share KV of equal prefixes", False)
-    context_exchange: Literal["auto", "queries", "kv"] = _key("what travels when a prompt continues cached KV", "auto")
+    enable_prefix_caching: bool = _key("keep KV of finished sequences, for prompts that begin alike", True)
+    context_exchange: Literal["auto", "queries", "kv"] = _key(
+        "what travels when a prompt continues cached KV; auto is what moves fewer bytes", "auto"
+    )
+    context_workspace_tokens: int = _key("cached tokens that are gathered at a time, when KV travels", 65536)
+    decode_exchange: Literal["a2a", "ag_rs", "replicate_q"] = _key(
+        "how partial attention comes back: all-to-all, all-gather and reduce-scatter, or all rows on all ranks",
+        "a2a",
+    )
     sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
     input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
     wandb: WandbConfig | None = _key("log the summary to W&B: an object with `project`, `name`, `group`, `mode`", None)
 
     def __post_init__(self) -> None:
-        for name in ("prefill_context_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens"):
+        sizes = ("prefill_context_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens")
+        for name in (*sizes, "context_workspace_tokens"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("decode_context_parallel_size", "data_parallel_size", "cp_kv_cache_interleave_size"):
             value = getattr(self, name)
@@ -119,10 +127,6 @@ class Config:
         _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
         if self.backend == "flashinfer":
             raise refuse("flashinfer", 'backend="flashinfer"')
-        if self.enable_prefix_caching:
-            raise refuse("prefix_caching", "enable_prefix_caching=true")
-        if self.context_exchange != "auto":
-            raise refuse("context_exchange", f'context_exchange="{self.context_exchange}"')
 
     @property
     def tp_size(self) -> int:

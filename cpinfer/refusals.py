@@ -38,19 +38,12 @@ REFUSALS: dict[str, Refusal] = {
         "RoPE whose frequencies depend on the longest position of a step (longrope)",
         "Set another rope_type.",
     ),
-    "homes": Refusal("dcp < pcp (several KV homes) in the engine", "Use dcp = pcp, or a larger dcp."),
     "mixed_heads": Refusal(
         "DCP groups that mix KV heads (a group spans tp ranks with different heads)",
         "Use a dcp whose groups stay among the copies of one KV head.",
     ),
     "flashinfer": Refusal('the FlashInfer backend (`"backend": "flashinfer"`)', 'Use "torch", or "auto".'),
-    "chunked_prefill": Refusal(
-        "prompts longer than max_num_batched_tokens (chunked prefill)", "Raise max_num_batched_tokens."
-    ),
-    "prefix_caching": Refusal("prefix caching", "Leave enable_prefix_caching false; each sample prefills its prompt."),
-    "context_exchange": Refusal(
-        'context_exchange other than "auto"', "Remove the key: nothing is cached before a prefill."
-    ),
+    "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }
 
 

@@ -37,7 +37,6 @@ AXES = ("tp", "pcp", "dcp", "dp")
 ADVICE = """\
 *  the published advice, in our terms: pcp=2 and dcp = pcp * tp / num_kv_heads while there are copies of KV heads to
    shard, else dcp = pcp; MLA has one KV head (--num-kv-heads 1), so dcp = pcp * tp.
-~  legal, but the engine does not run several KV homes (dcp < pcp) yet.
 Longest sequence and tokens in all are relative to the best. A rank holds 1/tp of the weights, which must fit; in a
 trainer tp is given, so add --tp."""
 
@@ -186,12 +185,12 @@ def _describe_prefill(question: Question, answer: Explanation) -> list[str]:
 
 
 def _table(options: Sequence[LayoutOption]) -> str:
-    """Rows in the given order. Marks: `*` published advice, `~` not in the engine yet."""
+    """Rows in the given order; `*` marks the published advice."""
     longest = max(o.longest_sequence for o in options)
     most = max(o.total_tokens for o in options)
     header = "     tp  pcp  dcp   dp | longest seq | tokens in all | decode collectives/layer (with TP's) | weights"
     rows = [
-        f"{'*' if o.is_advised else ' '}{' ' if o.runs_today else '~'} {s.tp_size:4} {s.pcp_size:4} {s.dcp_size:4} "
+        f"{'*' if o.is_advised else ' '} {s.tp_size:5} {s.pcp_size:4} {s.dcp_size:4} "
         f"{s.dp_size:4} | {o.longest_sequence / longest:11.3f} | {o.total_tokens / most:13.3f} | "
         f"{o.collectives_per_layer:36} | 1/{s.tp_size}"
         for o in options
@@ -208,7 +207,6 @@ def _plain(option: LayoutOption) -> dict[str, Any]:
         "dcp": sizes.dcp_size,
         "dp": sizes.dp_size,
         "advised": option.is_advised,
-        "runs_today": option.runs_today,
         "longest_sequence": option.longest_sequence,
         "total_tokens": option.total_tokens,
         "collectives_per_layer": option.collectives_per_layer,

@@ -151,7 +151,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
     spec = load_spec(config.model)
-    errors = layout_errors(layout_sizes(spec, config, config.data_parallel_size or 1), "engine")
+    errors = layout_errors(layout_sizes(spec, config, config.data_parallel_size or 1))
     if errors:
         raise UserError(f"config {args.config}: " + " ".join(errors))
     grid = _grid(launch, config)
@@ -160,7 +160,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
         raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
     pool = affordable_pool(spec, config, config.dtype, launch.device)
     inputs, complaints = read_input(
-        config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, config, pool)
+        config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
     )
     if complaints and not args.skip_bad_prompts:
         more = f" ({len(complaints) - 1} more bad lines)" if len(complaints) > 1 else ""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -47,3 +49,21 @@ class PagedKVCache:
         self._keys[layer].index_copy_(0, slots, k)
         if not self.layout.v_is_prefix_of_k:
             self._values[layer].index_copy_(0, slots, v)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks, all layers, from the first to the second of each pair; no block is both."""
+        if not pairs:
+            return
+        index = torch.tensor(pairs, device=self.device)
+        src, dst = (
+            (blocks[:, None] * self.block_size + torch.arange(self.block_size, device=self.device)).flatten()
+            for blocks in index.unbind(dim=1)
+        )
+        for layer in range(len(self._keys)):
+            keys, values = self.read(layer)
+            self.write(layer, dst, keys.index_select(0, src), values.index_select(0, src))
+
+    def new_rows(self, n: int) -> Tensor:
+        """Zeros `[n, heads, k_dim + v_dim]`: room for k and v of n tokens, side by side, as they travel."""
+        width = self.layout.k_dim + self.layout.v_dim
+        return torch.zeros(n, self.layout.num_heads, width, dtype=self.dtype, device=self.device)

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 gave the same function this shorter name and deprecates the old one.
+# torch 2.13 gave the same functions these shorter names and deprecates the old ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class AxisComm(Protocol):
@@ -37,6 +38,10 @@ class AxisComm(Protocol):
         """`x [size, ...]` holds one message per place; the result `[size, ...]` what each place had for this one."""
         ...
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        """`x [size, ...]` holds one term per place; the result `[...]` is the sum of all terms for this one."""
+        ...
+
 
 @dataclass(frozen=True)
 class SoloComm:
@@ -50,6 +55,9 @@ class SoloComm:
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return x
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return x[0]
 
 
 class ProcessGroupComm:
@@ -79,6 +87,12 @@ class ProcessGroupComm:
         dist.all_to_all_single(out, x, group=self.group)
         return _reorder(out, self._to_group)
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        x = _reorder(x, self._from_group).contiguous()
+        out = torch.empty_like(x[0])
+        _reduce_scatter(out.view(-1), x.view(-1), group=self.group)
+        return out
+
 
 def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
     return x if order is None else x.index_select(0, order.to(x.device))
@@ -90,14 +104,15 @@ class Traffic:
 
     num_all_gather: int = 0
     num_all_to_all: int = 0
+    num_reduce_scatter: int = 0
     received_bytes: int = 0
 
     @property
     def num_collectives(self) -> int:
-        return self.num_all_gather + self.num_all_to_all
+        return self.num_all_gather + self.num_all_to_all + self.num_reduce_scatter
 
 
-@dataclass(frozen=True)
+@dataclass
 class CountingComm:
     """Counts what another communicator does. Solo axes move nothing, so they count nothing."""
 
@@ -123,3 +138,9 @@ class CountingComm:
             self.traffic.num_all_to_all += 1
             self.traffic.received_bytes += (self.size - 1) * x.nbytes // self.size
         return self.inner.all_to_all(x)
+
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            self.traffic.num_reduce_scatter += 1
+            self.traffic.received_bytes += (self.size - 1) * x.nbytes // self.size
+        return self.inner.reduce_scatter(x)

@@ -52,6 +52,9 @@ class ThreadComm:
     def all_to_all(self, x: Tensor) -> Tensor:
         return torch.stack([given[self.index] for given in self._meeting.exchange(self.index, x.clone())])
 
+    def reduce_scatter(self, x: Tensor) -> Tensor:
+        return self.all_to_all(x).sum(dim=0)
+
 
 def run_ranks(grid: RankGrid, body: Callable[[Topology], T], timeout_s: float = 60.0) -> list[T]:
     """Run `body(topology)` as every rank of `grid`, each in a thread of its own; the results in rank order.

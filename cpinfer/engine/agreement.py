@@ -25,11 +25,13 @@ def agree_on_tokens(
     own: Sequence[SampledToken | None],
     device: torch.device,
 ) -> list[SampledToken]:
-    """The tokens of a step, the same on every rank.
+    """The tokens of a step, the same on every rank; none when the step samples none.
 
     `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where its logits were
     not finite. EngineFaultError, on every rank, when any rank reports such a row.
     """
+    if not places:  # as every rank knows: chunks of prompts that go on in another step
+        return []
     num_rows = max(row for _, row in places) + 1
     record = torch.zeros(num_rows, _WIDTH, dtype=torch.int32)
     for row, token in enumerate(own):

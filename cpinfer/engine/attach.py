@@ -14,6 +14,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
 from cpinfer.models.runner import attached
 from cpinfer.models.spec import ModelSpec
+from cpinfer.refusals import refuse
 
 
 @contextmanager
@@ -48,9 +49,11 @@ def model_spec(model: Any) -> ModelSpec:
 def check_layout(spec: ModelSpec, config: Config, grid: RankGrid) -> None:
     """UserError when the layout cannot run this model, or when config and topology name different layouts."""
     sizes = layout_sizes(spec, config, grid.dp_size)
-    errors = layout_errors(sizes, "engine")
+    errors = layout_errors(sizes)
     if errors:
         raise UserError(" ".join(errors))
+    if config.decode_exchange == "replicate_q" and sizes.dcp_size > sizes.pcp_size:
+        raise refuse("replicate_q", str(sizes))
     if (sizes.tp_size, sizes.pcp_size, sizes.dcp_size) != (grid.tp_size, grid.pcp_size, grid.dcp_size):
         raise UserError(
             f"the config says {sizes}, the topology tp={grid.tp_size} pcp={grid.pcp_size} dcp={grid.dcp_size}. "

@@ -7,39 +7,34 @@ from collections.abc import Iterable, Iterator
 from collections.abc import Sequence as ListLike
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from cpinfer.backends.base import make_backend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.agreement import agree_on_tokens, smallest
+from cpinfer.engine.agreement import smallest
+from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt
-from cpinfer.engine.request import RolloutResult, SampledToken, Sequence
-from cpinfer.engine.sampling import sample_tokens
-from cpinfer.engine.scheduler import Scheduler, Step
+from cpinfer.engine.request import RolloutResult, Sequence
+from cpinfer.engine.scheduler import Scheduler, SchedulerStats
+from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
-from cpinfer.layout.decode import plan_decode
-from cpinfer.layout.pool import BlockPool
-from cpinfer.layout.prefill import StepCost, deal_prompts, plan_prefill, split_prompts
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_steps import DecodeStep, PrefillStep
 from cpinfer.models.runner import ModelRunner
 from cpinfer.models.spec import ModelSpec
 
 CPU_KV_CACHE_GIB = 0.25
 CUDA_KV_CACHE_SHARE = 0.5
-WEIGHTS_VERSION = 0
 
 
 class Engine:
     """Generates with an attached model. Every rank of a dp replica holds one and makes the same calls on it.
 
-    Made by `cpinfer.attach`, and valid inside its block. `kv_capacity_tokens` is how long one sequence could be.
+    Made by `cpinfer.attach`, awake, and valid inside its block. `kv_capacity_tokens` is how long one sequence could be;
+    `stats` count what the scheduler did in the last `generate` or `stream`.
     """
 
     def __init__(self, runner: ModelRunner, topology: Topology, config: Config, tokenizer: Any | None) -> None:
@@ -49,25 +44,61 @@ class Engine:
         self._tokenizer = tokenizer
         self._stopping = Stopping(runner.spec.eos_token_ids, tokenizer)
         self._backend = make_backend(config.backend, runner.device)
-        self._cost = StepCost(pairs_per_token=runner.spec.pairs_per_token)
-        self._wire_dtype = runner.dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)
         self._pool_size = self._agree_on_pool()
-        self._sharding = self._pool_size.sharding
-        self._pool = BlockPool(self._pool_size.num_blocks)
-        self._cache = PagedKVCache(
-            runner.spec.kv_layout(topology.grid.tp_size),
-            runner.spec.num_layers,
-            self._pool_size.num_blocks,
-            config.block_size,
-            runner.dtype,
-            runner.device,
-        )
+        self._homes = [
+            KVHome(
+                self._pool_size.num_blocks,
+                self._pool_size.sharding,
+                enable_prefix_caching=config.enable_prefix_caching,
+            )
+            for _ in range(topology.grid.num_homes)
+        ]
+        self._steps: StepRunner | None = None
+        self._is_streaming = False
+        self.weights_version = 0
+        self.stats = SchedulerStats()
+        self.wake()
 
     @property
     def kv_capacity_tokens(self) -> int:
         return self._pool_size.capacity_tokens
 
-    def generate(self, prompts: Iterable[PromptLike], sampling: SamplingParams | None = None) -> list[RolloutResult]:
+    @property
+    def is_awake(self) -> bool:
+        return self._steps is not None
+
+    def wake(self) -> None:
+        """Allocate the KV pool. Nothing happens when it is there."""
+        if self._steps is not None:
+            return
+        runner, sharding = self._runner, self._pool_size.sharding
+        cache = PagedKVCache(
+            runner.spec.kv_layout(self._topology.grid.tp_size),
+            runner.spec.num_layers,
+            self._pool_size.num_blocks,
+            sharding.block_size,
+            runner.dtype,
+            runner.device,
+        )
+        self._steps = StepRunner(runner, self._topology, self._config, sharding, self._backend, cache)
+
+    def sleep(self) -> None:
+        """Free the KV pool and all scratch, for the optimiser to use; remembered prefixes are gone with it."""
+        self._refuse_while_streaming("sleep")
+        self._steps = None
+        for home in self._homes:
+            home.prefixes.clear()
+
+    def weights_changed(self) -> None:
+        """Tell the engine that the weights are new: `weights_version` rises, remembered prefixes are dropped."""
+        self._refuse_while_streaming("change weights")
+        self.weights_version += 1
+        for home in self._homes:
+            home.prefixes.clear()
+
+    def generate(
+        self, prompts: Iterable[PromptLike], sampling: SamplingParams | ListLike[SamplingParams] | None = None
+    ) -> list[RolloutResult]:
         """All samples of all prompts, in order of prompt and sample. An empty list of prompts gives an empty list."""
         results = list(self.stream(prompts, sampling))
         return sorted(results, key=lambda r: (r.prompt_index, r.sample_index))
@@ -75,111 +106,61 @@ class Engine:
     def stream(
         self,
         prompts: Iterable[PromptLike],
-        sampling: SamplingParams | None = None,
+        sampling: SamplingParams | ListLike[SamplingParams] | None = None,
         skip: frozenset[tuple[int, int]] = frozenset(),
     ) -> Iterator[RolloutResult]:
         """Samples as they finish, on every rank alike.
 
-        A prompt is text, a list of token ids, a `Prompt`, or an object with the keys of an input line. `sampling`
-        defaults to the config's. `skip` holds (prompt_index, sample_index) that are not wanted. UserError, before
-        anything runs, for a prompt that can never run.
+        A prompt is text, a list of token ids, a `Prompt`, or an object with the keys of an input line. `sampling` is
+        for all prompts, or one for each; it defaults to the config's. `skip` holds (prompt_index, sample_index) that
+        are not wanted. UserError, before anything runs, for a prompt that can never run; RuntimeError when the engine
+        sleeps, or still has another stream open.
         """
-        params = sampling or self._config.sampling
-        if params.stop and self._tokenizer is None:
-            raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
-        scheduler = Scheduler(
-            self._pool,
-            self._sharding,
-            max_num_seqs=self._config.max_num_seqs,
-            max_num_batched_tokens=self._config.max_num_batched_tokens,
-        )
-        for index, given in enumerate(prompts):
-            prompt = as_prompt(given, index, self._tokenizer)
-            check_prompt(prompt, params, self._runner.spec, self._config, self._pool_size)
-            room = self._runner.spec.max_positions - len(prompt.token_ids)
-            for sample_index in range(params.n):
-                if (prompt.index, sample_index) not in skip:
-                    scheduler.add(Sequence(prompt, sample_index, params, min(params.max_new_tokens, room)))
+        if self._steps is None:
+            raise RuntimeError("the engine sleeps; call wake() before generating")
+        self._refuse_while_streaming("start another stream")
+        scheduler = self._submit(list(prompts), sampling or self._config.sampling, skip)
+        self.stats = scheduler.stats
+        self._is_streaming = True
         try:
             while (step := scheduler.schedule()) is not None:
-                tokens = self._prefill(step) if step.is_prefill else self._decode(step)
+                tokens = self._steps.run(step)
                 now = time.perf_counter()
                 finished = scheduler.commit(step, tokens, self._stopping.stops)
-                for sequence in step.sequences:
+                self._steps.copy_blocks(scheduler.take_copies(self._topology.grid.home(self._topology.rank)))
+                for sequence in step.samples:
                     sequence.first_token_s = sequence.first_token_s or now
                 for sequence in finished:
                     sequence.finished_s = now
                     yield self._result(sequence)
         finally:
+            self._is_streaming = False
             scheduler.abort_all()
-            self._pool.check_integrity()
+            scheduler.check_integrity()
 
-    def _prefill(self, step: Step) -> list[SampledToken]:
-        grid, coords = self._topology.grid, self._topology.coords
-        lens = [len(s.prompt.token_ids) for s in step.sequences]
-        split = split_prompts(lens, grid.pcp_size, dealt=deal_prompts(lens, grid.pcp_size, self._cost))
-        plan = plan_prefill(
-            split,
-            [s.blocks for s in step.sequences],
-            self._sharding,
-            pcp_rank=coords.pcp_rank,
-            shard=self._topology.kv_shard,
+    def _submit(
+        self,
+        prompts: ListLike[PromptLike],
+        sampling: SamplingParams | ListLike[SamplingParams],
+        skip: frozenset[tuple[int, int]],
+    ) -> Scheduler:
+        """A scheduler with a sequence for every wanted sample."""
+        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(each)} sampling parameters for {len(prompts)} prompts; one each was wanted.")
+        scheduler = Scheduler(
+            self._homes, self._pool_size.sharding, self._config.max_num_seqs, self._config.max_num_batched_tokens
         )
-        attention = PrefillStep(plan, self._backend, self._cache, self._topology.pcp)
-        token_ids = [t for p in plan.pieces for t in step.sequences[p.prompt].prompt.token_ids[p.start : p.end]]
-        mine = np.flatnonzero(plan.sample_rows >= 0)
-        # A rank without tokens, or without a prompt's end, computes one dummy: models crash on zero rows.
-        logits = self._runner.forward(
-            self._tensor(token_ids or [0]),
-            self._tensor(plan.positions if len(token_ids) else [0]),
-            attention,
-            self._tensor(plan.sample_rows[mine] if len(mine) else [0]),
-        )
-        owners = plan.sample_owner.tolist()
-        places = [(owner, owners[:i].count(owner)) for i, owner in enumerate(owners)]
-        return self._sample(logits[: len(mine)], [step.sequences[i] for i in mine], places)
-
-    def _decode(self, step: Step) -> list[SampledToken]:
-        grid, coords = self._topology.grid, self._topology.coords
-        plan = plan_decode(
-            [s.next_position for s in step.sequences],
-            [s.blocks for s in step.sequences],
-            self._sharding,
-            pcp_size=grid.pcp_size,
-            pcp_rank=coords.pcp_rank,
-            shard=self._topology.kv_shard,
-        )
-        attention = DecodeStep(
-            plan,
-            self._backend,
-            self._cache,
-            self._topology.dcp,
-            pcp_size=grid.pcp_size,
-            wire_dtype=self._wire_dtype,
-        )
-        mine = [step.sequences[i] for i in plan.own if i >= 0]
-        token_ids = [s.last_token_id for s in mine] + [0] * (len(plan.own) - len(mine))
-        logits = self._runner.forward(
-            self._tensor(token_ids),
-            self._tensor(plan.positions),
-            attention,
-            self._tensor(np.arange(max(1, len(mine)))),
-        )
-        num_own = len(plan.own)
-        places_of = {row: divmod(place, num_own) for place, row in enumerate(plan.gathered.tolist()) if row >= 0}
-        places = [places_of[row] for row in range(len(step.sequences))]
-        return self._sample(logits[: len(mine)], mine, places)
-
-    def _sample(
-        self, logits: Tensor, sequences: list[Sequence], places: ListLike[tuple[int, int]]
-    ) -> list[SampledToken]:
-        """Sample this rank's rows where it is the authority for them, and learn all others' tokens."""
-        own: ListLike[SampledToken | None] = []
-        if not bool(torch.isfinite(logits).all()):
-            own = [None] * len(sequences)
-        elif self._topology.coords.tp_rank == 0:
-            own = sample_tokens(logits, sequences)
-        return agree_on_tokens(self._topology.replica, self._topology.grid.tp_size, places, own, self._runner.device)
+        for index, (given, params) in enumerate(zip(prompts, each, strict=True)):
+            if params.stop and self._tokenizer is None:
+                raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
+            prompt = as_prompt(given, index, self._tokenizer)
+            check_prompt(prompt, params, self._runner.spec, self._pool_size)
+            room = self._runner.spec.max_positions - len(prompt.token_ids)
+            for sample_index in range(params.n):
+                if (prompt.index, sample_index) not in skip:
+                    scheduler.add(Sequence(prompt, sample_index, params, min(params.max_new_tokens, room)))
+        return scheduler
 
     def _result(self, sequence: Sequence) -> RolloutResult:
         assert sequence.finish_reason and sequence.first_token_s and sequence.finished_s
@@ -197,7 +178,7 @@ class Engine:
             finish_reason=sequence.finish_reason,
             ttft_s=sequence.first_token_s - sequence.submitted_s,
             tpot_s=decode_s / later_tokens if later_tokens else None,
-            weights_version=WEIGHTS_VERSION,
+            weights_version=self.weights_version,
         )
 
     def _agree_on_pool(self) -> PoolSize:
@@ -207,8 +188,9 @@ class Engine:
         pool = affordable_pool(self._runner.spec, self._config, dtype, device)
         return PoolSize(smallest(self._topology.replica, pool.num_blocks, device), pool.sharding)
 
-    def _tensor(self, values: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._runner.device)
+    def _refuse_while_streaming(self, what: str) -> None:
+        if self._is_streaming:
+            raise RuntimeError(f"cannot {what} while a stream is open; finish or close it first")
 
 
 def affordable_pool(spec: ModelSpec, config: Config, dtype: str, device: torch.device) -> PoolSize:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.spec import ModelSpec
-from cpinfer.refusals import refuse
 
 PromptLike = Prompt | str | Sequence[int] | Mapping[str, Any]
 _FORMS = ("prompt", "prompt_token_ids", "messages")
@@ -48,7 +47,7 @@ def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
     return Prompt(index, str(name), token_ids)
 
 
-def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, config: Config, pool: PoolSize) -> None:
+def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> None:
     """UserError, with the numbers, for a prompt that can never run: every limit of the engine in one place."""
     length = len(prompt.token_ids)
     bad = [t for t in prompt.token_ids if not 0 <= t < spec.vocab_size]
@@ -63,11 +62,6 @@ def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, config
         raise UserError(
             f"the prompt has {length} tokens and may grow to {longest}; the KV pool holds {pool.capacity_tokens}. "
             "Raise kv_cache_gib or decode_context_parallel_size, or lower max_new_tokens."
-        )
-    if length > config.max_num_batched_tokens:
-        raise refuse(
-            "chunked_prefill",
-            f"the prompt has {length} tokens, max_num_batched_tokens is {config.max_num_batched_tokens}",
         )
 
 

@@ -29,7 +29,7 @@ class SampledToken:
     processed_logprob: float
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """One sample of one prompt while it runs: what the scheduler knows of it."""
 
@@ -38,6 +38,7 @@ class Sequence:
     params: SamplingParams
     max_new_tokens: int
     submitted_s: float = field(default_factory=time.perf_counter)
+    home: int = 0
     blocks: list[int] = field(default_factory=list)
     sampled: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
@@ -50,12 +51,17 @@ class Sequence:
         return [s.token_id for s in self.sampled]
 
     @property
+    def all_token_ids(self) -> tuple[int, ...]:
+        """Prompt and answer so far."""
+        return (*self.prompt.token_ids, *self.token_ids)
+
+    @property
     def last_token_id(self) -> int:
         return self.sampled[-1].token_id
 
     @property
     def next_position(self) -> int:
-        """Position of the newest token, which the next decode step computes."""
+        """Position of the newest token, which the next decode step computes: as many tokens as have KV."""
         return len(self.prompt.token_ids) + len(self.sampled) - 1
 
     @property
@@ -71,7 +77,7 @@ class RolloutResult:
     `token_ids` includes the stop token that ended it. `logprobs` are the raw distribution's (temperature 1, nothing
     processed), `processed_logprobs` those of the distribution that was sampled from: 0 under greedy decoding, which
     leaves one token. `ttft_s` counts from submission; `tpot_s` is null for a single token. `text` is null without a
-    tokenizer.
+    tokenizer. `weights_version` counts the weight changes that the engine was told of.
     """
 
     id: str

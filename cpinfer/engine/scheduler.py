@@ -2,104 +2,308 @@
 
 For that to hold, nothing that differs between ranks may enter a decision: no clock, no local memory reading, no set
 order, no randomised hash.
+
+    waiting --admit--> prefilling --last chunk--> running --stop, length--> finished
+       ^                                             |
+       +------------- preempted: blocks freed -------+
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+from itertools import islice
 
+from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import FinishReason, SampledToken, Sequence
-from cpinfer.layout.pool import BlockPool
 from cpinfer.layout.shards import KVSharding
+
+
+@dataclass(eq=False)
+class Prefill:
+    """Tokens being computed for all `samples` that continue them: n samples of a prompt, or one that was preempted.
+
+    In each home with samples one of them is the leader, which owns the blocks until the others fork off. `num_done`
+    tokens have KV in the home of every leader.
+    """
+
+    token_ids: tuple[int, ...]
+    samples: tuple[Sequence, ...]
+    leaders: dict[int, Sequence]
+    num_done: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens `[start, end)` of a prefill, computed in one step. The last chunk of a prefill samples."""
+
+    prefill: Prefill
+    start: int
+    end: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.end == len(self.prefill.token_ids)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the model: either whole prompts (`is_prefill`), or one token of every running sequence."""
+    """One step of the model: either chunks of prefills, or one token of every running sequence."""
 
-    is_prefill: bool
-    sequences: tuple[Sequence, ...]
+    chunks: tuple[Chunk, ...]
+    running: tuple[Sequence, ...]
+
+    @property
+    def samples(self) -> tuple[Sequence, ...]:
+        """The sequences that get a token, in the order in which `commit` wants them."""
+        last = [s for chunk in self.chunks if chunk.is_last for s in chunk.prefill.samples]
+        return tuple(last) if self.chunks else self.running
 
 
+@dataclass
+class SchedulerStats:
+    """What happened, counted."""
+
+    num_preemptions: int = 0
+    num_computed_prompt_tokens: int = 0
+    num_cached_prompt_tokens: int = 0
+
+
+@dataclass
 class Scheduler:
-    """Continuous batching over a pool of KV blocks, first come first served.
+    """Continuous batching over the homes' KV blocks, first come first served.
 
-    A sequence is admitted when the pool has the blocks of its longest possible end, so a running sequence never runs
-    out. Prompts go before decode steps: a batch fills up before it advances.
+    Prompts go before decode steps, so that a batch fills up before it advances. When a running sequence needs a block
+    and its home has none, the youngest there is put back in front of the queue and computed again later. `copies` are
+    blocks to copy, per home, before the next step: what a forked sample may not share with its leader.
     """
 
-    def __init__(
-        self, pool: BlockPool, sharding: KVSharding, *, max_num_seqs: int, max_num_batched_tokens: int
-    ) -> None:
-        self._pool = pool
-        self._sharding = sharding
+    homes: ListLike[KVHome]
+    sharding: KVSharding
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    stats: SchedulerStats = field(default_factory=SchedulerStats)
+    copies: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    _waiting: deque[Sequence] = field(default_factory=deque)
+    _prefilling: list[Prefill] = field(default_factory=list)
+    _running: list[Sequence] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
         # A decode step computes one token per sequence, so the token budget bounds the sequences too.
-        self._max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
-        self._max_num_batched_tokens = max_num_batched_tokens
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+        self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._waiting) + len(self._running)
+        return len(self._waiting) + sum(len(p.samples) for p in self._prefilling) + len(self._running)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence. ValueError, with the numbers, when it could never run."""
-        needed = self._blocks_of(sequence)
-        if needed > self._pool.num_blocks:
+        needed = self.sharding.num_blocks(sequence.max_cached_tokens)
+        if needed > self.homes[0].pool.num_blocks:
             raise ValueError(
                 f"prompt {sequence.prompt.id!r}: {len(sequence.prompt.token_ids)} tokens and {sequence.max_new_tokens} "
-                f"new ones need {needed} KV blocks, the pool has {self._pool.num_blocks}"
-            )
-        if len(sequence.prompt.token_ids) > self._max_num_batched_tokens:
-            raise ValueError(
-                f"prompt {sequence.prompt.id!r}: {len(sequence.prompt.token_ids)} tokens exceed the "
-                f"{self._max_num_batched_tokens} tokens of a step"
+                f"new ones need {needed} KV blocks, the pool has {self.homes[0].pool.num_blocks}"
             )
         self._waiting.append(sequence)
 
     def schedule(self) -> Step | None:
-        """The next step, None when all is done. Blocks of admitted sequences are taken from the pool here."""
-        admitted: list[Sequence] = []
-        num_tokens = 0
-        while self._waiting and len(self._running) + len(admitted) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            num_tokens += len(sequence.prompt.token_ids)
-            needed = self._blocks_of(sequence)
-            if needed > self._pool.num_free or num_tokens > self._max_num_batched_tokens:
-                break
-            sequence.blocks = self._pool.allocate(needed)
-            admitted.append(self._waiting.popleft())
-        if admitted:
-            self._running += admitted
-            return Step(True, tuple(admitted))
-        return Step(False, tuple(self._running)) if self._running else None
+        """The next step, None when all is done. The blocks it writes to are taken here."""
+        chunks: list[Chunk] = []
+        budget = self.max_num_batched_tokens
+        for prefill in self._prefilling:
+            budget = self._add_chunk(prefill, budget, chunks)
+        while budget > 0 and (admitted := self._admit()) is not None:
+            self._prefilling.append(admitted)
+            budget = self._add_chunk(admitted, budget, chunks)
+        if chunks:
+            return Step(tuple(chunks), ())
+        self._extend_running()
+        return Step((), tuple(self._running)) if self._running else None
 
-    def commit(self, step: Step, sampled: Iterable[SampledToken], stops: Callable[[Sequence], bool]) -> list[Sequence]:
-        """Append each sequence's new token; returns the sequences that this finished, their blocks freed."""
+    def commit(self, step: Step, sampled: ListLike[SampledToken], stops: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Take note of a step that ran; `sampled` are the tokens of `step.samples`. Returns the finished sequences."""
+        token_of = dict(zip(map(id, step.samples), sampled, strict=True))
+        started: list[Sequence] = []
+        for chunk in step.chunks:
+            chunk.prefill.num_done = chunk.end
+            self.stats.num_computed_prompt_tokens += chunk.end - chunk.start
+            if chunk.is_last:
+                started += self._fork(chunk.prefill)
+        self._running += started
         finished = []
-        for sequence, token in zip(step.sequences, sampled, strict=True):
-            sequence.sampled.append(token)
+        for sequence in started if step.chunks else step.running:
+            sequence.sampled.append(token_of[id(sequence)])
             reason: FinishReason | None = "length" if len(sequence.sampled) >= sequence.max_new_tokens else None
             if stops(sequence):
                 reason = "stop"
             if reason is not None:
                 sequence.finish_reason = reason
-                self._pool.free(sequence.blocks)
-                sequence.blocks = []
+                self._give_up_blocks(sequence)
                 finished.append(sequence)
         if finished:
             self._running = [s for s in self._running if s.finish_reason is None]
         return finished
 
+    def take_copies(self, home: int) -> list[tuple[int, int]]:
+        """Blocks to copy in `home` before the next step, (from, to); forgotten by this call."""
+        copies = self.copies.pop(home, [])
+        self.copies.clear()
+        return copies
+
     def abort_all(self) -> None:
         """Forget every unfinished sequence and free its blocks."""
-        for sequence in self._running:
-            self._pool.free(sequence.blocks)
+        for sequence in self._holders():
+            self.homes[sequence.home].pool.release(sequence.blocks)
             sequence.blocks = []
-        self._running, self._waiting = [], deque()
+        self._running, self._prefilling, self._waiting = [], [], deque()
+        self.copies.clear()
 
-    def _blocks_of(self, sequence: Sequence) -> int:
-        return self._sharding.num_blocks(sequence.max_cached_tokens)
+    def check_integrity(self) -> None:
+        """Every block is free, remembered, or held by an unfinished sequence. ValueError names a leak."""
+        for index, home in enumerate(self.homes):
+            home.check_integrity(b for s in self._holders() if s.home == index for b in s.blocks)
+
+    def _holders(self) -> list[Sequence]:
+        return [*(s for p in self._prefilling for s in p.leaders.values()), *self._running]
+
+    def _add_chunk(self, prefill: Prefill, budget: int, chunks: list[Chunk]) -> int:
+        """Append the next chunk of a prefill within `budget` tokens; returns what is left of it."""
+        start = prefill.num_done
+        end = min(start + budget, len(prefill.token_ids))
+        if end < len(prefill.token_ids):
+            # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
+            aligned = end // self.sharding.prefix_unit * self.sharding.prefix_unit
+            end = aligned if aligned > start else end
+        if end > start:
+            chunks.append(Chunk(prefill, start, end))
+        return budget - (end - start)
+
+    def _admit(self) -> Prefill | None:
+        """Start the first waiting sequence, with as many equal ones behind it as fit; None when it has to wait."""
+        num_active = len(self._running) + sum(len(p.samples) for p in self._prefilling)
+        places = self.max_num_seqs - num_active
+        if not self._waiting or places <= 0:
+            return None
+        first = self._waiting[0]
+        group = [first]
+        if not first.sampled:
+            for other in islice(self._waiting, 1, places):
+                if other.prompt is not first.prompt or other.sampled:
+                    break
+                group.append(other)
+        self._deal_to_homes(group)
+        token_ids = first.all_token_ids
+        while not self._fits(token_ids, group):
+            if len(group) == 1:
+                return None
+            group.pop()
+        for _ in group:
+            self._waiting.popleft()
+        return self._start(token_ids, group)
+
+    def _deal_to_homes(self, group: list[Sequence]) -> None:
+        """Each sample to the home with the fewest active ones."""
+        load = [0] * len(self.homes)
+        for sequence in (s for p in self._prefilling for s in p.samples):
+            load[sequence.home] += 1
+        for sequence in self._running:
+            load[sequence.home] += 1
+        for sequence in group:
+            sequence.home = load.index(min(load))
+            load[sequence.home] += 1
+
+    def _fits(self, token_ids: tuple[int, ...], group: list[Sequence]) -> bool:
+        """Whether every home has the blocks of its leader, and of what the others cannot share with it.
+
+        Remembered prefixes are not counted in: that they are here does not make them free.
+        """
+        length = len(token_ids)
+        whole = self.sharding.num_blocks(length)
+        private = whole - self.sharding.num_immutable_blocks(length)
+        return all(
+            home.has(whole + (members - 1) * private)
+            for index, home in enumerate(self.homes)
+            if (members := sum(s.home == index for s in group)) > 0
+        )
+
+    def _start(self, token_ids: tuple[int, ...], group: list[Sequence]) -> Prefill:
+        """Find what is remembered of the tokens, and take blocks for the rest."""
+        leaders: dict[int, Sequence] = {}
+        for sequence in group:
+            leaders.setdefault(sequence.home, sequence)
+        # At least one token is computed, for its logits; and every home starts where the poorest does.
+        known = {h: self.homes[h].prefixes.match(token_ids, len(token_ids) - 1) for h in leaders}
+        shortest = min(map(len, known.values()))
+        total = self.sharding.num_blocks(len(token_ids))
+        for index, leader in leaders.items():
+            home = self.homes[index]
+            home.pool.release(known[index][shortest:])
+            blocks = known[index][:shortest]
+            room = self.sharding.num_blocks(leader.max_cached_tokens) - shortest
+            leader.blocks = blocks + home.take(total - shortest, room=room)
+        num_done = self.homes[group[0].home].prefixes.tokens_of(known[group[0].home][:shortest])
+        self.stats.num_cached_prompt_tokens += num_done
+        return Prefill(token_ids, tuple(group), leaders, num_done)
+
+    def _fork(self, prefill: Prefill) -> list[Sequence]:
+        """End a prefill: samples share their leader's blocks, but for those that they will write to.
+
+        A sample for which there is no block left goes back to the queue; the others are returned.
+        """
+        self._prefilling.remove(prefill)
+        length = len(prefill.token_ids)
+        num_shared = self.sharding.num_immutable_blocks(length)
+        started, put_back = [], []
+        for index, leader in prefill.leaders.items():
+            self.homes[index].prefixes.insert(prefill.token_ids, leader.blocks)
+        for sequence in prefill.samples:
+            home, leader = self.homes[sequence.home], prefill.leaders[sequence.home]
+            own = leader.blocks[num_shared:]
+            if sequence is leader:
+                started.append(sequence)
+            elif home.has(len(own)):
+                shared = leader.blocks[:num_shared]
+                home.pool.share(shared)
+                room = self.sharding.num_blocks(sequence.max_cached_tokens) - num_shared
+                copied = home.take(len(own), room=room)
+                sequence.blocks = shared + copied
+                self.copies.setdefault(sequence.home, []).extend(zip(own, copied, strict=True))
+                started.append(sequence)
+            else:
+                put_back.append(sequence)
+        self._waiting.extendleft(reversed(put_back))
+        return started
+
+    def _extend_running(self) -> None:
+        """A slot for the newest token of every running sequence; the youngest of a home make way when it has none."""
+        for sequence in list(self._running):
+            if not sequence.blocks:  # preempted by one before it
+                continue
+            home = self.homes[sequence.home]
+            missing = self.sharding.num_blocks(sequence.next_position + 1) - len(sequence.blocks)
+            if missing <= 0:
+                continue
+            while not home.has(missing):
+                youngest = next(s for s in reversed(self._running) if s.home == sequence.home)
+                self._preempt(youngest)
+                if youngest is sequence:
+                    break
+            else:
+                after = sequence.blocks[-1] if sequence.blocks else None
+                sequence.blocks += home.take(missing, after=after)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.stats.num_preemptions += 1
+        self._running.remove(sequence)
+        self._give_up_blocks(sequence)
+        self._waiting.appendleft(sequence)
+
+    def _give_up_blocks(self, sequence: Sequence) -> None:
+        """Free a sequence's blocks; its whole units stay remembered as long as nobody needs the room."""
+        home = self.homes[sequence.home]
+        computed = sequence.all_token_ids[: sequence.next_position]
+        home.prefixes.insert(computed, sequence.blocks)
+        home.pool.release(sequence.blocks)
+        sequence.blocks = []

@@ -29,10 +29,9 @@ from cpinfer.layout.traffic import decode_collectives
 
 @dataclass(frozen=True)
 class LayoutOption:
-    """One legal layout of a machine and what it fixes. `runs_today`: the engine takes it, not only `explain`."""
+    """One legal layout of a machine and what it fixes."""
 
     sizes: LayoutSizes
-    runs_today: bool
 
     @property
     def grid(self) -> RankGrid:
@@ -104,8 +103,8 @@ def legal_layouts(
                 continue
             for dcp in legal_dcp_sizes(tp, pcp):
                 option = replace(sizes, dcp_size=dcp)
-                if wanted(dcp, dcp_size) and not layout_errors(option, "explain"):
-                    options.append(LayoutOption(option, runs_today=not layout_errors(option, "engine")))
+                if wanted(dcp, dcp_size) and not layout_errors(option):
+                    options.append(LayoutOption(option))
     return options
 
 
@@ -114,7 +113,6 @@ def for_long_prompt(options: Sequence[LayoutOption]) -> list[LayoutOption]:
     return sorted(
         options,
         key=lambda o: (
-            not o.runs_today,
             -o.grid.ranks_per_replica,
             -o.longest_sequence,
             not o.is_advised,
@@ -124,14 +122,10 @@ def for_long_prompt(options: Sequence[LayoutOption]) -> list[LayoutOption]:
 
 
 def for_many_sequences(options: Sequence[LayoutOption]) -> list[LayoutOption]:
-    """Best first: most tokens held in all, then least decode traffic, fewest collectives, most ranks on a prompt.
-
-    What the engine does not run yet comes last in both orders.
-    """
+    """Best first: most tokens held in all, then least decode traffic, fewest collectives, most ranks on a prompt."""
     return sorted(
         options,
         key=lambda o: (
-            not o.runs_today,
             -o.total_tokens,
             o.decode_values,
             o.collectives_per_layer,

@@ -93,7 +93,7 @@ class Explanation:
 def explain(question: Question) -> Explanation:
     """The `Explanation` of a layout; `valid` False, never an exception, for one that breaks a rule."""
     sizes = question.sizes
-    errors = layout_errors(sizes, "explain")
+    errors = layout_errors(sizes)
     if errors:
         return Explanation(valid=False, errors=errors)
     grid = RankGrid(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)

@@ -82,7 +82,8 @@ class PrefillSplit:
 class PrefillPlan:
     """What one rank does in a prefill step; its T tokens are packed piece after piece.
 
-    `pieces`: which tokens these are. `positions`: `[T]`. `send_rows`: `[T]` their rows in the send buffer.
+    `pieces`: which tokens these are, counted from the first new one. `positions`: `[T]` in the sequence.
+    `send_rows`: `[T]` their rows in the send buffer.
     `rows`: one row per piece, over the gathered buffer `[pcp * part_len]`, causal.
     `write_src`, `write_slots`: `[W]` rows of the gathered buffer that this shard stores, and where.
     `sample_rows`: `[P]` for each prompt the packed row of its last token, -1 where another rank has it.
@@ -132,8 +133,15 @@ class StepCost:
         return np.maximum(tokens, self.floor_tokens) + rows * self.row_tokens + pairs / self.pairs_per_token
 
 
-def deal_prompts(prompt_lens: Sequence[int], pcp_size: int, cost: StepCost = StepCost()) -> list[int | None]:
+def deal_prompts(
+    prompt_lens: Sequence[int],
+    pcp_size: int,
+    cost: StepCost = StepCost(),
+    context_lens: Sequence[int] | None = None,
+) -> list[int | None]:
     """For each prompt the pcp rank that takes it whole, or None where it is split over all of them.
+
+    `context_lens`: cached tokens that all new tokens of a prompt attend to as well; default 0.
 
     The longest are split, the others dealt whole, longest first, each to the rank that is soonest done with it. How
     many are split is decided by the time of the slowest rank; as few as possible when that is equal.
@@ -149,7 +157,7 @@ def deal_prompts(prompt_lens: Sequence[int], pcp_size: int, cost: StepCost = Ste
     takers = np.zeros((len(order), len(order) + 1), dtype=np.int64)
     for k, i in enumerate(order):
         q = prompt_lens[i]
-        work = np.array([q, 1, q * (q + 1) / 2])
+        work = np.array([q, 1, q * (q + 1) / 2 + q * (context_lens[i] if context_lens else 0)])
         load[k + 1 :] += np.array([q / pcp_size, 2, work[2] / pcp_size])
         whole = load[: k + 1]
         # Below the floor many ranks look equally free: of these the one with the fewest tokens.
@@ -187,13 +195,19 @@ def split_prompts(
 
 def plan_prefill(
     split: PrefillSplit,
-    block_tables: Sequence[Sequence[int]],
+    block_tables: Sequence[Sequence[int] | None],
     sharding: KVSharding,
     *,
     pcp_rank: int,
     shard: int,
+    context_lens: Sequence[int] | None = None,
 ) -> PrefillPlan:
-    """Plan the step for the rank at `pcp_rank` that holds `shard`; one block table per prompt."""
+    """Plan the step for the rank at `pcp_rank` that holds `shard`.
+
+    `block_tables`: one per prompt, in this rank's home; None where the prompt is stored in others alone.
+    `context_lens`: tokens of each prompt that are cached already, so that its new ones begin there; default 0.
+    """
+    context_lens = context_lens or [0] * len(block_tables)
     by_prompt: list[list[Piece]] = [[] for _ in block_tables]
     for piece in sorted(split.pieces, key=lambda p: (p.prompt, p.start)):
         by_prompt[piece.prompt].append(piece)
@@ -201,8 +215,10 @@ def plan_prefill(
     mine = split.part(pcp_rank)
 
     slots = [
-        sharding.slots(np.asarray(table, dtype=np.int64), np.arange(len(rows)), shard)
-        for table, rows in zip(block_tables, gathered, strict=True)
+        np.full(len(rows), -1)
+        if table is None
+        else sharding.slots(np.asarray(table, dtype=np.int64), np.arange(begin, begin + len(rows)), shard)
+        for table, rows, begin in zip(block_tables, gathered, context_lens, strict=True)
     ]
     all_slots, all_rows = np.concatenate(slots), np.concatenate(gathered)
     kept = all_slots >= 0
@@ -213,7 +229,7 @@ def plan_prefill(
     return PrefillPlan(
         split=split,
         pieces=tuple(mine),
-        positions=_concat([np.arange(p.start, p.end) for p in mine]),
+        positions=_concat([context_lens[p.prompt] + np.arange(p.start, p.end) for p in mine]),
         send_rows=_concat([np.arange(p.offset, p.offset + p.num_tokens) for p in mine]),
         rows=AttentionRows.build(
             [p.num_tokens for p in mine],

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from cpinfer.layout.grid import RankGrid, grid_errors
 from cpinfer.layout.heads import HeadPlacement, head_errors
 from cpinfer.refusals import refuse
-
-Audience = Literal["explain", "engine"]
 
 
 @dataclass(frozen=True)
@@ -29,11 +26,10 @@ class LayoutSizes:
         return f"tp={self.tp_size} pcp={self.pcp_size} dcp={self.dcp_size}"
 
 
-def layout_errors(sizes: LayoutSizes, audience: Audience) -> list[str]:
+def layout_errors(sizes: LayoutSizes) -> list[str]:
     """Sentences that say why a layout cannot be used; empty when it can.
 
-    `audience` is who asks: homes (`dcp < pcp`) are a layout that `explain` can print but the engine cannot run yet;
-    groups that mix KV heads are refused to both, since nothing may ever run with silently wrong heads.
+    Groups that mix KV heads are refused by everyone, since nothing may ever run with silently wrong heads.
     """
     errors = grid_errors(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)
     if sizes.tp_size >= 1:
@@ -53,8 +49,6 @@ def layout_errors(sizes: LayoutSizes, audience: Audience) -> list[str]:
             f"{sizes}: a DCP group spans {k} tp ranks, but each of the {sizes.num_kv_heads} KV heads is on {heads.rep}"
         )
         errors.append(str(refuse("mixed_heads", found)) + _unmixed_advice(grid, heads))
-    if audience == "engine" and grid.num_homes > 1:
-        errors.append(str(refuse("homes", f"{sizes} makes {grid.num_homes} KV homes")))
     return errors
 
 

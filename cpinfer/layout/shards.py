@@ -56,9 +56,11 @@ class KVSharding:
     def local_len(self, length: IntArray, shard: int) -> IntArray: ...
     def local_len(self, length: int | IntArray, shard: int) -> int | IntArray:
         """How many of the first `length` positions `shard` stores: 0 for a length of 0."""
-        rounds, rest = np.divmod(length, self.interleave * self.num_shards)
-        local = rounds * self.interleave + np.clip(rest - shard * self.interleave, 0, self.interleave)
-        return int(local) if isinstance(length, int) else local
+        rounds, rest = divmod(length, self.interleave * self.num_shards)
+        beyond = rest - shard * self.interleave
+        if isinstance(beyond, int):  # numpy would take ten times as long for one number
+            return rounds * self.interleave + min(max(beyond, 0), self.interleave)
+        return rounds * self.interleave + np.clip(beyond, 0, self.interleave)
 
     def positions(self, length: int, shard: int) -> IntArray:
         """The positions that `shard` stores of a sequence, in local order: the inverse of `local_index`."""
@@ -79,6 +81,10 @@ class KVSharding:
     def num_blocks(self, length: int) -> int:
         """Blocks that a sequence of `length` tokens takes (from every shard, so from the pool once)."""
         return -(-self.local_len(length, 0) // self.block_size)
+
+    def num_immutable_blocks(self, length: int) -> int:
+        """Blocks at the front of a sequence's table that no later token will be written to, on any shard."""
+        return self.local_len(length, self.num_shards - 1) // self.block_size
 
     @property
     def prefix_unit(self) -> int:

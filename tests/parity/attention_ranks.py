@@ -7,7 +7,7 @@ KV heads are those of a whole model; each rank takes the slice that tensor paral
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,12 +19,14 @@ from cpinfer.comm.axis import CountingComm, Traffic
 from cpinfer.comm.threads import run_ranks
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.context import Context, Exchange, exchange_places, plan_kv_exchange, plan_query_exchange
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.prefill import PrefillPlan, deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, deal_prompts, plan_prefill, split_prompts
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_steps import DecodeStep, PrefillStep
+from cpinfer.models.attention_steps import ContextAttention, DecodeStep, KVContext, PrefillStep, QueryContext
+from cpinfer.models.state_exchange import StateExchange, StateReturn
 from cpinfer.ops.attention import dense_attention
 
 CPU = torch.device("cpu")
@@ -45,6 +47,15 @@ class Case:
     head_dim: int = 8
     peaked: bool = True
     whole_prompts: bool = False
+    # Prefill in chunks of so many tokens; None is all at once.
+    chunk: int | None = None
+    context_exchange: Exchange = "queries"
+    context_workspace_tokens: int = 65536
+    state_return: StateReturn = "a2a"
+
+    def home(self, sequence: int) -> int:
+        """Sequences are dealt to homes one after another."""
+        return sequence % self.grid.num_homes
 
 
 @dataclass(frozen=True)
@@ -94,8 +105,10 @@ def run_case(case: Case, tampering: Tampering = Tampering()) -> Outcome:
             # max() would pass over a NaN.
             worst = error if error != error else max(worst, error)
             seen[part.sequence][where] += 1
-    # Rows are dealt over pcp, heads over tp: every (position, head) is computed once per home.
-    assert all((count == case.grid.pcp_size // case.grid.row_ranks).all() for count in seen)
+    # Rows are dealt over pcp and heads over tp, so every (position, head) is computed once; replicated rows by all.
+    for count, length in zip(seen, case.prompt_lens, strict=True):
+        assert (count[:length] == 1).all()
+        assert (count[length:] == (case.grid.row_ranks if case.state_return == "replicate_q" else 1)).all()
     return Outcome(worst, [prefill for _, prefill, _ in ranks], [decode for _, _, decode in ranks])
 
 
@@ -129,30 +142,73 @@ def _run_rank(
         where = where or [(0, 0, 1)]
         return heads_of(tuple(torch.cat([inputs[i][j][a:b] for i, a, b in where]) for j in range(3)))  # type: ignore[arg-type]
 
-    dealt = deal_prompts(case.prompt_lens, grid.pcp_size) if case.whole_prompts else None
-    split = split_prompts(case.prompt_lens, grid.pcp_size, page_size=case.page_size, dealt=dealt)
-    plan = plan_prefill(split, tables, sharding, pcp_rank=coords.pcp_rank, shard=shard)
-    prefill = PrefillStep(tampering.plan(plan), backend, cache, pcp)
-    out = prefill.attend(0, *pack([(p.prompt, p.start, p.end) for p in plan.pieces]), scale=scale)
-    start = 0
-    for p in plan.pieces:
-        parts.append(_Part(p.prompt, range(p.start, p.end), q_heads, out[start : start + p.num_tokens]))
-        start += p.num_tokens
+    home = grid.home(topology.rank)
+    places = exchange_places(grid, topology.rank)
+    context_comm = pcp if grid.dcp_size <= grid.pcp_size else dcp
+    own_tables = [table if case.home(i) == home else None for i, table in enumerate(tables)]
 
-    for step in range(case.num_new_tokens):
-        positions = [length + step for length in case.prompt_lens]
-        decode_plan = plan_decode(
-            positions, tables, sharding, pcp_size=grid.pcp_size, pcp_rank=coords.pcp_rank, shard=shard
+    def context_of(split: PrefillSplit, starts: list[int], which: list[int]) -> ContextAttention | None:
+        if not any(starts):
+            return None
+        contexts = [Context(start, case.home(i), tables[i]) for start, i in zip(starts, which, strict=True)]
+        if case.context_exchange == "queries":
+            exchange = StateExchange(context_comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
+            plan = plan_query_exchange(split, contexts, sharding, places[context_comm.index])
+            return QueryContext(plan, backend, cache, exchange)
+        kv_plan = plan_kv_exchange(split, contexts, sharding, places, context_comm.index, case.context_workspace_tokens)
+        return KVContext(kv_plan, backend, cache, context_comm)
+
+    chunk = case.chunk or max(case.prompt_lens)
+    for begin in range(0, max(case.prompt_lens), chunk):
+        # A prompt that ends in an earlier chunk takes no part; of the others some have context and some begin here.
+        which = [i for i, length in enumerate(case.prompt_lens) if length > max(0, begin - i % 2 * chunk // 2)]
+        starts = [max(0, begin - i % 2 * (chunk // 2)) for i in which]
+        ends = [min(case.prompt_lens[i], begin + chunk - i % 2 * (chunk // 2)) for i in which]
+        if begin + chunk >= max(case.prompt_lens):
+            ends = [case.prompt_lens[i] for i in which]
+        lens = [end - start for start, end in zip(starts, ends, strict=True)]
+        dealt = deal_prompts(lens, grid.pcp_size, context_lens=starts) if case.whole_prompts else None
+        split = split_prompts(lens, grid.pcp_size, page_size=case.page_size, dealt=dealt)
+        plan = plan_prefill(
+            split,
+            [own_tables[i] for i in which],
+            sharding,
+            pcp_rank=coords.pcp_rank,
+            shard=shard,
+            context_lens=starts,
         )
-        decode = DecodeStep(decode_plan, backend, cache, dcp, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
+        prefill = PrefillStep(tampering.plan(plan), backend, cache, pcp, context_of(split, starts, which))
+        spans = [(which[p.prompt], starts[p.prompt] + p.start, starts[p.prompt] + p.end) for p in plan.pieces]
+        out = prefill.attend(0, *pack(spans), scale=scale)
+        row = 0
+        for i, start, end in spans:
+            parts.append(_Part(i, range(start, end), q_heads, out[row : row + end - start]))
+            row += end - start
+    prefill_traffic = replace(pcp.traffic)
+    dcp.traffic = Traffic()
+
+    row_ranks = 1 if case.state_return == "replicate_q" else grid.row_ranks
+    exchange = StateExchange(dcp, pcp_size=row_ranks, wire_dtype=torch.float32, state_return=case.state_return)
+    here = [i for i in range(len(case.prompt_lens)) if case.home(i) == home]
+    for step in range(case.num_new_tokens if here else 0):
+        positions = [case.prompt_lens[i] + step for i in here]
+        decode_plan = plan_decode(
+            positions,
+            [tables[i] for i in here],
+            sharding,
+            pcp_size=row_ranks,
+            pcp_rank=coords.pcp_rank % row_ranks,
+            shard=shard,
+        )
+        decode = DecodeStep(decode_plan, backend, cache, exchange)
         own = decode_plan.own.tolist()
         # A padding row holds whatever: nothing of it may ever show.
-        where = [(i, positions[i], positions[i] + 1) if i >= 0 else (0, 0, 1) for i in own]
+        where = [(here[i], positions[i], positions[i] + 1) if i >= 0 else (0, 0, 1) for i in own]
         out = decode.attend(0, *pack(where), scale=scale)
         for row, i in enumerate(own):
             if i >= 0:
-                parts.append(_Part(i, range(positions[i], positions[i] + 1), q_heads, out[row : row + 1]))
-    return parts, pcp.traffic, dcp.traffic
+                parts.append(_Part(here[i], range(positions[i], positions[i] + 1), q_heads, out[row : row + 1]))
+    return parts, prefill_traffic, dcp.traffic
 
 
 def _inputs(case: Case, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,6 +75,78 @@ def test_any_number_of_rows_can_be_dealt(num_rows: int) -> None:
     assert run_case(make_case(2, 4, 4, 2, prompt_lens=LENGTHS[-num_rows:])).max_error <= TOLERANCE
 
 
+# --- homes: dcp < pcp ---
+
+HOMES = [(1, 2, 1, 2), (1, 4, 2, 2), (2, 4, 1, 2), (1, 4, 1, 2), (2, 4, 2, 1), (1, 6, 3, 2), (1, 8, 2, 2)]
+
+
+@pytest.mark.parametrize("interleave", [1, 3, 16])
+@pytest.mark.parametrize("layout", HOMES, ids=lambda x: "tp{}_pcp{}_dcp{}_kv{}".format(*x))
+def test_sequences_dealt_to_homes_equal_dense_attention(layout: tuple[int, int, int, int], interleave: int) -> None:
+    assert run_case(make_case(*layout, interleave=interleave)).max_error <= TOLERANCE
+
+
+def test_a_home_without_a_sequence_idles() -> None:
+    assert run_case(make_case(1, 4, 2, 2, prompt_lens=(33,))).max_error <= TOLERANCE
+
+
+# --- context: chunked prefill ---
+
+CONTEXT_LAYOUTS = [
+    (1, 1, 1, 2), (1, 2, 2, 2), (1, 3, 3, 2), (2, 2, 2, 2), (2, 1, 2, 1), (2, 2, 4, 1), (4, 2, 4, 2), (4, 2, 8, 1),
+    (1, 2, 1, 2), (1, 4, 2, 2), (2, 4, 2, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("exchange", ["queries", "kv"])
+@pytest.mark.parametrize(("chunk", "interleave"), [(4, 1), (7, 3), (16, 16), (37, 4), (500, 3)])
+@pytest.mark.parametrize("layout", CONTEXT_LAYOUTS, ids=lambda x: "tp{}_pcp{}_dcp{}_kv{}".format(*x))
+def test_prefill_in_chunks_equals_dense_attention(
+    layout: tuple[int, int, int, int], chunk: int, interleave: int, exchange: str
+) -> None:
+    case = make_case(
+        *layout,
+        prompt_lens=(1, 5, 16, 33, 65),
+        chunk=chunk,
+        interleave=interleave,
+        context_exchange=exchange,
+        num_new_tokens=1,
+    )
+    assert run_case(case).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("workspace", [1, 7, 64, 100])
+def test_context_gathered_in_windows_equals_dense_attention(workspace: int) -> None:
+    case = make_case(1, 4, 2, 2, chunk=37, context_exchange="kv", context_workspace_tokens=workspace)
+    assert run_case(case).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("exchange", ["queries", "kv"])
+def test_whole_prompts_with_context_equal_dense_attention(exchange: str) -> None:
+    case = make_case(1, 4, 4, 2, chunk=37, context_exchange=exchange, whole_prompts=True)
+    assert run_case(case).max_error <= TOLERANCE
+
+
+# --- the other ways for states to come back ---
+
+
+@pytest.mark.parametrize("state_return", ["ag_rs", "replicate_q"])
+@pytest.mark.parametrize("layout", [(1, 2, 2, 2), (2, 2, 2, 2), (1, 4, 2, 2), (1, 3, 3, 2), (1, 2, 1, 2)])
+def test_every_way_for_states_to_return_gives_the_same(layout: tuple[int, int, int, int], state_return: str) -> None:
+    assert run_case(make_case(*layout, state_return=state_return)).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", [(2, 2, 4, 1), (4, 2, 8, 1), (2, 1, 2, 1)])
+def test_reduce_scatter_works_over_columns_too(layout: tuple[int, int, int, int]) -> None:
+    assert run_case(make_case(*layout, state_return="ag_rs")).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize(("state_return", "collectives"), [("a2a", 2), ("ag_rs", 3), ("replicate_q", 1)])
+def test_collectives_of_every_way_for_states_to_return(state_return: str, collectives: int) -> None:
+    outcome = run_case(make_case(1, 2, 2, 2, state_return=state_return, num_new_tokens=1))
+    assert {t.num_collectives for t in outcome.decode_traffic} == {collectives}
+
+
 # --- negative controls: each mistake others have shipped must be seen ---
 
 

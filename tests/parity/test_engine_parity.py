@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,3 +171,145 @@ def test_weights_that_give_nan_raise_on_every_rank() -> None:
         model.lm_head.weight[3] = torch.nan
     with pytest.raises(EngineFaultError, match="not finite"):
         generate(model, RankGrid(pcp_size=2, dcp_size=2), prompts_of([5], 128), SamplingParams(max_new_tokens=2))
+
+
+# --- what long rollouts need: chunks, shared prefixes, homes, preemption ---
+
+SHARED = prompts_of((96,), vocab_size=128)[0]
+LONG_GRIDS = [
+    RankGrid(),
+    RankGrid(pcp_size=2, dcp_size=2),
+    RankGrid(pcp_size=2, dcp_size=1),
+    RankGrid(pcp_size=4, dcp_size=2),
+]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    return make_model(FAMILIES["llama"])
+
+
+@pytest.fixture(scope="module")
+def expected(llama: Any) -> dict[tuple[str, int], tuple[int, ...]]:
+    """Sampled text of `requests()` in the plainest way: one process, one sequence at a time, nothing shared."""
+    plain = {"max_num_seqs": 1, "enable_prefix_caching": False}
+    return texts(generate(llama, RankGrid(), requests(), SAMPLING, **plain))
+
+
+SAMPLING = SamplingParams(temperature=1.0, max_new_tokens=20, n=3, seed=2)
+
+
+def requests() -> list[dict[str, Any]]:
+    """Prompts that share a long beginning, of which one is a beginning of another, and some that share nothing."""
+    tails = prompts_of((1, 3, 30, 64), vocab_size=128)
+    shared = [SHARED + tail for tail in tails] + [SHARED[:70]]
+    return [{"id": f"r{i}", "prompt_token_ids": p} for i, p in enumerate(shared + prompts_of((2, 17, 150), 128))]
+
+
+def texts(results: Sequence[RolloutResult]) -> dict[tuple[str, int], tuple[int, ...]]:
+    return {(r.id, r.sample_index): r.token_ids for r in results}
+
+
+@pytest.mark.parametrize("grid", LONG_GRIDS, ids=grid_name)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"max_num_batched_tokens": 16, "block_size": 4, "cp_kv_cache_interleave_size": 2},
+        {"max_num_batched_tokens": 50, "block_size": 4, "cp_kv_cache_interleave_size": 3, "context_exchange": "kv"},
+        {"max_num_batched_tokens": 33, "context_exchange": "queries", "decode_exchange": "ag_rs"},
+        {"max_num_seqs": 5, "block_size": 4, "decode_exchange": "replicate_q", "enable_prefix_caching": False},
+        {"kv_cache_gib": 40 * 8 * 256 / 2**30, "block_size": 8, "context_workspace_tokens": 20},
+    ],
+    ids=["default", "chunks16", "chunks50_kv", "chunks33_ag_rs", "replicate_q", "tight_pool"],
+)
+def test_text_does_not_depend_on_chunks_prefixes_homes_or_preemption(
+    llama: Any, expected: dict[tuple[str, int], tuple[int, ...]], grid: RankGrid, config: dict[str, Any]
+) -> None:
+    assert texts(generate(llama, grid, requests(), SAMPLING, **config)) == expected
+
+
+def stats_of(model: Any, grid: RankGrid, prompts: Sequence[Any], sampling: SamplingParams, **config: Any) -> Any:
+    parsed = parse_config(
+        {
+            "dtype": "float32",
+            "prefill_context_parallel_size": grid.pcp_size,
+            "decode_context_parallel_size": grid.dcp_size,
+            **config,
+        }
+    )
+
+    def body(topology: cpinfer.Topology) -> Any:
+        with cpinfer.attach(copy.deepcopy(model), topology, parsed) as engine:
+            engine.generate(prompts, sampling)
+            return engine.stats
+
+    ranks = run_ranks(grid, body)
+    assert all(stats == ranks[0] for stats in ranks)
+    return ranks[0]
+
+
+@pytest.mark.parametrize("grid", LONG_GRIDS, ids=grid_name)
+def test_samples_of_one_prompt_prefill_it_once(llama: Any, grid: RankGrid) -> None:
+    stats = stats_of(llama, grid, [SHARED], SamplingParams(max_new_tokens=4, n=8), enable_prefix_caching=False)
+    assert (stats.num_computed_prompt_tokens, stats.num_cached_prompt_tokens) == (96, 0)
+
+
+def test_a_prefix_seen_before_is_not_computed_again(llama: Any) -> None:
+    sampling = SamplingParams(temperature=0, max_new_tokens=4)
+    with cpinfer.attach(copy.deepcopy(llama), config=parse_config({"dtype": "float32"})) as engine:
+        first = engine.generate([SHARED], sampling)[0]
+        turn = [*SHARED, *first.token_ids, 5, 6, 7]
+        second = engine.generate([turn], sampling)[0]
+        # Blocks of 16: the first turn left 96 + 3 computed tokens, of which 96 are whole blocks.
+        assert (engine.stats.num_cached_prompt_tokens, engine.stats.num_computed_prompt_tokens) == (96, 7)
+        engine.weights_changed()
+        third = engine.generate([turn], sampling)[0]
+        assert engine.stats.num_cached_prompt_tokens == 0
+        assert (second.weights_version, third.weights_version) == (0, 1)
+    assert second.token_ids == third.token_ids == tuple(check_rollout.generate_greedy(llama, turn, 4))
+
+
+def test_a_tight_pool_preempts_and_loses_nothing(llama: Any) -> None:
+    prompts = prompts_of([40] * 12, vocab_size=128)
+    sampling = SamplingParams(temperature=1, max_new_tokens=40, seed=1)
+    tight = {"kv_cache_gib": 24 * 8 * 256 / 2**30, "block_size": 8}
+    assert stats_of(llama, RankGrid(), prompts, sampling, **tight).num_preemptions > 0
+    assert texts(generate(llama, RankGrid(), prompts, sampling, **tight)) == texts(
+        generate(llama, RankGrid(), prompts, sampling)
+    )
+
+
+def test_asleep_the_pool_is_freed_and_awake_it_is_back(llama: Any) -> None:
+    config = parse_config({"dtype": "float32", "kv_cache_gib": 0.05})
+    with cpinfer.attach(copy.deepcopy(llama), config=config) as engine:
+        before = engine.generate([SHARED], SamplingParams(temperature=0, max_new_tokens=3))
+        pool = [weakref.ref(t) for t in engine._steps._cache._keys + engine._steps._cache._values]  # type: ignore[union-attr]
+        assert sum(ref().nbytes for ref in pool) >= 0.99 * 0.05 * 2**30
+        engine.sleep()
+        gc.collect()
+        assert all(ref() is None for ref in pool)
+        with pytest.raises(RuntimeError, match="wake"):
+            engine.generate([SHARED])
+        engine.wake()
+        after = engine.generate([SHARED], SamplingParams(temperature=0, max_new_tokens=3))
+    assert [r.token_ids for r in before] == [r.token_ids for r in after]
+
+
+def test_an_abandoned_stream_frees_its_blocks_and_two_at_once_are_refused(llama: Any) -> None:
+    with cpinfer.attach(copy.deepcopy(llama), config=parse_config({"dtype": "float32"})) as engine:
+        stream = engine.stream(prompts_of([9, 9, 9], 128), SamplingParams(max_new_tokens=5, n=4))
+        next(stream)
+        with pytest.raises(RuntimeError, match="stream is open"):
+            engine.generate([[1, 2]])
+        stream.close()
+        assert len(engine.generate([[1, 2]], SamplingParams(max_new_tokens=2))) == 1
+
+
+def test_each_prompt_may_have_its_own_sampling(llama: Any) -> None:
+    prompts = prompts_of([9, 12], 128)
+    each = [SamplingParams(temperature=0, max_new_tokens=3), SamplingParams(temperature=0, max_new_tokens=7)]
+    with cpinfer.attach(copy.deepcopy(llama), config=parse_config({"dtype": "float32"})) as engine:
+        assert [len(r.token_ids) for r in engine.generate(prompts, each)] == [3, 7]
+        with pytest.raises(cpinfer.UserError, match="1 sampling parameters for 2 prompts"):
+            engine.generate(prompts, each[:1])

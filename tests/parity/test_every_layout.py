@@ -21,7 +21,7 @@ def legal_layouts() -> list[tuple[int, int, int, int]]:
         for pcp in range(1, MAX_RANKS // tp + 1)
         for dcp in legal_dcp_sizes(tp, pcp)
         for kv in (1, 2, 3, 4, 6, 12)
-        if not layout_errors(LayoutSizes(tp, pcp, dcp, NUM_Q_HEADS, kv), "engine")
+        if not layout_errors(LayoutSizes(tp, pcp, dcp, NUM_Q_HEADS, kv))
     ]
 
 

@@ -1,0 +1,30 @@
+"""The KV blocks of one home: its pool, and the prefixes it remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from cpinfer.layout.pool import BlockPool
+from cpinfer.layout.prefix_cache import PrefixCache
+from cpinfer.layout.shards import KVSharding
+
+
+class KVHome:
+    """A pool whose blocks the prefix cache may keep until they are needed."""
+
+    def __init__(self, num_blocks: int, sharding: KVSharding, *, enable_prefix_caching: bool) -> None:
+        self.pool = BlockPool(num_blocks)
+        self.prefixes = PrefixCache(self.pool, sharding, enabled=enable_prefix_caching)
+
+    def has(self, n: int) -> bool:
+        """Whether `n` blocks are free, or would be without remembered prefixes."""
+        return self.pool.num_free >= n or self.pool.num_free + self.prefixes.num_evictable() >= n
+
+    def take(self, n: int, *, room: int = 0, after: int | None = None) -> list[int]:
+        """`n` blocks; remembered prefixes give way. ValueError when `has(n)` does not hold."""
+        self.prefixes.evict(n)
+        return self.pool.allocate(n, room=room, after=after)
+
+    def check_integrity(self, referenced: Iterable[int]) -> None:
+        """`referenced` are the blocks of all sequences. ValueError names a leak."""
+        self.pool.check_integrity([*referenced, *self.prefixes.references()])

@@ -1,0 +1,211 @@
+"""One scheduled step on this rank: plan it, run the model, sample, and agree with the other ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpinfer.backends.base import AttentionBackend
+from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.engine.agreement import agree_on_tokens
+from cpinfer.engine.request import SampledToken, Sequence
+from cpinfer.engine.sampling import sample_tokens
+from cpinfer.engine.scheduler import Chunk, Step
+from cpinfer.layout.context import (
+    Context,
+    choose_exchange,
+    exchange_places,
+    plan_kv_exchange,
+    plan_query_exchange,
+)
+from cpinfer.layout.decode import deal_rows, plan_decode
+from cpinfer.layout.prefill import PrefillSplit, StepCost, deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.shards import IntArray, KVSharding
+from cpinfer.models.attention_steps import (
+    AttentionStep,
+    ContextAttention,
+    DecodeStep,
+    IdleStep,
+    KVContext,
+    PrefillStep,
+    QueryContext,
+)
+from cpinfer.models.runner import ModelRunner
+from cpinfer.models.state_exchange import StateExchange
+
+# Who computed a token: its pcp rank, and the row of that rank's record.
+TokenPlace = tuple[int, int]
+
+
+class StepRunner:
+    """Runs steps on one rank. What it decides, it decides from what all ranks know."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        topology: Topology,
+        config: Config,
+        sharding: KVSharding,
+        backend: AttentionBackend,
+        cache: PagedKVCache,
+    ) -> None:
+        grid = topology.grid
+        self._runner = runner
+        self._topology = topology
+        self._config = config
+        self._sharding = sharding
+        self._backend = backend
+        self._cache = cache
+        self._cost = StepCost(pairs_per_token=runner.spec.pairs_per_token)
+        self._home = grid.home(topology.rank)
+        wire_dtype = runner.dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)
+        state_return = config.decode_exchange
+        # With replicated queries a decode row is computed by every rank of the home, so rows are dealt to one place.
+        self._row_ranks = 1 if state_return == "replicate_q" else grid.row_ranks
+        self._decode_exchange = StateExchange(
+            topology.dcp, pcp_size=self._row_ranks, wire_dtype=wire_dtype, state_return=state_return
+        )
+        self._places = exchange_places(grid, topology.rank)
+        self._context_comm = topology.pcp if grid.dcp_size <= grid.pcp_size else topology.dcp
+        self._context_exchange = StateExchange(
+            self._context_comm,
+            pcp_size=grid.pcp_size,
+            wire_dtype=wire_dtype,
+            state_return="a2a" if state_return == "replicate_q" else state_return,
+        )
+
+    def run(self, step: Step) -> list[SampledToken]:
+        """The tokens of `step.samples`, the same on every rank."""
+        return self._prefill(step.chunks) if step.chunks else self._decode(step.running)
+
+    def copy_blocks(self, pairs: ListLike[tuple[int, int]]) -> None:
+        """Copy KV blocks of this rank's home, (from, to)."""
+        self._cache.copy_blocks(pairs)
+
+    def _prefill(self, chunks: ListLike[Chunk]) -> list[SampledToken]:
+        pcp_size, pcp_rank = self._topology.grid.pcp_size, self._topology.coords.pcp_rank
+        starts = [chunk.start for chunk in chunks]
+        lens = [chunk.end - chunk.start for chunk in chunks]
+        split = split_prompts(lens, pcp_size, dealt=deal_prompts(lens, pcp_size, self._cost, starts))
+        leaders = [chunk.prefill.leaders.get(self._home) for chunk in chunks]
+        plan = plan_prefill(
+            split,
+            [None if leader is None else leader.blocks for leader in leaders],
+            self._sharding,
+            pcp_rank=pcp_rank,
+            shard=self._topology.kv_shard,
+            context_lens=starts,
+        )
+        context = self._context(split, chunks) if any(starts) else None
+        attention = PrefillStep(plan, self._backend, self._cache, self._topology.pcp, context)
+        token_ids = [
+            token
+            for piece in plan.pieces
+            for token in chunks[piece.prompt].prefill.token_ids[
+                starts[piece.prompt] + piece.start : starts[piece.prompt] + piece.end
+            ]
+        ]
+        last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
+        mine = [i for i in last if plan.sample_rows[i] >= 0]
+        logits = self._forward(token_ids, plan.positions, attention, plan.sample_rows[mine])
+        # Samples that share a prefill are all drawn from the logits of its last token.
+        samples = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
+        owners = [int(plan.sample_owner[i]) for i in last for _ in chunks[i].prefill.samples]
+        places = [(owner, owners[:i].count(owner)) for i, owner in enumerate(owners)]
+        return self._sample(logits[[row for row, _ in samples]], [sample for _, sample in samples], places)
+
+    def _context(self, split: PrefillSplit, chunks: ListLike[Chunk]) -> ContextAttention:
+        """Attention to what earlier steps cached of these prompts, by whatever moves fewer bytes."""
+        contexts = []
+        for chunk in chunks:
+            home, leader = next(iter(chunk.prefill.leaders.items()))
+            contexts.append(Context(chunk.start, home, leader.blocks))
+        exchange = self._config.context_exchange
+        if exchange == "auto":
+            spec, tp_size = self._runner.spec, self._topology.grid.tp_size
+            exchange = choose_exchange(
+                split,
+                contexts,
+                self._sharding,
+                self._places,
+                q_heads=spec.heads(tp_size).q_heads_per_rank,
+                kv=self._cache.layout,
+                dtype_bytes=self._runner.dtype.itemsize,
+            )
+        index = self._context_comm.index
+        if exchange == "queries":
+            query_plan = plan_query_exchange(split, contexts, self._sharding, self._places[index])
+            return QueryContext(query_plan, self._backend, self._cache, self._context_exchange)
+        workspace = self._config.context_workspace_tokens
+        kv_plan = plan_kv_exchange(split, contexts, self._sharding, self._places, index, workspace)
+        return KVContext(kv_plan, self._backend, self._cache, self._context_comm)
+
+    def _decode(self, running: ListLike[Sequence]) -> list[SampledToken]:
+        grid = self._topology.grid
+        by_home = [[s for s in running if s.home == home] for home in range(grid.num_homes)]
+        here = by_home[self._home]
+        places = self._decode_places(by_home)
+        if not here:
+            logits = self._forward([], [], IdleStep(), [])
+            return self._sample(logits, [], [places[id(s)] for s in running])
+        plan = plan_decode(
+            [s.next_position for s in here],
+            [s.blocks for s in here],
+            self._sharding,
+            pcp_size=self._row_ranks,
+            pcp_rank=self._topology.coords.pcp_rank % self._row_ranks,
+            shard=self._topology.kv_shard,
+        )
+        attention = DecodeStep(plan, self._backend, self._cache, self._decode_exchange)
+        mine = [here[i] for i in plan.own if i >= 0]
+        padding = [0] * (len(plan.own) - len(mine))
+        logits = self._forward([s.last_token_id for s in mine] + padding, plan.positions, attention, range(len(mine)))
+        return self._sample(logits, mine, [places[id(s)] for s in running])
+
+    def _decode_places(self, by_home: ListLike[ListLike[Sequence]]) -> dict[int, TokenPlace]:
+        """Who computes each running sequence, by `id`."""
+        places = {}
+        for home, sequences in enumerate(by_home):
+            gathered = deal_rows(len(sequences), self._row_ranks)
+            rows_per_rank = len(gathered) // self._row_ranks
+            for place, row in enumerate(gathered.tolist()):
+                if row >= 0:
+                    pcp_rank, record = divmod(place, rows_per_rank)
+                    places[id(sequences[row])] = (home * self._topology.grid.row_ranks + pcp_rank, record)
+        return places
+
+    def _forward(
+        self,
+        token_ids: ListLike[int],
+        positions: IntArray | ListLike[int],
+        attention: AttentionStep,
+        keep: IntArray | ListLike[int],
+    ) -> Tensor:
+        """`[len(keep), vocab]` logits. Models crash on zero rows, so where there is none a dummy is computed."""
+        has_tokens, has_keep = len(token_ids) > 0, len(keep) > 0
+        logits = self._runner.forward(
+            self._tensor(token_ids if has_tokens else [0]),
+            self._tensor(positions if has_tokens else [0]),
+            attention,
+            self._tensor(keep if has_keep else [0]),
+        )
+        return logits[: len(keep)]
+
+    def _sample(self, logits: Tensor, sequences: list[Sequence], places: ListLike[TokenPlace]) -> list[SampledToken]:
+        """Sample this rank's rows where it is the authority for them, and learn all others' tokens."""
+        own: ListLike[SampledToken | None] = []
+        if not bool(torch.isfinite(logits).all()):
+            own = [None] * len(sequences)
+        elif self._topology.coords.tp_rank == 0:
+            own = sample_tokens(logits, sequences)
+        tp_size = self._topology.grid.tp_size
+        return agree_on_tokens(self._topology.replica, tp_size, places, own, self._runner.device)
+
+    def _tensor(self, values: Any) -> Tensor:
+        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._runner.device)

@@ -1,0 +1,200 @@
+"""Prefill of tokens that continue cached ones: the context of a step, sharded over the home that holds it.
+
+What a query sees of its context has no order left to keep (all of it lies before the query), so any shard may answer
+for its own tokens, and the answers merge. Either the queries travel to the KV, or the KV travels to the queries:
+
+    queries   all_gather of q; every rank attends to its own shard for all of them; (out, lse) back by all_to_all
+    kv        all_gather of the cached k, v, a window at a time; every rank attends for its own queries
+
+`choose_exchange` takes what moves fewer bytes. The exchange runs along an axis that reaches every shard of the home
+from every rank that computes tokens: the pcp axis when `dcp <= pcp`, else the DCP group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.prefill import PrefillSplit
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.layout.shards import IntArray, KVSharding
+from cpinfer.layout.traffic import LSE_BYTES
+
+Exchange = Literal["queries", "kv"]
+
+
+class Place(NamedTuple):
+    """Who stands at one place of the exchange axis: the part of the prefill it computes, the KV it holds."""
+
+    pcp_rank: int
+    home: int
+    shard: int
+
+
+@dataclass(frozen=True)
+class Context:
+    """Cached tokens of one prompt of the step, 0 or more, and the home whose shards hold them."""
+
+    num_tokens: int
+    home: int
+    # In that home; other ranks have no use for it.
+    block_table: Sequence[int]
+
+
+@dataclass(frozen=True)
+class QueryExchange:
+    """Queries travel. `rows` attend to this shard for the tokens of every pcp rank, `part_len` packed queries each."""
+
+    part_len: int
+    rows: AttentionRows
+
+
+@dataclass(frozen=True)
+class KVWindow:
+    """One gather of cached KV: this rank sends `slots` of its cache, padded to `length`, and its pieces attend to all.
+
+    `rows` index the gathered `[places * length]`, in pages of one token.
+    """
+
+    length: int
+    slots: IntArray
+    rows: AttentionRows
+
+
+@dataclass(frozen=True)
+class KVExchange:
+    """KV travels, in windows that bound the scratch."""
+
+    windows: tuple[KVWindow, ...]
+
+
+def exchange_places(grid: RankGrid, rank: int) -> tuple[Place, ...]:
+    """The places of the exchange axis that `rank` is on, in the order of its communicator."""
+    groups = grid.pcp_groups if grid.dcp_size <= grid.pcp_size else grid.dcp_groups
+    group = next(group for group in groups if rank in group)
+    return tuple(Place(grid.coords(r).pcp_rank, grid.home(r), grid.kv_shard(r)) for r in group)
+
+
+def exchange_bytes(
+    exchange: Exchange,
+    split: PrefillSplit,
+    contexts: Sequence[Context],
+    sharding: KVSharding,
+    places: Sequence[Place],
+    q_heads: int,
+    kv: KVLayout,
+    dtype_bytes: int,
+) -> int:
+    """Bytes that a rank receives per layer. All ranks send what the longest has to.
+
+    Queries: `(n-1) * T * hq * (k_dim * b + v_dim * b + 4)` for T tokens of a part: q there, out and a float32 lse back.
+    KV: `(n-1) * P * kvl * (k_dim + v_dim) * b` for P cached tokens of a shard (K alone where V is a prefix of it).
+    """
+    others = len(places) - 1
+    if exchange == "kv":
+        longest = max(_held(contexts, sharding, place).sum() for place in places)
+        return others * int(longest) * kv.values_per_token * dtype_bytes
+    tokens = max(1, *split.tokens_per_rank())
+    return others * tokens * q_heads * ((kv.k_dim + kv.v_dim) * dtype_bytes + LSE_BYTES)
+
+
+def choose_exchange(
+    split: PrefillSplit,
+    contexts: Sequence[Context],
+    sharding: KVSharding,
+    places: Sequence[Place],
+    q_heads: int,
+    kv: KVLayout,
+    dtype_bytes: int,
+) -> Exchange:
+    """What moves fewer bytes, queries when equal: to first order they win when `T / P <= kvl / (k * hq)`, k columns."""
+    queries, cached = (
+        exchange_bytes(exchange, split, contexts, sharding, places, q_heads, kv, dtype_bytes)
+        for exchange in ("queries", "kv")
+    )
+    return "queries" if queries <= cached else "kv"
+
+
+def plan_query_exchange(
+    split: PrefillSplit, contexts: Sequence[Context], sharding: KVSharding, me: Place
+) -> QueryExchange:
+    """The rows that the rank at `me` answers for: all pieces of all pcp ranks, each part padded to the longest."""
+    held = _held(contexts, sharding, me)
+    tokens = split.tokens_per_rank()
+    part_len = max(1, *tokens)
+    q_lens: list[int] = []
+    kv_lens: list[int] = []
+    tables: list[Sequence[int]] = []
+    for pcp_rank, num_tokens in enumerate(tokens):
+        for piece in split.part(pcp_rank):
+            q_lens.append(piece.num_tokens)
+            kv_lens.append(int(held[piece.prompt]))
+            tables.append(contexts[piece.prompt].block_table)
+        if num_tokens < part_len:
+            q_lens.append(part_len - num_tokens)
+            kv_lens.append(0)
+            tables.append(())
+    rows = AttentionRows.build(q_lens, kv_lens, tables, block_size=sharding.block_size, causal=False)
+    return QueryExchange(part_len, rows)
+
+
+def plan_kv_exchange(
+    split: PrefillSplit,
+    contexts: Sequence[Context],
+    sharding: KVSharding,
+    places: Sequence[Place],
+    index: int,
+    workspace_tokens: int,
+) -> KVExchange:
+    """The windows in which cached KV is gathered, for the rank at `places[index]`.
+
+    Each place lines up the tokens it holds, prompt after prompt; window w takes the same stretch of every line. The
+    gathered tokens of a window are at most `workspace_tokens`, or one per place.
+    """
+    held = np.array([_held(contexts, sharding, place) for place in places])
+    starts = np.cumsum(held, axis=1) - held
+    line = _line_of_slots(contexts, held[index], sharding.block_size)
+    step = max(1, workspace_tokens // len(places))
+    longest = int(held.sum(axis=1).max())
+    mine = split.part(places[index].pcp_rank)
+    windows = []
+    for lo in range(0, longest, step):
+        hi = min(lo + step, longest)
+        first = np.clip(starts, lo, hi) - lo
+        last = np.clip(starts + held, lo, hi) - lo
+        rows_of_place = np.arange(len(places)) * (hi - lo)
+        tables = [
+            np.concatenate(
+                [
+                    np.arange(row + first[place, piece.prompt], row + last[place, piece.prompt])
+                    for place, row in enumerate(rows_of_place)
+                ]
+            )
+            for piece in mine
+        ]
+        rows = AttentionRows.build(
+            [piece.num_tokens for piece in mine], [len(t) for t in tables], tables, block_size=1, causal=False
+        )
+        windows.append(KVWindow(hi - lo, line[lo:hi], rows))
+    return KVExchange(tuple(windows))
+
+
+def _held(contexts: Sequence[Context], sharding: KVSharding, place: Place) -> IntArray:
+    """`[prompts]` cached tokens of each that the rank at `place` stores."""
+    return np.array(
+        [sharding.local_len(c.num_tokens, place.shard) if c.home == place.home else 0 for c in contexts], dtype=np.int64
+    )
+
+
+def _line_of_slots(contexts: Sequence[Context], held: IntArray, block_size: int) -> IntArray:
+    """Cache rows of all context that a rank stores, prompt after prompt."""
+    slots = []
+    for context, length in zip(contexts, held, strict=True):
+        block, offset = np.divmod(np.arange(length), block_size)
+        slots.append(np.asarray(context.block_table, dtype=np.int64)[block] * block_size + offset)
+    return np.concatenate(slots)

@@ -1,0 +1,98 @@
+"""How partial attention over KV shards becomes whole: rows to every shard, states back to the rows' owners.
+
+The places of the axis run pcp fastest: a gathered `[S, ...]` is `[C, pcp, ...]`, with C tp columns. When C > 1 they are
+copies of one KV head (mixed groups are refused), so heads of different columns may stand side by side.
+
+    own rows [R, H, D]  -- gather -->  all rows, all columns' heads [pcp * R, C * H, D]
+    partial states [pcp * R, C * H]  -- return -->  own rows and heads, S states each, merged in shard order
+
+Letters: R rows of each pcp rank, S places, C columns, H query heads and K KV heads of this rank, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cpinfer.comm.axis import AxisComm
+from cpinfer.ops.states import State, merge_states, pack_states, unpack_states
+
+StateReturn = Literal["a2a", "ag_rs", "replicate_q"]
+
+
+class StateExchange:
+    """Exchange along one axis, of `size` places with `pcp_size` of them in a column. A solo axis moves nothing.
+
+    How states come back: `a2a`, one all-to-all of packed (out, lse). `ag_rs`, an all-gather of lse and a reduce-scatter
+    of outputs already weighted by it, in float32. `replicate_q`, one all-gather of packed states, where every rank has
+    computed every row (`pcp_size` is then 1 here, and so is C).
+    """
+
+    def __init__(
+        self, comm: AxisComm, *, pcp_size: int, wire_dtype: torch.dtype, state_return: StateReturn = "a2a"
+    ) -> None:
+        self.replicated = state_return == "replicate_q"
+        if comm.size % pcp_size:
+            raise ValueError(f"{comm.size} places do not divide into columns of {pcp_size} pcp ranks")
+        self._comm = comm
+        self._pcp_size = pcp_size
+        self._columns = 1 if self.replicated else comm.size // pcp_size
+        self._wire_dtype = wire_dtype
+        self._return = {
+            "a2a": self._by_all_to_all,
+            "ag_rs": self._by_reduce_scatter,
+            "replicate_q": self._by_all_gather,
+        }[state_return]
+
+    def gather_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q `[pcp * R, C * H, D]`, k and v `[pcp * R, K, D]` of all rows, from q `[R, H, D]`, k and v `[R, K, D]`."""
+        if self._pcp_size == 1:  # all ranks of the group computed these rows, so they have k and v
+            return self.gather_rows(q), k, v
+        (R, H, D), K = q.shape, k.shape[1]
+        gathered = self._comm.all_gather(torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1))
+        q_part, k_part, v_part = gathered.split([H * D, K * D, K * v.shape[-1]], dim=-1)
+        # Any column will do for k and v, they are copies: the first `pcp` places are column 0.
+        k_rows, v_rows = (x[: self._pcp_size].reshape(self._pcp_size * R, K, -1) for x in (k_part, v_part))
+        return self._rows_by_heads(q_part, R, H, D), k_rows, v_rows
+
+    def gather_rows(self, q: Tensor) -> Tensor:
+        """`[pcp * R, C * H, D]` of all rows from own q `[R, H, D]`."""
+        if self._comm.size == 1 or self.replicated:
+            return q
+        return self._rows_by_heads(self._comm.all_gather(q.flatten(1)), *q.shape)
+
+    def return_partials(self, state: State, num_heads: int) -> State:
+        """`out [R, H, D]` (float32 where states merged) and `lse [R, H]` of own rows; H is `num_heads`."""
+        if self._comm.size == 1:
+            return state
+        return self._return(*state, num_heads)
+
+    def _rows_by_heads(self, x: Tensor, R: int, H: int, D: int) -> Tensor:
+        """`[S, R, H * D]` to `[pcp * R, C * H, D]`."""
+        x = x.reshape(self._columns, self._pcp_size, R, H, D).permute(1, 2, 0, 3, 4)
+        return x.reshape(self._pcp_size * R, self._columns * H, D)
+
+    def _by_place(self, x: Tensor, H: int) -> Tensor:
+        """`[pcp * R, C * H, ...]` to `[S, R, H, ...]`: what each place's own rows and heads got here."""
+        x = x.reshape(self._pcp_size, -1, self._columns, H, *x.shape[2:])
+        return x.movedim(2, 0).flatten(0, 1).contiguous()
+
+    def _by_all_to_all(self, out: Tensor, lse: Tensor, H: int) -> State:
+        received = self._comm.all_to_all(self._by_place(pack_states(out, lse, self._wire_dtype), H))
+        return merge_states([unpack_states(shard, out.shape[-1]) for shard in received])
+
+    def _by_all_gather(self, out: Tensor, lse: Tensor, H: int) -> State:
+        gathered = self._comm.all_gather(pack_states(out, lse, self._wire_dtype))
+        return merge_states([unpack_states(shard, out.shape[-1]) for shard in gathered])
+
+    def _by_reduce_scatter(self, out: Tensor, lse: Tensor, H: int) -> State:
+        lses = self._comm.all_gather(lse)
+        peak = lses.amax(dim=0)
+        total = torch.logsumexp(lses - torch.where(peak == -torch.inf, 0.0, peak), dim=0) + peak
+        total = torch.where(peak == -torch.inf, peak, total)
+        share = torch.exp(lse - torch.where(total == -torch.inf, 0.0, total))
+        weighted = share.unsqueeze(-1) * out.float()
+        place = self._comm.index
+        return self._comm.reduce_scatter(self._by_place(weighted, H)), self._by_place(total, H)[place]
