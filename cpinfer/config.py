@@ -43,6 +43,9 @@ class SamplingParams:
     stop: tuple[str, ...] = _key("texts that end an answer; they are cut off `text`, not off `token_ids`", ())
     stop_token_ids: tuple[int, ...] = _key("tokens that end an answer, beside the model's own", ())
     ignore_eos: bool = _key("do not end at the model's end-of-text tokens", False)
+    min_new_tokens: int = _key("no end of any kind before so many tokens", 0)
+    logit_bias: tuple[tuple[int, float], ...] = _key("added to the logits of tokens; in JSON an object by token id", ())
+    top_logprobs: int = _key("report so many of the likeliest tokens at each place, with raw logprobs", 0)
 
     def __post_init__(self) -> None:
         # Below 1e-5 logits divided by it overflow float32.
@@ -56,6 +59,10 @@ class SamplingParams:
         _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
         _check(self.n >= 1, "n", self.n, "at least 1")
         _check(0 <= self.seed < 2**64, "seed", self.seed, "in [0, 2**64)")
+        _check(self.min_new_tokens >= 0, "min_new_tokens", self.min_new_tokens, "at least 0")
+        _check(self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "at least 0")
+        finite = all(math.isfinite(bias) for _, bias in self.logit_bias)
+        _check(finite, "logit_bias", dict(self.logit_bias), "finite for every token")
         _check("" not in self.stop, "stop", list(self.stop), "free of empty strings")
 
     @property
@@ -242,7 +249,12 @@ def _parse_value(hint: Any, value: Any, where: str) -> Any:
         return _parse_object(typing.cast("type[Any]", hint), value, where + ".")
     if origin is Literal and value in args:
         return value
-    if origin is tuple and isinstance(value, (list, tuple)):
+    if origin is tuple and args[-1] is not ... and isinstance(value, (list, tuple)) and len(value) == len(args):
+        return tuple(_parse_value(arg, item, where) for arg, item in zip(args, value, strict=True))
+    if origin is tuple and typing.get_origin(args[0]) is tuple and isinstance(value, Mapping):
+        # Pairs are written as an object, whose keys JSON makes texts.
+        value = [[int(key) if str(key).isdigit() else key, item] for key, item in value.items()]
+    if origin is tuple and args[-1] is ... and isinstance(value, (list, tuple)):
         return tuple(_parse_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
@@ -256,6 +268,8 @@ def _wanted(hint: Any) -> str:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(json.dumps(a) for a in args)
+    if origin is tuple and args[-1] is not ...:
+        return "a pair of " + " and ".join(map(_wanted, args))
     if origin is tuple:
         return f"a list, each item {_wanted(args[0])},"
     if dataclasses.is_dataclass(hint):

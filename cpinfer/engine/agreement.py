@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from cpinfer.comm.axis import AxisComm
 from cpinfer.engine.request import SampledToken
 from cpinfer.errors import EngineFaultError
 
-_OK, _FAULT = 0, 1
-_TOKEN, _LOGPROB, _PROCESSED, _STATUS, _WIDTH = range(5)
+_FAULT = 1
+# Columns of a record, int32; floats as their bits. Behind them num_top likeliest tokens, then their logprobs.
+_TOKEN, _STATUS, _LOGPROB, _PROCESSED, _TOP = range(5)
 
 
 def agree_on_tokens(
@@ -24,32 +26,43 @@ def agree_on_tokens(
     places: Sequence[tuple[int, int]],
     own: Sequence[SampledToken | None],
     device: torch.device,
+    num_top: int = 0,
 ) -> list[SampledToken]:
     """The tokens of a step, the same on every rank; none when the step samples none.
 
     `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where its logits were
-    not finite. EngineFaultError, on every rank, when any rank reports such a row.
+    not finite. `num_top` bounds the `top` of every token of the step. EngineFaultError, on every rank, when any rank
+    reports such a row.
     """
     if not places:  # as every rank knows: chunks of prompts that go on in another step
         return []
     num_rows = max(row for _, row in places) + 1
-    record = torch.zeros(num_rows, _WIDTH, dtype=torch.int32)
+    ints = np.zeros((num_rows, _TOP + 2 * num_top), dtype=np.int32)
+    floats = ints.view(np.float32)  # the same bits
     for row, token in enumerate(own):
         if token is None:
-            record[row, _STATUS] = _FAULT
-        else:
-            record[row, _TOKEN] = token.token_id
-            logprobs = torch.tensor([token.logprob, token.processed_logprob], dtype=torch.float32)
-            record[row, _LOGPROB : _PROCESSED + 1] = logprobs.view(torch.int32)
-    records = replica.all_gather(record.to(device)).cpu()
-    faults = (records[..., _STATUS] == _FAULT).any(dim=1).nonzero().flatten().tolist()
+            ints[row, _STATUS] = _FAULT
+            continue
+        ints[row, _TOKEN] = token.token_id
+        floats[row, _LOGPROB], floats[row, _PROCESSED] = token.logprob, token.processed_logprob
+        ints[row, _TOP : _TOP + num_top] = -1
+        for i, (token_id, logprob) in enumerate(token.top):
+            ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
+    gathered = replica.all_gather(torch.from_numpy(ints).to(device)).cpu().numpy()
+    faults = np.flatnonzero((gathered[..., _STATUS] == _FAULT).any(axis=1)).tolist()
     if faults:
         raise EngineFaultError(
             f"logits are not finite on rank(s) {faults} of the replica; check the model's weights and dtype"
         )
-    tokens = records[..., _TOKEN].tolist()
-    both = records[..., _LOGPROB : _PROCESSED + 1].contiguous().view(torch.float32).tolist()
-    return [SampledToken(tokens[p * tp_size][row], *both[p * tp_size][row]) for p, row in places]
+    pcp_ranks, rows = np.array(places).T
+    mine = gathered[pcp_ranks * tp_size, rows]
+    return [_decode(*row, num_top) for row in zip(mine.tolist(), mine.view(np.float32).tolist(), strict=True)]
+
+
+def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken:
+    ids, logprobs = ints[_TOP : _TOP + num_top], floats[_TOP + num_top :]
+    top = tuple((i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0)
+    return SampledToken(ints[_TOKEN], floats[_LOGPROB], floats[_PROCESSED], top)
 
 
 def smallest(replica: AxisComm, value: int, device: torch.device) -> int:

@@ -80,7 +80,7 @@ class Engine:
             runner.dtype,
             runner.device,
         )
-        self._steps = StepRunner(runner, self._topology, self._config, sharding, self._backend, cache)
+        self._steps = StepRunner(runner, self._topology, self._config, sharding, self._backend, cache, self._stopping)
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; remembered prefixes are gone with it."""
@@ -179,6 +179,7 @@ class Engine:
             ttft_s=sequence.first_token_s - sequence.submitted_s,
             tpot_s=decode_s / later_tokens if later_tokens else None,
             weights_version=self.weights_version,
+            top_logprobs=tuple(s.top for s in sequence.sampled) if sequence.params.top_logprobs else None,
         )
 
     def _agree_on_pool(self) -> PoolSize:

@@ -126,7 +126,10 @@ class ResultWriter:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, result: RolloutResult) -> None:
-        self._file.write(json.dumps(dataclasses.asdict(result), ensure_ascii=False) + "\n")
+        line = dataclasses.asdict(result)
+        if result.top_logprobs is None:
+            del line["top_logprobs"]
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def __enter__(self) -> ResultWriter:

@@ -22,11 +22,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One token, with its logprob in the model's distribution and in the processed one it was drawn from."""
+    """One token, with its logprob in the model's distribution and in the processed one it was drawn from.
+
+    `top`: the likeliest tokens at its place and their raw logprobs, as many as its parameters ask for.
+    """
 
     token_id: int
     logprob: float
     processed_logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -77,7 +81,8 @@ class RolloutResult:
     `token_ids` includes the stop token that ended it. `logprobs` are the raw distribution's (temperature 1, nothing
     processed), `processed_logprobs` those of the distribution that was sampled from: 0 under greedy decoding, which
     leaves one token. `ttft_s` counts from submission; `tpot_s` is null for a single token. `text` is null without a
-    tokenizer. `weights_version` counts the weight changes that the engine was told of.
+    tokenizer. `weights_version` counts the weight changes that the engine was told of. `top_logprobs`, for each token
+    the likeliest tokens and their raw logprobs, is None (and no key of an output line) unless it was asked for.
     """
 
     id: str
@@ -92,3 +97,4 @@ class RolloutResult:
     ttft_s: float
     tpot_s: float | None
     weights_version: int
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None

@@ -14,27 +14,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpinfer.config import SamplingParams
 from cpinfer.engine.request import SampledToken, Sequence
+from cpinfer.engine.stopping import Stopping
 from cpinfer.models.logits import logits_processors
 
 
-def sample_tokens(logits: Tensor, sequences: ListLike[Sequence]) -> list[SampledToken]:
-    """One token for each row of `logits [N, vocab]`, float32, chosen as each row's sequence wants. Empty for N = 0."""
-    by_params: dict[object, list[int]] = {}
+def sample_tokens(logits: Tensor, sequences: ListLike[Sequence], stopping: Stopping) -> list[SampledToken]:
+    """One token for each row of `logits [N, vocab]`, float32, chosen as each row's sequence wants. Empty for N = 0.
+
+    A row that may not end yet (`min_new_tokens`) does not choose a token that would end it.
+    """
+    alike: dict[tuple[SamplingParams, bool], list[int]] = {}
     for row, sequence in enumerate(sequences):
-        by_params.setdefault(sequence.params, []).append(row)
-    sampled: list[SampledToken | None] = [None] * len(sequences)
-    for rows in by_params.values():
-        chosen = _sample_alike(logits[rows], [sequences[row] for row in rows])
-        for row, token in zip(rows, chosen, strict=True):
-            sampled[row] = token
-    return [token for token in sampled if token is not None]
+        may_end = len(sequence.sampled) + 1 >= sequence.params.min_new_tokens
+        alike.setdefault((sequence.params, may_end), []).append(row)
+    sampled: dict[int, SampledToken] = {}
+    for (params, may_end), rows in alike.items():
+        suppressed = () if may_end else stopping.stop_token_ids(params)
+        chosen = _sample_alike(logits[rows], [sequences[row] for row in rows], params, suppressed)
+        sampled.update(zip(rows, chosen, strict=True))
+    return [sampled[row] for row in range(len(sequences))]
 
 
-def _sample_alike(logits: Tensor, sequences: list[Sequence]) -> list[SampledToken]:
+def _sample_alike(
+    logits: Tensor, sequences: list[Sequence], params: SamplingParams, suppressed: tuple[int, ...]
+) -> list[SampledToken]:
     """Sample rows whose sequences share their sampling parameters."""
-    params = sequences[0].params
-    scores = _process(logits, sequences)
+    scores = _process(logits, sequences, params, suppressed)
     if params.greedy:
         tokens = scores.argmax(dim=-1)
         processed = torch.zeros(len(sequences))
@@ -42,18 +49,23 @@ def _sample_alike(logits: Tensor, sequences: list[Sequence]) -> list[SampledToke
         logprobs = torch.log_softmax(scores, dim=-1)
         tokens = _draw(logprobs, [uniform(s) for s in sequences])
         processed = _pick(logprobs, tokens)
-    raw = _pick(torch.log_softmax(logits, dim=-1), tokens)
-    return [SampledToken(*row) for row in zip(tokens.tolist(), raw.tolist(), processed.tolist(), strict=True)]
+    raw = torch.log_softmax(logits, dim=-1)
+    top: list[tuple[tuple[int, float], ...]] = [()] * len(sequences)
+    if params.top_logprobs:
+        values, ids = raw.topk(min(params.top_logprobs, raw.shape[-1]), dim=-1)
+        top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    rows = zip(tokens.tolist(), _pick(raw, tokens).tolist(), processed.tolist(), top, strict=True)
+    return [SampledToken(*row) for row in rows]
 
 
-def _process(logits: Tensor, sequences: list[Sequence]) -> Tensor:
-    params = sequences[0].params
-    processors: Callable[[Tensor, Tensor], Tensor] = logits_processors(params)
+def _process(logits: Tensor, sequences: list[Sequence], params: SamplingParams, suppressed: tuple[int, ...]) -> Tensor:
+    processors: Callable[[Tensor, Tensor], Tensor] = logits_processors(params, suppressed)
     if params.repetition_penalty == 1:
-        empty = torch.empty(len(sequences), 0, dtype=torch.long, device=logits.device)
-        return processors(empty, logits.clone())
+        # Nothing else looks at the text so far; one token stands in for it.
+        stand_in = torch.zeros(len(sequences), 1, dtype=torch.long, device=logits.device)
+        return processors(stand_in, logits.clone())
     # The penalty looks at the text so far, whose length differs from row to row.
-    histories = [torch.tensor([[*s.prompt.token_ids, *s.token_ids]], device=logits.device) for s in sequences]
+    histories = [torch.tensor([s.all_token_ids], device=logits.device) for s in sequences]
     return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])
 
 

@@ -17,6 +17,7 @@ from cpinfer.engine.agreement import agree_on_tokens
 from cpinfer.engine.request import SampledToken, Sequence
 from cpinfer.engine.sampling import sample_tokens
 from cpinfer.engine.scheduler import Chunk, Step
+from cpinfer.engine.stopping import Stopping
 from cpinfer.layout.context import (
     Context,
     choose_exchange,
@@ -54,6 +55,7 @@ class StepRunner:
         sharding: KVSharding,
         backend: AttentionBackend,
         cache: PagedKVCache,
+        stopping: Stopping,
     ) -> None:
         grid = topology.grid
         self._runner = runner
@@ -62,6 +64,7 @@ class StepRunner:
         self._sharding = sharding
         self._backend = backend
         self._cache = cache
+        self._stopping = stopping
         self._cost = StepCost(pairs_per_token=runner.spec.pairs_per_token)
         self._home = grid.home(topology.rank)
         wire_dtype = runner.dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)
@@ -82,13 +85,13 @@ class StepRunner:
 
     def run(self, step: Step) -> list[SampledToken]:
         """The tokens of `step.samples`, the same on every rank."""
-        return self._prefill(step.chunks) if step.chunks else self._decode(step.running)
+        return self._prefill(step.chunks, step.samples) if step.chunks else self._decode(step.running)
 
     def copy_blocks(self, pairs: ListLike[tuple[int, int]]) -> None:
         """Copy KV blocks of this rank's home, (from, to)."""
         self._cache.copy_blocks(pairs)
 
-    def _prefill(self, chunks: ListLike[Chunk]) -> list[SampledToken]:
+    def _prefill(self, chunks: ListLike[Chunk], samples: ListLike[Sequence]) -> list[SampledToken]:
         pcp_size, pcp_rank = self._topology.grid.pcp_size, self._topology.coords.pcp_rank
         starts = [chunk.start for chunk in chunks]
         lens = [chunk.end - chunk.start for chunk in chunks]
@@ -115,10 +118,10 @@ class StepRunner:
         mine = [i for i in last if plan.sample_rows[i] >= 0]
         logits = self._forward(token_ids, plan.positions, attention, plan.sample_rows[mine])
         # Samples that share a prefill are all drawn from the logits of its last token.
-        samples = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
+        drawn = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
         owners = [int(plan.sample_owner[i]) for i in last for _ in chunks[i].prefill.samples]
         places = [(owner, owners[:i].count(owner)) for i, owner in enumerate(owners)]
-        return self._sample(logits[[row for row, _ in samples]], [sample for _, sample in samples], places)
+        return self._sample(logits[[row for row, _ in drawn]], [sample for _, sample in drawn], samples, places)
 
     def _context(self, split: PrefillSplit, chunks: ListLike[Chunk]) -> ContextAttention:
         """Attention to what earlier steps cached of these prompts, by whatever moves fewer bytes."""
@@ -153,7 +156,7 @@ class StepRunner:
         places = self._decode_places(by_home)
         if not here:
             logits = self._forward([], [], IdleStep(), [])
-            return self._sample(logits, [], [places[id(s)] for s in running])
+            return self._sample(logits, [], running, [places[id(s)] for s in running])
         plan = plan_decode(
             [s.next_position for s in here],
             [s.blocks for s in here],
@@ -166,7 +169,7 @@ class StepRunner:
         mine = [here[i] for i in plan.own if i >= 0]
         padding = [0] * (len(plan.own) - len(mine))
         logits = self._forward([s.last_token_id for s in mine] + padding, plan.positions, attention, range(len(mine)))
-        return self._sample(logits, mine, [places[id(s)] for s in running])
+        return self._sample(logits, mine, running, [places[id(s)] for s in running])
 
     def _decode_places(self, by_home: ListLike[ListLike[Sequence]]) -> dict[int, TokenPlace]:
         """Who computes each running sequence, by `id`."""
@@ -197,15 +200,22 @@ class StepRunner:
         )
         return logits[: len(keep)]
 
-    def _sample(self, logits: Tensor, sequences: list[Sequence], places: ListLike[TokenPlace]) -> list[SampledToken]:
-        """Sample this rank's rows where it is the authority for them, and learn all others' tokens."""
+    def _sample(
+        self,
+        logits: Tensor,
+        sequences: list[Sequence],
+        samples: ListLike[Sequence],
+        places: ListLike[TokenPlace],
+    ) -> list[SampledToken]:
+        """Sample this rank's rows, `sequences`, where it is their authority; learn the tokens of all `samples`."""
         own: ListLike[SampledToken | None] = []
         if not bool(torch.isfinite(logits).all()):
             own = [None] * len(sequences)
         elif self._topology.coords.tp_rank == 0:
-            own = sample_tokens(logits, sequences)
-        tp_size = self._topology.grid.tp_size
-        return agree_on_tokens(self._topology.replica, tp_size, places, own, self._runner.device)
+            own = sample_tokens(logits, sequences, self._stopping)
+        topology = self._topology
+        num_top = max((s.params.top_logprobs for s in samples), default=0)
+        return agree_on_tokens(topology.replica, topology.grid.tp_size, places, own, self._runner.device, num_top)
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._runner.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Sequence
 
 
@@ -11,14 +12,15 @@ class Stopping:
     """Knows the model's end-of-text tokens and, where there is a tokenizer, reads the text so far."""
 
     def __init__(self, eos_token_ids: tuple[int, ...], tokenizer: Any | None) -> None:
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
 
     def stops(self, sequence: Sequence) -> bool:
         """Whether the newest token ends the sequence."""
         params = sequence.params
-        token = sequence.last_token_id
-        if token in params.stop_token_ids or (token in self._eos_token_ids and not params.ignore_eos):
+        if len(sequence.sampled) < params.min_new_tokens:
+            return False
+        if sequence.last_token_id in self.stop_token_ids(params):
             return True
         if not params.stop:
             return False
@@ -26,6 +28,11 @@ class Stopping:
         window = 4 * max(map(len, params.stop)) + 4
         text = self._decode(sequence.token_ids[-window:])
         return any(stop in text for stop in params.stop)
+
+    def stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
+        """Tokens that end an answer, ascending."""
+        eos = () if params.ignore_eos else self._eos_token_ids
+        return tuple(sorted({*params.stop_token_ids, *eos}))
 
     def text(self, sequence: Sequence) -> str | None:
         """The answer's text up to its first stop string, special tokens left out; None without a tokenizer."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -16,12 +19,16 @@ from transformers import (
 from cpinfer.config import SamplingParams
 
 
-def logits_processors(params: SamplingParams) -> Any:
+def logits_processors(params: SamplingParams, suppressed: Sequence[int] = ()) -> Any:
     """A callable `(input_ids [N, L], scores [N, vocab]) -> scores`, in the order `generate` applies them.
 
-    Under greedy decoding only the repetition penalty is left: the others never change which token is likeliest.
+    `suppressed` tokens cannot be chosen. Under greedy decoding only what can change the likeliest token is left.
     """
     processors = LogitsProcessorList()
+    if params.logit_bias:
+        processors.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in params.logit_bias}))
+    if suppressed:
+        processors.append(SuppressTokensLogitsProcessor(list(suppressed)))
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(penalty=params.repetition_penalty))
     if params.greedy:
