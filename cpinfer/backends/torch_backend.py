@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cpinfer.layout.rows import AttentionRows
@@ -23,6 +22,9 @@ from cpinfer.ops.states import State, merge_states
 # Shorter runs than this, on average, and copying the keys is cheaper than another kernel call and merge: a call costs
 # about 10 us however few its keys are, in which a core copies a few hundred keys of a few heads.
 MIN_RUN_TOKENS = 256
+
+# Slots [lo, hi) of the flattened store.
+Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -47,26 +49,24 @@ class TorchBackend:
     def plan(self, rows: AttentionRows) -> TorchPlan:
         ends = np.cumsum(rows.q_lens).tolist()
         calls = []
-        for row, (end, q_len) in enumerate(zip(ends, rows.q_lens.tolist(), strict=True)):
-            lo, hi = int(rows.kv_lo[row]), int(rows.kv_hi[row])
-            if lo == hi or q_len == 0:
+        for end, q_len, runs in zip(ends, rows.q_lens.tolist(), runs_of(rows), strict=True):
+            if not runs or q_len == 0:
                 continue
-            table = rows.block_ids[rows.block_indptr[row] : rows.block_indptr[row + 1]]
-            # What all queries see, and the square in which they see each other.
-            square = hi - q_len if rows.causal and q_len > 1 else hi
-            segments = self._segments(table, lo, square, rows.block_size, causal=False)
-            segments += self._segments(table, square, hi, rows.block_size, causal=True)
+            segments = []
+            if rows.causal and q_len > 1:
+                # What all queries see, and the square in which they see each other.
+                context, square = _split(runs, sum(hi - lo for lo, hi in runs) - q_len)
+                segments = [*self._segments(context, causal=False), *self._segments(square, causal=True)]
+            else:
+                segments = self._segments(runs, causal=False)
             calls.append((slice(end - q_len, end), segments))
         return TorchPlan(calls, rows.num_queries, self._device)
 
-    def _segments(self, table: NDArray[np.int32], lo: int, hi: int, block_size: int, *, causal: bool) -> list[_Segment]:
-        if lo == hi:
-            return []
-        runs = _runs(table, lo, hi, block_size)
+    def _segments(self, runs: list[Run], *, causal: bool) -> list[_Segment]:
         # A causal square is one call or a copy: split by keys it would no longer be a triangle.
-        if len(runs) == 1 or (not causal and hi - lo >= len(runs) * MIN_RUN_TOKENS):
-            return [_Segment(slice(a, b), causal) for a, b in runs]
-        index = np.concatenate([np.arange(a, b) for a, b in runs])
+        if len(runs) <= 1 or (not causal and sum(hi - lo for lo, hi in runs) >= len(runs) * MIN_RUN_TOKENS):
+            return [_Segment(slice(lo, hi), causal) for lo, hi in runs]
+        index = np.concatenate([np.arange(lo, hi) for lo, hi in runs])
         return [_Segment(torch.from_numpy(index).to(self._device), causal)]
 
 
@@ -93,20 +93,46 @@ class TorchPlan:
         return out, lse
 
 
-def _runs(table: NDArray[np.int32], lo: int, hi: int, block_size: int) -> list[tuple[int, int]]:
-    """Half-open slot ranges that hold the keys `[lo, hi)` of a block table, in key order, neighbours joined.
+def runs_of(rows: AttentionRows) -> list[list[Run]]:
+    """For every row the slot ranges that hold its keys, in key order, neighbours joined; none for a row without keys.
 
-    >>> _runs(np.array([7, 8, 9, 2, 3], dtype=np.int32), 3, 18, block_size=4)
-    [(31, 40), (8, 14)]
+    >>> rows = AttentionRows.build([1, 1], [18, 0], [[7, 8, 9, 2, 3], []], block_size=4, causal=False)
+    >>> runs_of(rows)
+    [[(28, 40), (8, 14)], []]
     """
-    first, last = lo // block_size, (hi - 1) // block_size
-    blocks = table[first : last + 1].astype(np.int64)
-    breaks = np.flatnonzero(np.diff(blocks) != 1) + 1
-    starts = np.concatenate([[0], breaks])
-    ends = np.concatenate([breaks, [len(blocks)]])
-    runs = [
-        (int(blocks[a]) * block_size, int(blocks[b - 1] + 1) * block_size) for a, b in zip(starts, ends, strict=True)
-    ]
-    runs[0] = (runs[0][0] + lo - first * block_size, runs[0][1])
-    runs[-1] = (runs[-1][0], runs[-1][1] - ((last + 1) * block_size - hi))
-    return runs
+    block_size = rows.block_size
+    full = rows.kv_hi > rows.kv_lo
+    first = np.where(full, rows.block_indptr[:-1] + rows.kv_lo // block_size, 0)
+    last = np.where(full, rows.block_indptr[:-1] + (rows.kv_hi - 1) // block_size, -1)
+    # A run breaks where the next block is no neighbour, and at both ends of every row.
+    breaks = np.ones(len(rows.block_ids) + 1, dtype=bool)
+    breaks[1:-1] = np.diff(rows.block_ids) != 1
+    breaks[first[full]] = True
+    breaks[last[full] + 1] = True
+    starts = np.flatnonzero(breaks)
+    lo = rows.block_ids[starts[:-1]].astype(np.int64) * block_size
+    hi = (rows.block_ids[starts[1:] - 1].astype(np.int64) + 1) * block_size
+    run_first, run_last = np.searchsorted(starts, first[full]), np.searchsorted(starts, last[full] + 1) - 1
+    # The first and last block of a row may be used in part; where both are one run, both cuts apply to it.
+    lo[run_first] += rows.kv_lo[full] % block_size
+    hi[run_last] -= -rows.kv_hi[full] % block_size
+    runs = list(zip(lo.tolist(), hi.tolist(), strict=True))
+    found = iter(zip(run_first.tolist(), run_last.tolist(), strict=True))
+    spans = [next(found) if is_full else (0, -1) for is_full in full.tolist()]
+    return [runs[a : b + 1] for a, b in spans]
+
+
+def _split(runs: list[Run], num_keys: int) -> tuple[list[Run], list[Run]]:
+    """The runs of the first `num_keys` keys, and those of the rest.
+
+    >>> _split([(28, 40), (8, 14)], 13)
+    ([(28, 40), (8, 9)], [(9, 14)])
+    """
+    before: list[Run] = []
+    for i, (lo, hi) in enumerate(runs):
+        if num_keys < hi - lo:
+            cut = lo + num_keys
+            return [*before, *([(lo, cut)] if num_keys else [])], [(cut, hi), *runs[i + 1 :]]
+        before.append((lo, hi))
+        num_keys -= hi - lo
+    return before, []

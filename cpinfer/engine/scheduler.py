@@ -18,6 +18,7 @@ from itertools import islice
 
 from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import FinishReason, SampledToken, Sequence
+from cpinfer.errors import EngineFaultError
 from cpinfer.layout.shards import KVSharding
 
 
@@ -120,7 +121,11 @@ class Scheduler:
         if chunks:
             return Step(tuple(chunks), ())
         self._extend_running()
-        return Step((), tuple(self._running)) if self._running else None
+        if self._running:
+            return Step((), tuple(self._running))
+        if self._waiting:  # nothing holds a block, so the first of them must fit: `add` has checked that
+            raise EngineFaultError(f"{len(self._waiting)} requests wait and none can run: KV blocks have leaked")
+        return None
 
     def commit(self, step: Step, sampled: ListLike[SampledToken], stops: Callable[[Sequence], bool]) -> list[Sequence]:
         """Take note of a step that ran; `sampled` are the tokens of `step.samples`. Returns the finished sequences."""

@@ -56,22 +56,22 @@ def plan_decode(
     gathered = deal_rows(len(positions), pcp_size)
     own = gathered.reshape(pcp_size, -1)[pcp_rank]
     at = np.asarray(positions, dtype=np.int64)
-    # Of a new token the owner keeps K and V; -1 from `slots` marks the tokens that other shards own.
-    slots = np.array(
-        [-1 if i < 0 else sharding.slots(np.asarray(block_tables[i]), at[i : i + 1], shard)[0] for i in gathered]
-    )
-    write_src = np.flatnonzero(slots >= 0)
+    # Of a new token its owner alone keeps K and V.
+    write_src = np.flatnonzero((gathered >= 0) & (sharding.owner(at[gathered]) == shard))
+    block, offset = np.divmod(sharding.local_index(at[gathered[write_src]]), sharding.block_size)
+    written = zip(gathered[write_src].tolist(), block.tolist(), strict=True)
+    blocks = np.fromiter((block_tables[row][b] for row, b in written), dtype=np.int64, count=len(write_src))
     kv_lens = np.where(gathered < 0, 0, sharding.local_len(at[gathered] + 1, shard))
     return DecodePlan(
         own=own,
         positions=np.where(own < 0, 0, at[own]),
         gathered=gathered,
         write_src=write_src,
-        write_slots=slots[write_src],
+        write_slots=blocks * sharding.block_size + offset,
         rows=AttentionRows.build(
             np.ones(len(gathered), dtype=np.int32),
             kv_lens,
-            [() if i < 0 else block_tables[i] for i in gathered],
+            [() if i < 0 else block_tables[i] for i in gathered.tolist()],
             block_size=sharding.block_size,
             # One query at the end of its keys sees them all, and in another shard's tokens there is no order to keep.
             causal=False,

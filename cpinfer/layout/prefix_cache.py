@@ -11,6 +11,7 @@ used first and never before the units that follow it.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,6 +32,9 @@ class PrefixCache:
         self._enabled = enabled
         # In order of use, the least recent first (dicts keep insertion order).
         self._units: dict[Key, list[int]] = {}
+        # References to each block that are the cache's. Samples share blocks of a prompt up to the last whole block,
+        # not the last whole unit, so units that begin alike and end differently have blocks in common.
+        self._held: Counter[int] = Counter()
 
     def __len__(self) -> int:
         return len(self._units)
@@ -61,6 +65,7 @@ class PrefixCache:
             if key not in self._units:
                 unit = list(blocks[i * self._blocks_per_unit : (i + 1) * self._blocks_per_unit])
                 self._pool.share(unit)
+                self._held.update(unit)
                 self._units[key] = unit
         self._touch(keys)
 
@@ -69,23 +74,30 @@ class PrefixCache:
         for key in list(self._units):
             if self._pool.num_free >= num_blocks:
                 return
-            if all(self._pool.refs(block) == 1 for block in self._units[key]):
-                self._pool.release(self._units.pop(key))
+            if self._is_ours_alone(self._units[key]):
+                unit = self._units.pop(key)
+                self._held.subtract(unit)
+                self._pool.release(unit)
 
     def num_evictable(self) -> int:
-        """Blocks that `evict` could free."""
-        return sum(len(unit) for unit in self._units.values() if all(self._pool.refs(block) == 1 for block in unit))
+        """Blocks that `evict` could free: those of which every unit can go."""
+        can_go = Counter(block for unit in self._units.values() if self._is_ours_alone(unit) for block in unit)
+        return sum(count == self._held[block] for block, count in can_go.items())
 
     def clear(self) -> None:
         """Forget everything: the weights that computed it are no longer the model's."""
         for unit in self._units.values():
             self._pool.release(unit)
         self._units.clear()
+        self._held.clear()
 
     def references(self) -> Iterator[int]:
         """Every block the cache refers to, for the pool's integrity check."""
         for unit in self._units.values():
             yield from unit
+
+    def _is_ours_alone(self, unit: Sequence[int]) -> bool:
+        return all(self._pool.refs(block) == self._held[block] for block in unit)
 
     def _touch(self, keys: Sequence[Key]) -> None:
         # Backwards: a unit is used by all that follow it, so it must be the last of them to go.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,14 +55,16 @@ class AttentionRows:
         causal: bool,
     ) -> AttentionRows:
         """Rows that see the first `kv_hi` keys of their tables; each table is cut to the blocks it needs."""
-        needed = [-(-int(hi) // block_size) for hi in kv_hi]
-        tables = [np.asarray(table[:n], dtype=np.int32) for table, n in zip(block_tables, needed, strict=True)]
+        kv_lens = np.asarray(kv_hi, dtype=np.int32)
+        needed = (-(-kv_lens // block_size)).tolist()
+        tables = [table[:n] for table, n in zip(block_tables, needed, strict=True)]
+        lens = np.fromiter(map(len, tables), dtype=np.int32, count=len(tables))
         return cls(
             q_lens=np.asarray(q_lens, dtype=np.int32),
             kv_lo=np.zeros(len(tables), dtype=np.int32),
-            kv_hi=np.asarray(kv_hi, dtype=np.int32),
-            block_indptr=np.concatenate([[0], np.cumsum([len(t) for t in tables], dtype=np.int64)]).astype(np.int32),
-            block_ids=np.concatenate(tables) if tables else np.empty(0, dtype=np.int32),
+            kv_hi=kv_lens,
+            block_indptr=np.concatenate([[0], np.cumsum(lens)]).astype(np.int32),
+            block_ids=_concatenate(tables, int(lens.sum())),
             block_size=block_size,
             causal=causal,
         )
@@ -80,3 +83,10 @@ class AttentionRows:
         index = np.arange(self.kv_lo[row], self.kv_hi[row])
         slots: NDArray[np.int64] = table[index // self.block_size] * self.block_size + index % self.block_size
         return slots
+
+
+def _concatenate(tables: Sequence[Sequence[int] | NDArray[np.int64]], length: int) -> Int32Array:
+    """Many short lists of numbers are chained at C speed, where an array each would cost a call; arrays are joined."""
+    if tables and isinstance(tables[0], np.ndarray):
+        return np.concatenate(tables).astype(np.int32)
+    return np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=length)

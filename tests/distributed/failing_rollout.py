@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 import rollout
-from cpinfer.engine.engine import Engine
+from cpinfer.engine.step_runner import StepRunner
 
 FAULTY_RANK = 1
 STEPS_BEFORE_FAULT = 5
@@ -19,17 +19,17 @@ STEPS_BEFORE_FAULT = 5
 
 def main(fault: str, argv: list[str]) -> int:
     if int(os.environ["RANK"]) == FAULTY_RANK:
-        decode = Engine._decode
+        decode = StepRunner._decode
         steps = iter(range(STEPS_BEFORE_FAULT))
 
-        def faulty_decode(engine: Engine, step: Any) -> Any:
+        def faulty_decode(runner: StepRunner, running: Any) -> Any:
             if next(steps, None) is None:
                 if fault == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
                 raise RuntimeError("the fault that was put in")
-            return decode(engine, step)
+            return decode(runner, running)
 
-        Engine._decode = faulty_decode  # type: ignore[method-assign]
+        StepRunner._decode = faulty_decode  # type: ignore[method-assign]
     return rollout.main(argv)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,35 @@ def test_one_failing_rank_ends_all_and_is_the_one_that_is_heard(fault: str, tmp_
     lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) < 64
     assert all(json.loads(line)["finish_reason"] in ("stop", "length") for line in lines)
+
+
+def test_a_run_killed_midway_resumes_with_exactly_what_is_missing(tmp_path: Path) -> None:
+    """Sampled text after `kill -9` and `--resume` is that of an undisturbed run, every sample once."""
+    sampled = ["--set", "sampling.temperature=1", "--set", "sampling.n=2", "--set", "max_num_seqs=8"]
+    arguments = ["--config", "configs/pcp2.json", *sampled, "--input", few_prompts(tmp_path / "in.jsonl", 24)]
+    output = ["--output", str(tmp_path / "results.jsonl")]
+    killed = launch(torchrun(2, "tests/distributed/failing_rollout.py", "kill", *arguments, *output), timeout_s=90)
+    assert killed.returncode != 0, killed
+    results = tmp_path / "results.jsonl"
+    before = results.read_bytes()
+    assert 0 < before.count(b"\n") < 48
+    results.write_bytes(before + b'{"id": "a line that the kill tore')
+    resumed = launch(torchrun(2, ROLLOUT, *arguments, *output, "--resume"), timeout_s=90)
+    assert resumed.returncode == 0, resumed
+    assert resumed.summary["num_samples_resumed"] == before.count(b"\n")
+    whole = ["--output", str(tmp_path / "whole.jsonl")]
+    undisturbed = launch([sys.executable, ROLLOUT, *single_process(arguments), *whole], timeout_s=90)
+    assert undisturbed.returncode == 0, undisturbed
+    assert texts(results) == texts(tmp_path / "whole.jsonl")
+
+
+def single_process(arguments: list[str]) -> list[str]:
+    """The same run on one process."""
+    one = ["--set", "prefill_context_parallel_size=1", "--set", "decode_context_parallel_size=1"]
+    return [*arguments, *one]
+
+
+def texts(results: Path) -> list[tuple[int, int, list[int]]]:
+    """(prompt, sample, tokens) of a results file, sorted: a repeated sample would show."""
+    lines = [json.loads(line) for line in results.read_bytes().splitlines()]
+    return sorted((line["prompt_index"], line["sample_index"], line["token_ids"]) for line in lines)
