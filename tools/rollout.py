@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -57,6 +57,7 @@ from cpinfer.engine.output import (
     write_json,
 )
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
+from cpinfer.engine.scheduler import SchedulerStats, sum_stats
 from cpinfer.errors import EngineFaultError, UserError
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
@@ -67,6 +68,8 @@ from cpinfer.models.spec import ModelSpec
 EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 # How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
 PEER_GRACE_S = 5.0
+
+Told = list[SampleMetrics]
 
 
 @dataclass(frozen=True)
@@ -209,10 +212,12 @@ def rollout(launch: Launch, job: Job) -> int:
         start_s = time.perf_counter()
         samples = _generate(engine, topology, job)
         wall_s = time.perf_counter() - start_s
-        everyone = _gather_samples(launch, samples if topology.is_writer else [])
+        # Ranks of one replica hold the same; its writer speaks for it.
+        told = _gather(launch, (samples, engine.stats) if topology.is_writer else ([], SchedulerStats()))
         capacity = engine.kv_capacity_tokens
     summary = {
-        **summarize(everyone, len(job.inputs), wall_s),
+        **summarize([sample for part, _ in told for sample in part], len(job.inputs), wall_s),
+        **asdict(sum_stats([stats for _, stats in told])),
         "kv_capacity_tokens": capacity,
         "kv_capacity_tokens_total": capacity * job.grid.dp_size,
         "num_samples_resumed": len(job.done),
@@ -304,12 +309,13 @@ def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> l
     return samples
 
 
-def _gather_samples(launch: Launch, samples: list[SampleMetrics]) -> list[SampleMetrics]:
+def _gather(launch: Launch, told: tuple[Told, SchedulerStats]) -> list[tuple[Told, SchedulerStats]]:
+    """What each rank tells, in rank order. Collective."""
     if launch.world_size == 1:
-        return samples
-    parts: list[list[SampleMetrics]] = [[] for _ in range(launch.world_size)]
-    dist.all_gather_object(parts, samples)
-    return [sample for part in parts for sample in part]
+        return [told]
+    all_told = [told] * launch.world_size
+    dist.all_gather_object(all_told, told)
+    return all_told
 
 
 def _headline(job: Job) -> str:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from itertools import islice
 
 from cpinfer.engine.kv_home import KVHome
@@ -65,11 +65,17 @@ class Step:
 
 @dataclass
 class SchedulerStats:
-    """What happened, counted."""
+    """What happened, counted: tokens that prefills computed (again after a preemption), and found cached."""
 
     num_preemptions: int = 0
-    num_computed_prompt_tokens: int = 0
-    num_cached_prompt_tokens: int = 0
+    num_computed_prefill_tokens: int = 0
+    num_cached_prefill_tokens: int = 0
+
+
+def sum_stats(parts: ListLike[SchedulerStats]) -> SchedulerStats:
+    """The counts of several schedulers together."""
+    fields = [astuple(part) for part in parts]
+    return SchedulerStats(*map(sum, zip(*fields, strict=True)))
 
 
 @dataclass
@@ -133,7 +139,7 @@ class Scheduler:
         started: list[Sequence] = []
         for chunk in step.chunks:
             chunk.prefill.num_done = chunk.end
-            self.stats.num_computed_prompt_tokens += chunk.end - chunk.start
+            self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
             if chunk.is_last:
                 started += self._fork(chunk.prefill)
         self._running += started
@@ -249,7 +255,7 @@ class Scheduler:
             room = self.sharding.num_blocks(leader.max_cached_tokens) - shortest
             leader.blocks = blocks + home.take(total - shortest, room=room)
         num_done = self.homes[group[0].home].prefixes.tokens_of(known[group[0].home][:shortest])
-        self.stats.num_cached_prompt_tokens += num_done
+        self.stats.num_cached_prefill_tokens += num_done
         return Prefill(token_ids, tuple(group), leaders, num_done)
 
     def _fork(self, prefill: Prefill) -> list[Sequence]:

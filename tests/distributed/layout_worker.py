@@ -33,7 +33,7 @@ def main(output: str, layouts: list[dict[str, Any]]) -> None:
                     file.write(json.dumps(outcome) + "\n")
 
 
-def run(launch: Launch, tp: int, pcp: int, dcp: int, kv: int, family: str = "qwen2") -> dict[str, Any]:
+def run(launch: Launch, tp: int, pcp: int, dcp: int, kv: int, family: str = "qwen2", **changes: Any) -> dict[str, Any]:
     """Greedy and sampled text of one layout against the unsharded model, in float32."""
     config = copy.deepcopy(FAMILIES[family])
     config.num_key_value_heads = kv
@@ -55,6 +55,7 @@ def run(launch: Launch, tp: int, pcp: int, dcp: int, kv: int, family: str = "qwe
             "decode_context_parallel_size": dcp,
             "cp_kv_cache_interleave_size": 3,
             "block_size": 4,
+            **changes,
         }
     )
     prompts = prompts_of(PROMPT_LENS, vocab_size=128)

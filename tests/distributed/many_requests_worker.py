@@ -55,7 +55,7 @@ def main(num_requests: int) -> None:
                     "each_once": set(seen) == wanted and set(seen.values()) == {1},
                     "lengths_right": all(len(r.token_ids) == each[r.prompt_index].max_new_tokens for r in results),
                     "num_preemptions": stats.num_preemptions,
-                    "num_cached_prompt_tokens": stats.num_cached_prompt_tokens,
+                    "num_cached_prefill_tokens": stats.num_cached_prefill_tokens,
                 }
             ),
             flush=True,

@@ -23,6 +23,9 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 1, "pcp": 2, "dcp": 2, "kv": 2, "family": "qwen3"},
         {"tp": 2, "pcp": 1, "dcp": 1, "kv": 2, "family": "mistral"},
         {"tp": 1, "pcp": 1, "dcp": 1, "kv": 2},
+        {"tp": 1, "pcp": 2, "dcp": 1, "kv": 2, "max_num_batched_tokens": 50},
+        {"tp": 2, "pcp": 1, "dcp": 2, "kv": 1, "max_num_batched_tokens": 50, "context_exchange": "kv"},
+        {"tp": 1, "pcp": 2, "dcp": 2, "kv": 2, "decode_exchange": "ag_rs", "max_num_batched_tokens": 70},
     ],
     4: [
         {"tp": 2, "pcp": 2, "dcp": 2, "kv": 2},
@@ -30,6 +33,9 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 4, "pcp": 1, "dcp": 2, "kv": 2},
         {"tp": 1, "pcp": 4, "dcp": 4, "kv": 2, "family": "llama"},
         {"tp": 4, "pcp": 1, "dcp": 4, "kv": 1, "family": "qwen3"},
+        {"tp": 1, "pcp": 4, "dcp": 2, "kv": 2},
+        {"tp": 2, "pcp": 2, "dcp": 4, "kv": 1, "max_num_batched_tokens": 50, "decode_exchange": "ag_rs"},
+        {"tp": 2, "pcp": 2, "dcp": 2, "kv": 2, "max_num_batched_tokens": 50, "decode_exchange": "replicate_q"},
     ],
 }
 

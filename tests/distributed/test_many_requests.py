@@ -15,4 +15,4 @@ def test_no_block_leaks_and_every_sample_is_present_once(num_requests: int) -> N
     outcome = finished.summary
     assert outcome["num_samples"] == num_requests
     assert outcome["each_once"] and outcome["lengths_right"], outcome
-    assert outcome["num_preemptions"] > 0 and outcome["num_cached_prompt_tokens"] > 0, outcome
+    assert outcome["num_preemptions"] > 0 and outcome["num_cached_prefill_tokens"] > 0, outcome

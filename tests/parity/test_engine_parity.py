@@ -252,7 +252,7 @@ def stats_of(model: Any, grid: RankGrid, prompts: Sequence[Any], sampling: Sampl
 @pytest.mark.parametrize("grid", LONG_GRIDS, ids=grid_name)
 def test_samples_of_one_prompt_prefill_it_once(llama: Any, grid: RankGrid) -> None:
     stats = stats_of(llama, grid, [SHARED], SamplingParams(max_new_tokens=4, n=8), enable_prefix_caching=False)
-    assert (stats.num_computed_prompt_tokens, stats.num_cached_prompt_tokens) == (96, 0)
+    assert (stats.num_computed_prefill_tokens, stats.num_cached_prefill_tokens) == (96, 0)
 
 
 def test_a_prefix_seen_before_is_not_computed_again(llama: Any) -> None:
@@ -262,10 +262,10 @@ def test_a_prefix_seen_before_is_not_computed_again(llama: Any) -> None:
         turn = [*SHARED, *first.token_ids, 5, 6, 7]
         second = engine.generate([turn], sampling)[0]
         # Blocks of 16: the first turn left 96 + 3 computed tokens, of which 96 are whole blocks.
-        assert (engine.stats.num_cached_prompt_tokens, engine.stats.num_computed_prompt_tokens) == (96, 7)
+        assert (engine.stats.num_cached_prefill_tokens, engine.stats.num_computed_prefill_tokens) == (96, 7)
         engine.weights_changed()
         third = engine.generate([turn], sampling)[0]
-        assert engine.stats.num_cached_prompt_tokens == 0
+        assert engine.stats.num_cached_prefill_tokens == 0
         assert (second.weights_version, third.weights_version) == (0, 1)
     assert second.token_ids == third.token_ids == tuple(check_rollout.generate_greedy(llama, turn, 4))
 

@@ -1,0 +1,255 @@
+"""The models and prompts that the benchmarks run, made from seeds, and the least time they could take.
+
+Letters: T prompt tokens, H query heads, D head dim, L layers, N generated tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+FLOAT32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A random Qwen2-like model in float32."""
+
+    num_layers: int = 4
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_q_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    vocab_size: int = 1024
+    seed: int = 0
+
+    @property
+    def layer_params(self) -> int:
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_q_heads + self.num_kv_heads)
+        return attention + 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def params_per_token(self) -> int:
+        """Weights that multiply every token, the vocabulary aside."""
+        return self.num_layers * self.layer_params
+
+    @property
+    def vocab_params(self) -> int:
+        return self.hidden_size * self.vocab_size
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.num_layers * self.num_kv_heads * 2 * self.head_dim * FLOAT32_BYTES
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Of one query-key pair, all heads and layers: a dot product and a weighted sum of D each."""
+        return 4 * self.num_q_heads * self.head_dim * self.num_layers
+
+
+QUICK_SHAPE = ModelShape(
+    num_layers=2, hidden_size=64, intermediate_size=96, num_q_heads=4, num_kv_heads=2, head_dim=16, vocab_size=128
+)
+
+
+def make_model(shape: ModelShape) -> Any:
+    """The model of a shape, the same on every call and rank; no token ends a text.
+
+    Untrained attention is flat, and greedy tokens then are near-ties that any rounding turns. So, as in trained models,
+    attention logits get a std of about 3, and the vocabulary's logits are spread.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    config = Qwen2Config(
+        num_hidden_layers=shape.num_layers,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.num_q_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        max_position_embeddings=131072,
+        tie_word_embeddings=False,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(shape.seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                # A normalised token projects to std 0.02 * sqrt(hidden_size); 1.5, with biases of std 1, makes logits
+                # of std 1.5^2 + 1.
+                weight.mul_(1.5 / (0.02 * shape.hidden_size**0.5))
+            elif name.endswith("_proj.bias"):
+                weight.normal_()
+            elif name.endswith("lm_head.weight"):
+                weight.mul_(10)
+    return model
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Prompts as token ids, how many tokens each is to be continued by, and how many samples there are of each."""
+
+    name: str
+    prompts: tuple[tuple[int, ...], ...]
+    max_new_tokens: tuple[int, ...]
+    num_samples: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.prompts) != len(self.max_new_tokens):
+            raise ValueError(f"{len(self.prompts)} prompts, {len(self.max_new_tokens)} lengths of answers")
+
+    @property
+    def num_generated_tokens(self) -> int:
+        return self.num_samples * sum(self.max_new_tokens)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
+
+    def samples(self) -> list[tuple[tuple[int, ...], int]]:
+        """(prompt, tokens wanted) of every sample, those of a prompt side by side."""
+        return [(p, n) for p, n in zip(self.prompts, self.max_new_tokens, strict=True) for _ in range(self.num_samples)]
+
+    def kv_blocks(self, block_size: int) -> int:
+        """Blocks of KV when all samples run at once and share nothing."""
+        return sum(-(-(len(p) + n) // block_size) for p, n in self.samples())
+
+    def described(self) -> str:
+        lens, new = list(map(len, self.prompts)), self.max_new_tokens
+        return (
+            f"{len(lens)} prompt(s) of {_range(lens)} tokens x {self.num_samples} sample(s), {_range(new)} new tokens; "
+            f"{self.num_prompt_tokens:,} prompt tokens (each prompt once), {self.num_generated_tokens:,} generated"
+        )
+
+
+def _range(values: Sequence[int]) -> str:
+    low, high = min(values), max(values)
+    return f"{low:,}" if low == high else f"{low:,}..{high:,}"
+
+
+def random_prompts(lengths: Sequence[int], vocab_size: int, seed: int) -> tuple[tuple[int, ...], ...]:
+    """Random token ids, the same on every call."""
+    rng = random.Random(seed)
+    return tuple(tuple(rng.randrange(vocab_size) for _ in range(n)) for n in lengths)
+
+
+def spread(low: int, high: int, num: int, *, geometric: bool, seed: int) -> list[int]:
+    """`num` lengths from `low` to `high`, both included, evenly spaced (or by equal factors), in random order.
+
+    >>> sorted(spread(32, 512, 5, geometric=True, seed=0))
+    [32, 64, 128, 256, 512]
+    """
+    steps = [i / (num - 1) for i in range(num)]
+    values = [round(low * (high / low) ** x if geometric else low + (high - low) * x) for x in steps]
+    random.Random(seed).shuffle(values)
+    return values
+
+
+def engine_workloads(shape: ModelShape, *, quick: bool) -> list[Workload]:
+    """A GRPO group, a ragged batch with a long tail of answers, and one long prompt."""
+    vocab = shape.vocab_size
+    if quick:
+        groups, samples, group_len, group_new = 2, 2, 32, 8
+        ragged, lens, new = 4, (8, 48), (4, 16)
+        long_len, long_new = 256, 8
+    else:
+        groups, samples, group_len, group_new = 8, 8, 512, 128
+        ragged, lens, new = 32, (64, 1024), (32, 512)
+        long_len, long_new = 16384, 64
+    ragged_lens = spread(*lens, ragged, geometric=False, seed=11)
+    return [
+        Workload("group", random_prompts([group_len] * groups, vocab, 1), (group_new,) * groups, samples),
+        # Equal factors: many short answers and a few long ones, as rollouts have.
+        Workload(
+            "ragged",
+            random_prompts(ragged_lens, vocab, 2),
+            tuple(spread(*new, ragged, geometric=True, seed=12)),
+        ),
+        Workload("long", random_prompts([long_len], vocab, 3), (long_new,)),
+    ]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a rank reaches on this machine while the other ranks do the same."""
+
+    gflop_per_s: float
+    gbyte_per_s: float
+
+
+def floor_s(workload: Workload, shape: ModelShape, speed: Speed, tp_size: int = 1) -> float:
+    """The least time a workload can take at this speed, when every prompt is computed once and all samples at once.
+
+    Prefill is bound by arithmetic. A decode step is bound by arithmetic or by bytes, whichever is more: weights once,
+    the KV of every sample once. Communication, sampling and everything between kernels are free.
+    """
+    pairs = sum(len(p) * (len(p) + 1) // 2 for p in workload.prompts)
+    flops = 2.0 * shape.params_per_token * workload.num_prompt_tokens + shape.flops_per_pair * pairs
+    flops += 2.0 * shape.vocab_params * len(workload.prompts)
+    seconds = flops / (tp_size * speed.gflop_per_s * 1e9)
+    weights = (shape.params_per_token + shape.vocab_params) * FLOAT32_BYTES
+    for step in range(1, max(workload.max_new_tokens)):
+        contexts = [len(p) + step for p, n in workload.samples() if n > step]
+        flops = 2.0 * (shape.params_per_token + shape.vocab_params) * len(contexts) + shape.flops_per_pair * sum(
+            contexts
+        )
+        num_bytes = weights + shape.kv_bytes_per_token * sum(contexts)
+        seconds += max(flops / (speed.gflop_per_s * 1e9), num_bytes / (speed.gbyte_per_s * 1e9)) / tp_size
+    return seconds
+
+
+def measure_speed(shape: ModelShape) -> Speed:
+    """This rank's speed: a float32 matrix product as large as an MLP's over 2,048 tokens, and a sum over 256 MiB."""
+    import torch
+
+    x = torch.randn(2048, shape.hidden_size)
+    w = torch.randn(shape.hidden_size, shape.intermediate_size)
+    big = torch.ones(64 * 2**20)
+    product_s = _best_s(lambda: x @ w)
+    sum_s = _best_s(lambda: big.sum())
+    flops = 2 * x.shape[0] * w.numel()
+    return Speed(gflop_per_s=flops / product_s / 1e9, gbyte_per_s=big.nbytes / sum_s / 1e9)
+
+
+def _best_s(call: Any, repeats: int = 5) -> float:
+    import time
+
+    best = float("inf")
+    for _ in range(repeats + 1):
+        start_s = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start_s)
+    return best
+
+
+def near_tie_margin(model: Any, prompt: Sequence[int], given: Sequence[int], other: Sequence[int]) -> float:
+    """How much likelier the model finds one of two answers' first differing tokens, in logprob; inf for no such token.
+
+    `model` is whole, in this process. Within rounding of 0 both answers are right.
+    """
+    import torch
+
+    at = next((i for i, (a, b) in enumerate(zip(given, other, strict=False)) if a != b), None)
+    if at is None or len(given) != len(other):
+        return float("inf")
+    ids = torch.tensor([[*prompt, *given[:at]]])
+    with torch.no_grad():
+        logits: torch.Tensor = model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+    return abs(float(logits[given[at]] - logits[other[at]]))
+
+
+def shape_as_dict(shape: ModelShape) -> dict[str, Any]:
+    """Plain data that `ModelShape(**data)` turns back."""
+    return dataclasses.asdict(shape)
