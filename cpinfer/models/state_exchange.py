@@ -40,11 +40,7 @@ class StateExchange:
         self._pcp_size = pcp_size
         self._columns = 1 if self.replicated else comm.size // pcp_size
         self._wire_dtype = wire_dtype
-        self._return = {
-            "a2a": self._by_all_to_all,
-            "ag_rs": self._by_reduce_scatter,
-            "replicate_q": self._by_all_gather,
-        }[state_return]
+        self._state_return = state_return
 
     def gather_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q `[pcp * R, C * H, D]`, k and v `[pcp * R, K, D]` of all rows, from q `[R, H, D]`, k and v `[R, K, D]`."""
@@ -67,7 +63,11 @@ class StateExchange:
         """`out [R, H, D]` (float32 where states merged) and `lse [R, H]` of own rows; H is `num_heads`."""
         if self._comm.size == 1:
             return state
-        return self._return(*state, num_heads)
+        if self._state_return == "a2a":
+            return self._by_all_to_all(*state, num_heads)
+        if self._state_return == "ag_rs":
+            return self._by_reduce_scatter(*state, num_heads)
+        return self._by_all_gather(*state)
 
     def _rows_by_heads(self, x: Tensor, R: int, H: int, D: int) -> Tensor:
         """`[S, R, H * D]` to `[pcp * R, C * H, D]`."""
@@ -83,7 +83,7 @@ class StateExchange:
         received = self._comm.all_to_all(self._by_place(pack_states(out, lse, self._wire_dtype), H))
         return merge_states([unpack_states(shard, out.shape[-1]) for shard in received])
 
-    def _by_all_gather(self, out: Tensor, lse: Tensor, H: int) -> State:
+    def _by_all_gather(self, out: Tensor, lse: Tensor) -> State:
         gathered = self._comm.all_gather(pack_states(out, lse, self._wire_dtype))
         return merge_states([unpack_states(shard, out.shape[-1]) for shard in gathered])
 
