@@ -4,8 +4,8 @@ A block holds tokens that interleaving took from all over a stretch of the seque
 the smallest run of tokens whose blocks hold these tokens and no others on every shard (`KVSharding.prefix_unit`). A
 unit is known by a hash of its tokens chained to the hash of the unit before it, so equal keys mean equal prefixes.
 
-The cache holds a reference of its own to each block; a unit that nobody else refers to can be evicted, least recently
-used first and never before the units that follow it.
+The cache holds a reference of its own to each block of a unit. Units are evicted least recently used first, and never
+before the units that follow them.
 """
 
 from __future__ import annotations
@@ -70,19 +70,19 @@ class PrefixCache:
         self._touch(keys)
 
     def evict(self, num_blocks: int) -> None:
-        """Give up units that nobody else uses until `num_blocks` blocks are free in the pool, or none is left to."""
+        """Give up units until `num_blocks` blocks are free in the pool, or no block is left that could be."""
         for key in list(self._units):
             if self._pool.num_free >= num_blocks:
                 return
-            if self._is_ours_alone(self._units[key]):
+            # A unit whose every block a sequence reads would free nothing, and costs nothing to keep.
+            if any(map(self._is_ours_alone, self._units[key])):
                 unit = self._units.pop(key)
                 self._held.subtract(unit)
                 self._pool.release(unit)
 
     def num_evictable(self) -> int:
-        """Blocks that `evict` could free: those of which every unit can go."""
-        can_go = Counter(block for unit in self._units.values() if self._is_ours_alone(unit) for block in unit)
-        return sum(count == self._held[block] for block, count in can_go.items())
+        """Blocks that `evict` could free: those that no sequence reads."""
+        return sum(count > 0 and self._is_ours_alone(block) for block, count in self._held.items())
 
     def clear(self) -> None:
         """Forget everything: the weights that computed it are no longer the model's."""
@@ -96,8 +96,8 @@ class PrefixCache:
         for unit in self._units.values():
             yield from unit
 
-    def _is_ours_alone(self, unit: Sequence[int]) -> bool:
-        return all(self._pool.refs(block) == self._held[block] for block in unit)
+    def _is_ours_alone(self, block: int) -> bool:
+        return self._pool.refs(block) == self._held[block]
 
     def _touch(self, keys: Sequence[Key]) -> None:
         # Backwards: a unit is used by all that follow it, so it must be the last of them to go.

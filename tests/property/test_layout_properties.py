@@ -1,7 +1,7 @@
 """The laws of the layout floor, on layouts and lengths that nobody thought of."""
 
 from collections import Counter
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import numpy as np
 from hypothesis import given, settings
@@ -222,44 +222,73 @@ def test_a_decode_step_computes_every_row_once_and_its_shards_hold_exactly_the_k
 
 
 class PoolNeverLeaks(RuleBasedStateMachine):
-    """Sequences come, grow and go; at every moment each block is free or in exactly one of them."""
+    """Sequences come, fork, grow and go; at every moment each block has as many references as holders."""
 
     @initialize(num_blocks=st.integers(0, 40))
     def start(self, num_blocks):
         self.pool, self.twin = BlockPool(num_blocks), BlockPool(num_blocks)
         self.held = []
 
-    @rule(n=st.integers(0, 12))
-    def allocate(self, n):
+    def take(self, n, **where):
+        """Blocks nobody held, the same from both replicas; None when there are too few."""
         if n > self.pool.num_free:
             for pool in (self.pool, self.twin):
                 try:
-                    pool.allocate(n)
+                    pool.allocate(n, **where)
                 except ValueError:
                     continue
                 raise AssertionError("allocated more than was free")
-            return
-        blocks = self.pool.allocate(n)
-        assert len(blocks) == n
-        assert blocks == sorted(set(blocks))
-        assert blocks == self.twin.allocate(n), "replicas of a pool must hand out the same blocks"
-        self.held.append(blocks)
+            return None
+        free = {block for block in range(self.pool.num_blocks) if self.pool.refs(block) == 0}
+        blocks = self.pool.allocate(n, **where)
+        assert len(set(blocks)) == len(blocks) == n
+        assert free.issuperset(blocks)
+        assert blocks == self.twin.allocate(n, **where), "replicas of a pool must hand out the same blocks"
+        return blocks
+
+    @rule(n=st.integers(0, 12), room=st.integers(0, 20))
+    def allocate(self, n, room):
+        blocks = self.take(n, room=room)
+        if blocks is not None:
+            assert blocks == sorted(blocks)
+            self.held.append(blocks)
+
+    @rule(data=st.data(), n=st.integers(0, 4))
+    def grow(self, data, n):
+        grown = [blocks for blocks in self.held if blocks]
+        if grown:
+            blocks = data.draw(st.sampled_from(grown))
+            behind = range(blocks[-1] + 1, self.pool.num_blocks)
+            in_place = list(takewhile(lambda block: self.pool.refs(block) == 0, behind))[:n]
+            more = self.take(n, after=blocks[-1])
+            if more is not None:
+                assert more[: len(in_place)] == in_place
+                blocks += more
 
     @rule(data=st.data())
-    def free(self, data):
+    def fork(self, data):
+        if self.held:
+            blocks = data.draw(st.sampled_from(self.held))
+            shared = blocks[: data.draw(st.integers(0, len(blocks)))]
+            self.pool.share(shared)
+            self.twin.share(shared[::-1])
+            self.held.append(list(shared))
+
+    @rule(data=st.data())
+    def release(self, data):
         if self.held:
             blocks = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
-            self.pool.free(blocks)
-            self.twin.free(blocks[::-1])
+            self.pool.release(blocks)
+            self.twin.release(blocks[::-1])
 
     @invariant()
-    def every_block_is_free_or_held_once(self):
+    def every_block_has_as_many_references_as_holders(self):
         if not hasattr(self, "pool"):
             return
-        self.pool.check_integrity()
-        used = [block for blocks in self.held for block in blocks]
-        assert len(used) == len(set(used))
-        assert self.pool.num_free == self.pool.num_blocks - len(used)
+        holders = Counter(block for blocks in self.held for block in blocks)
+        self.pool.check_integrity(holders.elements())
+        assert {b: self.pool.refs(b) for b in range(self.pool.num_blocks) if self.pool.refs(b)} == holders
+        assert self.pool.num_free == self.pool.num_blocks - len(holders)
 
 
 TestPoolNeverLeaks = PoolNeverLeaks.TestCase

@@ -1,6 +1,7 @@
 """Attaching: inside the block the engine has the model, after it the model is what it was, bit by bit."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import Config, TensorParallel
-from cpinfer.engine.attach import attach
+from cpinfer.engine.attach import attach, check_layout, model_spec
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
@@ -182,6 +183,17 @@ def test_a_layout_that_the_heads_do_not_allow_is_refused(model):
         attach(model, None, Config(tensor_parallel=TensorParallel(3))),
     ):
         pytest.fail("the block must not be entered")
+
+
+def test_replicated_queries_are_refused_by_name_where_a_home_spans_tp_ranks(model):
+    """Rows are replicated over pcp ranks; tp ranks of a home have other query heads."""
+    model.config.num_key_value_heads = 1
+    config = Config(tensor_parallel=TensorParallel(2), decode_context_parallel_size=2, decode_exchange="replicate_q")
+    with pytest.raises(UnsupportedError, match=r'tp=2 pcp=1 dcp=2: .*"replicate_q".* dcp of at most pcp'):
+        check_layout(model_spec(model), config, RankGrid(tp_size=2, dcp_size=2))
+    check_layout(model_spec(model), replace(config, decode_exchange="ag_rs"), RankGrid(tp_size=2, dcp_size=2))
+    wide = replace(config, tensor_parallel=TensorParallel(1), prefill_context_parallel_size=2)
+    check_layout(model_spec(model), wide, RankGrid(pcp_size=2, dcp_size=2))
 
 
 def test_weights_that_are_not_sharded_as_the_config_says_are_refused(model):

@@ -60,6 +60,19 @@ def test_all_to_all_brings_what_each_place_had_for_this_one(grid, name, groups):
         assert got.flatten().tolist() == [100 * other + index for other in group]
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("name, groups", [("pcp", "pcp_groups"), ("dcp", "dcp_groups"), ("replica", "replica_groups")])
+def test_reduce_scatter_sums_what_every_place_had_for_this_one(grid, name, groups):
+    def body(topology):
+        comm = getattr(topology, name)
+        terms = torch.tensor([[[100.0**place * (topology.rank + 1), place]] for place in range(comm.size)])
+        return comm.index, comm.reduce_scatter(terms)
+
+    for rank, (index, got) in enumerate(run_ranks(grid, body)):
+        group = next(g for g in getattr(grid, groups) if rank in g)
+        assert got.tolist() == [[100.0**index * sum(r + 1 for r in group), index * len(group)]]
+
+
 def test_a_send_buffer_may_be_reused_at_once():
     def body(topology):
         x = torch.full((3,), topology.rank)
@@ -121,10 +134,11 @@ def test_solo_is_the_identity_and_copies_nothing():
     assert torch.equal(solo.all_gather(x), x[None])
     assert solo.all_gather(x).data_ptr() == solo.all_to_all(x).data_ptr() == x.data_ptr()
     assert torch.equal(solo.all_to_all(x), x)
+    assert torch.equal(solo.reduce_scatter(x), x[0]) and solo.reduce_scatter(x).data_ptr() == x.data_ptr()
 
 
 def test_bytes_counted_are_those_received_from_others():
-    """DESIGN section 5: `(n-1) *` one rank's share, for the gather and for the all-to-all alike."""
+    """DESIGN section 5: `(n-1) *` one rank's share, for gather, all-to-all and reduce-scatter alike."""
     R, hq, kvl, D = 3, 4, 1, 8
 
     def body(topology):
@@ -133,11 +147,16 @@ def test_bytes_counted_are_those_received_from_others():
         gather_bytes = comm.traffic.received_bytes
         comm.all_to_all(torch.zeros(comm.size, R, hq, D + 2, dtype=torch.bfloat16))
         traffic = comm.traffic
+        exchanged = traffic.received_bytes
+        summed = comm.reduce_scatter(torch.zeros(comm.size, R, hq, D))
+        assert summed.shape == (R, hq, D) and traffic.num_collectives == 3
         assert gathered.shape[0] == comm.size == 4 and comm.index == topology.kv_shard
-        return gather_bytes, traffic.received_bytes - gather_bytes, traffic.num_all_gather, traffic.num_all_to_all
+        received = (gather_bytes, exchanged - gather_bytes, traffic.received_bytes - exchanged)
+        return received, traffic.num_all_gather, traffic.num_all_to_all, traffic.num_reduce_scatter
 
     n = 4
-    want = ((n - 1) * R * (hq + 2 * kvl) * D * 2, (n - 1) * R * hq * (D * 2 + 4), 1, 1)
+    received = ((n - 1) * R * (hq + 2 * kvl) * D * 2, (n - 1) * R * hq * (D * 2 + 4), (n - 1) * R * hq * D * 4)
+    want = (received, 1, 1, 1)
     assert run_ranks(TP2_PCP2_DCP4, body) == [want] * 4
 
 
@@ -145,6 +164,7 @@ def test_a_solo_axis_counts_nothing():
     comm = CountingComm(SoloComm())
     comm.all_gather(torch.zeros(8))
     comm.all_to_all(torch.zeros(1, 8))
+    comm.reduce_scatter(torch.zeros(1, 8))
     assert (comm.traffic.num_collectives, comm.traffic.received_bytes) == (0, 0)
 
 
@@ -171,11 +191,17 @@ class SortedTransport:
         me = self.members.index(self.local.rank)
         out.copy_(torch.stack([given[me] for given in self.exchange(x)]))
 
+    def reduce_scatter(self, out, x, group):
+        me = self.members.index(self.local.rank)
+        terms = [given.reshape(len(self.members), -1)[me] for given in self.exchange(x)]
+        out.copy_(torch.stack(terms).sum(dim=0))
+
 
 @pytest.fixture
 def transport(monkeypatch):
     transport = SortedTransport([0, 2, 1, 3])
     monkeypatch.setattr(axis, "_all_gather", transport.all_gather)
+    monkeypatch.setattr(axis, "_reduce_scatter", transport.reduce_scatter)
     monkeypatch.setattr(axis.dist, "all_to_all_single", transport.all_to_all_single)
     monkeypatch.setattr(axis.dist, "get_process_group_ranks", lambda group: transport.members)
     return transport
@@ -197,12 +223,14 @@ def test_a_process_group_that_sorts_its_ranks_still_gives_place_order(transport,
         comm = ProcessGroupComm(None, places, rank)
         gathered = comm.all_gather(torch.tensor([rank, rank]))
         sent = torch.tensor([[100 * rank + place] for place in range(4)])
-        return comm.index, gathered[:, 0].tolist(), comm.all_to_all(sent).flatten().tolist()
+        summed = comm.reduce_scatter(sent[:, :, None].expand(4, 1, 2))
+        return comm.index, gathered[:, 0].tolist(), comm.all_to_all(sent).flatten().tolist(), summed.tolist()
 
-    for rank, (index, gathered, received) in enumerate(on_every_rank(transport, body)):
+    for rank, (index, gathered, received, summed) in enumerate(on_every_rank(transport, body)):
         assert places[index] == rank
         assert gathered == list(places)
         assert received == [100 * other + index for other in places]
+        assert summed == [[sum(received)] * 2]
 
 
 def test_a_process_group_of_other_ranks_is_refused(transport):

@@ -51,6 +51,8 @@ def test_a_key_like_no_other_is_still_an_error():
         ({"kv_cache_gib": "1"}, "kv_cache_gib", "a number"),
         ({"kv_cache_gib": True}, "kv_cache_gib", "a number"),
         ({"enable_prefix_caching": 0}, "enable_prefix_caching", "true or false"),
+        ({"context_exchange": "keys"}, "context_exchange", 'one of "auto", "queries", "kv"'),
+        ({"decode_exchange": "ring"}, "decode_exchange", 'one of "a2a", "ag_rs", "replicate_q"'),
         ({"model": 3}, "model", "a text"),
         ({"dtype": "fp8"}, "dtype", 'one of "float32", "bfloat16", "float16"'),
         ({"dtype": None}, "dtype", "one of"),
@@ -112,6 +114,7 @@ def test_a_sampling_value_out_of_range_is_refused_at_the_edge(key, bad, good):
         "kv_cache_gib",
         "max_num_seqs",
         "max_num_batched_tokens",
+        "context_workspace_tokens",
     ],
 )
 def test_a_size_below_one_is_refused(key):
@@ -129,6 +132,19 @@ def test_tp_size_below_one_is_refused():
 def test_a_size_that_is_no_finite_number_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="kv_cache_gib"):
         load_config(write(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "key, values, default",
+    [
+        ("enable_prefix_caching", (True, False), True),
+        ("context_exchange", ("auto", "queries", "kv"), "auto"),
+        ("decode_exchange", ("a2a", "ag_rs", "replicate_q"), "a2a"),
+    ],
+)
+def test_a_choice_takes_all_its_values_and_defaults_to_the_safe_one(key, values, default):
+    assert getattr(Config(), key) == default
+    assert tuple(getattr(parse_config({key: value}), key) for value in values) == values
 
 
 def test_sizes_left_out_follow_from_the_others():
@@ -249,9 +265,6 @@ def test_unnamed_paths_stay_unnamed(tmp_path):
         ({"limit_mm_per_prompt": {"image": 1}}, "multimodal"),
         ({"quantization": "awq"}, "quantized weights"),
         ({"backend": "flashinfer"}, "FlashInfer"),
-        ({"enable_prefix_caching": True}, "prefix caching"),
-        ({"context_exchange": "queries"}, "context_exchange"),
-        ({"context_exchange": "kv"}, "context_exchange"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(data, what):
@@ -267,8 +280,6 @@ def test_what_is_not_supported_is_refused_by_name(data, what):
         {"pipeline_parallel_size": 1},
         {"speculative_config": None},
         {"quantization": None},
-        {"enable_prefix_caching": False},
-        {"context_exchange": "auto"},
         {"backend": "torch"},
     ],
 )

@@ -89,3 +89,45 @@ def test_the_store_has_the_bytes_that_capacity_counts():
         cache = make_cache(layout, torch.bfloat16)
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for n in (0, 1) for x in cache.read(n)}
         assert sum(storages.values()) == SLOTS * layout.bytes_per_token(LAYERS, "bfloat16")
+
+
+def filled_cache(layout=KVLayout(2, 8, 6), dtype=torch.float32):
+    """A cache whose every slot of every layer differs."""
+    cache = make_cache(layout, dtype)
+    for layer in range(LAYERS):
+        k, v = tokens(SLOTS, layout, dtype)
+        cache.write(layer, torch.arange(SLOTS), k, v)
+    return cache
+
+
+@pytest.mark.parametrize("layout", [KVLayout(2, 8, 6), KVLayout(1, 12, 8, v_is_prefix_of_k=True)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_copied_blocks_equal_their_sources_in_all_layers_and_nothing_else_changes(layout, dtype):
+    for pairs in ([(2, 0)], [(1, 2), (1, 0)], [(0, 1)]):
+        cache = filled_cache(layout, dtype)
+        before = [[x.clone() for x in cache.read(layer)] for layer in range(LAYERS)]
+        cache.copy_blocks(pairs)
+        source = list(range(BLOCKS))
+        for src, dst in pairs:
+            source[dst] = src
+        slots = [block * BLOCK_SIZE + i for block in source for i in range(BLOCK_SIZE)]
+        for layer in range(LAYERS):
+            for old, new in zip(before[layer], cache.read(layer), strict=True):
+                assert torch.equal(new, old[slots])
+
+
+def test_copying_no_blocks_changes_nothing():
+    cache = filled_cache()
+    before = [x.clone() for x in cache.read(0)]
+    cache.copy_blocks([])
+    assert all(torch.equal(old, new) for old, new in zip(before, cache.read(0), strict=True))
+
+
+@pytest.mark.parametrize("layout", [KVLayout(2, 8, 6), KVLayout(1, 12, 8, v_is_prefix_of_k=True)], ids=str)
+def test_new_rows_are_finite_zeros_with_room_for_k_and_v_side_by_side(layout):
+    cache = make_cache(layout, torch.bfloat16)
+    rows = cache.new_rows(5)
+    assert rows.shape == (5, layout.num_heads, layout.k_dim + layout.v_dim)
+    assert (rows.dtype, rows.device) == (cache.dtype, cache.device) and (rows == 0).all()
+    assert cache.new_rows(0).shape[0] == 0
+    assert cache.new_rows(5).data_ptr() != rows.data_ptr()

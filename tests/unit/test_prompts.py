@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import SamplingParams
 from cpinfer.engine.prompts import as_prompt, check_prompt, read_input
 from cpinfer.engine.request import Prompt
-from cpinfer.errors import UnsupportedError, UserError
+from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.spec import ModelSpec
@@ -181,11 +181,11 @@ def test_messages_that_a_template_rejects_are_refused_in_its_words():
         as_prompt({"messages": [{"role": "user", "content": "hi"}]}, 0, tokenizer)
 
 
-def check(length, *, max_new_tokens=4, blocks=10**6, shards=1, token=5, **config):
+def check(length, *, max_new_tokens=4, blocks=10**6, shards=1, token=5):
     """Check a prompt of `length` tokens against a pool of 16-token blocks."""
     prompt = Prompt(0, "p", (token,) * length)
     pool = PoolSize(blocks, KVSharding(shards, 16, 16))
-    check_prompt(prompt, SamplingParams(max_new_tokens=max_new_tokens), SPEC, Config(**config), pool)
+    check_prompt(prompt, SamplingParams(max_new_tokens=max_new_tokens), SPEC, pool)
 
 
 @pytest.mark.parametrize("token", [-1, 768, 10**30])
@@ -200,10 +200,10 @@ def test_the_ends_of_the_vocabulary_are_inside():
 
 
 def test_a_prompt_needs_one_position_for_an_answer():
-    check(32767, max_num_batched_tokens=10**6)
+    check(32767)
     for length in (32768, 40000):
         with pytest.raises(UserError, match=f"has {length} tokens; the model has 32768 positions"):
-            check(length, max_num_batched_tokens=10**6)
+            check(length)
 
 
 def test_a_prompt_that_outgrows_the_pool_is_refused_with_numbers_and_advice():
@@ -222,10 +222,4 @@ def test_shards_make_the_pool_hold_more():
 
 def test_an_answer_never_grows_beyond_the_positions():
     """What cannot be generated need not fit into the pool."""
-    check(32760, max_new_tokens=10**6, blocks=32768 // 16, max_num_batched_tokens=10**6)
-
-
-def test_a_prompt_longer_than_a_step_is_refused_with_numbers():
-    check(100, max_num_batched_tokens=100)
-    with pytest.raises(UnsupportedError, match=r"101 tokens, max_num_batched_tokens is 100.*Raise max_num_batched"):
-        check(101, max_num_batched_tokens=100)
+    check(32760, max_new_tokens=10**6, blocks=32768 // 16)

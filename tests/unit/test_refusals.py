@@ -67,10 +67,11 @@ def test_no_unsupported_error_is_raised_past_the_table():
 
 
 def test_a_refusal_says_what_is_what_is_missing_and_what_to_do():
-    error = refuse("homes", "dcp=1 pcp=2")
+    error = refuse("mixed_heads", "dcp=4 pcp=1")
     assert isinstance(error, UnsupportedError) and isinstance(error, UserError)
-    assert str(error).startswith("dcp=1 pcp=2: cpinfer does not support ")
-    assert REFUSALS["homes"].what in str(error) and str(error).endswith(REFUSALS["homes"].instead)
+    assert str(error).startswith("dcp=4 pcp=1: cpinfer does not support ")
+    row = REFUSALS["mixed_heads"]
+    assert row.what in str(error) and str(error).endswith(row.instead)
 
 
 def test_a_row_that_does_not_exist_cannot_be_refused():

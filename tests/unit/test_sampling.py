@@ -11,9 +11,15 @@ import torch
 from cpinfer.config import SamplingParams
 from cpinfer.engine import sampling
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
-from cpinfer.engine.sampling import sample_tokens, uniform
+from cpinfer.engine.sampling import uniform
+from cpinfer.engine.stopping import Stopping
 
 VOCAB = 24
+EOS = 2
+
+
+def sample_tokens(logits, sequences):
+    return sampling.sample_tokens(logits, sequences, Stopping((EOS,), None))
 
 
 def make_sequence(params=SamplingParams(), id="p", sample_index=0, prompt=(3, 5, 3), so_far=()):
@@ -230,3 +236,25 @@ def test_parameters_that_do_not_choose_tokens_do_not_change_them():
     (one,) = sample_tokens(logits, [make_sequence(params)])
     (other,) = sample_tokens(logits, [make_sequence(replace(params, max_new_tokens=7, stop=("x",), n=5))])
     assert one == other
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_row_that_may_not_end_yet_does_not_choose_a_token_that_would_end_it(temperature):
+    logits = torch.zeros(3, VOCAB)
+    logits[:, [EOS, 7]] = 30.0
+    params = SamplingParams(temperature=temperature, min_new_tokens=3, stop_token_ids=(7,))
+    # The third token is the first that may be an end: rows with 0, 1 and 2 tokens so far.
+    rows = [make_sequence(params, so_far=range(10, 10 + n)) for n in range(3)]
+    first, second, third = (s.token_id for s in sample_tokens(logits, rows))
+    assert first not in (EOS, 7) and second not in (EOS, 7) and third in (EOS, 7)
+
+
+def test_top_logprobs_are_of_the_raw_distribution_in_order():
+    logits = make_logits(2)
+    params = SamplingParams(temperature=3.0, top_logprobs=4, logit_bias=((1, 50.0),))
+    raw = torch.log_softmax(logits, dim=-1)
+    for row, token in enumerate(sample_tokens(logits, [make_sequence(params), make_sequence(params, id="q")])):
+        values, ids = raw[row].topk(4)
+        assert [i for i, _ in token.top] == ids.tolist()
+        assert [p for _, p in token.top] == pytest.approx(values.tolist())
+        assert token.token_id == 1 and token.logprob == pytest.approx(float(raw[row, 1]))

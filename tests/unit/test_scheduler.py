@@ -1,13 +1,16 @@
-"""The scheduler: who runs next under a pool of blocks and a budget of tokens. No tensor, no model."""
+"""The scheduler: who runs next under pools of blocks and a budget of tokens. No tensor, no model."""
+
+from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpinfer.config import SamplingParams
+from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
 from cpinfer.engine.scheduler import Scheduler
-from cpinfer.layout.pool import BlockPool
 from cpinfer.layout.shards import KVSharding
 
 SHARDING = KVSharding(num_shards=1, interleave=4, block_size=4)
@@ -17,22 +20,47 @@ def never(sequence):
     return False
 
 
-def make_sequence(index, prompt_len, max_new_tokens=4, sample_index=0):
-    prompt = Prompt(index, f"p{index}", tuple(range(1, prompt_len + 1)))
+def make_sequence(index, prompt_len, max_new_tokens=4, sample_index=0, first_token=0):
+    """Prompts begin with a token of their own, so that none is a prefix of another unless it should be."""
+    prompt = Prompt(index, f"p{index}", (first_token or 1000 + index, *range(2, prompt_len + 1)))
     return Sequence(prompt, sample_index, SamplingParams(), max_new_tokens)
 
 
-def make_scheduler(num_blocks=100, max_num_seqs=100, max_num_batched_tokens=1000, sharding=SHARDING):
-    pool = BlockPool(num_blocks)
-    return pool, Scheduler(pool, sharding, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+def make_group(index, n, prompt_len, max_new_tokens=4):
+    prompt = make_sequence(index, prompt_len).prompt
+    return [Sequence(prompt, i, SamplingParams(), max_new_tokens) for i in range(n)]
+
+
+def make_scheduler(
+    num_blocks=100, max_num_seqs=100, max_num_batched_tokens=1000, sharding=SHARDING, num_homes=1, prefixes=False
+):
+    """(pool of the first home, scheduler)"""
+    homes = [KVHome(num_blocks, sharding, enable_prefix_caching=prefixes) for _ in range(num_homes)]
+    return homes[0].pool, Scheduler(homes, sharding, max_num_seqs, max_num_batched_tokens)
+
+
+def submit(scheduler, *sequences):
+    for sequence in sequences:
+        scheduler.add(sequence)
 
 
 def tokens(step, token_id=5):
-    return [SampledToken(token_id, -1.0, -0.5) for _ in step.sequences]
+    return [SampledToken(token_id, -1.0, -0.5) for _ in step.samples]
 
 
 def indices(step):
-    return [s.prompt.index for s in step.sequences]
+    return [s.prompt.index for s in step.samples]
+
+
+def spans(step):
+    """(prompt, start, end) of the step's chunks."""
+    return [(chunk.prefill.samples[0].prompt.index, chunk.start, chunk.end) for chunk in step.chunks]
+
+
+def advance(scheduler, stops=never, token_id=5):
+    """One step; the finished sequences."""
+    step = scheduler.schedule()
+    return scheduler.commit(step, tokens(step, token_id), stops)
 
 
 def run(scheduler, stops=never, watch=lambda step: None):
@@ -41,6 +69,7 @@ def run(scheduler, stops=never, watch=lambda step: None):
     while (step := scheduler.schedule()) is not None:
         watch(step)
         finished += scheduler.commit(step, tokens(step), stops)
+        scheduler.check_integrity()
     return finished
 
 
@@ -53,7 +82,7 @@ def test_a_sequence_is_prefilled_once_and_then_decoded_to_its_end():
     sequence = make_sequence(0, prompt_len=6, max_new_tokens=3)
     scheduler.add(sequence)
     kinds = []
-    finished = run(scheduler, watch=lambda step: kinds.append(step.is_prefill))
+    finished = run(scheduler, watch=lambda step: kinds.append(bool(step.chunks)))
     assert kinds == [True, False, False]
     assert finished == [sequence] and sequence.finish_reason == "length" and len(sequence.sampled) == 3
     assert pool.num_free == 100 and sequence.blocks == []
@@ -63,17 +92,42 @@ def test_one_new_token_needs_no_decode_step():
     _, scheduler = make_scheduler()
     scheduler.add(make_sequence(0, 6, max_new_tokens=1))
     kinds = []
-    run(scheduler, watch=lambda step: kinds.append(step.is_prefill))
+    run(scheduler, watch=lambda step: kinds.append(bool(step.chunks)))
     assert kinds == [True]
 
 
-def test_a_sequence_takes_the_blocks_of_its_longest_end_when_it_is_admitted():
-    for prompt_len, new, blocks in ((4, 1, 1), (4, 2, 2), (5, 4, 2), (5, 5, 3)):
-        pool, scheduler = make_scheduler(num_blocks=10)
-        sequence = make_sequence(0, prompt_len, new)
-        scheduler.add(sequence)
-        scheduler.schedule()
-        assert len(sequence.blocks) == blocks and pool.num_free == 10 - blocks
+def test_a_step_is_either_chunks_or_one_token_of_every_running_sequence():
+    _, scheduler = make_scheduler()
+    submit(scheduler, make_sequence(0, 6), make_sequence(1, 3))
+    step = scheduler.schedule()
+    assert spans(step) == [(0, 0, 6), (1, 0, 3)] and step.running == () and indices(step) == [0, 1]
+    scheduler.commit(step, tokens(step), never)
+    scheduler.add(make_sequence(2, 2))
+    step = scheduler.schedule()
+    assert spans(step) == [(2, 0, 2)] and step.running == ()
+    scheduler.commit(step, tokens(step), never)
+    step = scheduler.schedule()
+    assert step.chunks == () and step.samples == step.running and indices(step) == [0, 1, 2]
+
+
+def test_a_sequence_takes_the_blocks_of_its_prompt_and_then_one_at_a_time():
+    pool, scheduler = make_scheduler(num_blocks=10)
+    sequence = make_sequence(0, prompt_len=5, max_new_tokens=9)
+    scheduler.add(sequence)
+    held = []
+    # Seen between schedule and commit: the step's newest token has its slot, the one it samples has not.
+    run(scheduler, watch=lambda step: held.append((sequence.next_position + 1, len(sequence.blocks))))
+    assert held == [(5, 2), (6, 2), (7, 2), (8, 2), (9, 3), (10, 3), (11, 3), (12, 3), (13, 4)]
+    assert pool.num_free == 10
+
+
+def test_a_sequence_grows_behind_itself_when_it_was_placed_with_room():
+    _, scheduler = make_scheduler(num_blocks=10)
+    sequences = [make_sequence(0, 4, max_new_tokens=9), make_sequence(1, 4, max_new_tokens=9)]
+    submit(scheduler, *sequences)
+    last = []
+    run(scheduler, watch=lambda step: last.append([list(s.blocks) for s in sequences]))
+    assert last[-1] == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_shards_share_the_work_of_a_block_table():
@@ -94,21 +148,12 @@ def test_admission_is_first_come_first_served_by_blocks():
     assert indices(scheduler.schedule()) == [1, 2]
 
 
-def test_prompts_of_a_step_fit_the_token_budget():
-    _, scheduler = make_scheduler(max_num_batched_tokens=10)
-    for index, prompt_len in enumerate((4, 6, 1, 10)):
-        scheduler.add(make_sequence(index, prompt_len, max_new_tokens=1))
-    steps = []
-    run(scheduler, watch=lambda step: steps.append(indices(step)))
-    assert steps == [[0, 1], [2], [3]]
-
-
 def test_no_more_than_max_num_seqs_run_at_once():
     _, scheduler = make_scheduler(max_num_seqs=2)
     for index in range(5):
         scheduler.add(make_sequence(index, 2, max_new_tokens=3))
     sizes = []
-    run(scheduler, watch=lambda step: sizes.append(len(step.sequences)))
+    run(scheduler, watch=lambda step: sizes.append(len(step.samples)))
     assert max(sizes) == 2 and sum(sizes) == 15
 
 
@@ -117,7 +162,7 @@ def test_a_token_budget_below_max_num_seqs_bounds_the_decode_steps_too():
     for index in range(7):
         scheduler.add(make_sequence(index, 1, max_new_tokens=4))
     sizes = []
-    run(scheduler, watch=lambda step: sizes.append(len(step.sequences)))
+    run(scheduler, watch=lambda step: sizes.append(len(step.samples)))
     assert max(sizes) == 3 and sum(sizes) == 28
 
 
@@ -126,7 +171,7 @@ def test_a_freed_place_is_filled_before_the_batch_advances():
     for index, new in enumerate((1, 4, 4)):
         scheduler.add(make_sequence(index, 2, max_new_tokens=new))
     steps = []
-    run(scheduler, watch=lambda step: steps.append((step.is_prefill, indices(step))))
+    run(scheduler, watch=lambda step: steps.append((bool(step.chunks), indices(step))))
     assert steps[:3] == [(True, [0, 1]), (True, [2]), (False, [1, 2])]
 
 
@@ -149,26 +194,25 @@ def test_stops_are_asked_with_the_newest_token_in_place():
 
 def test_blocks_of_a_finished_sequence_are_free_at_once():
     pool, scheduler = make_scheduler(num_blocks=2)
-    scheduler.add(make_sequence(0, 8, max_new_tokens=1))
-    scheduler.add(make_sequence(1, 8, max_new_tokens=1))
+    submit(scheduler, make_sequence(0, 8, max_new_tokens=1), make_sequence(1, 8, max_new_tokens=1))
     step = scheduler.schedule()
     assert indices(step) == [0] and pool.num_free == 0
     scheduler.commit(step, tokens(step), never)
     assert pool.num_free == 2
 
 
-def test_abort_frees_what_runs_and_forgets_what_waits():
-    pool, scheduler = make_scheduler(num_blocks=4)
-    for index in range(3):
-        scheduler.add(make_sequence(index, 8, max_new_tokens=1))
-    scheduler.schedule()
-    assert (pool.num_free, scheduler.num_unfinished) == (0, 3)
+def test_abort_frees_what_runs_is_prefilled_or_waits_and_forgets_copies():
+    pool, scheduler = make_scheduler(num_blocks=20, max_num_batched_tokens=12)
+    submit(scheduler, *make_group(0, 2, 6), make_sequence(1, 20), make_sequence(2, 8))
+    advance(scheduler)
+    assert scheduler.num_unfinished == 4 and scheduler.copies and pool.num_free < 20
+    assert spans(scheduler.schedule())[0] == (1, 4, 16)
     scheduler.abort_all()
-    pool.check_integrity()
-    assert (pool.num_free, scheduler.num_unfinished) == (4, 0)
+    scheduler.check_integrity()
+    assert (pool.num_free, scheduler.num_unfinished, scheduler.copies) == (20, 0, {})
     assert scheduler.schedule() is None
     scheduler.abort_all()  # again is harmless
-    assert pool.num_free == 4
+    assert pool.num_free == 20
 
 
 def test_a_wrong_number_of_tokens_is_an_error():
@@ -200,72 +244,436 @@ def test_a_sequence_that_fits_the_pool_may_wait_while_others_hold_it():
     assert scheduler.num_unfinished == 2
 
 
-def test_a_prompt_above_the_token_budget_is_refused_with_numbers():
-    _, scheduler = make_scheduler(max_num_batched_tokens=8)
-    scheduler.add(make_sequence(0, 8))
-    with pytest.raises(ValueError, match="'p1': 9 tokens exceed the 8 tokens of a step"):
-        scheduler.add(make_sequence(1, 9))
+def test_integrity_check_finds_a_block_that_nobody_holds():
+    _, scheduler = make_scheduler()
+    sequence = make_sequence(0, 8)
+    scheduler.add(sequence)
+    advance(scheduler)
+    scheduler.check_integrity()
+    sequence.blocks.pop()
+    with pytest.raises(ValueError, match=r"blocks \[1\]"):
+        scheduler.check_integrity()
 
 
-REQUESTS = st.lists(st.tuples(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9)), max_size=12)
+# Chunks
+
+
+def test_a_prompt_above_the_budget_is_computed_in_chunks_and_samples_once_at_its_end():
+    pool, scheduler = make_scheduler(max_num_batched_tokens=8)
+    sequence = make_sequence(0, 21, max_new_tokens=1)
+    scheduler.add(sequence)
+    steps = []
+    run(scheduler, watch=lambda step: steps.append((spans(step), len(step.samples), 100 - pool.num_free)))
+    assert steps == [([(0, 0, 8)], 0, 6), ([(0, 8, 16)], 0, 6), ([(0, 16, 21)], 1, 6)]
+    assert len(sequence.sampled) == 1
+
+
+def test_a_step_computes_no_more_tokens_than_its_budget_and_fills_it_with_the_next_prompt():
+    _, scheduler = make_scheduler(max_num_batched_tokens=10)
+    for index, prompt_len in enumerate((4, 6, 1, 10, 12)):
+        scheduler.add(make_sequence(index, prompt_len, max_new_tokens=1))
+    steps = []
+    run(scheduler, watch=lambda step: steps.append(spans(step)))
+    assert steps == [[(0, 0, 4), (1, 0, 6)], [(2, 0, 1), (3, 0, 8), (4, 0, 1)], [(3, 8, 10), (4, 1, 8)], [(4, 8, 12)]]
+
+
+@pytest.mark.parametrize(
+    "sharding, budget, ends",
+    [
+        (KVSharding(1, 4, 4), 10, [8, 16, 24, 30]),
+        (KVSharding(2, 4, 4), 10, [8, 16, 24, 30]),
+        (KVSharding(2, 6, 4), 30, [24, 48, 72, 80]),
+        (KVSharding(2, 6, 4), 10, [10, 20, 24, 34, 44, 48, 58, 60]),  # the unit is 24 and does not fit the budget
+        (KVSharding(1, 1, 4), 3, [3, 4, 7, 8, 11]),
+        (KVSharding(1, 1, 4), 1, [1, 2, 3, 4, 5]),
+    ],
+    ids=str,
+)
+def test_chunks_end_on_multiples_of_the_prefix_unit_where_they_can(sharding, budget, ends):
+    _, scheduler = make_scheduler(max_num_batched_tokens=budget, sharding=sharding)
+    scheduler.add(make_sequence(0, ends[-1], max_new_tokens=1))
+    steps = []
+    run(scheduler, watch=lambda step: steps.extend(spans(step)))
+    assert steps == [(0, start, end) for start, end in pairwise([0, *ends])]
+
+
+def test_running_sequences_wait_for_the_chunks_of_a_long_prompt():
+    _, scheduler = make_scheduler(max_num_batched_tokens=4)
+    submit(scheduler, make_sequence(0, 4), make_sequence(1, 8))
+    steps = []
+    run(scheduler, watch=lambda step: steps.append((spans(step), indices(step))))
+    assert steps[:4] == [([(0, 0, 4)], [0]), ([(1, 0, 4)], []), ([(1, 4, 8)], [1]), ([], [0, 1])]
+
+
+# Groups: samples of one prompt
+
+
+def test_a_group_prefills_its_prompt_once_and_shares_the_blocks_that_stay_as_they_are():
+    pool, scheduler = make_scheduler(num_blocks=20)
+    group = make_group(0, n=3, prompt_len=10)
+    submit(scheduler, *group)
+    step = scheduler.schedule()
+    assert spans(step) == [(0, 0, 10)] and step.samples == tuple(group)
+    scheduler.commit(step, tokens(step), never)
+    assert scheduler.stats.num_computed_prefill_tokens == 10
+    first = group[0].blocks
+    assert [s.blocks[:2] for s in group] == [first[:2]] * 3
+    assert [pool.refs(block) for block in first] == [3, 3, 1]
+    mutable = [s.blocks[2] for s in group]
+    assert len(set(mutable)) == 3 and 20 - pool.num_free == 5
+    assert scheduler.take_copies(0) == [(mutable[0], mutable[1]), (mutable[0], mutable[2])]
+    assert scheduler.take_copies(0) == []
+
+
+def test_a_prompt_that_ends_with_a_block_leaves_nothing_to_copy():
+    pool, scheduler = make_scheduler(num_blocks=20)
+    group = make_group(0, n=3, prompt_len=8)
+    submit(scheduler, *group)
+    advance(scheduler)
+    assert 20 - pool.num_free == 2 and scheduler.take_copies(0) == []
+    advance(scheduler)  # now each writes, in a block of its own
+    assert 20 - pool.num_free == 5
+    assert [pool.refs(s.blocks[-1]) for s in group] == [1, 1, 1]
+
+
+def test_a_block_that_one_shard_has_filled_and_another_has_not_is_copied():
+    """7 tokens over two shards: shard 0 has 4 of them in block 0, shard 1 has room for another there."""
+    _, scheduler = make_scheduler(sharding=KVSharding(2, 4, 4))
+    group = make_group(0, n=2, prompt_len=7)
+    submit(scheduler, *group)
+    advance(scheduler)
+    assert scheduler.take_copies(0) == [(0, group[1].blocks[0])] and group[0].blocks == [0]
+
+
+def test_samples_of_different_prompts_are_no_group_even_when_the_tokens_are_equal():
+    _, scheduler = make_scheduler()
+    submit(scheduler, make_sequence(0, 6, first_token=9), make_sequence(1, 6, first_token=9))
+    step = scheduler.schedule()
+    assert spans(step) == [(0, 0, 6), (1, 0, 6)]
+
+
+def test_a_group_is_as_large_as_there_are_places_and_the_rest_follows_as_a_group():
+    _, scheduler = make_scheduler(max_num_seqs=4)
+    submit(scheduler, *make_group(0, n=6, prompt_len=6, max_new_tokens=2))
+    steps = []
+    run(scheduler, watch=lambda step: steps.append((spans(step), len(step.samples))))
+    assert steps == [([(0, 0, 6)], 4), ([], 4), ([(0, 0, 6)], 2), ([], 2)]
+
+
+def test_a_group_is_as_large_as_its_blocks_allow():
+    """6 tokens: one block that all share, and one of its own for each."""
+    _, scheduler = make_scheduler(num_blocks=4, max_num_batched_tokens=6)
+    submit(scheduler, *make_group(0, n=5, prompt_len=6, max_new_tokens=2))
+    steps = []
+    run(scheduler, watch=lambda step: steps.append((spans(step), len(step.samples))))
+    assert steps == [([(0, 0, 6)], 3), ([], 3), ([(0, 0, 6)], 2), ([], 2)]
+
+
+def test_a_group_ends_sample_by_sample_and_shared_blocks_go_with_the_last():
+    pool, scheduler = make_scheduler(num_blocks=20)
+    group = make_group(0, n=3, prompt_len=9, max_new_tokens=3)
+    submit(scheduler, *group)
+    advance(scheduler, stops=lambda s: s is group[0])  # the leader goes first
+    assert [pool.refs(block) for block in group[1].blocks] == [2, 2, 1]
+    advance(scheduler, stops=lambda s: s is group[2])
+    assert [pool.refs(block) for block in group[1].blocks] == [1, 1, 1]
+    assert advance(scheduler) == [group[1]]
+    assert pool.num_free == 20
+    scheduler.check_integrity()
+
+
+def prefill_of_two_groups_and_one_copy():
+    """(scheduler, its first step, the groups): two groups of two, and blocks for the copy of the first alone."""
+    pool, scheduler = make_scheduler(num_blocks=6)
+    groups = make_group(0, 2, prompt_len=6, max_new_tokens=2), make_group(1, 2, prompt_len=6, max_new_tokens=2)
+    submit(scheduler, *groups[0], *groups[1])
+    step = scheduler.schedule()
+    assert step.samples == (*groups[0], *groups[1])
+    pool.allocate(1)  # somebody else's
+    return scheduler, step, groups
+
+
+def test_a_sample_without_blocks_for_its_copy_is_put_back_and_gets_its_token_again():
+    scheduler, step, (first, second) = prefill_of_two_groups_and_one_copy()
+    scheduler.commit(step, tokens(step, token_id=7), never)
+    assert [s.token_ids for s in (*first, *second)] == [[7], [7], [7], []]
+    assert scheduler.num_unfinished == 4 and second[1].blocks == []
+    advance(scheduler)  # the three others end
+    step = scheduler.schedule()
+    assert spans(step) == [(1, 0, 6)] and step.samples == (second[1],)
+    scheduler.commit(step, tokens(step, token_id=7), never)
+    assert second[1].token_ids == [7] and scheduler.num_unfinished == 1
+
+
+def test_samples_that_were_put_back_keep_their_order_and_come_before_those_that_wait():
+    scheduler, step, (first, second) = prefill_of_two_groups_and_one_copy()
+    late = make_sequence(2, 3, max_new_tokens=1)
+    scheduler.add(late)
+    scheduler.commit(step, tokens(step), never)
+    admitted = []
+    while (step := scheduler.schedule()) is not None:
+        admitted += [chunk.prefill.samples[0] for chunk in step.chunks]
+        scheduler.commit(step, tokens(step), never)
+    assert admitted == [second[1], late]
+    assert all(len(s.sampled) == s.max_new_tokens for s in (*first, *second, late))
+
+
+# Homes
+
+
+def test_samples_are_dealt_to_the_home_with_the_fewest_and_prefilled_once_for_all():
+    _, scheduler = make_scheduler(num_homes=2, num_blocks=20)
+    lone, group = make_sequence(0, 4), make_group(1, n=4, prompt_len=6)
+    submit(scheduler, lone, *group)
+    step = scheduler.schedule()
+    assert spans(step) == [(0, 0, 4), (1, 0, 6)]
+    assert [s.home for s in (lone, *group)] == [0, 1, 0, 1, 0]
+    assert step.chunks[1].prefill.leaders == {1: group[0], 0: group[1]}
+    assert [bool(s.blocks) for s in group] == [True, True, False, False]
+    scheduler.commit(step, tokens(step), never)
+    assert scheduler.stats.num_computed_prefill_tokens == 10
+    for follower, leader in ((group[2], group[0]), (group[3], group[1])):
+        assert follower.blocks[0] == leader.blocks[0] and follower.blocks[1] != leader.blocks[1]
+    copies = {h: [(group[h ^ 1].blocks[1], group[3 - h].blocks[1])] for h in (0, 1)}
+    assert scheduler.copies == copies
+    assert scheduler.take_copies(1) == copies[1]
+    assert scheduler.take_copies(0) == []  # a rank is in one home; the others' copies are not its business
+    scheduler.check_integrity()
+
+
+def test_a_home_of_its_own_pool_is_full_alone():
+    """Two homes of 3 blocks: the second sequence does not wait for the blocks of the first."""
+    _, scheduler = make_scheduler(num_homes=2, num_blocks=3)
+    submit(scheduler, *(make_sequence(i, 9, max_new_tokens=2) for i in range(3)))
+    step = scheduler.schedule()
+    assert indices(step) == [0, 1] and [home.pool.num_free for home in scheduler.homes] == [0, 0]
+
+
+def test_a_home_starts_where_the_poorest_home_of_its_group_does():
+    """What only one home remembers is computed again, and written to both."""
+    _, scheduler = make_scheduler(num_homes=2, num_blocks=20, prefixes=True)
+    scheduler.add(make_sequence(0, 9, max_new_tokens=1, first_token=7))
+    run(scheduler)
+    assert [len(home.prefixes) for home in scheduler.homes] == [2, 0]
+    prompt = make_sequence(1, 9, first_token=7).prompt
+    group = [Sequence(prompt, i, SamplingParams(), 1) for i in range(2)]
+    submit(scheduler, *group)
+    step = scheduler.schedule()
+    assert spans(step) == [(1, 0, 9)]
+    scheduler.commit(step, tokens(step), never)
+    assert [len(home.prefixes) for home in scheduler.homes] == [2, 2]
+    submit(scheduler, *(Sequence(prompt, i, SamplingParams(), 1) for i in (2, 3)))
+    assert spans(scheduler.schedule()) == [(1, 8, 9)]
+    scheduler.check_integrity()
+
+
+# Remembered prefixes
+
+
+def test_a_remembered_prefix_is_shared_and_not_computed_again():
+    pool, scheduler = make_scheduler(num_blocks=20, prefixes=True)
+    first, second = (make_sequence(i, 10, max_new_tokens=2, first_token=7) for i in range(2))
+    scheduler.add(first)
+    advance(scheduler)
+    scheduler.add(second)
+    step = scheduler.schedule()
+    assert spans(step) == [(1, 8, 10)] and second.blocks[:2] == first.blocks[:2] and second.blocks[2] != first.blocks[2]
+    assert [pool.refs(block) for block in second.blocks] == [3, 3, 1]  # both sequences and the cache
+    scheduler.commit(step, tokens(step), never)
+    stats = scheduler.stats
+    assert (stats.num_computed_prefill_tokens, stats.num_cached_prefill_tokens, stats.num_preemptions) == (12, 8, 0)
+
+
+def test_at_least_one_token_is_computed_for_its_logits():
+    _, scheduler = make_scheduler(prefixes=True)
+    submit(scheduler, make_sequence(0, 8, max_new_tokens=1, first_token=7))
+    run(scheduler)
+    scheduler.add(make_sequence(1, 8, max_new_tokens=1, first_token=7))
+    step = scheduler.schedule()
+    assert spans(step) == [(1, 4, 8)]
+
+
+def test_an_answer_is_remembered_like_a_prompt():
+    """Multi-turn: the next prompt is the last one and its answer. The newest token has no KV."""
+    _, scheduler = make_scheduler(prefixes=True)
+    sequence = make_sequence(0, 6, max_new_tokens=7)
+    scheduler.add(sequence)
+    run(scheduler)
+    assert sequence.next_position == 12
+    prompt = Prompt(1, "p1", (*sequence.all_token_ids, 50, 51))
+    scheduler.add(Sequence(prompt, 0, SamplingParams(), 1))
+    assert spans(scheduler.schedule()) == [(1, 12, 15)]
+
+
+def test_remembered_prefixes_give_way_to_sequences():
+    pool, scheduler = make_scheduler(num_blocks=4, prefixes=True)
+    submit(scheduler, make_sequence(0, 8, max_new_tokens=1))
+    run(scheduler)
+    assert pool.num_free == 2
+    submit(scheduler, make_sequence(1, 16, max_new_tokens=1))
+    assert spans(scheduler.schedule()) == [(1, 0, 16)]
+    assert pool.num_free == 0 and len(scheduler.homes[0].prefixes) == 0
+
+
+def test_a_prompt_that_fits_finds_its_blocks_when_what_it_matches_is_shared_with_another_prefix():
+    """Units of 3 blocks: two samples end their prompt's unit differently, so two units hold its first two blocks."""
+    pool, scheduler = make_scheduler(num_blocks=4, sharding=KVSharding(1, 6, 2), prefixes=True)
+    group = make_group(0, n=2, prompt_len=4, max_new_tokens=3)
+    submit(scheduler, *group)
+    while (step := scheduler.schedule()) is not None:
+        sampled = [SampledToken(50 + s.sample_index, -1.0, -0.5) for s in step.samples]
+        scheduler.commit(step, sampled, never)
+    assert pool.num_free == 0 and len(scheduler.homes[0].prefixes) == 2
+    prompt = Prompt(1, "p1", (*group[0].all_token_ids[:6], 99))
+    scheduler.add(Sequence(prompt, 0, SamplingParams(), 2))
+    assert spans(scheduler.schedule()) == [(1, 6, 7)]
+    assert pool.num_free == 0 and len(scheduler.homes[0].prefixes) == 1
+    scheduler.check_integrity()
+
+
+# Preemption
+
+
+def test_the_youngest_is_put_back_when_blocks_run_out_and_resumes_with_its_tokens():
+    pool, scheduler = make_scheduler(num_blocks=5)
+    old, young = make_sequence(0, 7, max_new_tokens=6), make_sequence(1, 7, max_new_tokens=3)
+    submit(scheduler, old, young)
+    advance(scheduler, token_id=11)
+    advance(scheduler, token_id=12)  # both have 8 tokens with KV, 4 blocks are in use
+    step = scheduler.schedule()  # one block is left for two that need one each
+    assert step.running == (old,) and scheduler.stats.num_preemptions == 1
+    assert young.blocks == [] and young.token_ids == [11, 12] and scheduler.num_unfinished == 2
+    scheduler.commit(step, tokens(step, 13), never)
+    seen = []
+    finished = run(scheduler, watch=lambda step: seen.extend(spans(step)))
+    assert finished == [old, young]
+    assert seen == [(1, 0, 9)]  # its prompt and both tokens again; its third ends it
+    assert young.token_ids == [11, 12, 5] and young.finish_reason == "length"
+    assert scheduler.stats.num_computed_prefill_tokens == 7 + 7 + 9 and pool.num_free == 5
+
+
+def test_several_that_are_put_back_return_in_their_order():
+    _, scheduler = make_scheduler(num_blocks=4)
+    sequences = [make_sequence(i, 4, max_new_tokens=9) for i in range(4)]
+    submit(scheduler, *sequences)
+    advance(scheduler)
+    step = scheduler.schedule()  # each needs a second block: 3 and then 2 make way
+    assert step.running == (sequences[0], sequences[1]) and scheduler.stats.num_preemptions == 2
+    scheduler.commit(step, tokens(step), never)
+    admitted = []
+    run(scheduler, watch=lambda step: admitted.extend(chunk.prefill.samples[0].prompt.index for chunk in step.chunks))
+    assert admitted.index(2) < admitted.index(3)
+    assert all(len(s.sampled) == 9 for s in sequences)
+
+
+def test_preemption_puts_back_the_youngest_of_that_home_alone():
+    _, scheduler = make_scheduler(num_blocks=4, num_homes=2)
+    sequences = [make_sequence(i, 8 if i % 2 == 0 else 4, max_new_tokens=4) for i in range(4)]
+    submit(scheduler, *sequences)
+    advance(scheduler)
+    assert [s.home for s in sequences] == [0, 1, 0, 1]
+    step = scheduler.schedule()  # home 0 is full, home 1 has two blocks left for the two that are there
+    assert step.running == (sequences[0], sequences[1], sequences[3])
+    assert scheduler.stats.num_preemptions == 1
+    scheduler.commit(step, tokens(step), never)
+    assert {s.prompt.index for s in run(scheduler)} == {0, 1, 2, 3}
+
+
+def test_one_that_was_put_back_is_prefilled_alone_and_finds_what_is_remembered_of_it():
+    """Its group is past the prompt, and its own tokens are no longer theirs."""
+    _, scheduler = make_scheduler(num_blocks=6, prefixes=True)
+    group = make_group(0, n=2, prompt_len=7, max_new_tokens=16)
+    submit(scheduler, *group)
+    seen = []
+    finished = run(scheduler, watch=lambda step: seen.extend(spans(step)))
+    assert finished == group and scheduler.stats.num_preemptions >= 1
+    assert seen[0] == (0, 0, 7)
+    assert all(start >= 4 for _, start, _ in seen[1:])  # the shared first block is never computed again
+    assert all(len(s.sampled) == 16 for s in group)
+
+
+# Everything at once
+
+
+REQUESTS = st.lists(
+    st.tuples(st.integers(1, 14), st.integers(1, 9), st.integers(1, 9), st.integers(1, 3), st.integers(1, 2)),
+    max_size=8,
+)
 SHARDINGS = st.builds(KVSharding, st.integers(1, 3), st.sampled_from([1, 4, 6]), st.just(4))
+
+
+def make_requests(requests):
+    """Samples of (prompt length, longest answer, length at which it stops, samples, first token)."""
+    for index, (prompt_len, new, _, n, first_token) in enumerate(requests):
+        prompt = make_sequence(index, prompt_len, first_token=first_token).prompt
+        yield [Sequence(prompt, i, SamplingParams(), new) for i in range(n)]
 
 
 @given(
     requests=REQUESTS,
     sharding=SHARDINGS,
-    num_blocks=st.integers(5, 12),
+    num_blocks=st.integers(6, 14),
     max_num_seqs=st.integers(1, 5),
-    budget=st.integers(12, 30),
+    budget=st.integers(1, 30),
+    num_homes=st.integers(1, 2),
+    prefixes=st.booleans(),
 )
 @settings(max_examples=150, deadline=None)
-def test_every_sample_ends_once_and_nothing_leaks(requests, sharding, num_blocks, max_num_seqs, budget):
-    """Requests of (prompt length, longest answer, length at which it stops) through a small pool."""
-    pool, scheduler = make_scheduler(num_blocks, max_num_seqs, budget, sharding)
-    sequences = [make_sequence(i, p, new) for i, (p, new, _) in enumerate(requests)]
-    stop_at = {i: at for i, (_, _, at) in enumerate(requests)}
-    for sequence in sequences:
-        scheduler.add(sequence)
-    admitted = []
+def test_every_sample_ends_once_and_nothing_leaks(
+    requests, sharding, num_blocks, max_num_seqs, budget, num_homes, prefixes
+):
+    _, scheduler = make_scheduler(num_blocks, max_num_seqs, budget, sharding, num_homes, prefixes)
+    sequences = [s for group in make_requests(requests) for s in group]
+    submit(scheduler, *sequences)
+    stop_at = {index: at for index, (_, _, at, _, _) in enumerate(requests)}
 
     def watch(step):
-        pool.check_integrity()
-        held = [block for s in sequences for block in s.blocks]
-        assert len(held) == len(set(held)) == num_blocks - pool.num_free
-        assert 1 <= len(step.sequences) <= max_num_seqs
-        num_tokens = sum(len(s.prompt.token_ids) if step.is_prefill else 1 for s in step.sequences)
-        assert num_tokens <= budget
-        for s in step.sequences:
-            assert sharding.num_blocks(len(s.prompt.token_ids) + len(s.sampled)) <= len(s.blocks) or not s.sampled
-        if step.is_prefill:
-            admitted.extend(indices(step))
+        scheduler.check_integrity()
+        assert 1 <= len(step.samples) <= max_num_seqs or (step.chunks and not step.samples)
+        num_tokens = sum(chunk.end - chunk.start for chunk in step.chunks) + len(step.running)
+        assert 1 <= num_tokens <= budget
+        for s in step.running:
+            assert sharding.num_blocks(s.next_position + 1) <= len(s.blocks)
+        for index, home in enumerate(scheduler.homes):
+            holders = Counter(b for s in sequences if s.home == index for b in s.blocks)
+            assert all(home.pool.refs(b) >= n for b, n in holders.items())
 
     finished = run(scheduler, stops=lambda s: len(s.sampled) == stop_at[s.prompt.index], watch=watch)
-    assert admitted == list(range(len(sequences)))
-    assert sorted(s.prompt.index for s in finished) == admitted
-    for s, (_, new, at) in zip(sequences, requests, strict=True):
-        assert len(s.sampled) == min(new, at)
+    assert sorted(map(id, finished)) == sorted(map(id, sequences))
+    for s in sequences:
+        _, new, at, _, _ = requests[s.prompt.index]
+        assert len(s.sampled) == min(new, at) and s.blocks == []
         assert s.finish_reason == ("stop" if at <= new else "length")
-    assert pool.num_free == num_blocks and scheduler.num_unfinished == 0
+    for home in scheduler.homes:
+        home.prefixes.clear()
+        assert home.pool.num_free == num_blocks
+    assert scheduler.num_unfinished == 0
 
 
-@given(requests=REQUESTS, num_blocks=st.integers(5, 12), max_num_seqs=st.integers(1, 5))
+@given(
+    requests=REQUESTS,
+    num_blocks=st.integers(6, 14),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(3, 20),
+    num_homes=st.integers(1, 2),
+    prefixes=st.booleans(),
+)
 @settings(max_examples=50, deadline=None)
-def test_two_schedulers_fed_alike_decide_alike(requests, num_blocks, max_num_seqs):
-    stop_at = [at for _, _, at in requests]
-
+def test_two_schedulers_fed_alike_decide_alike(requests, num_blocks, max_num_seqs, budget, num_homes, prefixes):
     def decisions():
-        _, scheduler = make_scheduler(num_blocks, max_num_seqs, 12)
-        for i, (p, new, _) in enumerate(requests):
-            scheduler.add(make_sequence(i, p, new))
+        _, scheduler = make_scheduler(num_blocks, max_num_seqs, budget, num_homes=num_homes, prefixes=prefixes)
+        submit(scheduler, *(s for group in make_requests(requests) for s in group))
         steps = []
-        run(
-            scheduler,
-            stops=lambda s: len(s.sampled) == stop_at[s.prompt.index],
-            watch=lambda step: steps.append(
-                (step.is_prefill, [(s.prompt.index, tuple(s.blocks)) for s in step.sequences])
-            ),
-        )
-        return steps
+
+        def watch(step):
+            chunks = [
+                (*span, {h: tuple(s.blocks) for h, s in chunk.prefill.leaders.items()})
+                for span, chunk in zip(spans(step), step.chunks, strict=True)
+            ]
+            samples = [(s.prompt.index, s.sample_index, s.home, tuple(s.blocks)) for s in step.samples]
+            steps.append((chunks, samples, {h: list(pairs) for h, pairs in scheduler.copies.items()}))
+
+        run(scheduler, stops=lambda s: len(s.sampled) == requests[s.prompt.index][2], watch=watch)
+        return steps, scheduler.stats
 
     assert decisions() == decisions()

@@ -1,0 +1,299 @@
+"""Context of a prefill step: whoever travels, every query sees every cached token of its prompt exactly once."""
+
+from collections import Counter
+from dataclasses import replace
+from math import isclose
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.context import (
+    Context,
+    Place,
+    choose_exchange,
+    exchange_bytes,
+    exchange_places,
+    plan_kv_exchange,
+    plan_query_exchange,
+)
+from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
+from cpinfer.layout.prefill import split_prompts
+from cpinfer.layout.shards import KVSharding
+
+GRIDS = [RankGrid(tp, pcp, dcp) for tp in (1, 2, 4) for pcp in (1, 2, 3, 4) for dcp in legal_dcp_sizes(tp, pcp)]
+
+
+def places_of(grid):
+    """The places of every rank's exchange axis, and the rank's place on it."""
+    for rank in range(grid.world_size):
+        places = exchange_places(grid, rank)
+        me = Place(grid.coords(rank).pcp_rank, grid.home(rank), grid.kv_shard(rank))
+        yield rank, places, places.index(me)
+
+
+@pytest.mark.parametrize(
+    "grid, rank, places",
+    [
+        (RankGrid(2, 2, 2), 3, [(0, 0, 0), (1, 0, 1)]),  # dcp = pcp: the column, one home
+        (RankGrid(1, 4, 2), 0, [(0, 0, 0), (1, 0, 1), (2, 1, 0), (3, 1, 1)]),  # dcp < pcp: all homes of the column
+        (RankGrid(2, 2, 1), 1, [(0, 0, 0), (1, 1, 0)]),
+        (RankGrid(2, 2, 4), 2, [(0, 0, 0), (1, 0, 1), (0, 0, 2), (1, 0, 3)]),  # dcp > pcp: the group, pcp fastest
+        (RankGrid(4, 1, 2), 3, [(0, 0, 0), (0, 0, 1)]),
+        (RankGrid(4, 2, 4), 7, [(0, 0, 0), (1, 0, 1), (0, 0, 2), (1, 0, 3)]),
+        (RankGrid(1, 1, 1), 0, [(0, 0, 0)]),
+    ],
+    ids=str,
+)
+def test_the_known_places_of_an_axis(grid, rank, places):
+    assert exchange_places(grid, rank) == tuple(Place(*place) for place in places)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, RankGrid(2, 2, 2, dp_size=3)], ids=str)
+def test_an_axis_has_every_part_and_every_shard_of_every_home_it_may_ask_for(grid):
+    for rank, places, _ in places_of(grid):
+        columns = max(1, grid.dcp_size // grid.pcp_size)
+        assert Counter(p.pcp_rank for p in places) == dict.fromkeys(range(grid.pcp_size), columns)
+        everything = {(home, shard) for home in range(grid.num_homes) for shard in range(grid.dcp_size)}
+        assert Counter((p.home, p.shard) for p in places) == dict.fromkeys(everything, 1)
+        # The order is that of the communicator which the engine takes for it.
+        groups = grid.pcp_groups if grid.dcp_size <= grid.pcp_size else grid.dcp_groups
+        group = next(g for g in groups if rank in g)
+        assert places[group.index(rank)] == (grid.coords(rank).pcp_rank, grid.home(rank), grid.kv_shard(rank))
+
+
+def caches(contexts, sharding, num_homes, num_slots):
+    """`[homes, shards, slots, 2]`: (prompt, position) of the token that each slot holds, (-1, -1) where none is."""
+    store = np.full((num_homes, sharding.num_shards, num_slots, 2), -1)
+    for prompt, context in enumerate(contexts):
+        positions, table = np.arange(context.num_tokens), np.asarray(context.block_table, dtype=np.int64)
+        for shard in range(sharding.num_shards):
+            slots = sharding.slots(table, positions, shard)
+            mine = slots >= 0
+            assert (store[context.home, shard][slots[mine]] == -1).all()
+            store[context.home, shard][slots[mine], 0] = prompt
+            store[context.home, shard][slots[mine], 1] = positions[mine]
+    return store
+
+
+def query_exchange_sees(split, contexts, sharding, places, store):
+    """For each token of each part, (prompt, new position) -> counted (prompt, position) it sees over all shards."""
+    seen = {}
+    for me in places:
+        plan = plan_query_exchange(split, contexts, sharding, me)
+        # The gather brings every part, padded; places of the same part on other columns hold other heads of it.
+        queries = np.full((split.pcp_size, plan.part_len, 2), -1)
+        for pcp_rank in range(split.pcp_size):
+            tokens = [(p.prompt, t) for p in split.part(pcp_rank) for t in range(p.start, p.end)]
+            queries[pcp_rank, : len(tokens)] = np.array(tokens).reshape(-1, 2)
+        packed = queries.reshape(-1, 2)
+        assert plan.rows.num_queries == len(packed) and not plan.rows.causal
+        starts = np.cumsum([0, *plan.rows.q_lens])
+        for row, start in enumerate(starts[:-1]):
+            keys = [tuple(key) for key in store[me.home, me.shard][plan.rows.slots(row)].tolist()]
+            for query in packed[start : starts[row + 1]].tolist():
+                if query == [-1, -1]:
+                    assert keys == []
+                else:
+                    seen.setdefault(tuple(query), Counter()).update(keys)
+    return seen
+
+
+def kv_exchange_sees(split, contexts, sharding, places, store, workspace_tokens):
+    """The same, with each part's own queries and what the windows bring."""
+    plans = [
+        plan_kv_exchange(split, contexts, sharding, places, index, workspace_tokens) for index in range(len(places))
+    ]
+    lengths = [[window.length for window in plan.windows] for plan in plans]
+    assert all(other == lengths[0] for other in lengths), "every rank takes part in the same gathers"
+    assert all(length * len(places) <= max(workspace_tokens, len(places)) for length in lengths[0])
+    seen_by_place = []
+    for index, place in enumerate(places):
+        seen = {}
+        pieces = split.part(place.pcp_rank)
+        for window, gathered in enumerate(gathers(plans, places, store)):
+            rows = plans[index].windows[window].rows
+            assert rows.q_lens.tolist() == [piece.num_tokens for piece in pieces] and not rows.causal
+            for row, piece in enumerate(pieces):
+                keys = [tuple(key) for key in gathered[rows.slots(row)].tolist()]
+                for t in range(piece.start, piece.end):
+                    seen.setdefault((piece.prompt, t), Counter()).update(keys)
+        seen_by_place.append(seen)
+    return seen_by_place
+
+
+def gathers(plans, places, store):
+    """What each gather brings: `[places * length, 2]`."""
+    for window in range(len(plans[0].windows)):
+        sent = []
+        for plan, place in zip(plans, places, strict=True):
+            w = plan.windows[window]
+            assert len(w.slots) <= w.length
+            send = np.full((w.length, 2), -1)
+            send[: len(w.slots)] = store[place.home, place.shard][w.slots]
+            sent.append(send)
+        yield np.concatenate(sent)
+
+
+def wanted(split, contexts):
+    """Every new token sees the context of its own prompt, whole and once."""
+    return {
+        (piece.prompt, t): Counter({(piece.prompt, p): 1 for p in range(contexts[piece.prompt].num_tokens)})
+        for piece in split.pieces
+        for t in range(piece.start, piece.end)
+    }
+
+
+@st.composite
+def context_steps(draw):
+    """(grid, split, contexts, sharding): chunks with 0 or more cached tokens each, split or whole, in any home."""
+    grid = draw(st.sampled_from(GRIDS))
+    n = draw(st.integers(1, 4))
+    lens = draw(st.lists(st.integers(1, 20), min_size=n, max_size=n))
+    dealt = draw(st.none() | st.lists(st.none() | st.integers(0, grid.pcp_size - 1), min_size=n, max_size=n))
+    split = split_prompts(lens, grid.pcp_size, dealt=dealt)
+    sharding = KVSharding(grid.dcp_size, draw(st.integers(1, 6)), draw(st.integers(1, 5)))
+    cached = draw(st.lists(st.just(0) | st.integers(1, 60), min_size=n, max_size=n))
+    homes = draw(st.lists(st.integers(0, grid.num_homes - 1), min_size=n, max_size=n))
+    needed = [sharding.num_blocks(p) for p in cached]
+    blocks = draw(st.permutations(range(sum(needed) + 2)))
+    ends = np.cumsum(needed)
+    contexts = [
+        Context(p, home, list(blocks[end - k : end]))
+        for p, home, k, end in zip(cached, homes, needed, ends, strict=True)
+    ]
+    return grid, split, contexts, sharding
+
+
+def store_of(step):
+    grid, _, contexts, sharding = step
+    return caches(
+        contexts, sharding, grid.num_homes, (sum(len(c.block_table) for c in contexts) + 2) * sharding.block_size
+    )
+
+
+LAW = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@LAW
+@given(context_steps(), st.data())
+def test_travelling_queries_see_every_cached_token_of_their_prompt_once_over_all_shards(step, data):
+    grid, split, contexts, sharding = step
+    places = exchange_places(grid, data.draw(st.integers(0, grid.world_size - 1)))
+    seen = query_exchange_sees(split, contexts, sharding, places, store_of(step))
+    assert seen == wanted(split, contexts)
+
+
+@LAW
+@given(context_steps(), st.integers(1, 200), st.data())
+def test_travelling_kv_shows_every_query_every_cached_token_of_its_prompt_once_in_windows_of_any_size(
+    step, workspace_tokens, data
+):
+    grid, split, contexts, sharding = step
+    places = exchange_places(grid, data.draw(st.integers(0, grid.world_size - 1)))
+    by_place = kv_exchange_sees(split, contexts, sharding, places, store_of(step), workspace_tokens)
+    want = wanted(split, contexts)
+    if not any(c.num_tokens for c in contexts):
+        assert by_place == [{}] * len(places)
+        return
+    for place, seen in zip(places, by_place, strict=True):
+        own = {(p.prompt, t) for p in split.part(place.pcp_rank) for t in range(p.start, p.end)}
+        assert seen == {query: want[query] for query in own}
+
+
+def test_a_rotated_shard_is_seen_by_these_tests():
+    """Negative control: a plan for another shard's tokens must not pass."""
+    grid, sharding = RankGrid(1, 2, 2), KVSharding(2, 2, 4)
+    split, contexts = split_prompts([6], 2), [Context(7, 0, [1])]
+    store = caches(contexts, sharding, 1, 8)
+    places = exchange_places(grid, 0)
+    assert query_exchange_sees(split, contexts, sharding, places, store) == wanted(split, contexts)
+    with pytest.raises(AssertionError):
+        assert query_exchange_sees(split, contexts, sharding, places, store[:, ::-1]) == wanted(split, contexts)
+    with pytest.raises(AssertionError):
+        (first, second) = kv_exchange_sees(split, contexts, sharding, places[::-1], store[:, ::-1], 3)
+        assert first | second == wanted(split, contexts)
+
+
+@LAW
+@given(context_steps(), st.integers(1, 5), st.sampled_from([2, 4]), st.data())
+def test_bytes_are_those_that_a_literal_exchange_moves(step, q_heads, dtype_bytes, data):
+    grid, split, contexts, sharding = step
+    places = exchange_places(grid, data.draw(st.integers(0, grid.world_size - 1)))
+    kv = data.draw(st.sampled_from([KVLayout(2, 8, 8), KVLayout(1, 16, 8), KVLayout(1, 12, 8, v_is_prefix_of_k=True)]))
+
+    def count(exchange, contexts=contexts):
+        return exchange_bytes(exchange, split, contexts, sharding, places, q_heads, kv, dtype_bytes)
+
+    # Queries: q of a padded part from each other place, then out and a float32 lse of the own part from each.
+    part_len = plan_query_exchange(split, contexts, sharding, places[0]).part_len
+    received = 0
+    for _ in range(len(places) - 1):
+        received += part_len * q_heads * kv.k_dim * dtype_bytes
+        received += part_len * q_heads * (kv.v_dim * dtype_bytes + 4)
+    assert count("queries") == received
+    # KV: every window from each other place, padded to the longest.
+    for workspace_tokens in (1, 7, 10**6):
+        plan = plan_kv_exchange(split, contexts, sharding, places, 0, workspace_tokens)
+        rows = sum(window.length for window in plan.windows) * (len(places) - 1)
+        values = kv.num_heads * (kv.k_dim + (0 if kv.v_is_prefix_of_k else kv.v_dim))
+        assert count("kv") == rows * values * dtype_bytes
+    # And a rank's padding is what the fullest rank holds, token by token.
+    longest = max(
+        sum(
+            1
+            for c in contexts
+            if c.home == p.home
+            for t in range(c.num_tokens)
+            if sharding.owner(np.array(t)) == p.shard
+        )
+        for p in places
+    )
+    assert count("kv") == (len(places) - 1) * longest * kv.values_per_token * dtype_bytes
+    choice = choose_exchange(split, contexts, sharding, places, q_heads, kv, dtype_bytes)
+    assert count(choice) == min(count("queries"), count("kv"))
+    nothing = [replace(c, num_tokens=0) for c in contexts]
+    assert count("kv", nothing) == 0
+
+
+def choice(grid, num_new, num_cached, q_heads, kv_heads, head_dim=128):
+    """What travels for one prompt on this grid; heads are those of one rank."""
+    sharding = KVSharding(grid.dcp_size, 16, 16)
+    split = split_prompts([num_new], grid.pcp_size)
+    contexts = [Context(num_cached, 0, range(sharding.num_blocks(num_cached)))]
+    kv = KVLayout(kv_heads, head_dim, head_dim)
+    return choose_exchange(split, contexts, sharding, exchange_places(grid, 0), q_heads, kv, 2)
+
+
+@pytest.mark.parametrize("grid", [RankGrid(1, 2, 2), RankGrid(1, 8, 8), RankGrid(2, 2, 4), RankGrid(4, 2, 8)], ids=str)
+@pytest.mark.parametrize("q_heads, kv_heads", [(32, 8), (8, 1), (4, 4)])
+def test_queries_travel_while_new_over_cached_is_at_most_kvl_over_k_hq(grid, q_heads, kv_heads):
+    k = grid.columns_per_dcp_group
+    cached = 64000
+    edge = cached * kv_heads / (k * q_heads)
+    assert choice(grid, int(edge * 0.95), cached, q_heads, kv_heads) == "queries"
+    assert choice(grid, int(edge * 1.05), cached, q_heads, kv_heads) == "kv"
+
+
+def test_32_over_8_heads_switch_where_a_fifth_of_the_tokens_is_new():
+    grid, total = RankGrid(1, 4, 4), 80000
+    queries = [
+        share
+        for share in range(1, 100)
+        if choice(grid, total * share // 100, total - total * share // 100, 32, 8) == "queries"
+    ]
+    assert queries == list(range(1, len(queries) + 1))
+    assert isclose(len(queries) / 100, 0.2, abs_tol=0.011)
+
+
+def test_queries_travel_when_both_cost_the_same_and_nothing_is_to_be_exchanged_alone():
+    assert choice(RankGrid(1, 1, 1), 100, 1, 4, 4) == "queries"
+
+
+def test_homes_share_their_axis_with_ranks_that_hold_nothing_of_a_prompt():
+    """Two homes: the context is denser on its ranks, so queries win twice as long."""
+    one, two = RankGrid(1, 4, 4), RankGrid(1, 4, 2)
+    assert (choice(one, 1500, 4000, 4, 1), choice(two, 1500, 4000, 4, 1)) == ("kv", "queries")
+    assert (choice(one, 900, 4000, 4, 1), choice(two, 2100, 4000, 4, 1)) == ("queries", "kv")

@@ -1,0 +1,287 @@
+"""Remembered prefixes: found by their tokens, shared while in use, forgotten least recently used first."""
+
+import pytest
+
+from cpinfer.layout.pool import BlockPool
+from cpinfer.layout.prefix_cache import PrefixCache
+from cpinfer.layout.shards import KVSharding
+
+SHARDING = KVSharding(num_shards=1, interleave=4, block_size=4)
+A, B = list(range(100, 140)), list(range(200, 240))
+
+
+def make_cache(num_blocks=20, sharding=SHARDING, enabled=True):
+    pool = BlockPool(num_blocks)
+    return pool, PrefixCache(pool, sharding, enabled=enabled)
+
+
+def compute(pool, cache, tokens, sharding=SHARDING):
+    """Blocks of a sequence that computed all of `tokens`, which are then remembered."""
+    blocks = pool.allocate(sharding.num_blocks(len(tokens)))
+    cache.insert(tokens, blocks)
+    return blocks
+
+
+def remember(pool, cache, tokens, sharding=SHARDING):
+    """The same of a sequence that has ended."""
+    blocks = compute(pool, cache, tokens, sharding)
+    pool.release(blocks)
+    return blocks
+
+
+def match(pool, cache, tokens, max_tokens=10**6):
+    """What matches, without keeping the reference."""
+    blocks = cache.match(tokens, max_tokens)
+    pool.release(blocks)
+    return blocks
+
+
+def check(pool, cache, *sequences):
+    """Nobody but these sequences and the cache refers to a block."""
+    pool.check_integrity([*cache.references(), *(block for blocks in sequences for block in blocks)])
+
+
+@pytest.mark.parametrize(
+    "sharding, unit, blocks_per_unit",
+    [
+        (KVSharding(1, 4, 4), 4, 1),
+        (KVSharding(1, 1, 4), 4, 1),
+        (KVSharding(2, 4, 4), 8, 1),
+        (KVSharding(2, 1, 4), 8, 1),
+        (KVSharding(1, 8, 4), 8, 2),
+        (KVSharding(3, 6, 4), 36, 3),
+        (KVSharding(4, 16, 16), 64, 1),
+    ],
+    ids=str,
+)
+def test_whole_units_of_lcm_of_interleave_and_block_times_shards_are_remembered(sharding, unit, blocks_per_unit):
+    tokens = list(range(3 * unit + unit // 2))
+    pool, cache = make_cache(40, sharding)
+    blocks = compute(pool, cache, tokens, sharding)
+    assert len(cache) == 3
+    for length in range(len(tokens) + 1):
+        found = match(pool, cache, tokens[:length])
+        assert found == blocks[: length // unit * blocks_per_unit]
+        assert cache.tokens_of(found) == length // unit * unit
+    check(pool, cache, blocks)
+
+
+def test_what_is_found_lies_where_the_sharding_says():
+    """Every token of a found prefix has its slot within the blocks that are found, on its shard, and they are full."""
+    for sharding in (KVSharding(2, 1, 4), KVSharding(3, 6, 4), KVSharding(2, 8, 4)):
+        n = 2 * sharding.prefix_unit
+        pool, cache = make_cache(40, sharding)
+        remember(pool, cache, list(range(n + 1)), sharding)
+        found = match(pool, cache, list(range(n)))
+        assert sharding.num_blocks(n) == sharding.num_immutable_blocks(n) == len(found)
+
+
+def test_the_longest_known_prefix_within_max_tokens_is_found():
+    pool, cache = make_cache()
+    blocks = remember(pool, cache, A[:18])
+    assert match(pool, cache, A) == blocks[:4]
+    for max_tokens in range(20):
+        assert match(pool, cache, A, max_tokens) == blocks[: min(max_tokens, 16) // 4]
+
+
+def test_other_tokens_or_other_tokens_before_them_do_not_match():
+    pool, cache = make_cache()
+    blocks = remember(pool, cache, A[:12])
+    assert match(pool, cache, B) == []
+    assert match(pool, cache, A[4:]) == []  # known tokens at other positions
+    assert match(pool, cache, B[:4] + A[4:12]) == []  # known tokens at their positions, behind others
+    assert match(pool, cache, A[:4] + B[:4] + A[8:12]) == blocks[:1]
+    assert match(pool, cache, [*A[:7], 0]) == blocks[:1]  # the last of a unit differs
+    assert match(pool, cache, [A[1], A[0], *A[2:]]) == []
+
+
+def test_tokens_of_any_size_and_kind_of_sequence_are_told_apart():
+    """Keys are of the numbers: 1, 256 is not 257, 0, and a tuple is not another prefix than a list."""
+    pool, cache = make_cache()
+    blocks = remember(pool, cache, (1, 256, 2**40, 7))
+    assert match(pool, cache, [1, 256, 2**40, 7]) == blocks
+    assert match(pool, cache, [257, 0, 2**40, 7]) == match(pool, cache, [1, 256, 2**40 + 2**32, 7]) == []
+
+
+def test_nothing_is_found_of_no_tokens_and_nothing_remembered_of_less_than_a_unit():
+    pool, cache = make_cache()
+    assert match(pool, cache, []) == match(pool, cache, A) == []
+    remember(pool, cache, [])
+    remember(pool, cache, A[:3])
+    assert len(cache) == 0 and pool.num_free == 20
+
+
+def test_a_match_is_a_reference_for_the_caller_and_the_cache_keeps_its_own():
+    pool, cache = make_cache()
+    blocks = compute(pool, cache, A[:8])
+    assert [pool.refs(block) for block in blocks] == [2, 2]
+    found = cache.match(A, 4)
+    assert [pool.refs(block) for block in blocks] == [3, 2]
+    check(pool, cache, blocks, found)
+    pool.release(blocks)
+    pool.release(found)
+    assert [pool.refs(block) for block in blocks] == [1, 1] and pool.num_free == 18
+    check(pool, cache)
+
+
+def test_what_is_known_is_not_remembered_twice():
+    """A second sequence that computed the same elsewhere keeps its blocks for itself; its new units are added."""
+    pool, cache = make_cache()
+    first = compute(pool, cache, A[:8])
+    second = compute(pool, cache, A[:12])
+    assert len(cache) == 3
+    assert [pool.refs(block) for block in first + second] == [2, 2, 1, 1, 2]
+    assert match(pool, cache, A[:12]) == [*first, second[2]]
+    check(pool, cache, first, second)
+
+
+def test_blocks_in_use_are_not_evictable():
+    pool, cache = make_cache(num_blocks=4)
+    blocks = compute(pool, cache, A[:12])
+    assert cache.num_evictable() == 0
+    cache.evict(4)
+    assert len(cache) == 3 and pool.num_free == 1
+    pool.release(blocks[2:])
+    assert cache.num_evictable() == 1
+    cache.evict(4)
+    assert len(cache) == 2 and pool.num_free == 2 and cache.num_evictable() == 0
+    assert match(pool, cache, A) == blocks[:2]
+    check(pool, cache, blocks[:2])
+
+
+def test_no_more_is_forgotten_than_is_asked_for():
+    pool, cache = make_cache(num_blocks=6)
+    remember(pool, cache, A[:16])
+    cache.evict(2)
+    assert len(cache) == 4  # so many were free
+    cache.evict(4)
+    assert (len(cache), pool.num_free, cache.num_evictable()) == (2, 4, 2)
+    cache.evict(100)
+    assert (len(cache), pool.num_free, cache.num_evictable()) == (0, 6, 0)
+
+
+def test_the_least_recently_used_goes_first():
+    pool, cache = make_cache(num_blocks=6)
+    a, _ = remember(pool, cache, A[:8]), remember(pool, cache, B[:8])
+    match(pool, cache, A)
+    cache.evict(4)
+    assert (match(pool, cache, A), match(pool, cache, B)) == (a, [])
+    remember(pool, cache, B[:8])
+    pool.release(compute(pool, cache, A[:8]))  # to compute it again is to use it, too
+    cache.evict(4)
+    assert (match(pool, cache, A), match(pool, cache, B)) == (a, [])
+
+
+def test_a_prefix_goes_after_what_follows_it():
+    """Without its beginning the rest could not be found, and would hold blocks for nothing."""
+    pool, cache = make_cache(num_blocks=8)
+    a = remember(pool, cache, A[:16])
+    for left in (3, 2, 1, 0):
+        cache.evict(pool.num_free + 1)
+        assert match(pool, cache, A) == a[:left] and len(cache) == left
+
+
+def test_a_short_match_leaves_what_follows_to_go_first():
+    pool, cache = make_cache(num_blocks=9)
+    a, b = remember(pool, cache, A[:12]), remember(pool, cache, B[:12])
+    match(pool, cache, A, max_tokens=4)
+    cache.evict(5)  # both of A's that were not used again
+    assert (match(pool, cache, A), match(pool, cache, B)) == (a[:1], b)
+
+
+def test_branches_share_their_stem_which_goes_last():
+    pool, cache = make_cache(num_blocks=8)
+    stem = remember(pool, cache, A[:4])
+    left = cache.match(A, 4)
+    left += pool.allocate(1)
+    cache.insert(A[:8], left)
+    right = cache.match(A, 4)
+    right += pool.allocate(1)
+    cache.insert(A[:4] + B[:4], right)
+    assert len(cache) == 3 and left[0] == right[0] == stem[0]
+    pool.release(left)
+    pool.release(right)
+    cache.evict(7)
+    assert match(pool, cache, A) == stem and match(pool, cache, A[:4] + B) == stem
+    check(pool, cache)
+
+
+def forked_units():
+    """(pool, cache, first sample's blocks, second's) of samples that end one unit of 3 blocks differently.
+
+    They share the two blocks of their prompt, and each goes on in a block of its own.
+    """
+    sharding = KVSharding(1, 6, 2)
+    pool, cache = make_cache(6, sharding)
+    first = compute(pool, cache, A[:6], sharding)
+    pool.share(first[:2])
+    second = first[:2] + pool.allocate(1)
+    cache.insert(A[:4] + B[:2], second)
+    assert len(cache) == 2 and [pool.refs(block) for block in (*first, second[2])] == [4, 4, 2, 2]
+    return pool, cache, first, second
+
+
+def test_units_with_blocks_in_common_can_all_be_evicted_once_nobody_uses_them():
+    pool, cache, first, second = forked_units()
+    assert cache.num_evictable() == 0
+    pool.release(first)
+    assert cache.num_evictable() == 1
+    pool.release(second)
+    assert cache.num_evictable() == 4
+    cache.evict(3)
+    assert len(cache) == 1 and pool.num_free == 3  # the first to go frees the block that is its alone
+    assert match(pool, cache, A[:4] + B[:2]) == second and match(pool, cache, A) == []
+    cache.evict(6)
+    assert len(cache) == 0 and pool.num_free == 6
+    check(pool, cache)
+
+
+def test_of_units_with_blocks_in_common_one_in_use_keeps_what_they_share_and_no_more():
+    """Else what is evictable would shrink by more than what a match takes, and an admitted prompt find no blocks."""
+    pool, cache, first, second = forked_units()
+    pool.release(second)
+    assert cache.num_evictable() == 1
+    cache.evict(6)
+    assert pool.num_free == 3 and second[2] not in cache.references()
+    assert (match(pool, cache, A), match(pool, cache, A[:4] + B[:2])) == (first, [])
+    check(pool, cache, first)
+
+
+def test_clearing_forgets_everything_and_leaves_sequences_their_blocks():
+    pool, cache = make_cache()
+    blocks = compute(pool, cache, A[:12])
+    remember(pool, cache, B[:12])
+    cache.clear()
+    assert len(cache) == cache.num_evictable() == 0 and list(cache.references()) == []
+    assert match(pool, cache, A) == []
+    check(pool, cache, blocks)
+    assert pool.num_free == 17
+
+
+def test_a_cache_that_is_switched_off_finds_nothing_and_keeps_nothing():
+    pool, cache = make_cache(enabled=False)
+    blocks = compute(pool, cache, A[:12])
+    assert len(cache) == cache.num_evictable() == 0 and match(pool, cache, A) == []
+    assert [pool.refs(block) for block in blocks] == [1, 1, 1]
+    cache.evict(20)
+    cache.clear()
+    check(pool, cache, blocks)
+
+
+def test_two_caches_fed_alike_decide_alike():
+    """Keys are no Python hashes, which differ between processes; the order of use is the only order there is."""
+
+    def history():
+        pool, cache = make_cache(num_blocks=8)
+        seen = []
+        for tokens in (A[:12], B[:8], A[:4] + B[:8], B[:12]):
+            known = cache.match(tokens, len(tokens) - 1)
+            missing = len(tokens) // 4 - len(known)
+            cache.evict(missing)
+            blocks = known + pool.allocate(missing)
+            cache.insert(tokens, blocks)
+            pool.release(blocks)
+            seen.append((tuple(blocks), sorted(cache.references()), pool.num_free))
+        return seen, list(cache._units)
+
+    assert history() == history()

@@ -1,0 +1,226 @@
+"""Partial states come back whole: whatever the way, each rank has its own rows and heads merged over all shards."""
+
+import pytest
+import torch
+
+from cpinfer.comm.axis import CountingComm, SoloComm
+from cpinfer.comm.threads import run_ranks
+from cpinfer.layout.grid import RankGrid
+from cpinfer.models.state_exchange import StateExchange
+from cpinfer.ops.states import merge_states
+
+R, H, K, D = 3, 2, 1, 4
+
+# One column (dcp <= pcp, over the DCP axis), and several: tp ranks whose heads differ share one KV head.
+ONE_COLUMN = [RankGrid(1, 2, 2), RankGrid(1, 4, 4), RankGrid(2, 2, 2), RankGrid(1, 4, 2)]
+COLUMNS = [RankGrid(2, 2, 4), RankGrid(4, 2, 8), RankGrid(4, 1, 2), RankGrid(4, 1, 4), RankGrid(4, 2, 4)]
+
+
+class World:
+    """Rows and heads of one DCP group of `columns` by `rows_of` ranks, and what each of its shards knows of them.
+
+    Everything is float32 and random, peaked as attention is; `lse` of the given (row, shard) pairs is -inf.
+    """
+
+    def __init__(self, grid, num_places, pcp_size, empty=()):
+        self.pcp_size, self.columns = pcp_size, num_places // pcp_size
+        g = torch.Generator().manual_seed(grid.world_size)
+        rows, heads = pcp_size * R, self.columns * H
+        self.q = torch.randn(rows, heads, D, generator=g)
+        self.k, self.v = torch.randn(rows, K, D, generator=g), torch.randn(rows, K, D, generator=g)
+        self.out = torch.randn(num_places, rows, heads, D, generator=g)
+        self.lse = 5 * torch.randn(num_places, rows, heads, generator=g)
+        for row, shard in empty:
+            self.lse[shard, row] = -torch.inf
+            self.out[shard, row] = 0.0
+
+    def own(self, x, place):
+        """What of `[rows, heads, ...]` the rank at `place` owns: pcp runs fastest."""
+        column, pcp_rank = divmod(place, self.pcp_size)
+        return x[pcp_rank * R : (pcp_rank + 1) * R, column * H : (column + 1) * H]
+
+    def merged(self, place):
+        """Straight from the shards' states, in float64."""
+        shards = range(len(self.out))
+        return merge_states([tuple(self.own(x[s], place).double() for x in (self.out, self.lse)) for s in shards])
+
+
+def group_sizes(grid):
+    """(places, pcp places) of the decode exchange, which runs over the DCP axis."""
+    return grid.dcp_size, grid.row_ranks
+
+
+def exchange_states(grid, state_return, empty=(), wire_dtype=torch.float32):
+    """(the world, each rank's merged state, traffic) for every rank of the grid."""
+    places, pcp_size = group_sizes(grid)
+    replicated = state_return == "replicate_q"
+    # Replicated queries: every rank has computed all rows, so there is one place to deal them to.
+    world = World(grid, places, 1 if replicated else pcp_size, empty)
+    if replicated:
+        world.columns = 1
+
+    def body(topology):
+        comm = CountingComm(topology.dcp)
+        exchange = StateExchange(
+            comm, pcp_size=1 if replicated else pcp_size, wire_dtype=wire_dtype, state_return=state_return
+        )
+        mine = world.out[comm.index], world.lse[comm.index]
+        if replicated:
+            mine = mine[0][:, :H], mine[1][:, :H]
+        return comm.index, exchange.return_partials(mine, H), comm.traffic
+
+    return world, run_ranks(grid, body)
+
+
+def assert_merged(world, got, place, tolerance=2e-6):
+    """`got` is what the shards' states merge to, and where all are empty it is the empty state."""
+    (out, lse), (want_out, want_lse) = got, world.merged(place)
+    assert out.shape == (R, H, D) and lse.shape == (R, H) and lse.dtype == torch.float32
+    assert not out.isnan().any()
+    torch.testing.assert_close(out.double(), want_out, rtol=0, atol=tolerance)
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("state_return", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("grid", ONE_COLUMN + COLUMNS, ids=str)
+def test_own_rows_and_heads_come_back_merged_over_all_shards(grid, state_return):
+    world, results = exchange_states(grid, state_return)
+    for place, got, _ in results:
+        assert_merged(world, got, place)
+
+
+@pytest.mark.parametrize("grid", ONE_COLUMN, ids=str)
+def test_replicated_rows_are_merged_on_every_rank_and_equal_on_all(grid):
+    world, results = exchange_states(grid, "replicate_q")
+    for _, got, _ in results:
+        assert_merged(world, got, 0)
+        assert torch.equal(got[0], results[0][1][0]) and torch.equal(got[1], results[0][1][1])
+
+
+@pytest.mark.parametrize(
+    "grid, state_return",
+    [(grid, way) for grid in ONE_COLUMN for way in ("a2a", "ag_rs", "replicate_q")]
+    + [(grid, way) for grid in COLUMNS for way in ("a2a", "ag_rs")],
+    ids=str,
+)
+def test_shards_that_hold_nothing_of_a_row_count_nothing_and_rows_that_nobody_holds_stay_empty(grid, state_return):
+    shards = range(grid.dcp_size)
+    empty = [(0, 0), (1, grid.dcp_size - 1), *((2, shard) for shard in shards)]
+    world, results = exchange_states(grid, state_return, empty)
+    for place, got, _ in results:
+        at = 0 if state_return == "replicate_q" else place
+        assert_merged(world, got, at)
+        if at % world.pcp_size == 0:  # row 2 is among the rows of pcp rank 0
+            assert (got[1][2] == -torch.inf).all() and (got[0][2] == 0).all()
+            assert got[1][:2].isfinite().all()
+
+
+@pytest.mark.parametrize("state_return", ["a2a", "ag_rs", "replicate_q"])
+def test_a_fault_in_one_shard_is_not_merged_away(state_return):
+    grid = RankGrid(1, 2, 2)
+
+    def body(topology):
+        exchange = StateExchange(
+            topology.dcp,
+            pcp_size=1 if state_return == "replicate_q" else 2,
+            wire_dtype=torch.float32,
+            state_return=state_return,
+        )
+        rows = R if state_return == "replicate_q" else 2 * R
+        out, lse = torch.ones(rows, H, D), torch.zeros(rows, H)
+        if topology.rank == 1:
+            out[0, 0, 0] = torch.nan
+        return exchange.return_partials((out, lse), H)[0]
+
+    assert run_ranks(grid, body)[0][0, 0].isnan().any()
+
+
+@pytest.mark.parametrize("state_return, tolerance", [("a2a", 2e-2), ("replicate_q", 2e-2), ("ag_rs", 2e-6)])
+def test_a_narrow_wire_rounds_outputs_and_never_lse(state_return, tolerance):
+    """`ag_rs` sends what is already weighted, in float32 whatever the wire."""
+    world, results = exchange_states(RankGrid(1, 4, 4), state_return, wire_dtype=torch.bfloat16)
+    for place, got, _ in results:
+        assert_merged(world, got, 0 if state_return == "replicate_q" else place, tolerance)
+
+
+@pytest.mark.parametrize(
+    "state_return, gathers, all_to_alls, reduce_scatters",
+    [("a2a", 0, 1, 0), ("ag_rs", 1, 0, 1), ("replicate_q", 1, 0, 0)],
+)
+def test_states_come_back_by_the_collectives_of_the_design(state_return, gathers, all_to_alls, reduce_scatters):
+    _, results = exchange_states(RankGrid(1, 4, 4), state_return)
+    for _, _, traffic in results:
+        counts = (traffic.num_all_gather, traffic.num_all_to_all, traffic.num_reduce_scatter)
+        assert counts == (gathers, all_to_alls, reduce_scatters)
+
+
+def test_an_all_to_all_of_states_has_the_bytes_of_the_design():
+    for wire_dtype in (torch.float32, torch.bfloat16):
+        _, results = exchange_states(RankGrid(2, 2, 4), "a2a", wire_dtype=wire_dtype)
+        assert {t.received_bytes for _, _, t in results} == {3 * R * H * (D * wire_dtype.itemsize + 4)}
+
+
+@pytest.mark.parametrize("grid", ONE_COLUMN + COLUMNS, ids=str)
+def test_rows_are_gathered_in_pcp_order_with_the_heads_of_all_columns_side_by_side(grid):
+    places, pcp_size = group_sizes(grid)
+    world = World(grid, places, pcp_size)
+
+    def body(topology):
+        comm = topology.dcp
+        exchange = StateExchange(comm, pcp_size=pcp_size, wire_dtype=torch.float32)
+        q, rows = world.own(world.q, comm.index), slice(comm.index % pcp_size * R, (comm.index % pcp_size + 1) * R)
+        return exchange.gather_rows(q), exchange.gather_qkv(q, world.k[rows], world.v[rows])
+
+    for q_rows, (q, k, v) in run_ranks(grid, body):
+        assert torch.equal(q_rows, world.q) and torch.equal(q, world.q)
+        assert torch.equal(k, world.k) and torch.equal(v, world.v)
+
+
+def test_keys_and_values_of_other_widths_are_taken_apart_again():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2 * R, heads, dim, generator=g) for heads, dim in ((H, 6), (2, 6), (2, 4)))
+
+    def body(topology):
+        exchange = StateExchange(topology.dcp, pcp_size=2, wire_dtype=torch.float32)
+        rows = slice(topology.rank * R, (topology.rank + 1) * R)
+        return exchange.gather_qkv(q[rows], k[rows], v[rows])
+
+    for got in run_ranks(RankGrid(1, 2, 2), body):
+        assert all(torch.equal(x, y) for x, y in zip(got, (q, k, v), strict=True))
+
+
+def test_replicated_rows_and_a_solo_axis_are_not_gathered():
+    q, k, v = torch.randn(R, H, D), torch.randn(R, K, D), torch.randn(R, K, D)
+    state = torch.randn(R, H, D), torch.randn(R, H)
+
+    def body(topology):
+        comm = CountingComm(topology.dcp)
+        exchange = StateExchange(comm, pcp_size=1, wire_dtype=torch.float32, state_return="replicate_q")
+        assert exchange.replicated
+        same = [x is y for x, y in zip(exchange.gather_qkv(q, k, v), (q, k, v), strict=True)]
+        return [exchange.gather_rows(q) is q, *same], comm.traffic.num_collectives
+
+    assert run_ranks(RankGrid(1, 2, 2), body) == [([True] * 4, 0)] * 2
+    for state_return in ("a2a", "ag_rs", "replicate_q"):
+        comm = CountingComm(SoloComm())
+        solo = StateExchange(comm, pcp_size=1, wire_dtype=torch.bfloat16, state_return=state_return)
+        assert solo.gather_rows(q) is q and solo.return_partials(state, H) is state
+        assert comm.traffic.num_collectives == 0
+
+
+def test_the_wrong_shard_order_of_columns_is_seen():
+    """Negative control: heads of the columns swapped would pass a test that looks at shapes."""
+    grid = RankGrid(2, 2, 4)
+    world, results = exchange_states(grid, "a2a")
+    place, got, _ = results[0]
+    with pytest.raises(AssertionError):
+        assert_merged(world, got, (place + 2) % 4)
+
+
+def test_places_that_do_not_divide_into_columns_are_refused():
+    def body(topology):
+        with pytest.raises(ValueError, match="4 places do not divide into columns of 3 pcp ranks"):
+            StateExchange(topology.dcp, pcp_size=3, wire_dtype=torch.float32)
+        return True
+
+    assert run_ranks(RankGrid(1, 4, 4), body) == [True] * 4
