@@ -14,6 +14,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -68,6 +69,12 @@ class SamplingParams:
     @property
     def greedy(self) -> bool:
         return self.temperature == 0
+
+    @cached_property
+    def distribution(self) -> tuple[object, ...]:
+        """What shapes the distribution of a token: rows that agree in it are sampled in one pass."""
+        shape = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        return (*shape, self.logit_bias, self.top_logprobs)
 
 
 @dataclass(frozen=True)

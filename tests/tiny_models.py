@@ -36,8 +36,10 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
         for name, weight in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight")):
                 weight.mul_(20)
-            if name.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+            if name.endswith(("q_proj.bias", "k_proj.bias")):
                 weight.normal_()
+            if name.endswith("v_proj.bias"):  # a large one would be all that attention says, whatever it attends to
+                weight.normal_(std=0.02)
             if name.endswith("lm_head.weight"):
                 weight.mul_(10)
     return model

@@ -25,22 +25,22 @@ def sample_tokens(logits: Tensor, sequences: ListLike[Sequence], stopping: Stopp
 
     A row that may not end yet (`min_new_tokens`) does not choose a token that would end it.
     """
-    alike: dict[tuple[SamplingParams, bool], list[int]] = {}
+    alike: dict[tuple[tuple[object, ...], tuple[int, ...]], list[int]] = {}
     for row, sequence in enumerate(sequences):
-        may_end = len(sequence.sampled) + 1 >= sequence.params.min_new_tokens
-        alike.setdefault((sequence.params, may_end), []).append(row)
-    sampled: dict[int, SampledToken] = {}
-    for (params, may_end), rows in alike.items():
+        params = sequence.params
+        may_end = len(sequence.sampled) + 1 >= params.min_new_tokens
         suppressed = () if may_end else stopping.stop_token_ids(params)
-        chosen = _sample_alike(logits[rows], [sequences[row] for row in rows], params, suppressed)
+        alike.setdefault((params.distribution, suppressed), []).append(row)
+    sampled: dict[int, SampledToken] = {}
+    for (_, suppressed), rows in alike.items():
+        chosen = _sample_alike(logits[rows], [sequences[row] for row in rows], suppressed)
         sampled.update(zip(rows, chosen, strict=True))
     return [sampled[row] for row in range(len(sequences))]
 
 
-def _sample_alike(
-    logits: Tensor, sequences: list[Sequence], params: SamplingParams, suppressed: tuple[int, ...]
-) -> list[SampledToken]:
-    """Sample rows whose sequences share their sampling parameters."""
+def _sample_alike(logits: Tensor, sequences: list[Sequence], suppressed: tuple[int, ...]) -> list[SampledToken]:
+    """Sample rows whose sequences share the shape of their distribution."""
+    params = sequences[0].params
     scores = _process(logits, sequences, params, suppressed)
     if params.greedy:
         tokens = scores.argmax(dim=-1)

@@ -324,5 +324,5 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
 
 TestSchedulerKeepsSequencesApart = SchedulerKeepsSequencesApart.TestCase
 TestSchedulerKeepsSequencesApart.settings = settings(
-    max_examples=300, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=250, stateful_step_count=25, deadline=None, derandomize=True
 )

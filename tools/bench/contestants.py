@@ -2,7 +2,7 @@
 
 Each runs a workload greedily on the module it is given, in this process and together with the same contestant on the
 other tensor-parallel ranks, and returns the new tokens of every sample in the workload's order. What each is given
-("given") is what served it best of what was tried on a 2-core machine; the card prints it.
+("given") was chosen from a handful of settings, each timed once on a 2-core machine; the card prints it.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
 from cpinfer.engine.scheduler import Step
 from cpinfer.engine.step_runner import StepRunner
+from cpinfer.engine.stopping import Stopping
 from cpinfer.layout.shards import KVSharding
 
 
@@ -45,7 +46,9 @@ class DecodeSteps:
                 shape = (2, context_tokens, layout.num_heads, layout.k_dim)
                 k, v = torch.randn(shape, generator=generator)[:, positions]
                 cache.write(layer, slots, k, v)
-        self._steps = StepRunner(runner, topology, config, sharding, make_backend("torch", runner.device), cache)
+        self._steps = StepRunner(
+            runner, topology, config, sharding, make_backend("torch", runner.device), cache, Stopping((), None)
+        )
         params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
         sequences = []
         for i, block_table in enumerate(tables):

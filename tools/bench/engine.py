@@ -65,8 +65,8 @@ TP_SIZES = (1, 2)
 # Layers are alike: two of them leave time for rounds.
 SHAPE = ModelShape(num_layers=2)
 OURS, ORACLE = "cpinfer", "generate"
-# Logits of random models spread over +-10; float32 sums in another order move them by 1e-4.
-NEAR_TIE = 1e-2
+# A choice: the gap between the two likeliest tokens has a median of about 1 here, rounding moves it by less than 1e-4.
+NEAR_TIE = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:

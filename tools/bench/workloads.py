@@ -62,8 +62,9 @@ QUICK_SHAPE = ModelShape(
 def make_model(shape: ModelShape) -> Any:
     """The model of a shape, the same on every call and rank; no token ends a text.
 
-    Untrained attention is flat, and greedy tokens then are near-ties that any rounding turns. So, as in trained models,
-    attention logits get a std of about 3, and the vocabulary's logits are spread.
+    As Transformers initialises it, attention is flat and adds next to nothing to a token's own embedding: greedy
+    answers then repeat one token whatever the prompt says, and comparing them shows nothing. Here attention logits have
+    a std of about 3 and attention's output is as large as the embedding, so answers vary, and change with any key.
     """
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
@@ -84,16 +85,22 @@ def make_model(shape: ModelShape) -> Any:
     )
     torch.manual_seed(shape.seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    unit = shape.hidden_size**-0.5  # with weights of this std a normalised token projects to values of std 1
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                # A normalised token projects to std 0.02 * sqrt(hidden_size); 1.5, with biases of std 1, makes logits
-                # of std 1.5^2 + 1.
-                weight.mul_(1.5 / (0.02 * shape.hidden_size**0.5))
-            elif name.endswith("_proj.bias"):
-                weight.normal_()
-            elif name.endswith("lm_head.weight"):
-                weight.mul_(10)
+            kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
+            if name.endswith(("q_proj.bias", "k_proj.bias")):
+                weight.normal_()  # logits of std 1.5^2 + 1
+            elif kind in ("q_proj", "k_proj"):
+                weight.normal_(std=1.5 * unit)
+            elif kind in ("v_proj", "o_proj"):
+                weight.normal_(std=unit)
+            elif kind in ("gate_proj", "up_proj", "down_proj"):
+                weight.normal_(std=0.2 * unit)
+            elif kind == "embed_tokens":
+                weight.normal_(std=1.0)
+            elif kind == "lm_head":
+                weight.normal_(std=4.5 * unit)
     return model
 
 

@@ -1,0 +1,20 @@
+"""The models of the parity tests can tell right attention from wrong: their text depends on single keys."""
+
+from __future__ import annotations
+
+import pytest
+
+import check_rollout
+from tiny_models import FAMILIES, make_model, prompts_of
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_text_varies_and_changes_with_a_single_key(family: str) -> None:
+    model = make_model(FAMILIES[family])
+    [prompt] = prompts_of((64,), vocab_size=128)
+    text = check_rollout.generate_greedy(model, prompt, 12)
+    assert len(set(text)) >= 8
+    other = [*prompt[:5], (prompt[5] + 1) % 128, *prompt[6:]]
+    assert check_rollout.generate_greedy(model, other, 12) != text
+    change = check_rollout.score(model, other, text) - check_rollout.score(model, prompt, text)
+    assert change.abs().max() > 0.1, "a thousand times the tolerance of the parity tests"
