@@ -40,7 +40,7 @@ from cpinfer.comm.bootstrap import (
     world_size_error,
 )
 from cpinfer.config import Config, config_to_dict, load_config
-from cpinfer.engine.attach import layout_sizes
+from cpinfer.engine.attach import config_errors
 from cpinfer.engine.engine import affordable_pool
 from cpinfer.engine.metrics import SampleMetrics, format_summary, summarize
 from cpinfer.engine.output import (
@@ -61,7 +61,6 @@ from cpinfer.engine.scheduler import SchedulerStats, sum_stats
 from cpinfer.errors import EngineFaultError, UserError
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
-from cpinfer.layout.rules import layout_errors
 from cpinfer.models.loading import load_model, load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 
@@ -154,7 +153,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
     spec = load_spec(config.model)
-    errors = layout_errors(layout_sizes(spec, config, config.data_parallel_size or 1))
+    errors = config_errors(spec, config, config.data_parallel_size or 1)
     if errors:
         raise UserError(f"config {args.config}: " + " ".join(errors))
     grid = _grid(launch, config)
@@ -219,7 +218,7 @@ def rollout(launch: Launch, job: Job) -> int:
         **summarize([sample for part, _ in told for sample in part], len(job.inputs), wall_s),
         **asdict(sum_stats([stats for _, stats in told])),
         "kv_capacity_tokens": capacity,
-        "kv_capacity_tokens_total": capacity * job.grid.dp_size,
+        "kv_capacity_tokens_total": capacity * job.grid.num_homes * job.grid.dp_size,
         "num_samples_resumed": len(job.done),
         "layout": job.meta["layout"],
         "output": str(job.output),

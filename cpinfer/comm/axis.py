@@ -30,8 +30,8 @@ class AxisComm(Protocol):
         """This rank's place along the axis, in `[0, size)`; on the DCP axis its KV shard."""
         ...
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        """`[size, *x.shape]`: what each place gave, in place order."""
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[size, *x.shape]`: what each place gave, in place order. `out`, of that shape, may be used to hold it."""
         ...
 
     def all_to_all(self, x: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class SoloComm:
     size: int = 1
     index: int = 0
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         return x.unsqueeze(0)
 
     def all_to_all(self, x: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ class ProcessGroupComm:
         self._to_group = None if ordered else torch.tensor(to_group)
         self._from_group = None if ordered else torch.argsort(torch.tensor(to_group))
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        out = x.new_empty(self.size, *x.shape)
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        out = x.new_empty(self.size, *x.shape) if out is None else out
         _all_gather(out.view(-1), x.contiguous().view(-1), group=self.group)
         return _reorder(out, self._to_group)
 
@@ -127,11 +127,11 @@ class CountingComm:
     def index(self) -> int:
         return self.inner.index
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         if self.size > 1:
             self.traffic.num_all_gather += 1
             self.traffic.received_bytes += (self.size - 1) * x.nbytes
-        return self.inner.all_gather(x)
+        return self.inner.all_gather(x, out)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         if self.size > 1:

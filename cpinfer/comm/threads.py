@@ -45,9 +45,9 @@ class ThreadComm:
         self.size = size
         self.index = index
 
-    def all_gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         # Copied before the meeting: a real send buffer may be reused as soon as the call returns, so may ours.
-        return torch.stack(self._meeting.exchange(self.index, x.clone()))
+        return torch.stack(self._meeting.exchange(self.index, x.clone()), out=out)
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return torch.stack([given[self.index] for given in self._meeting.exchange(self.index, x.clone())])

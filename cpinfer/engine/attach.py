@@ -48,17 +48,23 @@ def model_spec(model: Any) -> ModelSpec:
 
 def check_layout(spec: ModelSpec, config: Config, grid: RankGrid) -> None:
     """UserError when the layout cannot run this model, or when config and topology name different layouts."""
-    sizes = layout_sizes(spec, config, grid.dp_size)
-    errors = layout_errors(sizes)
+    errors = config_errors(spec, config, grid.dp_size)
     if errors:
         raise UserError(" ".join(errors))
-    if config.decode_exchange == "replicate_q" and sizes.dcp_size > sizes.pcp_size:
-        raise refuse("replicate_q", str(sizes))
-    if (sizes.tp_size, sizes.pcp_size, sizes.dcp_size) != (grid.tp_size, grid.pcp_size, grid.dcp_size):
+    if (config.tp_size, config.pcp_size, config.dcp_size) != (grid.tp_size, grid.pcp_size, grid.dcp_size):
         raise UserError(
-            f"the config says {sizes}, the topology tp={grid.tp_size} pcp={grid.pcp_size} dcp={grid.dcp_size}. "
-            "Give both the same sizes."
+            f"the config says {layout_sizes(spec, config)}, the topology tp={grid.tp_size} pcp={grid.pcp_size} "
+            f"dcp={grid.dcp_size}. Give both the same sizes."
         )
+
+
+def config_errors(spec: ModelSpec, config: Config, dp_size: int = 1) -> list[str]:
+    """Sentences that say why a config cannot run this model; empty when it can."""
+    sizes = layout_sizes(spec, config, dp_size)
+    errors = layout_errors(sizes)
+    if config.decode_exchange == "replicate_q" and sizes.dcp_size > sizes.pcp_size:
+        errors.append(str(refuse("replicate_q", str(sizes))))
+    return errors
 
 
 def layout_sizes(spec: ModelSpec, config: Config, dp_size: int = 1) -> LayoutSizes:

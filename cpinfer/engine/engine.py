@@ -129,7 +129,8 @@ class Engine:
                 finished = scheduler.commit(step, tokens, self._stopping.stops)
                 self._steps.copy_blocks(scheduler.take_copies(self._topology.grid.home(self._topology.rank)))
                 for sequence in step.samples:
-                    sequence.first_token_s = sequence.first_token_s or now
+                    if sequence.sampled:  # one that was put back has no token yet
+                        sequence.first_token_s = sequence.first_token_s or now
                 for sequence in finished:
                     sequence.finished_s = now
                     yield self._result(sequence)

@@ -18,7 +18,7 @@ class KVHome:
 
     def has(self, n: int) -> bool:
         """Whether `n` blocks are free, or would be without remembered prefixes."""
-        return self.pool.num_free >= n or self.pool.num_free + self.prefixes.num_evictable() >= n
+        return self.prefixes.can_evict(n - self.pool.num_free)
 
     def take(self, n: int, *, room: int = 0, after: int | None = None) -> list[int]:
         """`n` blocks; remembered prefixes give way. ValueError when `has(n)` does not hold."""

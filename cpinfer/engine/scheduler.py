@@ -228,16 +228,22 @@ class Scheduler:
     def _fits(self, token_ids: tuple[int, ...], group: list[Sequence]) -> bool:
         """Whether every home has the blocks of its leader, and of what the others cannot share with it.
 
-        Remembered prefixes are not counted in: that they are here does not make them free.
+        What the samples of prefills under way will take when they fork is spoken for. Remembered prefixes of this very
+        prompt are not counted in: that they are here does not make them free.
         """
+        whole = self.sharding.num_blocks(len(token_ids))
+        for index, home in enumerate(self.homes):
+            members = sum(s.home == index for s in group)
+            promised = sum(self._num_fork_blocks(p.token_ids, p.samples, index) for p in self._prefilling)
+            if members and not home.has(whole + self._num_fork_blocks(token_ids, group, index) + promised):
+                return False
+        return True
+
+    def _num_fork_blocks(self, token_ids: tuple[int, ...], samples: ListLike[Sequence], home: int) -> int:
+        """Blocks that samples of a prefill take in `home` when they fork: all but the leader their own mutable ones."""
         length = len(token_ids)
-        whole = self.sharding.num_blocks(length)
-        private = whole - self.sharding.num_immutable_blocks(length)
-        return all(
-            home.has(whole + (members - 1) * private)
-            for index, home in enumerate(self.homes)
-            if (members := sum(s.home == index for s in group)) > 0
-        )
+        mutable = self.sharding.num_blocks(length) - self.sharding.num_immutable_blocks(length)
+        return max(0, sum(s.home == home for s in samples) - 1) * mutable
 
     def _start(self, token_ids: tuple[int, ...], group: list[Sequence]) -> Prefill:
         """Find what is remembered of the tokens, and take blocks for the rest."""
@@ -280,7 +286,8 @@ class Scheduler:
                 room = self.sharding.num_blocks(sequence.max_cached_tokens) - num_shared
                 copied = home.take(len(own), room=room)
                 sequence.blocks = shared + copied
-                self.copies.setdefault(sequence.home, []).extend(zip(own, copied, strict=True))
+                if own:
+                    self.copies.setdefault(sequence.home, []).extend(zip(own, copied, strict=True))
                 started.append(sequence)
             else:
                 put_back.append(sequence)

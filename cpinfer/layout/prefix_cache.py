@@ -4,8 +4,8 @@ A block holds tokens that interleaving took from all over a stretch of the seque
 the smallest run of tokens whose blocks hold these tokens and no others on every shard (`KVSharding.prefix_unit`). A
 unit is known by a hash of its tokens chained to the hash of the unit before it, so equal keys mean equal prefixes.
 
-The cache holds a reference of its own to each block of a unit. Units are evicted least recently used first, and never
-before the units that follow them.
+The cache holds a reference of its own to each block of a unit. Units are evicted least recently used first; a use
+counts for the units before it too, so those that follow go before them.
 """
 
 from __future__ import annotations
@@ -71,18 +71,27 @@ class PrefixCache:
 
     def evict(self, num_blocks: int) -> None:
         """Give up units until `num_blocks` blocks are free in the pool, or no block is left that could be."""
+        if self._pool.num_free >= num_blocks:
+            return
         for key in list(self._units):
-            if self._pool.num_free >= num_blocks:
-                return
             # A unit whose every block a sequence reads would free nothing, and costs nothing to keep.
             if any(map(self._is_ours_alone, self._units[key])):
                 unit = self._units.pop(key)
                 self._held.subtract(unit)
                 self._pool.release(unit)
+                if self._pool.num_free >= num_blocks:
+                    return
 
-    def num_evictable(self) -> int:
-        """Blocks that `evict` could free: those that no sequence reads."""
-        return sum(count > 0 and self._is_ours_alone(block) for block, count in self._held.items())
+    def can_evict(self, num_blocks: int) -> bool:
+        """Whether `evict` could free so many blocks: whether there are so many that no sequence reads.
+
+        Asked for every block that a sequence grows by, so it looks no further than it has to.
+        """
+        alone = (block for unit in self._units.values() for block in unit if self._is_ours_alone(block))
+        found: set[int] = set()
+        while len(found) < num_blocks and (block := next(alone, None)) is not None:
+            found.add(block)
+        return len(found) >= num_blocks
 
     def clear(self) -> None:
         """Forget everything: the weights that computed it are no longer the model's."""

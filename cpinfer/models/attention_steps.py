@@ -68,6 +68,7 @@ class PrefillStep:
         self._write_slots = _on(cache.device, plan.write_slots)
         # Zeros: the padding travels too, and whatever a kernel may read must be finite.
         self._send = cache.new_rows(plan.split.part_len)
+        self._gathered = _room_for_all(self._send, pcp.size)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
         T = self._num_tokens
@@ -88,7 +89,7 @@ class PrefillStep:
         """K and V of all ranks' tokens, `[pcp * part_len, K, D]` each, as views of one buffer."""
         self._send[..., : k.shape[-1]].index_copy_(0, self._send_rows, k)
         self._send[..., k.shape[-1] :].index_copy_(0, self._send_rows, v)
-        return _split_kv(self._pcp.all_gather(self._send), k.shape[-1])
+        return _split_kv(self._pcp.all_gather(self._send, self._gathered), k.shape[-1])
 
 
 class QueryContext:
@@ -119,6 +120,7 @@ class KVContext:
         self._comm = comm
         # One buffer for all windows and layers: its rows beyond a window's own tokens are padding nobody attends to.
         self._send = cache.new_rows(max(w.length for w in plan.windows))
+        self._gathered = _room_for_all(self._send, comm.size)
 
     def attend(self, layer: int, q: Tensor, *, scale: float) -> State:
         states = []
@@ -132,7 +134,9 @@ class KVContext:
         send = self._send[: window.length]
         send[: len(slots), :, : keys.shape[-1]] = keys.index_select(0, slots)
         send[: len(slots), :, keys.shape[-1] :] = values.index_select(0, slots)
-        return _split_kv(self._comm.all_gather(send), keys.shape[-1])
+        # The windows but the last are equally long; that one fits into the front of the flat buffer.
+        room = self._gathered.view(-1)[: self._comm.size * send.numel()].view(self._comm.size, *send.shape)
+        return _split_kv(self._comm.all_gather(send, room), keys.shape[-1])
 
 
 class DecodeStep:
@@ -175,6 +179,11 @@ def _split_kv(gathered: Tensor, k_dim: int) -> tuple[Tensor, Tensor]:
     """Keys and values, `[places * length, K, D]` each, of a gathered `[places, length, K, 2D]`; views."""
     flat = gathered.flatten(0, 1)
     return flat[..., :k_dim], flat[..., k_dim:]
+
+
+def _room_for_all(send: Tensor, size: int) -> Tensor:
+    """Where a gather of `send` over `size` places goes, layer after layer."""
+    return send.new_empty(size, *send.shape) if size > 1 else send
 
 
 def _on(device: torch.device, array: IntArray) -> Tensor:

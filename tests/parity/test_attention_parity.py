@@ -207,8 +207,8 @@ class _SortedOrder:
         self.size = inner.size
         self.index = inner.index
 
-    def all_gather(self, x: Tensor) -> Tensor:
-        return self._inner.all_gather(x)[self._sorted]
+    def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        return self._inner.all_gather(x, out)[self._sorted]
 
     def all_to_all(self, x: Tensor) -> Tensor:
         return self._inner.all_to_all(x)

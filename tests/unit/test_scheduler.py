@@ -677,3 +677,13 @@ def test_two_schedulers_fed_alike_decide_alike(requests, num_blocks, max_num_seq
         return steps, scheduler.stats
 
     assert decisions() == decisions()
+
+
+def test_blocks_that_a_group_will_fork_into_are_not_given_to_the_next():
+    """Else its samples are put back as soon as their prompt is computed, and it is computed again."""
+    _, scheduler = make_scheduler(num_blocks=4, sharding=KVSharding(1, 4, 4))
+    submit(scheduler, *make_group(0, n=5, prompt_len=6, max_new_tokens=2))
+    step = scheduler.schedule()
+    assert [len(chunk.prefill.samples) for chunk in step.chunks] == [3]
+    scheduler.commit(step, tokens(step, 9), never)
+    assert len(scheduler.schedule().running) == 3
