@@ -189,7 +189,7 @@ def test_replicated_queries_are_refused_by_name_where_a_home_spans_tp_ranks(mode
     """Rows are replicated over pcp ranks; tp ranks of a home have other query heads."""
     model.config.num_key_value_heads = 1
     config = Config(tensor_parallel=TensorParallel(2), decode_context_parallel_size=2, decode_exchange="replicate_q")
-    with pytest.raises(UnsupportedError, match=r'tp=2 pcp=1 dcp=2: .*"replicate_q".* dcp of at most pcp'):
+    with pytest.raises(UserError, match=r'tp=2 pcp=1 dcp=2: .*"replicate_q".* dcp of at most pcp'):
         check_layout(model_spec(model), config, RankGrid(tp_size=2, dcp_size=2))
     check_layout(model_spec(model), replace(config, decode_exchange="ag_rs"), RankGrid(tp_size=2, dcp_size=2))
     wide = replace(config, tensor_parallel=TensorParallel(1), prefill_context_parallel_size=2)

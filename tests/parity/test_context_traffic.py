@@ -1,0 +1,62 @@
+"""What a chunk with context receives is what `exchange_bytes` says, for both exchanges, counted on the wire."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cpinfer.backends.torch_backend import TorchBackend
+from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.comm.axis import CountingComm
+from cpinfer.comm.threads import run_ranks
+from cpinfer.comm.topology import Topology
+from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.context import (
+    Context,
+    exchange_bytes,
+    exchange_places,
+    plan_kv_exchange,
+    plan_query_exchange,
+)
+from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.prefill import split_prompts
+from cpinfer.layout.shards import KVSharding
+from cpinfer.models.attention_steps import KVContext, QueryContext
+from cpinfer.models.state_exchange import StateExchange
+
+CPU = torch.device("cpu")
+NUM_NEW = [40, 7, 90]
+NUM_CACHED = [100, 0, 33]
+HEADS, DIM, BLOCK = 4, 8, 4
+
+
+@pytest.mark.parametrize("exchange", ["queries", "kv"])
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (1, 3, 3), (1, 4, 2), (1, 2, 1), (2, 2, 4), (2, 1, 2), (1, 1, 1)])
+def test_counted_bytes_of_context_are_those_of_the_formula(sizes: tuple[int, int, int], exchange: str) -> None:
+    grid = RankGrid(*sizes)
+    sharding = KVSharding(grid.dcp_size, 3, BLOCK)
+    kv = KVLayout(1, DIM, DIM)
+    split = split_prompts(NUM_NEW, grid.pcp_size)
+    tables = [list(range(i * 30, i * 30 + 30)) for i in range(3)]
+    contexts = [Context(n, i % grid.num_homes, tables[i]) for i, n in enumerate(NUM_CACHED)]
+
+    def body(topology: Topology) -> tuple[int, int]:
+        cache = PagedKVCache(kv, 1, 90, BLOCK, torch.float32, CPU)
+        comm = CountingComm(topology.pcp if grid.dcp_size <= grid.pcp_size else topology.dcp)
+        places = exchange_places(grid, topology.rank)
+        backend = TorchBackend(CPU)
+        if exchange == "queries":
+            states = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
+            plan = plan_query_exchange(split, contexts, sharding, places[comm.index])
+            context: QueryContext | KVContext = QueryContext(plan, backend, cache, states)
+        else:
+            context = KVContext(
+                plan_kv_exchange(split, contexts, sharding, places, comm.index, 64), backend, cache, comm
+            )
+        tokens = split.tokens_per_rank()[topology.coords.pcp_rank]
+        context.attend(0, torch.randn(tokens, HEADS, DIM), scale=1.0)
+        formula = exchange_bytes(exchange, split, contexts, sharding, places, HEADS, kv, dtype_bytes=4)
+        return comm.traffic.received_bytes, formula
+
+    for counted, formula in run_ranks(grid, body):
+        assert counted == formula
