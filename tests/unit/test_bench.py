@@ -46,7 +46,7 @@ def test_rounds_end_before_the_budget_does():
     assert not has_time_for_another(5, 1.0, 100.0, 5)
 
 
-def test_workloads_are_what_the_issue_asks_for():
+def test_workloads_are_a_group_a_long_tail_and_a_long_prompt():
     group, ragged, long = engine_workloads(SHAPE, quick=False)
     assert (len(group.prompts), group.num_samples, set(map(len, group.prompts))) == (8, 8, {512})
     assert set(group.max_new_tokens) == {128}
