@@ -75,7 +75,7 @@ class StepRunner:
             topology.dcp, pcp_size=self._row_ranks, wire_dtype=wire_dtype, state_return=state_return
         )
         self._places = exchange_places(grid, topology.rank)
-        self._context_comm = topology.pcp if grid.dcp_size <= grid.pcp_size else topology.dcp
+        self._context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp
         self._context_exchange = StateExchange(
             self._context_comm,
             pcp_size=grid.pcp_size,

@@ -75,7 +75,7 @@ class KVExchange:
 
 def exchange_places(grid: RankGrid, rank: int) -> tuple[Place, ...]:
     """The places of the exchange axis that `rank` is on, in the order of its communicator."""
-    groups = grid.pcp_groups if grid.dcp_size <= grid.pcp_size else grid.dcp_groups
+    groups = grid.pcp_groups if grid.context_runs_over_pcp else grid.dcp_groups
     group = next(group for group in groups if rank in group)
     return tuple(Place(grid.coords(r).pcp_rank, grid.home(r), grid.kv_shard(r)) for r in group)
 

@@ -75,6 +75,11 @@ class RankGrid:
         """pcp ranks over which the decode rows of one home are dealt."""
         return min(self.pcp_size, self.dcp_size)
 
+    @property
+    def context_runs_over_pcp(self) -> bool:
+        """Whether the pcp axis reaches all KV shards of a home from every rank that prefills; else the DCP axis."""
+        return self.dcp_size <= self.pcp_size
+
     def rank(self, dp_rank: int, pcp_rank: int, tp_rank: int) -> int:
         return (dp_rank * self.pcp_size + pcp_rank) * self.tp_size + tp_rank
 

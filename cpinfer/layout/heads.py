@@ -54,10 +54,7 @@ class HeadPlacement:
 
     def mixes_heads(self, grid: RankGrid) -> bool:
         """Whether some DCP group of `grid` spans tp ranks with different KV heads."""
-        return self.kv_heads_differ_over(grid.columns_per_dcp_group)
-
-    def kv_heads_differ_over(self, columns: int) -> bool:
-        """Whether some run of `columns` tp ranks (a DCP group's width) holds more than one set of KV heads."""
+        columns = grid.columns_per_dcp_group
         return columns > 1 and self.rep % columns != 0
 
     def copies_per_home(self, grid: RankGrid) -> int:

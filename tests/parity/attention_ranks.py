@@ -144,7 +144,7 @@ def _run_rank(
 
     home = grid.home(topology.rank)
     places = exchange_places(grid, topology.rank)
-    context_comm = pcp if grid.dcp_size <= grid.pcp_size else dcp
+    context_comm = pcp if grid.context_runs_over_pcp else dcp
     own_tables = [table if case.home(i) == home else None for i, table in enumerate(tables)]
 
     def context_of(split: PrefillSplit, starts: list[int], which: list[int]) -> ContextAttention | None:

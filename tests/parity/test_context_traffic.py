@@ -42,7 +42,7 @@ def test_counted_bytes_of_context_are_those_of_the_formula(sizes: tuple[int, int
 
     def body(topology: Topology) -> tuple[int, int]:
         cache = PagedKVCache(kv, 1, 90, BLOCK, torch.float32, CPU)
-        comm = CountingComm(topology.pcp if grid.dcp_size <= grid.pcp_size else topology.dcp)
+        comm = CountingComm(topology.pcp if grid.context_runs_over_pcp else topology.dcp)
         places = exchange_places(grid, topology.rank)
         backend = TorchBackend(CPU)
         if exchange == "queries":
