@@ -19,7 +19,8 @@ class PlannedAttention(Protocol):
         """`out [T, H, V]` in q's dtype and `lse [T, H]`, natural log, float32; a row without keys gives `(0, -inf)`.
 
         q `[T, H, D]`: the packed queries of all rows. keys `[slots, K, D]`, values `[slots, K, V]`: the paged store
-        flattened, last dim contiguous, otherwise of any strides.
+        flattened, last dim contiguous, otherwise of any strides. The result may lie in memory of the plan: it is valid
+        until this plan runs again.
         """
         ...
 

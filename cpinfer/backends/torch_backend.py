@@ -71,26 +71,36 @@ class TorchBackend:
 
 
 class TorchPlan:
-    """Kernel calls of one step: for each row that has keys its queries and the segments of keys they see."""
+    """Kernel calls of one step: for each row that has keys its queries and the segments of keys they see.
+
+    All layers of a step have results of one shape, so they share one place for them, made when the first layer runs.
+    """
 
     def __init__(self, calls: list[tuple[slice, list[_Segment]]], num_queries: int, device: torch.device) -> None:
         self._calls = calls
         self._num_queries = num_queries
+        self._results: State | None = None
         self._attend = flash_attention_cpu if device.type == "cpu" else dense_attention
 
     def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> State:
-        T, H, _ = q.shape
+        T = len(q)
         if self._num_queries != T:
             raise ValueError(f"{T} queries were given to a plan of {self._num_queries}")
         q = q.contiguous()  # one query of all heads can then be read without another copy
-        out = q.new_zeros(T, H, values.shape[-1])
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse = torch.full((T, H), -torch.inf, dtype=wide, device=q.device)
+        out, lse = self._room(q, values.shape[-1])
         for queries, segments in self._calls:
             row = q[queries]
             states = [self._attend(row, s.take(keys), s.take(values), scale=scale, causal=s.causal) for s in segments]
             out[queries], lse[queries] = merge_states(states)
         return out, lse
+
+    def _room(self, q: Tensor, v_dim: int) -> State:
+        """`out [T, H, V]` and `lse [T, H]`, in which rows without keys are `(0, -inf)` and stay so."""
+        T, H, _ = q.shape
+        if self._results is None or self._results[0].shape != (T, H, v_dim):
+            wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+            self._results = q.new_zeros(T, H, v_dim), torch.full((T, H), -torch.inf, dtype=wide, device=q.device)
+        return self._results
 
 
 def runs_of(rows: AttentionRows) -> list[list[Run]]:

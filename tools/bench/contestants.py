@@ -23,6 +23,8 @@ Tokens = list[list[int]]
 
 BLOCK_SIZE = 16
 PAGE_SIZE = 256
+# Tokens of one step of cpinfer: what a layer computes for 2,048 tokens stays in the last cache, for 16k it does not.
+STEP_TOKENS = 2048
 # Prompts above this get what peers need for long contexts.
 LONG_PROMPT = 2048
 
@@ -52,7 +54,7 @@ class Cpinfer:
     name: str = "cpinfer"
 
     def config(self, workload: Workload) -> Config:
-        """A pool that holds all samples at once, and steps as large as one prompt at least."""
+        """A pool that holds all samples at once."""
         tp_size = self.topology.grid.tp_size
         # Of a KV head that tp ranks cannot share, each has a copy.
         heads = max(1, self.shape.num_kv_heads // tp_size)
@@ -63,7 +65,7 @@ class Cpinfer:
                 "tensor_parallel": {"tp_size": tp_size},
                 "block_size": BLOCK_SIZE,
                 "kv_cache_gib": (workload.kv_blocks(BLOCK_SIZE) + 1) * per_block / 2**30,
-                "max_num_batched_tokens": max(8192, *map(len, workload.prompts)),
+                "max_num_batched_tokens": STEP_TOKENS,
             }
         )
 
