@@ -27,20 +27,12 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "encoder_decoder": Refusal("encoder-decoder models", "Use a decoder-only causal LM."),
     "quantized_weights": Refusal("quantized weights", "Load the model in float32, bfloat16 or float16."),
-    "family": Refusal(
-        "model families other than Llama, Qwen2, Qwen3 and Mistral (MoE, MLA, MQA, Gemma, gpt-oss, ...)",
-        "Use one of these families.",
-    ),
-    "sliding_window": Refusal(
-        "sliding-window attention", "Use a model (or set its config) with full attention in every layer."
-    ),
+    "family": Refusal("model families without a row in the table of families", "Use one of those in the table."),
+    "layer_type": Refusal("attention other than full and sliding-window (chunked, ...)", "Use another model."),
+    "bidirectional": Refusal("bidirectional attention", "Set use_bidirectional_attention to false."),
     "length_dependent_rope": Refusal(
         "RoPE whose frequencies depend on the longest position of a step (longrope)",
         "Set another rope_type.",
-    ),
-    "mixed_heads": Refusal(
-        "DCP groups that mix KV heads (a group spans tp ranks with different heads)",
-        "Use a dcp whose groups stay among the copies of one KV head.",
     ),
     "flashinfer": Refusal('the FlashInfer backend (`"backend": "flashinfer"`)', 'Use "torch", or "auto".'),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),

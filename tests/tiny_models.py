@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTBigCodeConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 TINY = {
     "vocab_size": 128,
@@ -19,12 +34,60 @@ TINY = {
     "eos_token_id": None,
     "bos_token_id": None,
     "pad_token_id": None,
+    "tie_word_embeddings": False,
 }
+# Latents of 24 + 8 values for heads of 16 + 8; layers of both kinds: a dense MLP first, then experts.
+LATENT = {
+    "kv_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 8,
+}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**TINY),
     "qwen2": Qwen2Config(**TINY),
     "qwen3": Qwen3Config(**TINY, head_dim=16),
-    "mistral": MistralConfig(**TINY, sliding_window=None),
+    "mistral": MistralConfig(**TINY, sliding_window=24),
+    "mixtral": MixtralConfig(**TINY, **EXPERTS, num_local_experts=4),
+    "qwen3_moe": Qwen3MoeConfig(**TINY, **EXPERTS, head_dim=16, num_experts=4, moe_intermediate_size=48),
+    "gemma2": Gemma2Config(**TINY, head_dim=16, sliding_window=24, query_pre_attn_scalar=16),
+    "gemma3_text": Gemma3TextConfig(
+        **TINY,
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "gpt_oss": GptOssConfig(
+        **TINY, **EXPERTS, head_dim=16, sliding_window=24, num_local_experts=4, rope_parameters=YARN
+    ),
+    "deepseek_v2": DeepseekV2Config(**{**TINY, **LATENT}, q_lora_rank=None, rope_parameters=YARN),
+    "deepseek_v3": DeepseekV3Config(
+        **{**TINY, **LATENT}, q_lora_rank=32, rope_interleave=True, rope_parameters={**YARN, "mscale_all_dim": 1.0}
+    ),
+    "gpt_bigcode": GPTBigCodeConfig(
+        vocab_size=128,
+        n_embd=64,
+        n_inner=96,
+        n_layer=2,
+        n_head=8,
+        n_positions=512,
+        multi_query=True,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+        tie_word_embeddings=False,
+    ),
 }
 
 
@@ -34,15 +97,36 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight")):
-                weight.mul_(20)
+            rows = _rows_that_make_logits(name.removesuffix(".weight"), config)
+            if rows is not None and name.endswith(".weight"):
+                rows(weight).mul_(20)
             if name.endswith(("q_proj.bias", "k_proj.bias")):
                 weight.normal_()
             if name.endswith("v_proj.bias"):  # a large one would be all that attention says, whatever it attends to
                 weight.normal_(std=0.02)
+            if name.endswith("q_norm.weight"):  # where queries are normalised, what made them larger is lost
+                weight.add_(2)
+            if name.endswith("sinks"):
+                weight.normal_(std=2)
             if name.endswith("lm_head.weight"):
                 weight.mul_(10)
     return model
+
+
+def _rows_that_make_logits(name: str, config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """The part of a projection that becomes queries or keys, None for other weights."""
+    kind = name.rsplit(".", 1)[-1]
+    if kind in ("q_proj", "k_proj", "q_b_proj"):
+        return lambda weight: weight
+    if kind == "kv_a_proj_with_mqa":
+        return lambda weight: weight[config.kv_lora_rank :]
+    if kind == "kv_b_proj":
+        heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, -1)
+        return lambda weight: weight.view(heads)[:, : config.qk_nope_head_dim]
+    if kind == "c_attn":
+        head_dim = config.n_embd // config.n_head
+        return lambda weight: weight[: config.n_embd + head_dim]
+    return None
 
 
 def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:

@@ -19,7 +19,7 @@ from cpinfer.config import Config
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.models.spec import SUPPORTED_FAMILIES
+from cpinfer.models.families import family_table
 from cpinfer.refusals import not_yet_table
 
 README = Path(__file__).resolve().parent.parent / "README.md"
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def refreshed(text: str) -> str:
     """The text with every marked part written anew. KeyError for a part that no code makes."""
-    parts = {"layouts": rank_tables(), "keys": key_table(), "families": family_list(), "not-yet": not_yet_table()}
+    parts = {"layouts": rank_tables(), "keys": key_table(), "families": family_table(), "not-yet": not_yet_table()}
     return re.sub(
         r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)",
         lambda found: f"{found[1]}{parts[found[2]]}\n{found[3]}",
@@ -73,10 +73,6 @@ def key_table() -> str:
     """Every config key with its default and its sentence, nested keys below their parent."""
     rows = [f"| `{name}` | {default} | {help} |" for name, default, help in _keys(Config, "")]
     return "\n".join(["| key | default | |", "|---|---|---|", *rows])
-
-
-def family_list() -> str:
-    return ", ".join(f"`{family}`" for family in SUPPORTED_FAMILIES)
 
 
 def _keys(cls: Any, prefix: str) -> Iterator[tuple[str, str, str]]:

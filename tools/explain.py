@@ -3,9 +3,11 @@
     python tools/explain.py --tp 2 --pcp 2 --dcp 2 --num-q-heads 8 --num-kv-heads 2 --seq-len 1000
     python tools/explain.py --config configs/pcp2_dcp2.json --json
     python tools/explain.py --gpus 8 --num-q-heads 64 --num-kv-heads 8
+    python tools/explain.py --tp 4 --pcp 2 --dcp 8 --num-q-heads 128 --kv-lora-rank 512 --qk-rope-head-dim 64
 
 Nothing is measured and no device is needed: from a checkout, numpy is enough. The second form reads a rollout config
 and the `config.json` of its model; flags win over both. The third lists the legal layouts of a machine, best first.
+The last is a model with MLA (DeepSeek): its cache is one latent head, whose copies on all tp ranks can become shards.
 With `--json` the last line of stdout is one JSON object. Exit 0 for a legal layout, 2 for one that is not.
 """
 
@@ -25,18 +27,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from cpinfer.config import load_config
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
-from cpinfer.layout.capacity import DTYPE_BYTES
+from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout
 from cpinfer.layout.explain import Explanation, Question, draw_grid, explain
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import deal_prompts
 from cpinfer.layout.rules import LayoutSizes
-from cpinfer.refusals import refuse
 
 AXES = ("tp", "pcp", "dcp", "dp")
 ADVICE = """\
 *  the published advice, in our terms: pcp=2 and dcp = pcp * tp / num_kv_heads while there are copies of KV heads to
-   shard, else dcp = pcp; MLA has one KV head (--num-kv-heads 1), so dcp = pcp * tp.
+   shard, else dcp = pcp; MLA has one KV head, its latent, so dcp = pcp * tp.
+m  mixes KV heads in DCP groups, whose ranks then store all of them: sequences get no longer than with the largest
+   unmixed dcp of the same tp and pcp, and more travels.
 Longest sequence and tokens in all are relative to the best. A rank holds 1/tp of the weights, which must fit; in a
 trainer tp is given, so add --tp."""
 
@@ -49,6 +52,8 @@ class ModelFacts:
     num_kv_heads: int | None = None
     num_layers: int | None = None
     head_dim: int | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
     max_model_len: int | None = None
 
 
@@ -85,7 +90,7 @@ def _explain_layout(args: argparse.Namespace) -> dict[str, Any]:
 
 def _list_layouts(args: argparse.Namespace) -> dict[str, Any]:
     model = _model_facts(args, load_config(args.config).model if args.config else None)
-    num_q_heads, num_kv_heads = _heads(args, model)
+    num_q_heads, num_kv_heads = _heads(args, model, _latent(args, model))
     options = legal_layouts(
         args.gpus,
         num_q_heads,
@@ -119,21 +124,27 @@ def describe(question: Question, answer: Explanation) -> str:
     sizes = question.sizes
     grid = RankGrid(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)
     heads = HeadPlacement(sizes.num_q_heads, sizes.num_kv_heads, sizes.tp_size)
-    assert answer.groups is not None and answer.decode is not None
-    copies, homes = heads.copies_per_home(grid), grid.num_homes
+    assert answer.groups is not None and answer.ranks is not None and answer.decode is not None
+    latent = question.kv_head is not None and question.kv_head.v_is_prefix_of_k
+    copies, homes = {n for place in answer.ranks for n in place.kv_copies}, grid.num_homes
     lines = [
         f"{sizes} dp={grid.dp_size}: {_count(grid.world_size, 'rank')}, {_count(heads.num_q_heads, 'query head')} over "
-        f"{_count(heads.num_kv_heads, 'KV head')}",
-        "rank: query heads / KV heads / KV shard / prefill part" + (" / home" if homes > 1 else ""),
+        f"{_count(heads.num_kv_heads, 'KV head')}{' (the latent)' if latent else ''}",
+        "rank: query heads / stored KV heads / KV shard / prefill part" + (" / home" if homes > 1 else ""),
         "",
         draw_grid(grid, heads),
         "",
         *(f"{axis.ljust(4)}groups  {json.dumps(groups)}" for axis, groups in answer.groups.items()),
         f"shards      {_count(grid.dcp_size, 'shard')}, dealt {_count(sizes.interleave, 'token')} at a time, in blocks "
         f"of {sizes.block_size}; {_count(homes, 'home')}, each (KV head, shard) stored "
-        + {1: "once", 2: "twice"}.get(copies, f"{copies} times")
+        + _times(copies)
         + (" in each" if homes > 1 else ""),
     ]
+    if heads.mixes_heads(grid):
+        lines.append(
+            f"            groups mix KV heads: a rank stores all those of its group, up to "
+            f"{heads.max_stored_heads(grid)}, and computes {heads.kv_heads_per_rank}"
+        )
     if answer.kv_local_lens is not None:
         lines.append(f"            {question.seq_len:,} tokens: {', '.join(f'{n:,}' for n in answer.kv_local_lens)}")
     lines += _describe_capacity(question, answer, homes)
@@ -153,7 +164,7 @@ def describe(question: Question, answer: Explanation) -> str:
 
 def _describe_capacity(question: Question, answer: Explanation, homes: int) -> list[str]:
     if answer.kv_bytes_per_token_per_rank is None:
-        return ["capacity    unknown without --num-layers and --head-dim"]
+        return ["capacity    unknown without --num-layers and --head-dim (MLA: --kv-lora-rank and --qk-rope-head-dim)"]
     lines = [
         f"capacity    a token is {answer.kv_bytes_per_token_per_rank:,} bytes of {question.dtype} where it is stored"
     ]
@@ -185,12 +196,12 @@ def _describe_prefill(question: Question, answer: Explanation) -> list[str]:
 
 
 def _table(options: Sequence[LayoutOption]) -> str:
-    """Rows in the given order; `*` marks the published advice."""
+    """Rows in the given order; `*` marks the published advice, `m` groups that mix KV heads."""
     longest = max(o.longest_sequence for o in options)
     most = max(o.total_tokens for o in options)
     header = "     tp  pcp  dcp   dp | longest seq | tokens in all | decode collectives/layer (with TP's) | weights"
     rows = [
-        f"{'*' if o.is_advised else ' '} {s.tp_size:5} {s.pcp_size:4} {s.dcp_size:4} "
+        f"{'*' if o.is_advised else 'm' if o.is_mixed else ' '} {s.tp_size:5} {s.pcp_size:4} {s.dcp_size:4} "
         f"{s.dp_size:4} | {o.longest_sequence / longest:11.3f} | {o.total_tokens / most:13.3f} | "
         f"{o.collectives_per_layer:36} | 1/{s.tp_size}"
         for o in options
@@ -207,6 +218,7 @@ def _plain(option: LayoutOption) -> dict[str, Any]:
         "dcp": sizes.dcp_size,
         "dp": sizes.dp_size,
         "advised": option.is_advised,
+        "mixed": option.is_mixed,
         "longest_sequence": option.longest_sequence,
         "total_tokens": option.total_tokens,
         "collectives_per_layer": option.collectives_per_layer,
@@ -217,7 +229,9 @@ def _question(args: argparse.Namespace) -> Question:
     """Flags, then the config, then the model's `config.json`, then defaults."""
     config = load_config(args.config) if args.config else None
     model = _model_facts(args, config.model if config else None)
-    num_q_heads, num_kv_heads = _heads(args, model)
+    latent = _latent(args, model)
+    num_q_heads, num_kv_heads = _heads(args, model, latent)
+    head_dim = _first(args.head_dim, model.head_dim)
     pcp = _first(args.pcp, config and config.pcp_size, 1)
     block_size = _first(args.block_size, config and config.block_size, 16)
     sizes = LayoutSizes(
@@ -233,7 +247,7 @@ def _question(args: argparse.Namespace) -> Question:
     return Question(
         sizes,
         num_layers=_first(args.num_layers, model.num_layers),
-        head_dim=_first(args.head_dim, model.head_dim),
+        kv_head=latent or (KVLayout(1, head_dim, head_dim) if head_dim is not None else None),
         dtype=_first(args.dtype, config and config.dtype, "bfloat16"),
         wire_dtype=config.cp_wire_dtype if config and config.cp_wire_dtype != "auto" else None,
         kv_cache_gib=_first(args.kv_cache_gib, config and config.kv_cache_gib),
@@ -242,12 +256,30 @@ def _question(args: argparse.Namespace) -> Question:
     )
 
 
-def _heads(args: argparse.Namespace, model: ModelFacts) -> tuple[int, int]:
+def _heads(args: argparse.Namespace, model: ModelFacts, latent: KVLayout | None) -> tuple[int, int]:
+    """Query and KV heads; with a `latent` that is the one KV head, whatever the model says of others."""
     num_q_heads = _first(args.num_q_heads, model.num_q_heads)
-    num_kv_heads = _first(args.num_kv_heads, model.num_kv_heads)
+    num_kv_heads = _first(args.num_kv_heads, latent and latent.num_heads, model.num_kv_heads)
     if num_q_heads is None or num_kv_heads is None:
         raise UserError("the model's heads are unknown. Pass --num-q-heads and --num-kv-heads.")
     return num_q_heads, num_kv_heads
+
+
+def _latent(args: argparse.Namespace, model: ModelFacts) -> KVLayout | None:
+    """What MLA caches: a latent, which serves as V, and behind it the rotated key. None for a model without."""
+    rank = _first(args.kv_lora_rank, model.kv_lora_rank)
+    rope = _first(args.qk_rope_head_dim, model.qk_rope_head_dim)
+    if rank is None and args.qk_rope_head_dim is None:
+        return None
+    if rank is None or rope is None:
+        raise UserError("MLA caches a latent and a rotated key. Pass both --kv-lora-rank and --qk-rope-head-dim.")
+    if args.num_kv_heads not in (None, 1):
+        raise UserError(
+            f"--num-kv-heads {args.num_kv_heads}, but MLA caches one latent head for all query heads. Leave it out."
+        )
+    if args.head_dim is not None:
+        raise UserError("MLA caches no heads of --head-dim. Leave it out: --kv-lora-rank and --qk-rope-head-dim count.")
+    return KVLayout(1, rank + rope, rank, v_is_prefix_of_k=True)
 
 
 def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
@@ -256,7 +288,7 @@ def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
         return ModelFacts()
     path = Path(model) / "config.json"
     if not path.is_file():
-        if args.num_q_heads is not None and args.num_kv_heads is not None:
+        if args.num_q_heads is not None and _first(args.num_kv_heads, args.kv_lora_rank) is not None:
             return ModelFacts()
         raise UserError(
             f'model "{model}" is not a folder with a config.json, and nothing is downloaded here. Pass --num-q-heads '
@@ -268,8 +300,6 @@ def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
         raise UserError(f"{path}: {error}. A Hugging Face config.json was wanted.") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}. A Hugging Face config.json was wanted.")
-    if "kv_lora_rank" in data:
-        raise refuse("family", f"{path} is a model with MLA")
 
     def size(key: str) -> int | None:
         value = data.get(key)
@@ -283,6 +313,8 @@ def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
         num_kv_heads=_first(size("num_key_value_heads"), heads),
         num_layers=size("num_hidden_layers"),
         head_dim=_first(size("head_dim"), width // heads if width and heads else None),
+        kv_lora_rank=size("kv_lora_rank"),
+        qk_rope_head_dim=size("qk_rope_head_dim"),
         max_model_len=size("max_position_embeddings"),
     )
 
@@ -290,6 +322,13 @@ def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
 def _first(*values: Any) -> Any:
     """The first value that is known."""
     return next((value for value in values if value is not None), None)
+
+
+def _times(counts: set[int]) -> str:
+    if len(counts) > 1:
+        return f"{min(counts)} to {max(counts)} times"
+    (n,) = counts
+    return {1: "once", 2: "twice"}.get(n, f"{n} times")
 
 
 def _count(n: int, noun: str) -> str:
@@ -330,9 +369,11 @@ def _parser() -> argparse.ArgumentParser:
     layout.add_argument("--block-size", type=int, help="tokens of one shard per KV block (default 16)")
     model = parser.add_argument_group("model")
     model.add_argument("--num-q-heads", type=int)
-    model.add_argument("--num-kv-heads", type=int, help="1 for MLA, whose latent is one head")
+    model.add_argument("--num-kv-heads", type=int, help="not with MLA, whose latent counts as one")
     model.add_argument("--num-layers", type=positive_int)
     model.add_argument("--head-dim", type=positive_int)
+    model.add_argument("--kv-lora-rank", type=positive_int, metavar="R", help="MLA: width of the latent")
+    model.add_argument("--qk-rope-head-dim", type=positive_int, metavar="D", help="MLA: width of the rotated key")
     model.add_argument("--dtype", choices=sorted(DTYPE_BYTES), help="of activations and KV cache (default bfloat16)")
     load = parser.add_argument_group("load")
     load.add_argument("--seq-len", type=positive_int, help="show the split of a sequence of so many tokens")

@@ -59,6 +59,7 @@ from cpinfer.engine.output import (
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.engine.scheduler import SchedulerStats, sum_stats
 from cpinfer.errors import EngineFaultError, UserError
+from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_spec, load_tokenizer
@@ -160,7 +161,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     tokenizer = load_tokenizer(config.model)
     if config.sampling.stop and tokenizer is None:
         raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
-    pool = affordable_pool(spec, config, config.dtype, launch.device)
+    pool = _pool(spec, grid, config, launch.device)
     inputs, complaints = read_input(
         config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
     )
@@ -189,6 +190,11 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     )
 
 
+def _pool(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:
+    """The KV pool of the rank that stores the most heads."""
+    return affordable_pool(spec, spec.heads(grid.tp_size).max_stored_heads(grid), config, config.dtype, device)
+
+
 def rollout(launch: Launch, job: Job) -> int:
     """Load, generate, write. Collective over all ranks."""
     is_first = launch.rank == 0
@@ -197,7 +203,7 @@ def rollout(launch: Launch, job: Job) -> int:
         for complaint in job.skipped:
             print(f"rollout: skipped: {complaint}", file=sys.stderr)
     if job.dry_run:
-        pool = affordable_pool(job.spec, job.config, job.config.dtype, launch.device)
+        pool = _pool(job.spec, job.grid, job.config, launch.device)
         checked = {"num_prompts": len(job.inputs), "kv_capacity_tokens": pool.capacity_tokens}
         if is_first:
             print(json.dumps({"dry_run": True, **checked, "layout": job.meta["layout"]}), flush=True)

@@ -15,12 +15,12 @@ from cpinfer.ops.states import State
 class PlannedAttention(Protocol):
     """Attention over the rows of one plan, ready to run for any layer of the step."""
 
-    def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> State:
+    def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None) -> State:
         """`out [T, H, V]` in q's dtype and `lse [T, H]`, natural log, float32; a row without keys gives `(0, -inf)`.
 
         q `[T, H, D]`: the packed queries of all rows. keys `[slots, K, D]`, values `[slots, K, V]`: the paged store
-        flattened, last dim contiguous, otherwise of any strides. The result may lie in memory of the plan: it is valid
-        until this plan runs again.
+        flattened, last dim contiguous, otherwise of any strides; values may be a view of the first columns of keys. The
+        result may lie in memory of the plan: it is valid until this plan runs again.
         """
         ...
 

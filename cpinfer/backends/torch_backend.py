@@ -4,12 +4,16 @@ Keys are read in place. Blocks that are neighbours in the cache form a *run*, a 
 is; a row of several runs is one kernel call per run and a merge of their states. Only a table too scattered for that is
 gathered into a copy.
 
+A row with a window is cut into tiles of queries, each over its own keys, so those are one view or one copy. A soft cap
+has no kernel on CPU: its layers take the plain products, too.
+
     block table  7 8 9 2 3        runs  [7, 10) [2, 4)        two views, two calls, one merge
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,14 +57,16 @@ class TorchBackend:
             if not runs or q_len == 0:
                 continue
             segments = []
-            if rows.causal and q_len > 1:
+            if rows.window is not None:
+                segments = self._segments(runs, causal=True)
+            elif rows.causal and q_len > 1:
                 # What all queries see, and the square in which they see each other.
                 context, square = _split(runs, sum(hi - lo for lo, hi in runs) - q_len)
                 segments = [*self._segments(context, causal=False), *self._segments(square, causal=True)]
             else:
                 segments = self._segments(runs, causal=False)
             calls.append((slice(end - q_len, end), segments))
-        return TorchPlan(calls, rows.num_queries, self._device)
+        return TorchPlan(calls, rows.num_queries, rows.window, self._device)
 
     def _segments(self, runs: list[Run], *, causal: bool) -> list[_Segment]:
         # A causal square is one call or a copy: split by keys it would no longer be a triangle.
@@ -76,21 +82,37 @@ class TorchPlan:
     All layers of a step have results of one shape, so they share one place for them, made when the first layer runs.
     """
 
-    def __init__(self, calls: list[tuple[slice, list[_Segment]]], num_queries: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        calls: list[tuple[slice, list[_Segment]]],
+        num_queries: int,
+        window: int | None,
+        device: torch.device,
+    ) -> None:
         self._calls = calls
+        self._window = window
         self._num_queries = num_queries
         self._results: State | None = None
-        self._attend = flash_attention_cpu if device.type == "cpu" else dense_attention
+        self._has_flash = device.type == "cpu"
 
-    def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> State:
+    def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None) -> State:
         T = len(q)
         if self._num_queries != T:
             raise ValueError(f"{T} queries were given to a plan of {self._num_queries}")
         q = q.contiguous()  # one query of all heads can then be read without another copy
+        if self._has_flash and soft_cap is None:
+            attend = partial(flash_attention_cpu, scale=scale)
+        else:
+            attend = partial(dense_attention, scale=scale, soft_cap=soft_cap)
         out, lse = self._room(q, values.shape[-1])
+        # Values that are columns of the keys stay such where keys are copied, and are copied with them.
+        is_prefix = values.data_ptr() == keys.data_ptr()
         for queries, segments in self._calls:
-            row = q[queries]
-            states = [self._attend(row, s.take(keys), s.take(values), scale=scale, causal=s.causal) for s in segments]
+            states = []
+            for segment in segments:
+                k = segment.take(keys)
+                v = k[..., : values.shape[-1]] if is_prefix else segment.take(values)
+                states.append(attend(q[queries], k, v, causal=segment.causal, window=self._window))
             out[queries], lse[queries] = merge_states(states)
         return out, lse
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.shards import IntArray
 
 
 class PagedKVCache:
@@ -40,15 +42,29 @@ class PagedKVCache:
             [keys[..., : layout.v_dim] for keys in self._keys] if layout.v_is_prefix_of_k else zeros(layout.v_dim)
         )
 
+    def index(self, array: IntArray) -> Tensor:
+        """Row numbers that a plan has made, where the cache can use them."""
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """The whole store of a layer, keys and values, without a copy; block tables say what is whose."""
         return self._keys[layer], self._values[layer]
 
-    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        """Store `k [W, heads, k_dim]`, `v [W, heads, v_dim]` at `slots [W]`, which are distinct. W may be 0."""
-        self._keys[layer].index_copy_(0, slots, k)
-        if not self.layout.v_is_prefix_of_k:
-            self._values[layer].index_copy_(0, slots, v)
+    def write(self, layer: int, slots: Tensor, parts: Sequence[Tensor]) -> None:
+        """Store `parts` at `slots [W]`, which are distinct: k `[W, heads, k_dim]`, and v where it is not part of k."""
+        for store, part in zip((self._keys[layer], self._values[layer]), parts, strict=False):
+            store.index_copy_(0, slots, part)
+
+    def parts(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        """What of k and v has to be sent and stored: both, or k alone where v is part of it."""
+        return (k,) if self.layout.v_is_prefix_of_k else (k, v)
+
+    def views(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[..., k_dim]` and values `[..., v_dim]` of rows that hold the parts side by side, without a copy."""
+        layout = self.layout
+        if layout.v_is_prefix_of_k:
+            return rows, rows[..., : layout.v_dim]
+        return rows[..., : layout.k_dim], rows[..., layout.k_dim :]
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks, all layers, from the first to the second of each pair; no block is both."""
@@ -60,10 +76,8 @@ class PagedKVCache:
             for blocks in index.unbind(dim=1)
         )
         for layer in range(len(self._keys)):
-            keys, values = self.read(layer)
-            self.write(layer, dst, keys.index_select(0, src), values.index_select(0, src))
+            self.write(layer, dst, [part.index_select(0, src) for part in self.parts(*self.read(layer))])
 
-    def new_rows(self, n: int) -> Tensor:
-        """Zeros `[n, heads, k_dim + v_dim]`: room for k and v of n tokens, side by side, as they travel."""
-        width = self.layout.k_dim + self.layout.v_dim
-        return torch.zeros(n, self.layout.num_heads, width, dtype=self.dtype, device=self.device)
+    def new_rows(self, n: int, num_heads: int) -> Tensor:
+        """Zeros `[n, num_heads, width]`: room for the parts of n tokens, side by side, as they travel."""
+        return torch.zeros(n, num_heads, self.layout.width, dtype=self.dtype, device=self.device)

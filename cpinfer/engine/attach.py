@@ -31,7 +31,7 @@ def attach(
     config = config or Config()
     spec = model_spec(model)
     check_layout(spec, config, topology.grid)
-    with attached(model, spec, topology.grid.tp_size) as runner:
+    with attached(model, spec, topology.grid.tp_size, topology.coords.tp_rank) as runner:
         yield Engine(runner, topology, config, tokenizer)
 
 

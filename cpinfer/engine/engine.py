@@ -44,6 +44,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._stopping = Stopping(runner.spec.eos_token_ids, tokenizer)
         self._backend = make_backend(config.backend, runner.device)
+        heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
+        self._kv_layout = runner.spec.kv_layout(len(heads.kv_heads))
         self._pool_size = self._agree_on_pool()
         self._homes = [
             KVHome(
@@ -73,7 +75,7 @@ class Engine:
             return
         runner, sharding = self._runner, self._pool_size.sharding
         cache = PagedKVCache(
-            runner.spec.kv_layout(self._topology.grid.tp_size),
+            self._kv_layout,
             runner.spec.num_layers,
             self._pool_size.num_blocks,
             sharding.block_size,
@@ -184,20 +186,20 @@ class Engine:
         )
 
     def _agree_on_pool(self) -> PoolSize:
-        """The KV pool that every rank can afford: memory may differ between them, block ids may not."""
-        device = self._runner.device
-        dtype = str(self._runner.dtype).removeprefix("torch.")
-        pool = affordable_pool(self._runner.spec, self._config, dtype, device)
-        return PoolSize(smallest(self._topology.replica, pool.num_blocks, device), pool.sharding)
+        """The KV pool that every rank can afford: memory, or the heads it stores, may differ, block ids may not."""
+        runner = self._runner
+        dtype = str(runner.dtype).removeprefix("torch.")
+        pool = affordable_pool(runner.spec, self._kv_layout.num_heads, self._config, dtype, runner.device)
+        return PoolSize(smallest(self._topology.replica, pool.num_blocks, runner.device), pool.sharding)
 
     def _refuse_while_streaming(self, what: str) -> None:
         if self._is_streaming:
             raise RuntimeError(f"cannot {what} while a stream is open; finish or close it first")
 
 
-def affordable_pool(spec: ModelSpec, config: Config, dtype: str, device: torch.device) -> PoolSize:
-    """The KV pool that this rank's budget buys. UserError when that is not a single block."""
-    per_token = spec.kv_layout(config.tp_size).bytes_per_token(spec.num_layers, dtype)
+def affordable_pool(spec: ModelSpec, num_heads: int, config: Config, dtype: str, device: torch.device) -> PoolSize:
+    """The KV pool that a rank's budget buys, of `num_heads` stored KV heads. UserError when it is no single block."""
+    per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_layers, dtype)
     budget = _kv_budget_bytes(config, device)
     pool = PoolSize.from_bytes(budget, per_token, KVSharding(config.dcp_size, config.interleave, config.block_size))
     if pool.num_blocks == 0:

@@ -24,19 +24,14 @@ from cpinfer.layout.context import (
     exchange_places,
     plan_kv_exchange,
     plan_query_exchange,
+    plan_window_exchange,
 )
-from cpinfer.layout.decode import deal_rows, plan_decode
-from cpinfer.layout.prefill import PrefillSplit, StepCost, deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.decode import deal_rows, plan_decode, rows_in_window
+from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, StepCost, deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
-from cpinfer.models.attention_steps import (
-    AttentionStep,
-    ContextAttention,
-    DecodeStep,
-    IdleStep,
-    KVContext,
-    PrefillStep,
-    QueryContext,
-)
+from cpinfer.models.attention_steps import AttentionStep, DecodeStep, IdleStep, PrefillStep
+from cpinfer.models.context_attention import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.models.runner import ModelRunner
 from cpinfer.models.state_exchange import StateExchange
 
@@ -57,7 +52,7 @@ class StepRunner:
         cache: PagedKVCache,
         stopping: Stopping,
     ) -> None:
-        grid = topology.grid
+        grid, spec = topology.grid, runner.spec
         self._runner = runner
         self._topology = topology
         self._config = config
@@ -65,14 +60,24 @@ class StepRunner:
         self._backend = backend
         self._cache = cache
         self._stopping = stopping
-        self._cost = StepCost(pairs_per_token=runner.spec.pairs_per_token)
+        self._cost = StepCost(pairs_per_token=spec.pairs_per_token)
+        # In a fixed order: every rank gathers for one window after the other.
+        self._windows = sorted({w for w in spec.windows if w is not None})
+        self._has_full_layers = spec.widest_window is None
+        self._heads = spec.heads(grid.tp_size).in_group(grid, topology.coords.tp_rank)
+        # New K/V of a prefill go to all who store them or attend to them: beyond the pcp axis where heads are mixed.
+        self._prefill_comm = topology.dcp if self._heads.is_mixed else topology.pcp
         self._home = grid.home(topology.rank)
         wire_dtype = runner.dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)
         state_return = config.decode_exchange
         # With replicated queries a decode row is computed by every rank of the home, so rows are dealt to one place.
         self._row_ranks = 1 if state_return == "replicate_q" else grid.row_ranks
         self._decode_exchange = StateExchange(
-            topology.dcp, pcp_size=self._row_ranks, wire_dtype=wire_dtype, state_return=state_return
+            topology.dcp,
+            pcp_size=self._row_ranks,
+            wire_dtype=wire_dtype,
+            state_return=state_return,
+            kv_columns=self._heads.columns,
         )
         self._places = exchange_places(grid, topology.rank)
         self._context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp
@@ -105,8 +110,7 @@ class StepRunner:
             shard=self._topology.kv_shard,
             context_lens=starts,
         )
-        context = self._context(split, chunks) if any(starts) else None
-        attention = PrefillStep(plan, self._backend, self._cache, self._topology.pcp, context)
+        attention = self._prefill_attention(plan, chunks)
         token_ids = [
             token
             for piece in plan.pieces
@@ -123,31 +127,50 @@ class StepRunner:
         places = [(owner, owners[:i].count(owner)) for i, owner in enumerate(owners)]
         return self._sample(logits[[row for row, _ in drawn]], [sample for _, sample in drawn], samples, places)
 
-    def _context(self, split: PrefillSplit, chunks: ListLike[Chunk]) -> ContextAttention:
-        """Attention to what earlier steps cached of these prompts, by whatever moves fewer bytes."""
+    def _prefill_attention(self, plan: PrefillPlan, chunks: ListLike[Chunk]) -> PrefillStep:
+        """The attention of a prefill step, with what earlier steps cached of its prompts."""
+        rows: dict[int | None, AttentionRows] = {None: plan.rows} if self._has_full_layers else {}
+        context, window_contexts = None, {}
         contexts = []
         for chunk in chunks:
             home, leader = next(iter(chunk.prefill.leaders.items()))
             contexts.append(Context(chunk.start, home, leader.blocks))
+        has_context = any(chunk.start for chunk in chunks)
+        if has_context and self._has_full_layers:
+            context = self._full_context(plan.split, contexts)
+        for window in self._windows:
+            if not has_context:
+                rows[window] = plan.rows.within(window)
+                continue
+            exchange = plan_window_exchange(
+                plan.split, contexts, self._sharding, self._places, self._context_comm.index, window
+            )
+            rows[window] = exchange.rows
+            window_contexts[window] = WindowContext(exchange, self._cache, self._context_comm, self._heads)
+        return PrefillStep(
+            plan, rows, self._backend, self._cache, self._prefill_comm, self._heads, context, window_contexts
+        )
+
+    def _full_context(self, split: PrefillSplit, contexts: ListLike[Context]) -> ContextAttention:
+        """Attention to all that is cached, by whatever moves fewer bytes."""
         exchange = self._config.context_exchange
         if exchange == "auto":
-            spec, tp_size = self._runner.spec, self._topology.grid.tp_size
             exchange = choose_exchange(
                 split,
                 contexts,
                 self._sharding,
                 self._places,
-                q_heads=spec.heads(tp_size).q_heads_per_rank,
+                q_heads=self._heads.num_q_heads,
                 kv=self._cache.layout,
                 dtype_bytes=self._runner.dtype.itemsize,
             )
         index = self._context_comm.index
         if exchange == "queries":
             query_plan = plan_query_exchange(split, contexts, self._sharding, self._places[index])
-            return QueryContext(query_plan, self._backend, self._cache, self._context_exchange)
+            return QueryContext(query_plan, self._backend, self._cache, self._context_exchange, self._heads)
         workspace = self._config.context_workspace_tokens
         kv_plan = plan_kv_exchange(split, contexts, self._sharding, self._places, index, workspace)
-        return KVContext(kv_plan, self._backend, self._cache, self._context_comm)
+        return KVContext(kv_plan, self._backend, self._cache, self._context_comm, self._heads)
 
     def _decode(self, running: ListLike[Sequence]) -> list[SampledToken]:
         grid = self._topology.grid
@@ -157,15 +180,19 @@ class StepRunner:
         if not here:
             logits = self._forward([], [], IdleStep(), [])
             return self._sample(logits, [], running, [places[id(s)] for s in running])
+        positions, shard = [s.next_position for s in here], self._topology.kv_shard
         plan = plan_decode(
-            [s.next_position for s in here],
+            positions,
             [s.blocks for s in here],
             self._sharding,
             pcp_size=self._row_ranks,
             pcp_rank=self._topology.coords.pcp_rank % self._row_ranks,
-            shard=self._topology.kv_shard,
+            shard=shard,
         )
-        attention = DecodeStep(plan, self._backend, self._cache, self._decode_exchange)
+        rows: dict[int | None, AttentionRows] = {None: plan.rows} if self._has_full_layers else {}
+        for window in self._windows:
+            rows[window] = rows_in_window(plan, positions, self._sharding, shard, window)
+        attention = DecodeStep(plan, rows, self._backend, self._cache, self._decode_exchange, self._heads)
         mine = [here[i] for i in plan.own if i >= 0]
         padding = [0] * (len(plan.own) - len(mine))
         logits = self._forward([s.last_token_id for s in mine] + padding, plan.positions, attention, range(len(mine)))

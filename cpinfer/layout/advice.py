@@ -8,6 +8,9 @@ top of pcp. In our terms, where `dcp` counts all shards of a sequence, it is one
 `rep = max(1, tp / num_kv_heads)` copies of each KV head turned into shards. MLA has one (latent) KV head, so there
 `rep = tp` and all tp ranks take part.
 
+Where `dcp / pcp` does not divide `rep`, groups mix KV heads: each rank stores all heads of its group, so that sequences
+get no longer than at `dcp = pcp * rep`, and more travels. Such layouts are listed, behind unmixed ones of equal merit.
+
 >>> [option.sizes.dcp_size for option in legal_layouts(8, num_q_heads=64, num_kv_heads=2) if option.is_advised]
 [2, 2, 4]
 >>> str(for_long_prompt(legal_layouts(8, num_q_heads=64, num_kv_heads=8))[0].sizes)
@@ -47,9 +50,17 @@ class LayoutOption:
         return self.sizes.pcp_size == 2 and self.sizes.dcp_size == 2 * self.heads.rep
 
     @property
+    def is_mixed(self) -> bool:
+        """Whether some DCP group stores several sets of KV heads."""
+        return self.heads.mixes_heads(self.grid)
+
+    @property
     def longest_sequence(self) -> float:
-        """Tokens of the longest sequence, in units of what one rank holds of one KV head."""
-        return self.grid.dcp_size / self.heads.kv_heads_per_rank
+        """Tokens of the longest sequence, in units of what one rank holds of one KV head.
+
+        All ranks have the same blocks, so those count that store the most heads.
+        """
+        return self.grid.dcp_size / self.heads.max_stored_heads(self.grid)
 
     @property
     def total_tokens(self) -> float:
@@ -64,14 +75,16 @@ class LayoutOption:
     @property
     def prefill_values(self) -> float:
         """Values (units of head_dim) that a rank receives per prompt token and layer: K/V gather and all-reduces."""
-        gather = (self.grid.pcp_size - 1) * 2 * self.heads.kv_heads_per_rank
+        places = self.grid.dcp_size if self.is_mixed else self.grid.pcp_size
+        gather = (places - 1) * 2 * self.heads.kv_heads_per_rank
         return (gather + self._all_reduce_values) / self.grid.pcp_size
 
     @property
     def decode_values(self) -> float:
         """Values (units of head_dim) that a rank receives per running sequence of the machine and layer."""
         hq, kvl = self.heads.q_heads_per_rank, self.heads.kv_heads_per_rank
-        exchange = (self.grid.dcp_size - 1) * (2 * hq + (2 * kvl if self.grid.pcp_size > 1 else 0))
+        sends_new_kv = self.grid.pcp_size > 1 or self.is_mixed
+        exchange = (self.grid.dcp_size - 1) * (2 * hq + (2 * kvl if sends_new_kv else 0))
         return (exchange + self._all_reduce_values) / (self.grid.pcp_size * self.grid.dp_size)
 
     @property
@@ -109,12 +122,13 @@ def legal_layouts(
 
 
 def for_long_prompt(options: Sequence[LayoutOption]) -> list[LayoutOption]:
-    """Best first: most ranks on one prompt, then the longest sequence, then published advice, then least traffic."""
+    """Best first: most ranks on one prompt, the longest sequence, unmixed, published advice, least traffic."""
     return sorted(
         options,
         key=lambda o: (
             -o.grid.ranks_per_replica,
             -o.longest_sequence,
+            o.is_mixed,
             not o.is_advised,
             o.prefill_values,
         ),
@@ -122,12 +136,13 @@ def for_long_prompt(options: Sequence[LayoutOption]) -> list[LayoutOption]:
 
 
 def for_many_sequences(options: Sequence[LayoutOption]) -> list[LayoutOption]:
-    """Best first: most tokens held in all, then least decode traffic, fewest collectives, most ranks on a prompt."""
+    """Best first: most tokens held in all, least decode traffic, unmixed, fewest collectives, most ranks a prompt."""
     return sorted(
         options,
         key=lambda o: (
             -o.total_tokens,
             o.decode_values,
+            o.is_mixed,
             o.collectives_per_layer,
             -o.grid.ranks_per_replica,
         ),

@@ -30,8 +30,13 @@ class KVLayout:
     v_is_prefix_of_k: bool = False
 
     @property
+    def width(self) -> int:
+        """Values of one head of one token: K, and V where it is not part of it."""
+        return self.k_dim + (0 if self.v_is_prefix_of_k else self.v_dim)
+
+    @property
     def values_per_token(self) -> int:
-        return self.num_heads * (self.k_dim + (0 if self.v_is_prefix_of_k else self.v_dim))
+        return self.num_heads * self.width
 
     def bytes_per_token(self, num_layers: int, dtype: str) -> int:
         """Bytes of one token on one rank that owns it, all layers."""

@@ -6,8 +6,11 @@ for its own tokens, and the answers merge. Either the queries travel to the KV, 
     queries   all_gather of q; every rank attends to its own shard for all of them; (out, lse) back by all_to_all
     kv        all_gather of the cached k, v, a window at a time; every rank attends for its own queries
 
-`choose_exchange` takes what moves fewer bytes. The exchange runs along an axis that reaches every shard of the home
-from every rank that computes tokens: the pcp axis when `dcp <= pcp`, else the DCP group.
+`choose_exchange` takes what moves fewer bytes. Layers with a window see little of the context and always have it travel
+as KV: its last `window - 1` tokens, gathered once and put in sequence order before the new ones.
+
+The exchange runs along an axis that reaches every shard of the home from every rank that computes tokens: the pcp axis
+when `dcp <= pcp`, else the DCP group.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import numpy as np
 
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.grid import RankGrid
-from cpinfer.layout.prefill import PrefillSplit
+from cpinfer.layout.prefill import PrefillSplit, gathered_rows
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
 from cpinfer.layout.traffic import LSE_BYTES
@@ -71,6 +74,18 @@ class KVExchange:
     """KV travels, in windows that bound the scratch."""
 
     windows: tuple[KVWindow, ...]
+
+
+@dataclass(frozen=True)
+class WindowExchange:
+    """What layers with a window see of the context: this rank sends `slots` of its cache, padded to `length`.
+
+    `rows` index the gathered `[places * length]` with the step's new tokens behind it, in pages of one token.
+    """
+
+    length: int
+    slots: IntArray
+    rows: AttentionRows
 
 
 def exchange_places(grid: RankGrid, rank: int) -> tuple[Place, ...]:
@@ -184,6 +199,53 @@ def plan_kv_exchange(
     return KVExchange(tuple(windows))
 
 
+def plan_window_exchange(
+    split: PrefillSplit,
+    contexts: Sequence[Context],
+    sharding: KVSharding,
+    places: Sequence[Place],
+    index: int,
+    window: int,
+) -> WindowExchange:
+    """The end of every context, for layers with `window`, gathered for the rank at `places[index]`."""
+    ends = np.array([c.num_tokens for c in contexts], dtype=np.int64)
+    begins = np.maximum(0, ends - (window - 1))
+    # [places, prompts]: local indices [first, last) of the seen tokens that each place holds.
+    here = np.array([[c.home == place.home for c in contexts] for place in places])
+    first, last = (
+        np.where(here, np.stack([sharding.local_len(at, place.shard) for place in places]), 0) for at in (begins, ends)
+    )
+    held = last - first
+    length = int(held.sum(axis=1).max())
+    line_starts = np.cumsum(held, axis=1) - held
+    slots = [
+        _slots(context, np.arange(lo, hi), sharding.block_size)
+        for context, lo, hi in zip(contexts, first[index], last[index], strict=True)
+    ]
+    new_begin = len(places) * length
+    tables = []
+    for prompt, context in enumerate(contexts):
+        position = np.arange(begins[prompt], ends[prompt])
+        # The place that holds each token: of the home's places, the one with its shard.
+        place_of_shard = np.zeros(sharding.num_shards, dtype=np.int64)
+        for i, place in enumerate(places):
+            if place.home == context.home:
+                place_of_shard[place.shard] = i
+        holder = place_of_shard[sharding.owner(position)]
+        row = holder * length + line_starts[holder, prompt] + sharding.local_index(position) - first[holder, prompt]
+        tables.append(np.concatenate([row, new_begin + gathered_rows(split, prompt)]))
+    mine = split.part(places[index].pcp_rank)
+    seen = ends - begins
+    rows = AttentionRows.build(
+        [piece.num_tokens for piece in mine],
+        [int(seen[piece.prompt]) + piece.end for piece in mine],
+        [tables[piece.prompt] for piece in mine],
+        block_size=1,
+        causal=True,
+    )
+    return WindowExchange(length, np.concatenate(slots), rows.within(window))
+
+
 def _held(contexts: Sequence[Context], sharding: KVSharding, place: Place) -> IntArray:
     """`[prompts]` cached tokens of each that the rank at `place` stores."""
     return np.array(
@@ -193,8 +255,12 @@ def _held(contexts: Sequence[Context], sharding: KVSharding, place: Place) -> In
 
 def _line_of_slots(contexts: Sequence[Context], held: IntArray, block_size: int) -> IntArray:
     """Cache rows of all context that a rank stores, prompt after prompt."""
-    slots = []
-    for context, length in zip(contexts, held, strict=True):
-        block, offset = np.divmod(np.arange(length), block_size)
-        slots.append(np.asarray(context.block_table, dtype=np.int64)[block] * block_size + offset)
-    return np.concatenate(slots)
+    return np.concatenate(
+        [_slots(context, np.arange(length), block_size) for context, length in zip(contexts, held, strict=True)]
+    )
+
+
+def _slots(context: Context, local_index: IntArray, block_size: int) -> IntArray:
+    block, offset = np.divmod(local_index, block_size)
+    slots: IntArray = np.asarray(context.block_table, dtype=np.int64)[block] * block_size + offset
+    return slots

@@ -79,6 +79,17 @@ def plan_decode(
     )
 
 
+def rows_in_window(
+    plan: DecodePlan, positions: Sequence[int], sharding: KVSharding, shard: int, window: int
+) -> AttentionRows:
+    """The rows of a plan, as layers see them whose queries see the last `window` tokens, their own included.
+
+    Of the tokens from position `lo` on a shard holds those from `local_len(lo)` on.
+    """
+    at = np.asarray(positions, dtype=np.int64)[plan.gathered]
+    return plan.rows.above(sharding.local_len(np.maximum(0, at - window + 1), shard))
+
+
 def deal_rows(num_rows: int, pcp_size: int) -> IntArray:
     """`[pcp * R]` rows in gathered order, -1 for padding.
 

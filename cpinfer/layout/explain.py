@@ -4,12 +4,21 @@
        tp0                tp1
 pcp0 | 0: q0-3/k0/s0/p0 | 1: q4-7/k1/s0/p0 |
 pcp1 | 2: q0-3/k0/s1/p1 | 3: q4-7/k1/s1/p1 |
+
+A DCP group that mixes KV heads stores all of them on each of its ranks:
+
+>>> print(draw_grid(RankGrid(tp_size=2, pcp_size=2, dcp_size=4), HeadPlacement(8, 2, tp_size=2)))
+       tp0                  tp1
+pcp0 | 0: q0-3/k0-1/s0/p0 | 1: q4-7/k0-1/s2/p0 |
+pcp1 | 2: q0-3/k0-1/s1/p1 | 3: q4-7/k0-1/s3/p1 |
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout, PoolSize
 from cpinfer.layout.grid import Group, RankGrid
@@ -22,11 +31,14 @@ from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_byt
 
 @dataclass(frozen=True)
 class Question:
-    """A layout, and as much of the model, the memory and the prompts as is known; None leaves its answers out."""
+    """A layout, and as much of the model, the memory and the prompts as is known; None leaves its answers out.
+
+    `kv_head`: what one KV head stores per token and layer. With MLA that is the latent, the one KV head of `sizes`.
+    """
 
     sizes: LayoutSizes
     num_layers: int | None = None
-    head_dim: int | None = None
+    kv_head: KVLayout | None = None
     dtype: str = "bfloat16"
     wire_dtype: str | None = None
     kv_cache_gib: float | None = None
@@ -36,7 +48,11 @@ class Question:
 
 @dataclass(frozen=True)
 class RankPlace:
-    """What one rank computes and stores. `kv_copies`: ranks of its home that store the same heads of the same shard."""
+    """What one rank computes and stores.
+
+    `q_heads` are its own, `kv_heads` all that its DCP group stores. `kv_copies`, for each of these: how many ranks of
+    its home store this head of this shard.
+    """
 
     rank: int
     dp_rank: int
@@ -47,12 +63,15 @@ class RankPlace:
     kv_shard: int
     prefill_part: int
     home: int
-    kv_copies: int
+    kv_copies: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class PrefillCost:
-    """One prompt of `seq_len` tokens, split over the pcp ranks: `pieces[r]` are the `[start, end)` of part r."""
+    """One prompt of `seq_len` tokens, split over the pcp ranks: `pieces[r]` are the `[start, end)` of part r.
+
+    Bytes are those of a rank that receives most: where only some DCP groups mix KV heads, the others receive less.
+    """
 
     pieces: tuple[tuple[tuple[int, int], ...], ...]
     pairs_per_rank: tuple[int, ...]
@@ -62,7 +81,7 @@ class PrefillCost:
 
 @dataclass(frozen=True)
 class DecodeCost:
-    """One decode step. A rank computes `ceil(sequences of its home / row_ranks)` rows."""
+    """One decode step. A rank computes `ceil(sequences of its home / row_ranks)` rows. Bytes as in `PrefillCost`."""
 
     row_ranks: int
     collectives_per_layer: int
@@ -74,7 +93,8 @@ class Explanation:
     """Everything that follows from a `Question`; all None but `errors` when the layout is refused.
 
     Groups of `dcp` are in shard order. Capacity is that of one dp replica: of one home, which a single sequence can
-    fill, and of all homes together, which is what `max_concurrency` sequences of `max_model_len` tokens share.
+    fill, and of all homes together, which is what `max_concurrency` sequences of `max_model_len` tokens share. The rank
+    that stores the most KV heads bounds it, since all ranks have the same blocks.
     """
 
     valid: bool
@@ -102,8 +122,8 @@ def explain(question: Question) -> Explanation:
     length = question.seq_len
 
     token_bytes = capacity = total = concurrency = None
-    if question.num_layers is not None and question.head_dim is not None:
-        kv = KVLayout(heads.kv_heads_per_rank, question.head_dim, question.head_dim)
+    if question.num_layers is not None and question.kv_head is not None:
+        kv = replace(question.kv_head, num_heads=heads.max_stored_heads(grid))
         token_bytes = kv.bytes_per_token(question.num_layers, question.dtype)
     if token_bytes is not None and question.kv_cache_gib is not None:
         pool = PoolSize.from_bytes(int(question.kv_cache_gib * 2**30), token_bytes, sharding)
@@ -120,32 +140,37 @@ def explain(question: Question) -> Explanation:
         kv_capacity_tokens=capacity,
         kv_capacity_tokens_total=total,
         max_concurrency=concurrency,
-        prefill=None if length is None else _prefill_cost(question, length, heads),
+        prefill=None if length is None else _prefill_cost(question, length, grid, heads),
         decode=_decode_cost(question, grid, heads),
     )
 
 
 def rank_places(grid: RankGrid, heads: HeadPlacement) -> list[RankPlace]:
-    """Every rank of an unmixed layout, in rank order."""
+    """Every rank of a layout, in rank order."""
+    stored = [heads.in_group(grid, tp_rank).kv_heads for tp_rank in range(grid.tp_size)]
+    at = [grid.coords(rank) for rank in range(grid.world_size)]
+    # Where each rank's heads are kept: heads of one key are copies of each other.
+    keys = [[(c.dp_rank, grid.home(r), grid.kv_shard(r), h) for h in stored[c.tp_rank]] for r, c in enumerate(at)]
+    copies = Counter(chain.from_iterable(keys))
     return [
         RankPlace(
             rank=rank,
-            **grid.coords(rank)._asdict(),
-            q_heads=tuple(heads.q_heads(grid.coords(rank).tp_rank)),
-            kv_heads=tuple(heads.kv_heads(grid.coords(rank).tp_rank)),
+            **coords._asdict(),
+            q_heads=tuple(heads.q_heads(coords.tp_rank)),
+            kv_heads=stored[coords.tp_rank],
             kv_shard=grid.kv_shard(rank),
-            prefill_part=grid.coords(rank).pcp_rank,
+            prefill_part=coords.pcp_rank,
             home=grid.home(rank),
-            kv_copies=heads.copies_per_home(grid),
+            kv_copies=tuple(copies[key] for key in keys[rank]),
         )
-        for rank in range(grid.world_size)
+        for rank, coords in enumerate(at)
     ]
 
 
 def draw_grid(grid: RankGrid, heads: HeadPlacement) -> str:
-    """The rank table of an unmixed layout, one block per dp replica.
+    """The rank table of a layout, one block per dp replica.
 
-    A cell is rank: query heads / KV heads / KV shard / prefill part, and / home when there are several.
+    A cell is rank: query heads / stored KV heads / KV shard / prefill part, and / home when there are several.
     """
     places = rank_places(grid, heads)
     cells = [
@@ -169,14 +194,17 @@ def draw_grid(grid: RankGrid, heads: HeadPlacement) -> str:
     return "\n\n".join(blocks)
 
 
-def _prefill_cost(question: Question, seq_len: int, heads: HeadPlacement) -> PrefillCost:
-    pcp = question.sizes.pcp_size
+def _prefill_cost(question: Question, seq_len: int, grid: RankGrid, heads: HeadPlacement) -> PrefillCost:
+    pcp = grid.pcp_size
     split = split_prompts([seq_len], pcp, dealt=[None if pcp > 1 else 0])
     pairs = split.pairs_per_rank()
     received = None
-    if question.head_dim is not None:
+    if question.kv_head is not None:
         received = prefill_bytes(
-            pcp, split.part_len, heads.kv_heads_per_rank, question.head_dim, DTYPE_BYTES[question.dtype]
+            num_places=grid.dcp_size if heads.mixes_heads(grid) else pcp,
+            part_len=split.part_len,
+            kv=replace(question.kv_head, num_heads=heads.kv_heads_per_rank),
+            dtype_bytes=DTYPE_BYTES[question.dtype],
         )
     return PrefillCost(
         pieces=tuple(tuple((piece.start, piece.end) for piece in split.part(r)) for r in range(pcp)),
@@ -188,15 +216,14 @@ def _prefill_cost(question: Question, seq_len: int, heads: HeadPlacement) -> Pre
 
 def _decode_cost(question: Question, grid: RankGrid, heads: HeadPlacement) -> DecodeCost:
     received = None
-    if question.head_dim is not None:
+    if question.kv_head is not None:
         received = decode_bytes(
             dcp_size=grid.dcp_size,
             rows_per_rank=1,
             q_heads=heads.q_heads_per_rank,
-            kv_heads=heads.kv_heads_per_rank,
-            head_dim=question.head_dim,
+            kv=replace(question.kv_head, num_heads=heads.kv_heads_per_rank),
             dtype_bytes=DTYPE_BYTES[question.dtype],
-            pcp_size=grid.pcp_size,
+            sends_new_kv=grid.pcp_size > 1 or heads.mixes_heads(grid),
             wire_bytes=DTYPE_BYTES[question.wire_dtype or question.dtype],
         ).total
     return DecodeCost(grid.row_ranks, decode_collectives(grid.dcp_size), received)

@@ -7,7 +7,15 @@ With more tp ranks than KV heads, each head is held by `rep = tp_size / num_kv_h
                                  KV head   k0       k0       k1       k1            rep = 2
 
 A DCP group that spans `k` tp ranks turns these copies into shards when all `k` hold the same head, that is when
-`rep % k == 0`. Otherwise it *mixes* heads, and every rank would have to store all heads of its group.
+`rep % k == 0`. Otherwise it *mixes* heads: then every rank of it stores all heads of its group, for its shard.
+
+    tp=6, 12 query heads, 2 KV heads, dcp=2        tp0     tp1     tp2     tp3     tp4     tp5
+                                 queries, head     q0-1/k0 q2-3/k0 q4-5/k0 q6-7/k1 q8-9/k1 q10-11/k1
+                                 stored by group   k0      k0      k0-1    k0-1    k1      k1
+
+>>> heads = HeadPlacement(12, 2, tp_size=6)
+>>> [heads.in_group(RankGrid(tp_size=6, dcp_size=2), tp_rank).kv_heads for tp_rank in (0, 2, 4)]
+[(0,), (0, 1), (1,)]
 """
 
 from __future__ import annotations
@@ -15,6 +23,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from cpinfer.layout.grid import RankGrid
+
+
+@dataclass(frozen=True)
+class GroupHeads:
+    """The KV heads that the ranks of one DCP group store, as one of its ranks sees them.
+
+    The group's tp ranks are its *columns*, ascending; they hold consecutive query heads, all of which meet the stored
+    KV heads in decode: `q_per_kv[i]` of them belong to `kv_heads[i]`. `columns` bring the stored heads, in order: one
+    column for each distinct set of heads, the others have copies. `own` are the stored heads of this rank's own
+    queries. `num_q_heads` counts the queries of one rank.
+    """
+
+    num_q_heads: int
+    kv_heads: tuple[int, ...]
+    q_per_kv: tuple[int, ...]
+    columns: tuple[int, ...]
+    own: slice
+
+    @property
+    def is_mixed(self) -> bool:
+        return len(self.columns) > 1
 
 
 @dataclass(frozen=True)
@@ -52,14 +81,31 @@ class HeadPlacement:
         first = tp_rank * self.kv_heads_per_rank // self.rep
         return range(first, first + self.kv_heads_per_rank)
 
+    def in_group(self, grid: RankGrid, tp_rank: int) -> GroupHeads:
+        """What the DCP group of a rank stores."""
+        k = grid.columns_per_dcp_group
+        group = range(tp_rank // k * k, (tp_rank // k + 1) * k)
+        columns = [c for c, t in enumerate(group) if c == 0 or self.kv_heads(t) != self.kv_heads(t - 1)]
+        kv_heads = tuple(head for c in columns for head in self.kv_heads(group[c]))
+        # Query heads of a rank are shared evenly by the KV heads it holds, and copies add up.
+        of_each = self.q_heads_per_rank // self.kv_heads_per_rank
+        first = kv_heads.index(self.kv_heads(tp_rank)[0])
+        return GroupHeads(
+            num_q_heads=self.q_heads_per_rank,
+            kv_heads=kv_heads,
+            q_per_kv=tuple(of_each * sum(head in self.kv_heads(t) for t in group) for head in kv_heads),
+            columns=tuple(columns),
+            own=slice(first, first + self.kv_heads_per_rank),
+        )
+
+    def max_stored_heads(self, grid: RankGrid) -> int:
+        """KV heads that a rank stores, the most of all groups."""
+        return max(len(self.in_group(grid, t).kv_heads) for t in range(self.tp_size))
+
     def mixes_heads(self, grid: RankGrid) -> bool:
         """Whether some DCP group of `grid` spans tp ranks with different KV heads."""
         columns = grid.columns_per_dcp_group
         return columns > 1 and self.rep % columns != 0
-
-    def copies_per_home(self, grid: RankGrid) -> int:
-        """How often each (KV head, shard) is stored in one home of an unmixed layout."""
-        return self.rep // grid.columns_per_dcp_group
 
 
 def head_errors(num_q_heads: int, num_kv_heads: int, tp_size: int) -> list[str]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +70,14 @@ class PrefillSplit:
 
     def part(self, pcp_rank: int) -> list[Piece]:
         return [piece for piece in self.pieces if piece.pcp_rank == pcp_rank]
+
+    @cached_property
+    def by_prompt(self) -> tuple[tuple[Piece, ...], ...]:
+        """The pieces of each prompt, in sequence order."""
+        prompts: dict[int, list[Piece]] = {}
+        for piece in sorted(self.pieces, key=lambda p: (p.prompt, p.start)):
+            prompts.setdefault(piece.prompt, []).append(piece)
+        return tuple(map(tuple, prompts.values()))
 
     def tokens_per_rank(self) -> list[int]:
         return [sum(piece.num_tokens for piece in self.part(r)) for r in range(self.pcp_size)]
@@ -193,6 +202,12 @@ def split_prompts(
     return PrefillSplit(tuple(sorted(pieces, key=lambda p: (p.pcp_rank, p.offset))), pcp_size, max(offsets), page_size)
 
 
+def gathered_rows(split: PrefillSplit, prompt: int) -> IntArray:
+    """Rows of the gathered buffer that hold the tokens of a prompt, in sequence order."""
+    firsts = [(piece.pcp_rank * split.part_len + piece.offset, piece.num_tokens) for piece in split.by_prompt[prompt]]
+    return np.concatenate([np.arange(first, first + n) for first, n in firsts])
+
+
 def plan_prefill(
     split: PrefillSplit,
     block_tables: Sequence[Sequence[int] | None],
@@ -208,10 +223,8 @@ def plan_prefill(
     `context_lens`: tokens of each prompt that are cached already, so that its new ones begin there; default 0.
     """
     context_lens = context_lens or [0] * len(block_tables)
-    by_prompt: list[list[Piece]] = [[] for _ in block_tables]
-    for piece in sorted(split.pieces, key=lambda p: (p.prompt, p.start)):
-        by_prompt[piece.prompt].append(piece)
-    gathered = [np.concatenate([_gathered_rows(split, p) for p in pieces]) for pieces in by_prompt]
+    by_prompt = split.by_prompt
+    gathered = [gathered_rows(split, prompt) for prompt in range(len(block_tables))]
     mine = split.part(pcp_rank)
 
     slots = [
@@ -243,11 +256,6 @@ def plan_prefill(
         sample_rows=np.array([last.get(i, -1) for i in range(len(by_prompt))], dtype=np.int64),
         sample_owner=np.array([pieces[-1].pcp_rank for pieces in by_prompt], dtype=np.int64),
     )
-
-
-def _gathered_rows(split: PrefillSplit, piece: Piece) -> IntArray:
-    first = piece.pcp_rank * split.part_len + piece.offset
-    return np.arange(first, first + piece.num_tokens)
 
 
 def _concat(arrays: list[IntArray]) -> IntArray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -18,7 +18,8 @@ class AttentionRows:
 
     Row i has the next `q_lens[i]` packed queries, which see the keys with index `[kv_lo[i], kv_hi[i])` of the dense
     sequence that its block table spells out. Under `causal` the last query sees all of them, the one before it one key
-    less, and so on (aligned to the end of the row). A row with `kv_lo == kv_hi` is empty: output 0, lse -inf.
+    less, and so on (aligned to the end of the row), of which a `window` leaves it the last so many. A row with
+    `kv_lo == kv_hi` is empty: output 0, lse -inf.
     """
 
     q_lens: Int32Array
@@ -28,6 +29,7 @@ class AttentionRows:
     block_ids: Int32Array
     block_size: int
     causal: bool
+    window: int | None = None
 
     def __post_init__(self) -> None:
         n = len(self.q_lens)
@@ -43,6 +45,8 @@ class AttentionRows:
         # With fewer keys than queries the first queries would see nothing: no plan of ours means that.
         if self.causal and ((kv_lens > 0) & (kv_lens < self.q_lens)).any():
             raise ValueError("a causal row needs at least as many keys as queries")
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise ValueError("a window is at least 1 and needs causal rows: elsewhere the key range says what is seen")
 
     @classmethod
     def build(
@@ -67,6 +71,25 @@ class AttentionRows:
             block_ids=_concatenate(tables, int(lens.sum())),
             block_size=block_size,
             causal=causal,
+        )
+
+    def within(self, window: int) -> AttentionRows:
+        """The same causal rows under a window, without the keys that no query of theirs sees."""
+        return replace(self.above(self.kv_hi - self.q_lens - window + 1), window=window)
+
+    def above(self, kv_lo: NDArray[np.integer]) -> AttentionRows:
+        """The same rows without the keys below `kv_lo [rows]`, and without the blocks that held only such."""
+        lo = np.clip(kv_lo, self.kv_lo, self.kv_hi)
+        has_keys = lo < self.kv_hi
+        num_blocks = np.diff(self.block_indptr)
+        dropped = np.where(has_keys, lo // self.block_size, num_blocks)
+        place_in_row = np.arange(len(self.block_ids)) - np.repeat(self.block_indptr[:-1], num_blocks)
+        return replace(
+            self,
+            kv_lo=np.where(has_keys, lo - dropped * self.block_size, 0).astype(np.int32),
+            kv_hi=np.where(has_keys, self.kv_hi - dropped * self.block_size, 0).astype(np.int32),
+            block_indptr=np.concatenate([[0], np.cumsum(num_blocks - dropped)]).astype(np.int32),
+            block_ids=self.block_ids[place_in_row >= np.repeat(dropped, num_blocks)],
         )
 
     @property

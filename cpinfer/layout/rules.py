@@ -1,12 +1,11 @@
-"""Every rule on layouts in one place: what is illegal, and what is legal but not built yet."""
+"""Every rule on layouts in one place."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cpinfer.layout.grid import RankGrid, grid_errors
-from cpinfer.layout.heads import HeadPlacement, head_errors
-from cpinfer.refusals import refuse
+from cpinfer.layout.grid import grid_errors
+from cpinfer.layout.heads import head_errors
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,7 @@ class LayoutSizes:
 
 
 def layout_errors(sizes: LayoutSizes) -> list[str]:
-    """Sentences that say why a layout cannot be used; empty when it can.
-
-    Groups that mix KV heads are refused by everyone, since nothing may ever run with silently wrong heads.
-    """
+    """Sentences that say why a layout cannot be used; empty when it can."""
     errors = grid_errors(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)
     if sizes.tp_size >= 1:
         errors += head_errors(sizes.num_q_heads, sizes.num_kv_heads, sizes.tp_size)
@@ -39,19 +35,4 @@ def layout_errors(sizes: LayoutSizes) -> list[str]:
         for name, value in (("interleave", sizes.interleave), ("block_size", sizes.block_size))
         if value < 1
     ]
-    if errors:
-        return errors
-    grid = RankGrid(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)
-    heads = HeadPlacement(sizes.num_q_heads, sizes.num_kv_heads, sizes.tp_size)
-    if heads.mixes_heads(grid):
-        k = grid.columns_per_dcp_group
-        found = (
-            f"{sizes}: a DCP group spans {k} tp ranks, but each of the {sizes.num_kv_heads} KV heads is on {heads.rep}"
-        )
-        errors.append(str(refuse("mixed_heads", found)) + _unmixed_advice(grid, heads))
     return errors
-
-
-def _unmixed_advice(grid: RankGrid, heads: HeadPlacement) -> str:
-    columns = max(k for k in range(1, heads.rep + 1) if heads.rep % k == 0 and grid.tp_size % k == 0)
-    return f" The largest here is dcp={grid.pcp_size * columns}."

@@ -86,6 +86,13 @@ class KVSharding:
         """Blocks at the front of a sequence's table that no later token will be written to, on any shard."""
         return self.local_len(length, self.num_shards - 1) // self.block_size
 
+    def num_dead_blocks(self, length: int, window: int) -> int:
+        """Blocks at the front of a sequence of `length` tokens that no later query sees, on any shard.
+
+        Later queries see the last `window` tokens at their place, their own included, in every layer.
+        """
+        return self.local_len(max(0, length - window + 1), self.num_shards - 1) // self.block_size
+
     @property
     def prefix_unit(self) -> int:
         """Smallest run of tokens whose blocks hold these tokens and no others on every shard."""

@@ -3,17 +3,20 @@
 The formulas are those of the design (sections 4 and 5); they count payload, padding of the longest rank included, and
 no protocol. Tests hold the engine's counted bytes against them.
 
-    R  decode rows per rank      hq, kvl  query and KV heads of a rank      D  head dim      b  bytes per value
+    R  decode rows per rank      hq  query heads of a rank      kv  what it computes of K and V      b  bytes per value
 
->>> decode_bytes(dcp_size=2, rows_per_rank=3, q_heads=4, kv_heads=1, head_dim=128, dtype_bytes=2, pcp_size=2)
+>>> kv = KVLayout(num_heads=1, k_dim=128, v_dim=128)
+>>> decode_bytes(dcp_size=2, rows_per_rank=3, q_heads=4, kv=kv, dtype_bytes=2, sends_new_kv=True)
 DecodeBytes(gather=4608, all_to_all=3120)
->>> prefill_bytes(pcp_size=2, part_len=13, kv_heads=1, head_dim=128, dtype_bytes=2)
+>>> prefill_bytes(num_places=2, part_len=13, kv=kv, dtype_bytes=2)
 6656
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from cpinfer.layout.capacity import KVLayout
 
 LSE_BYTES = 4  # Always float32: an lse in bfloat16 costs 1.3e-2 rms over 8 shards.
 
@@ -38,31 +41,31 @@ def decode_bytes(
     dcp_size: int,
     rows_per_rank: int,
     q_heads: int,
-    kv_heads: int,
-    head_dim: int,
+    kv: KVLayout,
     dtype_bytes: int,
-    pcp_size: int,
+    sends_new_kv: bool,
     wire_bytes: int | None = None,
 ) -> DecodeBytes:
-    """What a decode step of an unmixed layout costs; nothing at `dcp_size` 1.
+    """What a decode step costs; nothing at `dcp_size` 1.
 
-    The gather brings the new q of every other rank of the DCP group, packed with their new k and v unless all owners
-    have those already (pcp 1): `(dcp-1) * R * (hq + 2*kvl) * D * b`, or `(dcp-1) * R * hq * D * b`. The all-to-all
-    brings a partial output and its lse back from each: `(dcp-1) * R * hq * (D * b + 4)`. `wire_bytes` are the bytes per
-    value in which outputs travel, `dtype_bytes` when None.
+    The gather brings the new q of every other rank of the DCP group, `(dcp-1) * R * hq * k_dim * b`, packed with their
+    new k and v unless all owners have those already: `sends_new_kv` is whether pcp deals rows or heads are mixed. The
+    all-to-all brings a partial output and its lse back from each: `(dcp-1) * R * hq * (v_dim * b + 4)`. `kv` counts the
+    heads that one rank computes; `wire_bytes` are the bytes per value in which outputs travel, `dtype_bytes` when None.
     """
     peers = dcp_size - 1
-    packed_heads = q_heads + (2 * kv_heads if pcp_size > 1 else 0)
-    out_bytes = head_dim * (dtype_bytes if wire_bytes is None else wire_bytes)
+    sent_values = q_heads * kv.k_dim + (kv.values_per_token if sends_new_kv else 0)
+    out_bytes = kv.v_dim * (dtype_bytes if wire_bytes is None else wire_bytes)
     return DecodeBytes(
-        gather=peers * rows_per_rank * packed_heads * head_dim * dtype_bytes,
+        gather=peers * rows_per_rank * sent_values * dtype_bytes,
         all_to_all=peers * rows_per_rank * q_heads * (out_bytes + LSE_BYTES),
     )
 
 
-def prefill_bytes(pcp_size: int, part_len: int, kv_heads: int, head_dim: int, dtype_bytes: int) -> int:
-    """What the one K/V gather of a prefill step costs: `(pcp-1) * part_len * 2*kvl * D * b`, nothing at `pcp_size` 1.
+def prefill_bytes(num_places: int, part_len: int, kv: KVLayout, dtype_bytes: int) -> int:
+    """What the one K/V gather of a prefill step costs: `(num_places - 1) * part_len * (values of kv) * b`.
 
-    `part_len` is the padded length of every rank's send buffer (`PrefillSplit.part_len`).
+    It runs over `num_places`: the pcp ranks, or the DCP group where heads are mixed. `part_len` is the padded length of
+    every rank's send buffer (`PrefillSplit.part_len`).
     """
-    return (pcp_size - 1) * part_len * 2 * kv_heads * head_dim * dtype_bytes
+    return (num_places - 1) * part_len * kv.values_per_token * dtype_bytes

@@ -1,50 +1,54 @@
 """What attention does in one step of the model: exchange, cache write, kernel, merge.
 
-A step is built once, with its plan, and then called by every layer through the attention hook. Letters: T new tokens of
-this rank, R decode rows of each pcp rank, S KV shards, H query heads and K KV heads of this rank, D head dim.
+A step is built once, with its plan, and then called by every layer through the attention hook. Layers of a model may
+differ in how far they see, so a step has rows for every *window* that the model's layers have; None is no window.
+
+Letters: T new tokens of this rank, R decode rows of each pcp rank, S KV shards, C tp columns of the DCP group, H query
+heads and K KV heads of this rank, G KV heads that its group stores, D head dim, V value dim, W values of a cached row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cpinfer.backends.base import AttentionBackend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.axis import AxisComm
-from cpinfer.layout.context import KVExchange, KVWindow, QueryExchange
 from cpinfer.layout.decode import DecodePlan
+from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.prefill import PrefillPlan
-from cpinfer.layout.shards import IntArray
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.models.attention_layer import AttentionLayer
+from cpinfer.models.context_attention import ContextAttention, WindowContext, room_for_all, run_stored_heads
 from cpinfer.models.state_exchange import StateExchange
-from cpinfer.ops.states import State, merge_states
+from cpinfer.ops.states import State, count_sinks, merge_states
+
+RowsByWindow = Mapping[int | None, AttentionRows]
 
 
 class AttentionStep(Protocol):
-    """One step of the model, as its attention layers see it."""
+    """One step of the model, as its attention layers see it. `num_tokens`: of the rows it runs, how many are real."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        """`[T, H, D]` attention output for q `[T, H, D]` and the new k, v `[T, K, D]` of this rank's tokens."""
-        ...
+    num_tokens: int
 
-
-class ContextAttention(Protocol):
-    """Attention of new tokens to what is cached of their prompts."""
-
-    def attend(self, layer: int, q: Tensor, *, scale: float) -> State:
-        """`out [T, H, D]`, `lse [T, H]` for q `[T, H, D]`; T may be 0. Collective over the exchange axis."""
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[T, H, V]` attention output for q `[T, H, D]` and the new k, v `[T, K, D]` of this rank's tokens."""
         ...
 
 
 class PrefillStep:
     """New tokens of prompts, split over the pcp axis: one gather of K and V per layer, then one backend call.
 
-        own k, v [T, K, D] -> send buffer [part_len, K, 2D] -> all_gather over pcp -> [pcp * part_len, K, 2D]
+        own k, v [T, K, D] -> send buffer [part_len, K, W] -> all_gather over pcp -> [pcp * part_len, K, W]
           -> the tokens of this shard go to the cache
           -> every piece attends to the gathered buffer through its page table, and to its `context` if there is any
+
+    Where a DCP group mixes KV heads the gather runs over the group instead, to `[C, pcp * part_len, K, W]`: the cache
+    stores the heads of all columns, attention reads this rank's own.
 
     The buffers belong to the step and serve all its layers. A rank without tokens runs one dummy token, whose attention
     output is zero and which nobody reads.
@@ -53,98 +57,64 @@ class PrefillStep:
     def __init__(
         self,
         plan: PrefillPlan,
+        rows: RowsByWindow,
         backend: AttentionBackend,
         cache: PagedKVCache,
-        pcp: AxisComm,
+        comm: AxisComm,
+        heads: GroupHeads,
         context: ContextAttention | None = None,
+        window_contexts: Mapping[int, WindowContext] | None = None,
     ) -> None:
-        self._planned = backend.plan(plan.rows)
-        self._cache = cache
-        self._pcp = pcp
-        self._context = context
-        self._num_tokens = len(plan.positions)
-        self._send_rows = _on(cache.device, plan.send_rows)
-        self._write_src = _on(cache.device, plan.write_src)
-        self._write_slots = _on(cache.device, plan.write_slots)
-        # Zeros: the padding travels too, and whatever a kernel may read must be finite.
-        self._send = cache.new_rows(plan.split.part_len)
-        self._gathered = _room_for_all(self._send, pcp.size)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        T = self._num_tokens
-        keys, values = self._gather(k[:T], v[:T])
-        self._cache.write(
-            layer,
-            self._write_slots,
-            keys.index_select(0, self._write_src),
-            values.index_select(0, self._write_src),
-        )
-        state = self._planned.run(q[:T], keys, values, scale=scale)
-        if self._context is not None:
-            state = merge_states([self._context.attend(layer, q[:T], scale=scale), state])
-        out = state[0].to(q.dtype)
-        return out if len(q) == T else q.new_zeros(len(q), *out.shape[1:])
-
-    def _gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V of all ranks' tokens, `[pcp * part_len, K, D]` each, as views of one buffer."""
-        self._send[..., : k.shape[-1]].index_copy_(0, self._send_rows, k)
-        self._send[..., k.shape[-1] :].index_copy_(0, self._send_rows, v)
-        return _split_kv(self._pcp.all_gather(self._send, self._gathered), k.shape[-1])
-
-
-class QueryContext:
-    """The queries travel to the cached KV: gather q, attend to this shard, and return the partial states."""
-
-    def __init__(
-        self, plan: QueryExchange, backend: AttentionBackend, cache: PagedKVCache, exchange: StateExchange
-    ) -> None:
-        self._planned = backend.plan(plan.rows)
-        self._cache = cache
-        self._exchange = exchange
-        self._part_len = plan.part_len
-
-    def attend(self, layer: int, q: Tensor, *, scale: float) -> State:
-        T, H, D = q.shape
-        padded = q if self._part_len == T else torch.cat([q, q.new_zeros(self._part_len - T, H, D)])
-        state = self._planned.run(self._exchange.gather_rows(padded), *self._cache.read(layer), scale=scale)
-        out, lse = self._exchange.return_partials(state, H)
-        return out[:T], lse[:T]
-
-
-class KVContext:
-    """The cached KV travels to the queries: window after window is gathered, attended to, and merged."""
-
-    def __init__(self, plan: KVExchange, backend: AttentionBackend, cache: PagedKVCache, comm: AxisComm) -> None:
-        self._windows = [(w, backend.plan(w.rows), _on(cache.device, w.slots)) for w in plan.windows]
+        self.num_tokens = len(plan.positions)
+        self._planned = {window: backend.plan(r) for window, r in rows.items()}
         self._cache = cache
         self._comm = comm
-        # One buffer for all windows and layers: its rows beyond a window's own tokens are padding nobody attends to.
-        self._send = cache.new_rows(max(w.length for w in plan.windows))
-        self._gathered = _room_for_all(self._send, comm.size)
+        self._heads = heads
+        self._context = context
+        self._window_contexts = dict(window_contexts or {})
+        self._column, self._num_columns = comm.index // plan.split.pcp_size, comm.size // plan.split.pcp_size
+        self._send_rows = cache.index(plan.send_rows)
+        self._write_src = cache.index(plan.write_src)
+        self._write_slots = cache.index(plan.write_slots)
+        # Zeros: the padding travels too, and whatever a kernel may read must be finite.
+        self._send = cache.new_rows(plan.split.part_len, heads.own.stop - heads.own.start)
+        self._gathered = room_for_all(self._send, comm.size)
 
-    def attend(self, layer: int, q: Tensor, *, scale: float) -> State:
-        states = []
-        for window, planned, slots in self._windows:
-            keys, values = self._gather(layer, window, slots)
-            states.append(planned.run(q, keys, values, scale=scale))
-        return merge_states(states)
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        T = self.num_tokens
+        gathered = self._gather(k[:T], v[:T])
+        self._write(layer.index, gathered)
+        rows = gathered[self._column]
+        if layer.window in self._window_contexts:
+            rows = self._window_contexts[layer.window].before(layer, rows)
+        keys, values = self._cache.views(rows)
+        if layer.latent is not None:
+            keys, values = layer.latent.expand(keys)
+        state = layer.run(self._planned[layer.window], q[:T], keys, values)
+        if self._context is not None and layer.window is None:
+            state = merge_states([self._context.attend(layer, q[:T]), state])
+        out = _output(layer, state, q.dtype)
+        return out if len(q) == T else q.new_zeros(len(q), *out.shape[1:])
 
-    def _gather(self, layer: int, window: KVWindow, slots: Tensor) -> tuple[Tensor, Tensor]:
-        keys, values = self._cache.read(layer)
-        send = self._send[: window.length]
-        send[: len(slots), :, : keys.shape[-1]] = keys.index_select(0, slots)
-        send[: len(slots), :, keys.shape[-1] :] = values.index_select(0, slots)
-        # The windows but the last are equally long; that one fits into the front of the flat buffer.
-        room = self._gathered.view(-1)[: self._comm.size * send.numel()].view(self._comm.size, *send.shape)
-        return _split_kv(self._comm.all_gather(send, room), keys.shape[-1])
+    def _gather(self, k: Tensor, v: Tensor) -> Tensor:
+        """K and V of all ranks' tokens, `[C, pcp * part_len, K, W]`."""
+        for into, part in zip(self._cache.views(self._send), self._cache.parts(k, v), strict=False):
+            into.index_copy_(0, self._send_rows, part)
+        gathered = self._comm.all_gather(self._send, self._gathered)
+        return gathered.view(self._num_columns, -1, *gathered.shape[2:])
+
+    def _write(self, layer: int, gathered: Tensor) -> None:
+        own = [gathered[column].index_select(0, self._write_src) for column in self._heads.columns]
+        stored = own[0] if len(own) == 1 else torch.cat(own, dim=1)
+        self._cache.write(layer, self._write_slots, self._cache.parts(*self._cache.views(stored)))
 
 
 class DecodeStep:
     """One new token for every running sequence: two collectives per layer over the DCP group, none at dcp=1.
 
-        q, k, v of own rows [R, ...] -> all_gather -> q [pcp * R, C * H, D], k and v [pcp * R, K, D]
+        q, k, v of own rows [R, ...] -> all_gather -> q [pcp * R, C * H, D], k and v [pcp * R, G, D]
           -> the owner of a token writes it
-          -> all rows and heads attend to the keys of this shard: (out, lse) [pcp * R, C * H, D + 1]
+          -> all rows and heads attend to the keys of this shard: (out, lse) [pcp * R, C * H, V + 1]
           -> each rank gets the S partial states of its own rows and heads, merged in shard order
 
     With queries replicated (`exchange.replicated`) all ranks have computed all rows, so nothing needs to be gathered
@@ -152,39 +122,43 @@ class DecodeStep:
     """
 
     def __init__(
-        self, plan: DecodePlan, backend: AttentionBackend, cache: PagedKVCache, exchange: StateExchange
+        self,
+        plan: DecodePlan,
+        rows: RowsByWindow,
+        backend: AttentionBackend,
+        cache: PagedKVCache,
+        exchange: StateExchange,
+        heads: GroupHeads,
     ) -> None:
-        self._planned = backend.plan(plan.rows)
+        self.num_tokens = int((plan.own >= 0).sum())
+        self._planned = {window: backend.plan(r) for window, r in rows.items()}
         self._cache = cache
         self._exchange = exchange
-        self._write_src = _on(cache.device, plan.write_src)
-        self._write_slots = _on(cache.device, plan.write_slots)
+        self._heads = heads
+        self._write_src = cache.index(plan.write_src)
+        self._write_slots = cache.index(plan.write_slots)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        q_rows, k_rows, v_rows = self._exchange.gather_qkv(q, k, v)
-        src = self._write_src
-        self._cache.write(layer, self._write_slots, k_rows.index_select(0, src), v_rows.index_select(0, src))
-        state = self._planned.run(q_rows, *self._cache.read(layer), scale=scale)
-        return self._exchange.return_partials(state, q.shape[1])[0].to(q.dtype)
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        own_q = q if layer.latent is None else layer.latent.absorb(q)
+        q_rows, new_kv = self._exchange.gather_qkv(own_q, self._cache.parts(k, v))
+        self._cache.write(layer.index, self._write_slots, [x.index_select(0, self._write_src) for x in new_kv])
+        planned = self._planned[layer.window]
+        state = run_stored_heads(planned, q_rows, *self._cache.read(layer.index), self._heads, layer)
+        out = _output(layer, self._exchange.return_partials(state, q.shape[1]), q.dtype)
+        return out if layer.latent is None else layer.latent.project(out)
 
 
 class IdleStep:
     """A decode step in which this rank's home has no sequence: its dummy row attends to nothing."""
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> Tensor:
-        return q.new_zeros(*q.shape[:-1], v.shape[-1])
+    num_tokens = 0
+
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        v_dim = v.shape[-1] if layer.latent is None else layer.latent.w_v.shape[1]
+        return q.new_zeros(*q.shape[:-1], v_dim)
 
 
-def _split_kv(gathered: Tensor, k_dim: int) -> tuple[Tensor, Tensor]:
-    """Keys and values, `[places * length, K, D]` each, of a gathered `[places, length, K, 2D]`; views."""
-    flat = gathered.flatten(0, 1)
-    return flat[..., :k_dim], flat[..., k_dim:]
-
-
-def _room_for_all(send: Tensor, size: int) -> Tensor:
-    """Where a gather of `send` over `size` places goes, layer after layer."""
-    return send.new_empty(size, *send.shape) if size > 1 else send
-
-
-def _on(device: torch.device, array: IntArray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+def _output(layer: AttentionLayer, state: State, dtype: torch.dtype) -> Tensor:
+    """What the layer makes of the merged state of its own rows."""
+    out, lse = state
+    return (out if layer.sinks is None else count_sinks(out, lse, layer.sinks)).to(dtype)

@@ -18,6 +18,12 @@ def expand_kv_heads(model: Any, tp_size: int) -> None:
     `tp_size` is not above the number of KV heads. ValueError when the heads cannot be dealt.
     """
     spec = ModelSpec.from_config(model.config.to_dict())
+    if spec.latent is not None:
+        return  # its projection is whole on every rank
+    if spec.family == "gpt_bigcode":
+        # AutoTP keeps its fused K and V whole on every rank, but cuts the queries by the number of KV heads it reads.
+        model.config.num_key_value_heads = spec.num_kv_heads * spec.heads(tp_size).rep
+        return
     # Heads that are copies already count: a second call finds enough of them.
     have = model.config.num_key_value_heads
     rep = spec.heads(tp_size).rep * spec.num_kv_heads // have

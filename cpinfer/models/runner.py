@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,10 +13,22 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cpinfer.errors import UserError
+from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.attention_steps import AttentionStep
+from cpinfer.models.latent_attention import is_latent_attention, latent_attention
+from cpinfer.models.local_weights import local
+from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
 from cpinfer.models.spec import ModelSpec
 
 ATTENTION_NAME = "cpinfer"
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """What travels through the model's forward as `cp_step`: the step, and the query heads that this rank computes."""
+
+    step: AttentionStep
+    q_heads: range
 
 
 def attend_by_step(
@@ -25,7 +39,10 @@ def attend_by_step(
     attention_mask: Tensor | None,
     *,
     scaling: float,
-    cp_step: AttentionStep | None = None,
+    cp_step: RankStep | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """The attention function that Transformers calls in every layer: hands the layer over to the step that runs.
@@ -33,20 +50,31 @@ def attend_by_step(
     query `[1, H, T, D]`, key and value `[1, K, T, D]`, all after RoPE; returns `[1, T, H, D]`. `cp_step` arrives as a
     keyword argument of the model's forward. RuntimeError when it is missing: someone else ran the model.
     """
+    cp_step = _wanted(cp_step)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    sinks = None if s_aux is None else local(s_aux)
+    if sinks is not None and len(sinks) != q.shape[1]:  # AutoTP leaves all heads' sinks on every rank
+        sinks = sinks[cp_step.q_heads.start : cp_step.q_heads.stop]
+    layer = AttentionLayer(module.layer_idx, scaling, softcap, sliding_window, sinks)
+    return cp_step.step.attend(layer, q, k, v).unsqueeze(0), None
+
+
+def _wanted(cp_step: RankStep | None) -> RankStep:
     if cp_step is None:
         raise RuntimeError(
             "this model is attached to a cpinfer engine, which alone may run it; leave the `with cpinfer.attach(...)` "
             "block before training or calling it"
         )
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    return cp_step.attend(module.layer_idx, q, k, v, scale=scaling).unsqueeze(0), None
+    return cp_step
 
 
 class ModelRunner:
     """Runs steps of an attached model. Made by `attached`."""
 
-    def __init__(self, model: Any, spec: ModelSpec) -> None:
+    def __init__(self, model: Any, spec: ModelSpec, q_heads: range, real_rows: RealRows) -> None:
         self._model = model
+        self._q_heads = q_heads
+        self._real_rows = real_rows
         self.spec = spec
         embeddings = model.get_input_embeddings().weight
         self.device: torch.device = embeddings.device
@@ -58,21 +86,24 @@ class ModelRunner:
 
         token_ids, positions `[T]`, T and N at least 1: models crash on zero rows.
         """
+        self._real_rows.count = step.num_tokens
         # `forward`, not a call: hooks on the outermost module belong to training. DeepSpeed's AutoTP has one that
-        # pickles the arguments of the first batch to compare them between ranks, once.
-        output = self._model.forward(
+        # pickles the arguments of the first batch to compare them between ranks, once. FSDP's bring the weights.
+        is_fsdp = hasattr(self._model, "set_reshard_after_forward")
+        run = self._model if is_fsdp else self._model.forward
+        output = run(
             input_ids=token_ids.unsqueeze(0),
             position_ids=positions.unsqueeze(0),
             attention_mask=None,
             use_cache=False,
             logits_to_keep=keep,
-            cp_step=step,
+            cp_step=RankStep(step, self._q_heads),
         )
         return output.logits[0].float()
 
 
 @contextmanager
-def attached(model: Any, spec: ModelSpec, tp_size: int) -> Iterator[ModelRunner]:
+def attached(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) -> Iterator[ModelRunner]:
     """Put our attention into `model` for the length of the block; on the way out everything is as it was.
 
     UserError when the model holds other heads than tensor parallelism of `tp_size` gives it.
@@ -82,28 +113,72 @@ def attached(model: Any, spec: ModelSpec, tp_size: int) -> Iterator[ModelRunner]
     config = model.config
     before = config._attn_implementation
     training = {module: module.training for module in model.modules()}
-    config._attn_implementation = ATTENTION_NAME
-    model.eval()
+    real_rows = RealRows()
+    with ExitStack() as stack:
+        for module in model.modules():
+            if is_latent_attention(module):
+                stack.enter_context(_replaced(module, "forward", partial(_latent_forward, module)))
+            elif is_mixture_of_experts(module):
+                forward = partial(real_rows.forward, module, module.forward)
+                stack.enter_context(_replaced(module, "forward", forward))
+            elif hasattr(module, "c_attn"):
+                # GPT-BigCode cuts its fused projection by a size that AutoTP leaves at that of all heads.
+                q_size = spec.heads(tp_size).q_heads_per_rank * spec.head_dim
+                stack.enter_context(_replaced(module, "embed_dim", q_size))
+        config._attn_implementation = ATTENTION_NAME
+        model.eval()
+        try:
+            yield ModelRunner(model, spec, spec.heads(tp_size).q_heads(tp_rank), real_rows)
+        finally:
+            config._attn_implementation = before
+            for module, mode in training.items():
+                module.training = mode
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    """An attribute of one instance; afterwards it has the one it had, or none of its own."""
+    own = module.__dict__
+    had, before = name in own, own.get(name)
+    own[name] = value
     try:
-        yield ModelRunner(model, spec)
+        yield
     finally:
-        config._attn_implementation = before
-        for module, mode in training.items():
-            module.training = mode
+        if had:
+            own[name] = before
+        else:
+            del own[name]
+
+
+def _latent_forward(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    cp_step: RankStep | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    return latent_attention(module, hidden_states, position_embeddings, _wanted(cp_step).step)
 
 
 def _check_heads(model: Any, spec: ModelSpec, tp_size: int) -> None:
+    """Every projection to heads has as many rows on this rank as its heads take."""
     heads = spec.heads(tp_size)
-    wanted = {"q_proj": heads.q_heads_per_rank, "k_proj": heads.kv_heads_per_rank, "v_proj": heads.kv_heads_per_rank}
+    q_heads, kv_heads, latent = heads.q_heads_per_rank, heads.kv_heads_per_rank, spec.latent
+    rows = {"q_proj": q_heads * spec.head_dim, "q_b_proj": q_heads * spec.head_dim}
+    if latent is not None:
+        rows["kv_b_proj"] = q_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    else:
+        rows["k_proj"] = rows["v_proj"] = kv_heads * spec.head_dim
+        rows["c_attn"] = (q_heads + 2 * kv_heads) * spec.head_dim
     for name, module in model.named_modules():
-        for projection, want in wanted.items():
+        for projection, want in rows.items():
             weight = getattr(getattr(module, projection, None), "weight", None)
             if weight is None or weight.dim() != 2:
                 continue
-            have = weight.shape[0] / spec.head_dim
+            have = len(local(weight))
             if have != want:
                 raise UserError(
-                    f"{name}.{projection} holds {have:g} heads on this rank; with {spec.num_q_heads} query and "
-                    f"{spec.num_kv_heads} KV heads over tp={tp_size} it should hold {want}. "
-                    "Call expand_kv_heads before sharding when tp exceeds the KV heads, and check tp_size."
+                    f"{name}.{projection} has {have} rows on this rank, {have / spec.head_dim:g} heads; with "
+                    f"{spec.num_q_heads} query and {spec.num_kv_heads} KV heads over tp={tp_size} it should have "
+                    f"{want}. Call expand_kv_heads before sharding when tp exceeds the KV heads, and check tp_size."
                 )

@@ -9,9 +9,8 @@ from typing import Any
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.heads import HeadPlacement
+from cpinfer.models.families import FAMILIES
 from cpinfer.refusals import refuse
-
-SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
 NUM_KV_HEADS_BEFORE_EXPANSION = "cpinfer_num_key_value_heads"
@@ -23,15 +22,36 @@ _RECURRENT_FAMILIES = frozenset((
 ))
 # fmt: on
 _MULTIMODAL_KEYS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
-_FULL_ATTENTION = "full_attention"
+# Families that put `sliding_window` on every layer when they have one; the others list it per layer.
+_WINDOW_ON_EVERY_LAYER = frozenset(("mistral", "mixtral", "qwen3_moe"))
+# What GPT-BigCode calls the sizes that all others name alike.
+_OLD_NAMES = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "n_inner",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "max_position_embeddings": "n_positions",
+}
+
+
+@dataclass(frozen=True)
+class LatentDims:
+    """Sizes of multi-head latent attention: a token caches `kv_lora_rank + qk_rope_head_dim` values for all heads."""
+
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    qk_nope_head_dim: int
+    v_head_dim: int
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """Shape and limits of a causal LM.
 
-    `num_kv_heads` counts the model's own heads, not the copies made for tensor parallelism. `max_positions` bounds
-    prompt and answer together.
+    `num_kv_heads` counts the model's own heads, not the copies made for tensor parallelism; a latent counts as one.
+    `head_dim` is that of queries and keys. `mlp_size` is the width of the MLP that a token passes, all its experts
+    together. `windows`: for each layer how many of the last tokens a query sees, its own included, None for all.
+    `latent` is None where K and V are cached as they are. `max_positions` bounds prompt and answer together.
     """
 
     family: str
@@ -40,45 +60,88 @@ class ModelSpec:
     num_kv_heads: int
     head_dim: int
     hidden_size: int
-    intermediate_size: int
+    mlp_size: int
     vocab_size: int
     max_positions: int
     eos_token_ids: tuple[int, ...]
+    windows: tuple[int | None, ...]
+    latent: LatentDims | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
         """Read a Hugging Face config (as plain data). UnsupportedError for a model that cannot run here."""
         _refuse_unsupported(config)
+        config = {**config, **{new: config[old] for new, old in _OLD_NAMES.items() if old in config}}
         num_q_heads = config["num_attention_heads"]
-        num_kv_heads = config.get(NUM_KV_HEADS_BEFORE_EXPANSION) or config.get("num_key_value_heads") or num_q_heads
+        latent = _latent_dims(config)
+        head_dim = config.get("head_dim") or config["hidden_size"] // num_q_heads
         eos = (generation_config or {}).get("eos_token_id")
         eos = config.get("eos_token_id") if eos is None else eos
         return cls(
             family=config["model_type"],
             num_layers=config["num_hidden_layers"],
             num_q_heads=num_q_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=config.get("head_dim") or config["hidden_size"] // num_q_heads,
+            num_kv_heads=1 if latent else _num_kv_heads(config, num_q_heads),
+            head_dim=latent.qk_nope_head_dim + latent.qk_rope_head_dim if latent else head_dim,
             hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
+            mlp_size=_mlp_size(config),
             vocab_size=config["vocab_size"],
             max_positions=config["max_position_embeddings"],
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            windows=_windows(config),
+            latent=latent,
         )
 
     def heads(self, tp_size: int) -> HeadPlacement:
         return HeadPlacement(self.num_q_heads, self.num_kv_heads, tp_size)
 
-    def kv_layout(self, tp_size: int) -> KVLayout:
-        """What one rank caches per token and layer."""
-        return KVLayout(self.heads(tp_size).kv_heads_per_rank, self.head_dim, self.head_dim)
+    def kv_layout(self, num_heads: int) -> KVLayout:
+        """What a rank that stores `num_heads` KV heads caches per token and layer."""
+        if self.latent is None:
+            return KVLayout(num_heads, self.head_dim, self.head_dim)
+        rank = self.latent.kv_lora_rank
+        return KVLayout(num_heads, rank + self.latent.qk_rope_head_dim, rank, v_is_prefix_of_k=True)
+
+    @property
+    def widest_window(self) -> int | None:
+        """Tokens, the newest included, that some layer sees; None when one sees all."""
+        return None if None in self.windows else max(w for w in self.windows if w is not None)
 
     @property
     def pairs_per_token(self) -> int:
         """Query-key pairs that cost as much as one token's linear layers: parameters of a layer / (2 * H * D)."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_q_heads + self.num_kv_heads)
-        mlp = 3 * self.hidden_size * self.intermediate_size
+        mlp = 3 * self.hidden_size * self.mlp_size
         return max(1, (attention + mlp) // (2 * self.num_q_heads * self.head_dim))
+
+
+def _num_kv_heads(config: Mapping[str, Any], num_q_heads: int) -> int:
+    if "multi_query" in config:
+        return 1 if config["multi_query"] else num_q_heads
+    return config.get(NUM_KV_HEADS_BEFORE_EXPANSION) or config.get("num_key_value_heads") or num_q_heads
+
+
+def _latent_dims(config: Mapping[str, Any]) -> LatentDims | None:
+    sizes = {name: config.get(name) for name in LatentDims.__dataclass_fields__}
+    return None if sizes["kv_lora_rank"] is None else LatentDims(**sizes)  # type: ignore[arg-type]
+
+
+def _mlp_size(config: Mapping[str, Any]) -> int:
+    experts = config.get("num_experts_per_tok")
+    if experts is None:
+        return config.get("intermediate_size") or 4 * config["hidden_size"]
+    one = config.get("moe_intermediate_size") or config["intermediate_size"]
+    size: int = one * (experts + (config.get("n_shared_experts") or 0))
+    return size
+
+
+def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """For each layer its window."""
+    window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
+    if config["model_type"] in _WINDOW_ON_EVERY_LAYER:
+        return (window,) * num_layers
+    layer_types = config.get("layer_types") or ["full_attention"] * num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -95,12 +158,12 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise refuse("encoder_decoder", found)
     if config.get("quantization_config") is not None:
         raise refuse("quantized_weights", found)
-    if family not in SUPPORTED_FAMILIES:
+    if family not in FAMILIES:
         raise refuse("family", found)
-    # Mistral windows every layer when it has a window; the Qwens list per layer which ones do.
-    windowed = bool(layer_types - {_FULL_ATTENTION}) if layer_types else config.get("sliding_window") is not None
-    if windowed or (family == "mistral" and config.get("sliding_window") is not None):
-        raise refuse("sliding_window", found)
+    if config.get("use_bidirectional_attention"):
+        raise refuse("bidirectional", found)
+    if unknown := layer_types - {"full_attention", "sliding_attention"}:
+        raise refuse("layer_type", f"{found} with layers of {', '.join(sorted(unknown))}")
     # Ranks and steps see different longest positions, so they would rotate one sequence by different angles. (`dynamic`
     # changes beyond max_positions alone, where no prompt can come.)
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}

@@ -1,16 +1,19 @@
 """How partial attention over KV shards becomes whole: rows to every shard, states back to the rows' owners.
 
-The places of the axis run pcp fastest: a gathered `[S, ...]` is `[C, pcp, ...]`, with C tp columns. When C > 1 they are
-copies of one KV head (mixed groups are refused), so heads of different columns may stand side by side.
+The places of the axis run pcp fastest: a gathered `[S, ...]` is `[C, pcp, ...]`, with C tp columns. Query heads of the
+columns stand side by side, in order. Their KV heads are copies of one, of which any column's will do, or differ (mixed
+groups): then `kv_columns` says whose make up the heads that every rank of the group stores.
 
     own rows [R, H, D]  -- gather -->  all rows, all columns' heads [pcp * R, C * H, D]
     partial states [pcp * R, C * H]  -- return -->  own rows and heads, S states each, merged in shard order
 
-Letters: R rows of each pcp rank, S places, C columns, H query heads and K KV heads of this rank, D head dim.
+Letters: R rows of each pcp rank, S places, C columns, H query heads and K KV heads of this rank, G stored KV heads, D
+head dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -31,7 +34,13 @@ class StateExchange:
     """
 
     def __init__(
-        self, comm: AxisComm, *, pcp_size: int, wire_dtype: torch.dtype, state_return: StateReturn = "a2a"
+        self,
+        comm: AxisComm,
+        *,
+        pcp_size: int,
+        wire_dtype: torch.dtype,
+        state_return: StateReturn = "a2a",
+        kv_columns: Sequence[int] = (0,),
     ) -> None:
         self.replicated = state_return == "replicate_q"
         if comm.size % pcp_size:
@@ -41,17 +50,19 @@ class StateExchange:
         self._columns = 1 if self.replicated else comm.size // pcp_size
         self._wire_dtype = wire_dtype
         self._state_return = state_return
+        self._kv_columns = kv_columns
 
-    def gather_qkv(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q `[pcp * R, C * H, D]`, k and v `[pcp * R, K, D]` of all rows, from q `[R, H, D]`, k and v `[R, K, D]`."""
-        if self._pcp_size == 1:  # all ranks of the group computed these rows, so they have k and v
-            return self.gather_rows(q), k, v
-        (R, H, D), K = q.shape, k.shape[1]
-        gathered = self._comm.all_gather(torch.cat([q.flatten(1), k.flatten(1), v.flatten(1)], dim=-1))
-        q_part, k_part, v_part = gathered.split([H * D, K * D, K * v.shape[-1]], dim=-1)
-        # Any column will do for k and v, they are copies: the first `pcp` places are column 0.
-        k_rows, v_rows = (x[: self._pcp_size].reshape(self._pcp_size * R, K, -1) for x in (k_part, v_part))
-        return self._rows_by_heads(q_part, R, H, D), k_rows, v_rows
+    def gather_qkv(self, q: Tensor, new_kv: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """q `[pcp * R, C * H, D]` and new K/V `[pcp * R, G, D]` of all rows, from q `[R, H, D]`, K/V `[R, K, D]` each."""
+        if self._pcp_size == 1 and len(self._kv_columns) == 1:
+            # All ranks of the group computed these rows and the heads they store, so they have the new K/V.
+            return self.gather_rows(q), list(new_kv)
+        R, H, D = q.shape
+        packed = [q, *new_kv]
+        gathered = self._comm.all_gather(torch.cat([x.flatten(1) for x in packed], dim=-1))
+        q_part, *kv_parts = gathered.split([x[0].numel() for x in packed], dim=-1)
+        stored = [self._stored_heads(part, x) for part, x in zip(kv_parts, new_kv, strict=True)]
+        return self._rows_by_heads(q_part, R, H, D), stored
 
     def gather_rows(self, q: Tensor) -> Tensor:
         """`[pcp * R, C * H, D]` of all rows from own q `[R, H, D]`."""
@@ -73,6 +84,12 @@ class StateExchange:
         """`[S, R, H * D]` to `[pcp * R, C * H, D]`."""
         x = x.reshape(self._columns, self._pcp_size, R, H, D).permute(1, 2, 0, 3, 4)
         return x.reshape(self._pcp_size * R, self._columns * H, D)
+
+    def _stored_heads(self, gathered: Tensor, own: Tensor) -> Tensor:
+        """`[S, R, K * D]` to `[pcp * R, G, D]`, for own `[R, K, D]`."""
+        columns = gathered.reshape(self._columns, -1, *own.shape[1:])
+        picked = [columns[c] for c in self._kv_columns]
+        return picked[0] if len(picked) == 1 else torch.cat(picked, dim=1)
 
     def _by_place(self, x: Tensor, H: int) -> Tensor:
         """`[pcp * R, C * H, ...]` to `[S, R, H, ...]`: what each place's own rows and heads got here."""

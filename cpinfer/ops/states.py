@@ -41,6 +41,14 @@ def merge_states(states: Sequence[State]) -> State:
     return out.to(states[0][0].dtype), lse
 
 
+def count_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """`out [T, H, D]` after one more key per head, with logit `sinks [H]` and value 0: the state `(0, sink)` merged in.
+
+    It belongs after the last merge, on the row's owner, so that each sink counts once. Without keys the result is 0.
+    """
+    return out * torch.sigmoid(lse - sinks.to(lse.dtype)).unsqueeze(-1).to(out.dtype)
+
+
 def pack_states(out: Tensor, lse: Tensor, wire_dtype: torch.dtype) -> Tensor:
     """`[..., D + 4 / itemsize]` in `wire_dtype`: out, and behind it the bits of the float32 lse.
 

@@ -33,10 +33,13 @@ def main(output: str, layouts: list[dict[str, Any]]) -> None:
                     file.write(json.dumps(outcome) + "\n")
 
 
-def run(launch: Launch, tp: int, pcp: int, dcp: int, kv: int, family: str = "qwen2", **changes: Any) -> dict[str, Any]:
-    """Greedy and sampled text of one layout against the unsharded model, in float32."""
+def run(
+    launch: Launch, tp: int, pcp: int, dcp: int, kv: int | None = None, family: str = "qwen2", **changes: Any
+) -> dict[str, Any]:
+    """Greedy and sampled text of one layout against the unsharded model, in float32; `kv` heads where not its own."""
     config = copy.deepcopy(FAMILIES[family])
-    config.num_key_value_heads = kv
+    if kv is not None:
+        config.num_key_value_heads = kv
     whole = make_model(config)
     grid = RankGrid(tp, pcp, dcp, launch.world_size // (tp * pcp))
     model, topology = copy.deepcopy(whole), None

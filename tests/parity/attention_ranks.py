@@ -19,15 +19,25 @@ from cpinfer.comm.axis import CountingComm, Traffic
 from cpinfer.comm.threads import run_ranks
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.capacity import KVLayout
-from cpinfer.layout.context import Context, Exchange, exchange_places, plan_kv_exchange, plan_query_exchange
-from cpinfer.layout.decode import plan_decode
+from cpinfer.layout.context import (
+    Context,
+    Exchange,
+    exchange_places,
+    plan_kv_exchange,
+    plan_query_exchange,
+    plan_window_exchange,
+)
+from cpinfer.layout.decode import plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
-from cpinfer.layout.heads import HeadPlacement
+from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, deal_prompts, plan_prefill, split_prompts
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_steps import ContextAttention, DecodeStep, KVContext, PrefillStep, QueryContext
+from cpinfer.models.attention_layer import AttentionLayer
+from cpinfer.models.attention_steps import DecodeStep, PrefillStep
+from cpinfer.models.context_attention import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.models.state_exchange import StateExchange, StateReturn
 from cpinfer.ops.attention import dense_attention
+from cpinfer.ops.states import State, merge_states
 
 CPU = torch.device("cpu")
 
@@ -52,6 +62,16 @@ class Case:
     context_exchange: Exchange = "queries"
     context_workspace_tokens: int = 65536
     state_return: StateReturn = "a2a"
+    window: int | None = None
+    soft_cap: float | None = None
+    with_sinks: bool = False
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """One logit per query head, of the size of those of keys."""
+        if not self.with_sinks:
+            return None
+        return 3 * torch.randn(self.num_q_heads, generator=torch.Generator().manual_seed(3))
 
     def home(self, sequence: int) -> int:
         """Sequences are dealt to homes one after another."""
@@ -66,6 +86,8 @@ class Tampering:
     topology: Callable[[Topology], Topology] = lambda topology: topology
     plan: Callable[[PrefillPlan], PrefillPlan] = lambda plan: plan
     shard: Callable[[Topology], int] = lambda topology: topology.kv_shard
+    heads: Callable[[GroupHeads], GroupHeads] = lambda heads: heads
+    oracle: Callable[[Case], Case] = lambda case: case
 
 
 @dataclass
@@ -95,7 +117,12 @@ def run_case(case: Case, tampering: Tampering = Tampering()) -> Outcome:
         case.grid, lambda topology: _run_rank(case, tampering, tampering.topology(topology), inputs, tables, num_blocks)
     )
     scale = case.head_dim**-0.5
-    oracle = [dense_attention(*(x.double() for x in qkv), scale=scale, causal=True)[0] for qkv in inputs]
+    oracle = []
+    truth = tampering.oracle(case)
+    for qkv in inputs:
+        wide = (x.double() for x in qkv)
+        out, lse = dense_attention(*wide, scale=scale, causal=True, window=truth.window, soft_cap=truth.soft_cap)
+        oracle.append(out if truth.sinks is None else merge_states([(out, lse), _sink_states(out, truth.sinks)])[0])
     seen = [torch.zeros(x.shape[:2]) for x in oracle]
     worst = 0.0
     for parts, _, _ in ranks:
@@ -112,6 +139,11 @@ def run_case(case: Case, tampering: Tampering = Tampering()) -> Outcome:
     return Outcome(worst, [prefill for _, prefill, _ in ranks], [decode for _, _, decode in ranks])
 
 
+def _sink_states(out: Tensor, sinks: Tensor) -> State:
+    """What every query sees besides keys: nothing, with a logit of its own."""
+    return torch.zeros_like(out), sinks.double().expand(out.shape[:2])
+
+
 def _run_rank(
     case: Case,
     tampering: Tampering,
@@ -123,14 +155,17 @@ def _run_rank(
     grid, coords = case.grid, topology.coords
     placement = HeadPlacement(case.num_q_heads, case.num_kv_heads, grid.tp_size)
     q_heads, kv_heads = placement.q_heads(coords.tp_rank), placement.kv_heads(coords.tp_rank)
+    stored = tampering.heads(placement.in_group(grid, coords.tp_rank))
+    sinks = None if case.sinks is None else case.sinks[list(q_heads)]
+    layer = AttentionLayer(0, case.head_dim**-0.5, case.soft_cap, case.window, sinks)
     sharding = KVSharding(grid.dcp_size, case.interleave, case.block_size)
     shard = tampering.shard(topology)
     cache = PagedKVCache(
-        KVLayout(len(kv_heads), case.head_dim, case.head_dim), 1, num_blocks, case.block_size, torch.float32, CPU
+        KVLayout(len(stored.kv_heads), case.head_dim, case.head_dim), 1, num_blocks, case.block_size, torch.float32, CPU
     )
     backend = tampering.backend(TorchBackend(CPU))
     pcp, dcp = CountingComm(topology.pcp), CountingComm(topology.dcp)
-    scale = case.head_dim**-0.5
+    prefill_comm = dcp if stored.is_mixed else pcp
     parts: list[_Part] = []
 
     def heads_of(tokens: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,16 +182,17 @@ def _run_rank(
     context_comm = pcp if grid.context_runs_over_pcp else dcp
     own_tables = [table if case.home(i) == home else None for i, table in enumerate(tables)]
 
-    def context_of(split: PrefillSplit, starts: list[int], which: list[int]) -> ContextAttention | None:
-        if not any(starts):
-            return None
-        contexts = [Context(start, case.home(i), tables[i]) for start, i in zip(starts, which, strict=True)]
+    def contexts_of(starts: list[int], which: list[int]) -> list[Context]:
+        return [Context(start, case.home(i), tables[i]) for start, i in zip(starts, which, strict=True)]
+
+    def context_of(split: PrefillSplit, starts: list[int], which: list[int]) -> ContextAttention:
+        contexts = contexts_of(starts, which)
         if case.context_exchange == "queries":
             exchange = StateExchange(context_comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
             plan = plan_query_exchange(split, contexts, sharding, places[context_comm.index])
-            return QueryContext(plan, backend, cache, exchange)
+            return QueryContext(plan, backend, cache, exchange, stored)
         kv_plan = plan_kv_exchange(split, contexts, sharding, places, context_comm.index, case.context_workspace_tokens)
-        return KVContext(kv_plan, backend, cache, context_comm)
+        return KVContext(kv_plan, backend, cache, context_comm, stored)
 
     chunk = case.chunk or max(case.prompt_lens)
     for begin in range(0, max(case.prompt_lens), chunk):
@@ -177,18 +213,35 @@ def _run_rank(
             shard=shard,
             context_lens=starts,
         )
-        prefill = PrefillStep(tampering.plan(plan), backend, cache, pcp, context_of(split, starts, which))
+        plan = tampering.plan(plan)
+        rows = {None: plan.rows} if case.window is None else {case.window: plan.rows.within(case.window)}
+        context, window_contexts = None, {}
+        if any(starts) and case.window is None:
+            context = context_of(split, starts, which)
+        elif any(starts):
+            seen = plan_window_exchange(
+                split, contexts_of(starts, which), sharding, places, context_comm.index, case.window
+            )
+            rows = {case.window: seen.rows}
+            window_contexts[case.window] = WindowContext(seen, cache, context_comm, stored)
+        prefill = PrefillStep(plan, rows, backend, cache, prefill_comm, stored, context, window_contexts)
         spans = [(which[p.prompt], starts[p.prompt] + p.start, starts[p.prompt] + p.end) for p in plan.pieces]
-        out = prefill.attend(0, *pack(spans), scale=scale)
+        out = prefill.attend(layer, *pack(spans))
         row = 0
         for i, start, end in spans:
             parts.append(_Part(i, range(start, end), q_heads, out[row : row + end - start]))
             row += end - start
-    prefill_traffic = replace(pcp.traffic)
+    prefill_traffic = replace(prefill_comm.traffic)
     dcp.traffic = Traffic()
 
     row_ranks = 1 if case.state_return == "replicate_q" else grid.row_ranks
-    exchange = StateExchange(dcp, pcp_size=row_ranks, wire_dtype=torch.float32, state_return=case.state_return)
+    exchange = StateExchange(
+        dcp,
+        pcp_size=row_ranks,
+        wire_dtype=torch.float32,
+        state_return=case.state_return,
+        kv_columns=stored.columns,
+    )
     here = [i for i in range(len(case.prompt_lens)) if case.home(i) == home]
     for step in range(case.num_new_tokens if here else 0):
         positions = [case.prompt_lens[i] + step for i in here]
@@ -200,11 +253,14 @@ def _run_rank(
             pcp_rank=coords.pcp_rank % row_ranks,
             shard=shard,
         )
-        decode = DecodeStep(decode_plan, backend, cache, exchange)
+        rows = {None: decode_plan.rows}
+        if case.window is not None:
+            rows = {case.window: rows_in_window(decode_plan, positions, sharding, shard, case.window)}
+        decode = DecodeStep(decode_plan, rows, backend, cache, exchange, stored)
         own = decode_plan.own.tolist()
         # A padding row holds whatever: nothing of it may ever show.
         where = [(here[i], positions[i], positions[i] + 1) if i >= 0 else (0, 0, 1) for i in own]
-        out = decode.attend(0, *pack(where), scale=scale)
+        out = decode.attend(layer, *pack(where))
         for row, i in enumerate(own):
             if i >= 0:
                 parts.append(_Part(here[i], range(positions[i], positions[i] + 1), q_heads, out[row : row + 1]))

@@ -13,7 +13,9 @@ from torch import Tensor
 from cpinfer.backends.base import AttentionBackend, PlannedAttention
 from cpinfer.comm.axis import AxisComm
 from cpinfer.comm.topology import Topology
+from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.layout.prefill import PrefillPlan
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_bytes
@@ -127,6 +129,122 @@ def test_whole_prompts_with_context_equal_dense_attention(exchange: str) -> None
     assert run_case(case).max_error <= TOLERANCE
 
 
+# --- groups that mix KV heads: (tp, pcp, dcp, query heads, KV heads) ---
+
+MIXED = [
+    (2, 2, 4, 8, 2), (2, 1, 2, 8, 2), (4, 1, 4, 8, 2), (4, 2, 8, 8, 2), (2, 2, 4, 8, 4), (4, 1, 2, 8, 4),
+    # Groups that hold different numbers of heads, and heads with different numbers of queries.
+    (6, 1, 2, 12, 2), (6, 1, 3, 12, 3), (6, 2, 6, 6, 3), (3, 1, 3, 9, 3), (6, 1, 6, 12, 2), (2, 3, 6, 10, 2),
+]  # fmt: skip
+
+
+def make_mixed(tp: int, pcp: int, dcp: int, num_q_heads: int, num_kv_heads: int, **changes: object) -> Case:
+    return replace(Case(RankGrid(tp, pcp, dcp), num_q_heads, num_kv_heads, LENGTHS), **changes)
+
+
+@pytest.mark.parametrize("interleave", [1, 3, 16])
+@pytest.mark.parametrize("layout", MIXED, ids=lambda x: "tp{}_pcp{}_dcp{}_q{}_kv{}".format(*x))
+def test_groups_that_mix_kv_heads_equal_dense_attention(
+    layout: tuple[int, int, int, int, int], interleave: int
+) -> None:
+    assert run_case(make_mixed(*layout, interleave=interleave)).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("exchange", ["queries", "kv"])
+@pytest.mark.parametrize(("chunk", "interleave"), [(7, 3), (16, 16)])
+@pytest.mark.parametrize("layout", MIXED, ids=lambda x: "tp{}_pcp{}_dcp{}_q{}_kv{}".format(*x))
+def test_groups_that_mix_kv_heads_prefill_in_chunks(
+    layout: tuple[int, int, int, int, int], chunk: int, interleave: int, exchange: str
+) -> None:
+    changes = {"prompt_lens": (1, 5, 16, 33, 65), "chunk": chunk, "interleave": interleave, "num_new_tokens": 1}
+    assert run_case(make_mixed(*layout, context_exchange=exchange, **changes)).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", MIXED[:2] + MIXED[6:8], ids=lambda x: "tp{}_pcp{}_dcp{}_q{}_kv{}".format(*x))
+def test_groups_that_mix_kv_heads_work_by_reduce_scatter(layout: tuple[int, int, int, int, int]) -> None:
+    assert run_case(make_mixed(*layout, state_return="ag_rs")).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", MIXED, ids=lambda x: "tp{}_pcp{}_dcp{}_q{}_kv{}".format(*x))
+def test_traffic_of_mixed_groups_is_that_of_the_formulas(layout: tuple[int, int, int, int, int]) -> None:
+    tp, pcp, dcp, num_q_heads, num_kv_heads = layout
+    case = make_mixed(*layout, num_new_tokens=1, prompt_lens=(2 * pcp * 8,) * 3)
+    kv = KVLayout(max(1, num_kv_heads // tp), 8, 8)
+    outcome = run_case(case)
+    # A column brings its heads once: where a group's columns are copies (tp6_dcp2, outer groups) nothing is mixed.
+    placement = HeadPlacement(num_q_heads, num_kv_heads, tp)
+    for rank, traffic in enumerate(outcome.decode_traffic):
+        mixed = placement.in_group(case.grid, case.grid.coords(rank).tp_rank).is_mixed
+        formula = decode_bytes(dcp, math.ceil(3 / pcp), num_q_heads // tp, kv, 4, sends_new_kv=pcp > 1 or mixed)
+        assert (traffic.num_collectives, traffic.received_bytes) == (2, formula.total)
+    for rank, traffic in enumerate(outcome.prefill_traffic):
+        mixed = placement.in_group(case.grid, case.grid.coords(rank).tp_rank).is_mixed
+        assert traffic.received_bytes == prefill_bytes(dcp if mixed else pcp, 3 * 2 * 8, kv, 4)
+
+
+def test_the_heads_of_a_wrong_column_fail() -> None:
+    """Negative control: vLLM 0.33 stores its own heads and lets the group's queries meet them."""
+
+    def alike(heads: GroupHeads) -> GroupHeads:
+        return replace(heads, columns=(0,) * len(heads.columns))
+
+    assert run_case(make_mixed(*MIXED[0]), Tampering(heads=alike)).max_error > WRONG
+
+
+# --- windows, soft caps, sinks ---
+
+WINDOW_LAYOUTS = [(1, 1, 1, 2), (1, 2, 2, 2), (1, 3, 3, 2), (2, 2, 2, 2), (2, 2, 4, 1), (4, 1, 4, 1), (1, 4, 2, 2)]
+
+
+@pytest.mark.parametrize("interleave", [1, 3, 16])
+@pytest.mark.parametrize("window", [1, 2, 7, 16, 33, 100, 500])
+@pytest.mark.parametrize("layout", WINDOW_LAYOUTS, ids=lambda x: "tp{}_pcp{}_dcp{}_kv{}".format(*x))
+def test_windows_of_every_layout_equal_dense_attention(
+    layout: tuple[int, int, int, int], window: int, interleave: int
+) -> None:
+    assert run_case(make_case(*layout, window=window, interleave=interleave)).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 16, 33, 100])
+@pytest.mark.parametrize(("chunk", "interleave"), [(4, 1), (7, 3), (37, 4)])
+@pytest.mark.parametrize("layout", WINDOW_LAYOUTS, ids=lambda x: "tp{}_pcp{}_dcp{}_kv{}".format(*x))
+def test_windows_in_chunks_equal_dense_attention(
+    layout: tuple[int, int, int, int], chunk: int, interleave: int, window: int
+) -> None:
+    changes = {"prompt_lens": (1, 5, 16, 33, 65), "chunk": chunk, "interleave": interleave, "num_new_tokens": 1}
+    assert run_case(make_case(*layout, window=window, **changes)).max_error <= TOLERANCE
+
+
+def test_windows_wider_than_a_tile_equal_dense_attention() -> None:
+    case = make_case(1, 2, 2, 2, prompt_lens=(1500, 900), block_size=64, interleave=64, window=700)
+    assert run_case(case).max_error <= TOLERANCE
+    assert run_case(replace(case, chunk=512)).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("layout", [MIXED[0], MIXED[6], MIXED[7]], ids=lambda x: "tp{}_pcp{}_dcp{}_q{}_kv{}".format(*x))
+def test_windows_soft_caps_and_sinks_work_in_mixed_groups(layout: tuple[int, int, int, int, int]) -> None:
+    for changes in ({"window": 7}, {"window": 33, "with_sinks": True, "chunk": 16}, {"soft_cap": 5.0, "chunk": 16}):
+        assert run_case(make_mixed(*layout, **changes)).max_error <= TOLERANCE, changes
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"window": 16}, {"chunk": 37}, {"chunk": 37, "context_exchange": "kv"}], ids=str
+)
+@pytest.mark.parametrize("kind", [{"soft_cap": 4.0}, {"with_sinks": True}], ids=str)
+@pytest.mark.parametrize("layout", WINDOW_LAYOUTS, ids=lambda x: "tp{}_pcp{}_dcp{}_kv{}".format(*x))
+def test_soft_caps_and_sinks_equal_dense_attention(
+    layout: tuple[int, int, int, int], kind: dict[str, object], changes: dict[str, object]
+) -> None:
+    assert run_case(make_case(*layout, **kind, **changes)).max_error <= TOLERANCE
+
+
+@pytest.mark.parametrize("change", [{"window": 16}, {"soft_cap": 4.0}, {"with_sinks": True}], ids=str)
+def test_what_a_layer_does_to_its_logits_is_seen_by_these_tests(change: dict[str, object]) -> None:
+    """Negative control: left out on the ranks' side, each must show."""
+    case = make_case(1, 2, 2, 2)
+    assert run_case(case, Tampering(oracle=lambda c: replace(c, **change))).max_error > WRONG
+
+
 # --- the other ways for states to come back ---
 
 
@@ -162,8 +280,10 @@ class _WrongLogBase:
         planned = self._inner.plan(rows)
 
         class Planned:
-            def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float) -> State:
-                out, lse = planned.run(q, keys, values, scale=scale)
+            def run(
+                self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None
+            ) -> State:
+                out, lse = planned.run(q, keys, values, scale=scale, soft_cap=soft_cap)
                 return out, lse / math.log(2)
 
         return Planned()
@@ -237,12 +357,11 @@ def test_collectives_and_bytes_are_those_of_the_formulas(layout: tuple[int, int,
         assert traffic.num_collectives == decode_collectives(dcp) == (0 if dcp == 1 else 2)
         formula = decode_bytes(
             dcp_size=dcp,
-            pcp_size=pcp,
             rows_per_rank=rows,
             q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=8,
+            kv=KVLayout(kv_heads, 8, 8),
             dtype_bytes=4,
+            sends_new_kv=pcp > 1,
         )
         assert traffic.received_bytes == formula.total
         # The same, written out: queries (and new k, v where pcp deals rows) gathered, out and lse sent back.
@@ -252,6 +371,6 @@ def test_collectives_and_bytes_are_those_of_the_formulas(layout: tuple[int, int,
     part_len = sum(LENGTHS) / pcp
     for traffic in outcome.prefill_traffic:
         assert traffic.num_collectives == (1 if pcp > 1 else 0)
-        ideal = prefill_bytes(pcp_size=pcp, part_len=1, kv_heads=kv_heads, head_dim=8, dtype_bytes=4) * part_len
+        ideal = prefill_bytes(num_places=pcp, part_len=1, kv=KVLayout(kv_heads, 8, 8), dtype_bytes=4) * part_len
         # Cut points of short prompts leave some ranks a few tokens longer; all pad to the longest.
         assert ideal <= traffic.received_bytes <= 1.5 * ideal

@@ -19,9 +19,11 @@ from cpinfer.layout.context import (
     plan_query_exchange,
 )
 from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import split_prompts
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_steps import KVContext, QueryContext
+from cpinfer.models.attention_layer import AttentionLayer
+from cpinfer.models.context_attention import KVContext, QueryContext
 from cpinfer.models.state_exchange import StateExchange
 
 CPU = torch.device("cpu")
@@ -45,16 +47,18 @@ def test_counted_bytes_of_context_are_those_of_the_formula(sizes: tuple[int, int
         comm = CountingComm(topology.pcp if grid.context_runs_over_pcp else topology.dcp)
         places = exchange_places(grid, topology.rank)
         backend = TorchBackend(CPU)
+        placement = HeadPlacement(HEADS * grid.tp_size, 1, grid.tp_size)
+        stored = placement.in_group(grid, topology.coords.tp_rank)
         if exchange == "queries":
             states = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
             plan = plan_query_exchange(split, contexts, sharding, places[comm.index])
-            context: QueryContext | KVContext = QueryContext(plan, backend, cache, states)
+            context: QueryContext | KVContext = QueryContext(plan, backend, cache, states, stored)
         else:
             context = KVContext(
-                plan_kv_exchange(split, contexts, sharding, places, comm.index, 64), backend, cache, comm
+                plan_kv_exchange(split, contexts, sharding, places, comm.index, 64), backend, cache, comm, stored
             )
         tokens = split.tokens_per_rank()[topology.coords.pcp_rank]
-        context.attend(0, torch.randn(tokens, HEADS, DIM), scale=1.0)
+        context.attend(AttentionLayer(0, 1.0), torch.randn(tokens, HEADS, DIM))
         formula = exchange_bytes(exchange, split, contexts, sharding, places, HEADS, kv, dtype_bytes=4)
         return comm.traffic.received_bytes, formula
 

@@ -1,7 +1,8 @@
 """The laws of the layout floor, on layouts and lengths that nobody thought of."""
 
 from collections import Counter
-from itertools import pairwise, takewhile
+from itertools import chain, pairwise, takewhile
+from math import lcm
 
 import numpy as np
 from hypothesis import given, settings
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cpinfer.layout.decode import plan_decode
+from cpinfer.layout.explain import rank_places
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
-from cpinfer.layout.heads import HeadPlacement, head_errors
+from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.pool import BlockPool
 from cpinfer.layout.prefill import deal_prompts, plan_prefill, split_prompts
 from cpinfer.layout.shards import KVSharding
@@ -295,37 +297,100 @@ TestPoolNeverLeaks = PoolNeverLeaks.TestCase
 TestPoolNeverLeaks.settings = settings(max_examples=40, stateful_step_count=30, deadline=None, derandomize=True)
 
 
-def unmixed_layouts():
-    for tp in range(1, 17):
-        for pcp in range(1, 16 // tp + 1):
+# Layouts of up to 32 ranks per replica, for models of up to 16 KV heads.
+MAX_RANKS, MAX_KV_HEADS = 32, 16
+
+
+def grids():
+    for tp in range(1, MAX_RANKS + 1):
+        for pcp in range(1, MAX_RANKS // tp + 1):
             for dcp in legal_dcp_sizes(tp, pcp):
-                for kv in (k for k in range(1, 17) if not head_errors(tp * k, k, tp)):
-                    grid, heads = RankGrid(tp, pcp, dcp), HeadPlacement(tp * kv, kv, tp)
-                    if not heads.mixes_heads(grid):
-                        yield grid, heads
+                yield RankGrid(tp, pcp, dcp)
 
 
-def test_every_head_and_shard_exists_copies_times_in_every_home_of_all_unmixed_layouts_up_to_16_ranks():
+def head_counts(tp):
+    """Every number of KV heads that fits `tp`, each with the three smallest numbers of query heads."""
+    for kv in range(1, MAX_KV_HEADS + 1):
+        if kv % tp == 0 or tp % kv == 0:
+            yield from (HeadPlacement(n * lcm(kv, tp), kv, tp) for n in (1, 2, 3))
+
+
+def needed_heads(heads, tp_rank):
+    """By definition: query head q attends to KV head q // (Hq / Hkv), and ranks hold equal runs of query heads."""
+    n = heads.num_q_heads // heads.tp_size
+    return [q // (heads.num_q_heads // heads.num_kv_heads) for q in range(tp_rank * n, (tp_rank + 1) * n)]
+
+
+def test_every_group_stores_what_its_queries_need_of_all_layouts_up_to_32_ranks():
+    """What a rank stores depends on the tp ranks of its group alone, so one grid does for every number of columns."""
+    num_groups = num_uneven = 0
+    for grid in (g for g in grids() if g.pcp_size == 1):
+        for heads in head_counts(grid.tp_size):
+            needs = [needed_heads(heads, t) for t in range(grid.tp_size)]
+            is_mixed, num_stored = [], []
+            for group in grid.dcp_groups:
+                meets = list(chain.from_iterable(needs[t] for t in group))
+                counts = Counter(meets)
+                is_mixed.append(len({tuple(dict.fromkeys(needs[t])) for t in group}) > 1)
+                for t in group:
+                    got = heads.in_group(grid, t)
+                    case = grid, heads, t, got
+                    assert list(got.kv_heads) == sorted(counts), case
+                    assert got.kv_heads[got.own] == tuple(sorted(set(needs[t]))), case
+                    assert got.num_q_heads == len(needs[t]), case
+                    assert got.is_mixed == is_mixed[-1], case
+                # Side by side, the group's query heads meet the stored heads in runs.
+                assert [h for h, n in zip(got.kv_heads, got.q_per_kv, strict=True) for _ in range(n)] == meets, case
+                brought = chain.from_iterable(sorted(set(needs[group[column]])) for column in got.columns)
+                assert tuple(brought) == got.kv_heads, case
+                num_stored.append(len(counts))
+                num_groups += 1
+                num_uneven += len(set(got.q_per_kv)) > 1
+            assert heads.max_stored_heads(grid) == max(num_stored)
+            assert heads.mixes_heads(grid) == any(is_mixed)
+    assert num_groups > 1000
+    assert num_uneven > 100
+
+
+def test_every_head_and_shard_is_in_every_home_of_all_layouts_up_to_32_ranks():
+    """And every shard once in every group, with all heads of the group, so that its queries find all their keys."""
     num_layouts = 0
-    for grid, heads in unmixed_layouts():
-        stored = Counter(
-            (grid.home(rank), head, grid.kv_shard(rank))
-            for rank in range(grid.world_size)
-            for head in heads.kv_heads(grid.coords(rank).tp_rank)
-        )
-        everything = {
-            (home, head, shard)
-            for home in range(grid.num_homes)
-            for head in range(heads.num_kv_heads)
-            for shard in range(grid.dcp_size)
-        }
-        assert stored == dict.fromkeys(everything, heads.copies_per_home(grid)), (grid, heads)
-        num_layouts += 1
-    assert num_layouts > 1000
+    for grid in grids():
+        places = [(grid.home(rank), grid.kv_shard(rank), grid.coords(rank).tp_rank) for rank in range(grid.world_size)]
+        for group in grid.dcp_groups:
+            assert sorted(grid.kv_shard(rank) for rank in group) == list(range(grid.dcp_size))
+            assert len({grid.home(rank) for rank in group}) == 1
+        groups_of_columns = {frozenset(grid.coords(rank).tp_rank for rank in group) for group in grid.dcp_groups}
+        for heads in list(head_counts(grid.tp_size))[::3]:
+            needs = [set(needed_heads(heads, t)) for t in range(grid.tp_size)]
+            stored = [heads.in_group(grid, t).kv_heads for t in range(grid.tp_size)]
+            for columns in groups_of_columns:
+                assert {stored[t] for t in columns} == {tuple(sorted(set.union(*(needs[t] for t in columns))))}
+            found = {(home, shard, head) for home, shard, t in places for head in stored[t]}
+            assert len(found) == grid.num_homes * grid.dcp_size * heads.num_kv_heads, (grid, heads)
+            num_layouts += 1
+    assert num_layouts > 3000
 
 
-def test_a_mixed_layout_breaks_that_law():
-    """Negative control: TP2 PCP2 DCP4 with two KV heads stores each head on half of the shards only."""
+def test_copies_are_what_is_stored_over_what_there_is():
+    """`rep / k` of each head where nothing is mixed, of every head alike; mixed groups may differ, and lose none."""
+    for grid in (g for g in grids() if g.world_size <= 12):
+        for heads in list(head_counts(grid.tp_size))[::3]:
+            places = rank_places(grid, heads)
+            for place in places:
+                assert place.kv_copies == tuple(
+                    sum(
+                        head in other.kv_heads and (other.home, other.kv_shard) == (place.home, place.kv_shard)
+                        for other in places
+                    )
+                    for head in place.kv_heads
+                )
+            if not heads.mixes_heads(grid):
+                assert {n for p in places for n in p.kv_copies} == {heads.rep // grid.columns_per_dcp_group}
+
+
+def test_own_heads_alone_would_not_do_in_a_mixed_group():
+    """Negative control: TP2 PCP2 DCP4 with two KV heads would then have each head on half of the shards only."""
     grid, heads = RankGrid(2, 2, 4), HeadPlacement(8, 2, 2)
     stored = {(head, grid.kv_shard(r)) for r in range(4) for head in heads.kv_heads(grid.coords(r).tp_rank)}
     assert stored == {(0, 0), (0, 1), (1, 2), (1, 3)}

@@ -41,8 +41,9 @@ def test_the_pool_never_exceeds_its_budget_and_wastes_less_than_a_block():
 
 def test_mla_pays_for_its_latent_once():
     mla = KVLayout(num_heads=1, k_dim=576, v_dim=512, v_is_prefix_of_k=True)
-    assert mla.values_per_token == 576
-    assert mla.bytes_per_token(61, "bfloat16") == 61 * 576 * 2
+    assert mla.width == mla.values_per_token == 576
+    assert mla.bytes_per_token(61, "bfloat16") == 61 * 576 * 2 == 70_272
+    assert KVLayout(num_heads=2, k_dim=576, v_dim=512).width == 576 + 512
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)

@@ -7,9 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cpinfer.layout.advice import for_long_prompt, for_many_sequences, legal_layouts
-from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_bytes
-
 TOOL = Path(__file__).parents[2] / "tools" / "explain.py"
 KEYS = [
     "valid",
@@ -23,21 +20,20 @@ KEYS = [
     "max_concurrency",
 ]
 
-# Rank by rank (query heads, KV heads, shard, part), 8 query heads over 2 KV heads; None where that mixes heads.
+# Rank by rank (query heads, stored KV heads, shard, part), 8 query heads over 2 KV heads.
 TABLES = {
     (2, 2, 2): "q0-3/k0/s0/p0 q4-7/k1/s0/p0 q0-3/k0/s1/p1 q4-7/k1/s1/p1",
-    (2, 2, 4): None,
+    (2, 2, 4): "q0-3/k0-1/s0/p0 q4-7/k0-1/s2/p0 q0-3/k0-1/s1/p1 q4-7/k0-1/s3/p1",
     (4, 2, 2): "q0-1/k0/s0/p0 q2-3/k0/s0/p0 q4-5/k1/s0/p0 q6-7/k1/s0/p0 "
     "q0-1/k0/s1/p1 q2-3/k0/s1/p1 q4-5/k1/s1/p1 q6-7/k1/s1/p1",
     (4, 2, 4): "q0-1/k0/s0/p0 q2-3/k0/s2/p0 q4-5/k1/s0/p0 q6-7/k1/s2/p0 "
     "q0-1/k0/s1/p1 q2-3/k0/s3/p1 q4-5/k1/s1/p1 q6-7/k1/s3/p1",
     (8, 1, 2): "q0/k0/s0/p0 q1/k0/s1/p0 q2/k0/s0/p0 q3/k0/s1/p0 q4/k1/s0/p0 q5/k1/s1/p0 q6/k1/s0/p0 q7/k1/s1/p0",
 }
-# The same with one KV head: k0 everywhere, and the layout that mixed two heads becomes legal.
-TWINS = {sizes: table and table.replace("k1", "k0") for sizes, table in TABLES.items()}
-TWINS[2, 2, 4] = "q0-3/k0/s0/p0 q4-7/k0/s2/p0 q0-3/k0/s1/p1 q4-7/k0/s3/p1"
+# The same with one KV head: k0 everywhere.
+TWINS = {sizes: table.replace("k0-1", "k0").replace("k1", "k0") for sizes, table in TABLES.items()}
 COPIES = {1: {(2, 2, 2): 2, (2, 2, 4): 1, (4, 2, 2): 4, (4, 2, 4): 2, (8, 1, 2): 4}}
-COPIES[2] = {(2, 2, 2): 1, (4, 2, 2): 2, (4, 2, 4): 1, (8, 1, 2): 2}
+COPIES[2] = {(2, 2, 2): 1, (2, 2, 4): 1, (4, 2, 2): 2, (4, 2, 4): 1, (8, 1, 2): 2}
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +62,17 @@ def explain(tool, capsys):
 
 
 def layout(tp, pcp, dcp, q=8, kv=2, **more):
-    flags = {"tp": tp, "pcp": pcp, "dcp": dcp, "num-q-heads": q, "num-kv-heads": kv, **more}
-    return [part for name, value in flags.items() for part in (f"--{name}", value)]
+    return flags_of({"tp": tp, "pcp": pcp, "dcp": dcp, "num-q-heads": q, "num-kv-heads": kv, **more})
+
+
+def flags_of(values):
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+def span(cell):
+    """The heads that "q0-3" or "k1" names."""
+    first, _, last = cell[1:].partition("-")
+    return list(range(int(first), int(last or first) + 1))
 
 
 def write_config(folder, model=None, **keys):
@@ -95,28 +100,48 @@ QWEN = {
 @pytest.mark.parametrize("sizes", TABLES, ids=str)
 def test_every_rank_of_the_known_tables_holds_what_they_print(explain, kv, tables, sizes):
     code, answer, text, _ = explain(*layout(*sizes, kv=kv))
-    if tables[sizes] is None:
-        assert (code, answer["valid"], answer["ranks"]) == (2, False, None)
-        assert "mix KV heads" in answer["errors"][0]
-        return
     assert (code, answer["valid"], answer["errors"]) == (0, True, [])
     tp = sizes[0]
     for rank, (cell, got) in enumerate(zip(tables[sizes].split(), answer["ranks"], strict=True)):
         q, k, s, p = cell.split("/")
-        first, last = q[1:].split("-") if "-" in q else (q[1:], q[1:])
+        stored = span(k)
         assert got == {
             "rank": rank,
             "dp_rank": 0,
             "pcp_rank": rank // tp,
             "tp_rank": rank % tp,
-            "q_heads": list(range(int(first), int(last) + 1)),
-            "kv_heads": [int(k[1:])],
+            "q_heads": span(q),
+            "kv_heads": stored,
             "kv_shard": int(s[1:]),
             "prefill_part": int(p[1:]),
             "home": 0,
-            "kv_copies": COPIES[kv][sizes],
+            "kv_copies": [COPIES[kv][sizes]] * len(stored),
         }
         assert f"{rank}: {cell}" in text
+
+
+def test_where_only_some_groups_mix_heads_each_rank_shows_what_its_own_group_stores(explain):
+    """TP6 DCP2 over 2 KV heads: the group of ranks 2 and 3 alone has both."""
+    _, answer, text, _ = explain(*layout(6, 1, 2, q=12))
+    assert [place["kv_heads"] for place in answer["ranks"]] == [[0], [0], [0, 1], [0, 1], [1], [1]]
+    # Head 0 of shard 0 is on rank 0 and on rank 2, and so are both heads of both shards: always on two ranks.
+    assert [place["kv_copies"] for place in answer["ranks"]] == [[2], [2], [2, 2], [2, 2], [2], [2]]
+    assert "each (KV head, shard) stored twice" in text
+    assert "up to 2, and computes 1" in text
+
+
+def test_copies_of_a_head_may_differ_from_those_of_its_neighbour(explain):
+    """TP6 DCP3 over 3 KV heads: both groups store head 1, one each the others."""
+    _, answer, text, _ = explain(*layout(6, 1, 3, q=12, kv=3))
+    assert [place["kv_heads"] for place in answer["ranks"]] == [[0, 1]] * 3 + [[1, 2]] * 3
+    assert [place["kv_copies"] for place in answer["ranks"]] == [[1, 2]] * 3 + [[2, 1]] * 3
+    assert "each (KV head, shard) stored 1 to 2 times" in text
+
+
+def test_copies_are_counted_within_a_home_and_a_replica(explain):
+    _, answer, text, _ = explain(*layout(2, 4, 2, kv=1, dp=2))
+    assert {tuple(place["kv_copies"]) for place in answer["ranks"]} == {(2,)}
+    assert "2 homes, each (KV head, shard) stored twice in each" in text
 
 
 def test_groups_are_printed_in_shard_order(explain):
@@ -161,6 +186,14 @@ def test_a_budget_holds_the_known_number_of_tokens(explain, dcp, gib, tokens, se
     assert f"{tokens:,} tokens: {sequences} sequences of 8,192" in text
 
 
+@pytest.mark.parametrize("sizes, q, stored", [((2, 2, 4), 8, 2), ((6, 1, 2), 12, 2), ((6, 1, 3), 12, 1)])
+def test_the_rank_that_stores_the_most_heads_bounds_the_capacity(explain, sizes, q, stored):
+    model = {"num-layers": 3, "head-dim": 64, "kv-cache-gib": 1}
+    _, answer, _, _ = explain(*layout(*sizes, q=q, **model))
+    assert answer["kv_bytes_per_token_per_rank"] == 3 * stored * 2 * 64 * 2
+    assert answer["kv_capacity_tokens"] == 2**30 // (16 * 768 * stored) * 16 * sizes[2]
+
+
 def test_homes_multiply_the_total_and_not_the_longest_sequence(explain):
     model = {"num-layers": 2, "head-dim": 64, "kv-cache-gib": 1, "max-model-len": 1000}
     two = explain(*layout(1, 4, 2, **model))[1]
@@ -197,17 +230,51 @@ def test_decode_traffic_packs_keys_only_where_they_must_travel(explain, sizes, p
     assert answer["decode"]["received_bytes_per_rank_per_layer_per_row"] == per_row
 
 
-def test_traffic_formulas_are_those_of_the_design():
-    S, R, hq, kvl, D, b = 4, 3, 8, 2, 64, 2
-    for pcp, w in ((1, 0), (2, 2 * kvl), (4, 2 * kvl)):
-        got = decode_bytes(S, R, hq, kvl, D, b, pcp)
-        assert got == ((S - 1) * R * (hq + w) * D * b, (S - 1) * R * hq * (D * b + 4))
-        assert got.total == sum(got)
-    assert decode_bytes(S, R, hq, kvl, D, b, 1, wire_bytes=4).all_to_all == (S - 1) * R * hq * (D * 4 + 4)
-    assert decode_bytes(1, R, hq, kvl, D, b, 4).total == 0
-    assert [decode_collectives(s) for s in (1, 2, 8)] == [0, 2, 2]
-    assert prefill_bytes(4, 100, kvl, D, b) == 3 * 100 * 2 * kvl * D * b
-    assert prefill_bytes(1, 100, kvl, D, b) == 0
+@pytest.mark.parametrize("sizes, new_values", [((2, 1, 2), 2 * 128), ((6, 1, 2), 2 * 128), ((6, 1, 3), 0)], ids=str)
+def test_groups_that_mix_heads_exchange_new_keys_and_values_whoever_computed_them(explain, sizes, new_values):
+    """With pcp=1 too, where an unmixed layout has them everywhere already. A rank sends its own heads alone."""
+    tp, _, dcp = sizes
+    _, answer, _, _ = explain(*layout(*sizes, q=12, **{"head-dim": 128, "seq-len": 100}))
+    peers, hq = dcp - 1, 12 // tp
+    assert answer["prefill"]["received_bytes_per_rank_per_layer"] == peers * 100 * new_values * 2 * bool(new_values)
+    per_row = peers * ((hq * 128 + new_values) * 2 + hq * 260)
+    assert answer["decode"]["received_bytes_per_rank_per_layer_per_row"] == per_row
+
+
+def test_the_prefill_of_a_mixed_group_gathers_from_all_its_ranks(explain):
+    parts = {dcp: explain(*layout(2, 2, dcp, **{"head-dim": 64, "seq-len": 4096}))[1]["prefill"] for dcp in (2, 4)}
+    received = {dcp: cost["received_bytes_per_rank_per_layer"] for dcp, cost in parts.items()}
+    assert received == {2: 1 * 2048 * 2 * 64 * 2, 4: 3 * 2048 * 2 * 64 * 2}
+
+
+MLA = {"num-q-heads": 128, "kv-lora-rank": 512, "qk-rope-head-dim": 64}
+
+
+def mla(tp, pcp, dcp, **more):
+    return flags_of({"tp": tp, "pcp": pcp, "dcp": dcp, **MLA, **more})
+
+
+def test_a_token_of_deepseek_v3_takes_70272_bytes_on_its_rank(explain):
+    code, answer, text, _ = explain(*mla(8, 1, 8, **{"num-layers": 61, "kv-cache-gib": 40}))
+    assert (code, answer["kv_bytes_per_token_per_rank"]) == (0, 70_272)
+    assert answer["kv_capacity_tokens"] == 40 * 2**30 // (16 * 70_272) * 16 * 8
+    assert "128 query heads over 1 KV head (the latent)" in text
+
+
+@pytest.mark.parametrize("tp, pcp", [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_copies_of_a_latent_on_all_tp_ranks_become_shards(explain, tp, pcp):
+    _, answer, _, _ = explain(*mla(tp, pcp, tp * pcp))
+    assert sorted(place["kv_shard"] for place in answer["ranks"]) == list(range(8))
+    assert all((place["kv_heads"], place["kv_copies"]) == ([0], [1]) for place in answer["ranks"])
+    assert explain(*mla(tp, pcp, pcp))[1]["ranks"][0]["kv_copies"] == [tp]
+
+
+@pytest.mark.parametrize("pcp, new_values", [(1, 0), (2, 576)])
+def test_decode_and_prefill_of_a_latent_count_its_widths(explain, pcp, new_values):
+    _, answer, _, _ = explain(*mla(8, pcp, 8, **{"seq-len": 4096}))
+    per_row = 7 * ((16 * 576 + new_values) * 2 + 16 * (512 * 2 + 4))
+    assert answer["decode"]["received_bytes_per_rank_per_layer_per_row"] == per_row
+    assert answer["prefill"]["received_bytes_per_rank_per_layer"] == (pcp - 1) * 2048 * 576 * 2
 
 
 def test_one_rank_computes_a_prompt_in_one_piece_and_receives_nothing(explain):
@@ -218,7 +285,7 @@ def test_one_rank_computes_a_prompt_in_one_piece_and_receives_nothing(explain):
 
 
 def test_what_is_not_known_is_null_and_every_key_is_there(explain):
-    for flags in (layout(2, 2, 2), layout(2, 2, 4), ["--tp", "x"], []):
+    for flags in (layout(2, 2, 2), layout(2, 2, 4), layout(2, 2, 3), ["--tp", "x"], []):
         _, answer, _, _ = explain(*flags)
         assert list(answer)[: len(KEYS)] == KEYS
         assert answer["kv_capacity_tokens"] is answer["max_concurrency"] is answer["kv_local_lens"] is None
@@ -228,7 +295,11 @@ def test_what_is_not_known_is_null_and_every_key_is_there(explain):
     "flags, message",
     [
         (layout(2, 2, 3), "dcp=3 does not fit tp=2, pcp=2"),
-        (layout(2, 2, 4), "mix KV heads"),
+        (mla(4, 2, 8, **{"num-kv-heads": 128}), "--num-kv-heads 128, but MLA caches one latent head"),
+        (mla(4, 2, 8, **{"head-dim": 128}), "MLA caches no heads of --head-dim"),
+        (mla(3, 1, 3), "128 query heads do not divide over tp=3"),
+        (layout(2, 2, 2, **{"kv-lora-rank": 512}), "Pass both --kv-lora-rank and --qk-rope-head-dim"),
+        (layout(2, 2, 2, **{"qk-rope-head-dim": 64}), "Pass both --kv-lora-rank and --qk-rope-head-dim"),
         (layout(3, 1, 1), "do not divide over tp=3"),
         (layout(0, 1, 1), "tp=0 is not a positive number"),
         (layout(2, 2, 2, interleave=0), "interleave=0 must be at least 1"),
@@ -251,7 +322,7 @@ def test_a_bad_layout_or_flag_exits_2_with_the_reason_in_words_and_in_json(expla
 def test_without_json_there_is_none(tool, capsys):
     assert tool.main(list(map(str, layout(2, 2, 2)))) == 0
     assert "{" not in capsys.readouterr().out
-    assert tool.main(list(map(str, layout(2, 2, 4)))) == 2
+    assert tool.main(list(map(str, layout(2, 2, 3)))) == 2
     assert capsys.readouterr().out == ""
 
 
@@ -289,6 +360,22 @@ def test_head_dim_of_the_model_wins_over_the_quotient_and_missing_kv_heads_mean_
     assert answer["ranks"][0]["kv_heads"] == list(range(8))
 
 
+def test_the_latent_of_a_deepseek_config_is_its_one_kv_head_whatever_heads_it_names(explain, tmp_path):
+    model = QWEN | {"num_key_value_heads": 8, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "head_dim": 8}
+    path = write_config(tmp_path, model, tensor_parallel={"tp_size": 4}, decode_context_parallel_size=4)
+    code, answer, text, _ = explain("--config", path)
+    assert (code, answer["kv_bytes_per_token_per_rank"]) == (0, 4 * (32 + 8) * 2)
+    assert "8 query heads over 1 KV head (the latent)" in text
+    assert explain("--config", path, "--num-kv-heads", 1)[0] == 0
+    assert explain("--config", path, "--qk-rope-head-dim", 16)[1]["kv_bytes_per_token_per_rank"] == 4 * (32 + 16) * 2
+    assert "one latent head" in explain("--config", path, "--num-kv-heads", 8)[1]["errors"][0]
+
+
+def test_a_config_whose_lora_rank_is_null_has_no_latent(explain, tmp_path):
+    _, answer, _, _ = explain("--config", write_config(tmp_path, QWEN | {"kv_lora_rank": None, "qk_rope_head_dim": 8}))
+    assert answer["ranks"][0]["kv_heads"] == [0, 1]
+
+
 def test_flags_win_over_config_and_model(explain, tmp_path):
     path = write_config(tmp_path, QWEN, tensor_parallel={"tp_size": 2}, prefill_context_parallel_size=2)
     _, answer, text, _ = explain("--config", path, *layout(4, 1, 1, q=16, kv=4))
@@ -303,6 +390,8 @@ def test_a_hub_id_needs_the_heads_as_flags(explain, tmp_path):
     assert "Pass --num-q-heads" in answer["errors"][0]
     code, answer, _, _ = explain("--config", path, "--num-q-heads", 14, "--num-kv-heads", 2)
     assert (code, len(answer["ranks"])) == (0, 2)
+    code, answer, _, _ = explain("--config", path, *flags_of(MLA))
+    assert (code, answer["ranks"][0]["kv_heads"]) == (0, [0])
 
 
 @pytest.mark.parametrize(
@@ -310,7 +399,8 @@ def test_a_hub_id_needs_the_heads_as_flags(explain, tmp_path):
     [
         ({"text_config": QWEN}, "Pass --num-q-heads"),
         (QWEN | {"num_attention_heads": "eight"}, '"num_attention_heads" is "eight"'),
-        (QWEN | {"kv_lora_rank": 512}, "MLA"),
+        (QWEN | {"kv_lora_rank": 512}, "Pass both --kv-lora-rank and --qk-rope-head-dim"),
+        (QWEN | {"kv_lora_rank": 0, "qk_rope_head_dim": 64}, '"kv_lora_rank" is 0'),
     ],
 )
 def test_a_model_config_that_cannot_be_read_is_named(explain, tmp_path, model, message):
@@ -354,24 +444,20 @@ def test_all_listed_layouts_use_every_gpu_are_valid_and_follow_both_orders(expla
     assert "published advice" in text
 
 
-@pytest.mark.parametrize("kv, dcp", [(8, 2), (4, 2), (2, 4), (1, 8)])
-def test_the_published_advice_is_pcp_2_and_all_copies_of_a_head_made_shards(kv, dcp):
-    """GQA: tp / num_kv_heads shards per pcp rank; MLA, one head: all tp ranks."""
-    best = for_long_prompt(legal_layouts(8, 64, kv, tp_size=4))[0]
-    assert best.is_advised
-    assert (best.sizes.pcp_size, best.sizes.dcp_size) == (2, dcp)
-
-
-def test_layouts_that_store_copies_rank_below_those_that_do_not_for_many_sequences():
-    order = for_many_sequences(legal_layouts(8, 64, 2))
-    totals = [option.total_tokens for option in order]
-    assert totals == sorted(totals, reverse=True)
-    assert totals[0] == 4 * totals[-1]
+def test_the_list_marks_mixed_layouts_and_takes_a_latent_for_one_kv_head(explain):
+    _, answer, text, _ = explain("--gpus", 4, "--tp", 2, "--pcp", 2, "--num-q-heads", 8, "--num-kv-heads", 2)
+    assert [(row["dcp"], row["mixed"]) for row in answer["long_prompt"]] == [(2, False), (4, True), (1, False)]
+    assert "m     2    2    4    1 |" in text
+    _, answer, text, _ = explain("--gpus", 8, *flags_of(MLA))
+    assert {"tp": 4, "pcp": 2, "dcp": 8, "advised": True, "mixed": False}.items() <= answer["long_prompt"][0].items()
+    assert not any(row["mixed"] for row in answer["long_prompt"])
 
 
 def test_given_sizes_narrow_the_list_and_a_machine_without_a_legal_layout_is_an_error(explain):
     _, answer, _, _ = explain("--gpus", 8, "--tp", 4, "--dp", 1, "--num-q-heads", 64, "--num-kv-heads", 8)
-    assert [(row["tp"], row["pcp"], row["dcp"]) for row in answer["long_prompt"]] == [(4, 2, 2), (4, 2, 1)]
+    # Mixed groups (dcp 4 and 8) hold as much as dcp=2, for more traffic; dcp=1 holds half.
+    found = [(row["tp"], row["pcp"], row["dcp"]) for row in answer["long_prompt"]]
+    assert found == [(4, 2, 2), (4, 2, 4), (4, 2, 8), (4, 2, 1)]
     code, answer, text, _ = explain("--gpus", 8, "--tp", 3, "--num-q-heads", 64, "--num-kv-heads", 8)
     assert (code, answer["valid"], text) == (2, False, "")
     assert "no legal layout with tp=3" in answer["errors"][0]

@@ -1,9 +1,10 @@
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
-from cpinfer.layout.heads import HeadPlacement, head_errors
+from cpinfer.layout.heads import GroupHeads, HeadPlacement, head_errors
 
 PLACEMENTS = [
     HeadPlacement(hq, hkv, tp)
@@ -55,6 +56,56 @@ def test_the_layout_that_vllm_computes_garbage_on_is_known_to_mix_heads():
     assert [list(heads.kv_heads(t)) for t in range(6)] == [[0], [0], [0], [1], [1], [1]]
     assert heads.mixes_heads(RankGrid(tp_size=6, dcp_size=2))
     assert not heads.mixes_heads(RankGrid(tp_size=6, dcp_size=3))
+
+
+def test_a_mixed_group_stores_the_heads_of_both_its_columns():
+    """TP2 PCP2 DCP4, two KV heads: all four ranks store both."""
+    heads, grid = HeadPlacement(num_q_heads=8, num_kv_heads=2, tp_size=2), RankGrid(2, 2, 4)
+    first = GroupHeads(num_q_heads=4, kv_heads=(0, 1), q_per_kv=(4, 4), columns=(0, 1), own=slice(0, 1))
+    assert [heads.in_group(grid, t) for t in range(2)] == [first, replace(first, own=slice(1, 2))]
+    assert first.is_mixed
+    assert heads.max_stored_heads(grid) == 2
+    assert heads.max_stored_heads(RankGrid(2, 2, 2)) == 1
+
+
+def test_only_the_middle_group_of_six_ranks_stores_both_heads():
+    heads, grid = HeadPlacement(num_q_heads=12, num_kv_heads=2, tp_size=6), RankGrid(tp_size=6, dcp_size=2)
+    groups = [heads.in_group(grid, t) for t in range(6)]
+    assert [g.kv_heads for g in groups] == [(0,), (0,), (0, 1), (0, 1), (1,), (1,)]
+    assert [g.q_per_kv for g in groups] == [(4,), (4,), (2, 2), (2, 2), (4,), (4,)]
+    assert [g.columns for g in groups] == [(0,), (0,), (0, 1), (0, 1), (0,), (0,)]
+    assert [g.own for g in groups] == [slice(0, 1)] * 3 + [slice(1, 2)] + [slice(0, 1)] * 2
+    assert [g.is_mixed for g in groups] == [False, False, True, True, False, False]
+    assert heads.max_stored_heads(grid) == 2
+
+
+def test_a_group_of_three_columns_shares_its_queries_unevenly_among_two_heads():
+    """TP6 DCP3, three KV heads on two tp ranks each: of head 1 each group has half the queries."""
+    heads, grid = HeadPlacement(num_q_heads=12, num_kv_heads=3, tp_size=6), RankGrid(tp_size=6, dcp_size=3)
+    groups = [heads.in_group(grid, t) for t in range(6)]
+    assert [g.kv_heads for g in groups] == [(0, 1)] * 3 + [(1, 2)] * 3
+    assert [g.q_per_kv for g in groups] == [(4, 2)] * 3 + [(2, 4)] * 3
+    assert [g.columns for g in groups] == [(0, 2)] * 3 + [(0, 1)] * 3
+    assert [g.own.start for g in groups] == [0, 0, 1, 0, 1, 1]
+
+
+def test_a_group_of_columns_with_several_heads_each_stores_all_of_them():
+    heads, grid = HeadPlacement(num_q_heads=16, num_kv_heads=8, tp_size=4), RankGrid(tp_size=4, dcp_size=2)
+    groups = [heads.in_group(grid, t) for t in range(4)]
+    assert [g.kv_heads for g in groups] == [(0, 1, 2, 3)] * 2 + [(4, 5, 6, 7)] * 2
+    assert [(g.columns, g.q_per_kv) for g in groups] == [((0, 1), (2, 2, 2, 2))] * 4
+    assert [g.own for g in groups] == [slice(0, 2), slice(2, 4)] * 2
+
+
+@pytest.mark.parametrize("pcp, dcp", [(1, 1), (4, 1), (4, 2), (4, 4), (1, 2), (4, 8)])
+def test_an_unmixed_group_stores_what_its_ranks_compute(pcp, dcp):
+    """Above dcp=pcp its columns hold the same head: two of the four ranks that have a copy."""
+    heads, grid = HeadPlacement(num_q_heads=16, num_kv_heads=2, tp_size=8), RankGrid(8, pcp, dcp)
+    for t in range(8):
+        got = heads.in_group(grid, t)
+        assert (got.kv_heads, got.columns, got.own) == (tuple(heads.kv_heads(t)), (0,), slice(0, 1))
+        assert got.q_per_kv == (2 * grid.columns_per_dcp_group,)
+        assert not got.is_mixed
 
 
 @pytest.mark.parametrize(

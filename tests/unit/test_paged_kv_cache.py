@@ -25,7 +25,7 @@ def test_what_is_written_to_slots_is_read_there_and_nothing_else_changes(dtype):
     cache = make_cache(dtype=dtype)
     slots = torch.tensor([11, 0, 5])
     k, v = tokens(3, dtype=dtype)
-    cache.write(1, slots, k, v)
+    cache.write(1, slots, (k, v))
     keys, values = cache.read(1)
     assert keys.shape == (SLOTS, 2, 8) and values.shape == (SLOTS, 2, 6)
     assert torch.equal(keys[slots], k) and torch.equal(values[slots], v)
@@ -36,15 +36,15 @@ def test_what_is_written_to_slots_is_read_there_and_nothing_else_changes(dtype):
 
 def test_a_later_write_replaces_an_earlier_one():
     cache = make_cache()
-    cache.write(0, torch.tensor([3, 4]), *tokens(2))
+    cache.write(0, torch.tensor([3, 4]), tokens(2))
     k, v = tokens(1)
-    cache.write(0, torch.tensor([4]), k, v)
+    cache.write(0, torch.tensor([4]), (k, v))
     assert torch.equal(cache.read(0)[0][4], k[0]) and torch.equal(cache.read(0)[1][4], v[0])
 
 
 def test_writing_no_rows_changes_nothing():
     cache = make_cache()
-    cache.write(0, torch.empty(0, dtype=torch.long), *tokens(0))
+    cache.write(0, torch.empty(0, dtype=torch.long), tokens(0))
     assert all((x == 0).all() for x in cache.read(0))
 
 
@@ -57,14 +57,14 @@ def test_reading_copies_nothing():
     cache = make_cache()
     before = cache.read(0)[0]
     k, v = tokens(1)
-    cache.write(0, torch.tensor([2]), k, v)
+    cache.write(0, torch.tensor([2]), (k, v))
     assert torch.equal(before[2], k[0])
 
 
 def test_strided_rows_are_written_as_they_read():
     cache = make_cache(KVLayout(2, 8, 8))
     fused = torch.randn(5, 2, 16)
-    cache.write(0, torch.tensor([1, 2, 3, 4, 5]), fused[..., :8], fused[..., 8:])
+    cache.write(0, torch.tensor([1, 2, 3, 4, 5]), cache.views(fused))
     keys, values = cache.read(0)
     assert torch.equal(keys[1:6], fused[..., :8]) and torch.equal(values[1:6], fused[..., 8:])
 
@@ -73,7 +73,7 @@ def test_values_that_are_a_prefix_of_keys_have_no_store_of_their_own():
     layout = KVLayout(1, 12, 8, v_is_prefix_of_k=True)
     cache = make_cache(layout)
     k, _ = tokens(2, layout)
-    cache.write(1, torch.tensor([7, 2]), k, k[..., :8])
+    cache.write(1, torch.tensor([7, 2]), cache.parts(k, k[..., :8]))
     keys, values = cache.read(1)
     assert values.untyped_storage().data_ptr() == keys.untyped_storage().data_ptr()
     assert torch.equal(values[[7, 2]], k[..., :8])
@@ -96,7 +96,7 @@ def filled_cache(layout=KVLayout(2, 8, 6), dtype=torch.float32):
     cache = make_cache(layout, dtype)
     for layer in range(LAYERS):
         k, v = tokens(SLOTS, layout, dtype)
-        cache.write(layer, torch.arange(SLOTS), k, v)
+        cache.write(layer, torch.arange(SLOTS), cache.parts(k, v))
     return cache
 
 
@@ -126,8 +126,8 @@ def test_copying_no_blocks_changes_nothing():
 @pytest.mark.parametrize("layout", [KVLayout(2, 8, 6), KVLayout(1, 12, 8, v_is_prefix_of_k=True)], ids=str)
 def test_new_rows_are_finite_zeros_with_room_for_k_and_v_side_by_side(layout):
     cache = make_cache(layout, torch.bfloat16)
-    rows = cache.new_rows(5)
-    assert rows.shape == (5, layout.num_heads, layout.k_dim + layout.v_dim)
+    rows = cache.new_rows(5, layout.num_heads)
+    assert rows.shape == (5, layout.num_heads, layout.width)
     assert (rows.dtype, rows.device) == (cache.dtype, cache.device) and (rows == 0).all()
-    assert cache.new_rows(0).shape[0] == 0
-    assert cache.new_rows(5).data_ptr() != rows.data_ptr()
+    assert cache.new_rows(0, layout.num_heads).shape[0] == 0
+    assert cache.new_rows(5, layout.num_heads).data_ptr() != rows.data_ptr()

@@ -67,10 +67,10 @@ def test_no_unsupported_error_is_raised_past_the_table():
 
 
 def test_a_refusal_says_what_is_what_is_missing_and_what_to_do():
-    error = refuse("mixed_heads", "dcp=4 pcp=1")
+    error = refuse("replicate_q", "dcp=4 pcp=1")
     assert isinstance(error, UnsupportedError) and isinstance(error, UserError)
     assert str(error).startswith("dcp=4 pcp=1: cpinfer does not support ")
-    row = REFUSALS["mixed_heads"]
+    row = REFUSALS["replicate_q"]
     assert row.what in str(error) and str(error).endswith(row.instead)
 
 

@@ -1,8 +1,8 @@
 import pytest
 
 from cpinfer.errors import UnsupportedError
-from cpinfer.layout.grid import legal_dcp_sizes
-from cpinfer.layout.heads import head_errors
+from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
+from cpinfer.layout.heads import HeadPlacement, head_errors
 from cpinfer.layout.rules import LayoutSizes, layout_errors
 from cpinfer.refusals import REFUSALS, not_yet_table, refuse
 
@@ -17,18 +17,11 @@ def test_the_known_layouts_are_legal(sizes):
 
 
 @pytest.mark.parametrize(
-    "sizes, q, kv", [((2, 2, 4), 8, 2), ((6, 1, 2), 12, 2), ((2, 1, 2), 8, 8), ((8, 2, 16), 8, 2)], ids=str
+    "sizes, q, kv", [((2, 2, 4), 8, 2), ((6, 1, 2), 12, 2), ((6, 1, 3), 12, 3), ((2, 1, 2), 8, 8), ((8, 2, 16), 8, 2)]
 )
-def test_groups_that_mix_kv_heads_are_refused_with_the_largest_dcp_that_works(sizes, q, kv):
-    (message,) = errors(*sizes, q=q, kv=kv)
-    assert "mix KV heads" in message
-    advised = int(message.rpartition("The largest here is dcp=")[2].rstrip("."))
-    assert advised == max(dcp for dcp in legal_dcp_sizes(*sizes[:2]) if not errors(*sizes[:2], dcp, q=q, kv=kv))
-
-
-def test_one_kv_head_makes_the_widest_group_legal():
-    assert errors(2, 2, 4, kv=2) != []
-    assert errors(2, 2, 4, kv=1) == []
+def test_groups_that_mix_kv_heads_are_legal(sizes, q, kv):
+    assert HeadPlacement(q, kv, sizes[0]).mixes_heads(RankGrid(*sizes))
+    assert errors(*sizes, q=q, kv=kv) == []
 
 
 def test_every_number_of_homes_that_divides_the_pcp_ranks_is_legal():
@@ -52,13 +45,12 @@ def test_a_model_without_heads_is_an_error_not_an_exception(q, kv):
     assert any("at least 1" in e for e in errors(2, 1, 1, q=q, kv=kv))
 
 
-def test_at_least_one_dcp_is_legal_for_every_grid_and_model_whose_heads_can_be_dealt():
+def test_a_dcp_is_legal_for_every_model_whose_heads_can_be_dealt_or_for_none():
     for tp in (1, 2, 3, 4, 6, 8):
         for pcp in (1, 2, 3, 4):
             for kv in (1, 2, 3, 4, 8):
-                if not head_errors(24, kv, tp):
-                    assert errors(tp, pcp, pcp, q=24, kv=kv) == []
-                    assert any(not errors(tp, pcp, dcp, q=24, kv=kv) for dcp in legal_dcp_sizes(tp, pcp))
+                found = [dcp for dcp in range(1, 33) if not errors(tp, pcp, dcp, q=24, kv=kv)]
+                assert found == ([] if head_errors(24, kv, tp) else legal_dcp_sizes(tp, pcp))
 
 
 def test_a_refusal_says_what_was_found_what_is_missing_and_what_to_do():

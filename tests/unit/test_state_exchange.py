@@ -169,9 +169,9 @@ def test_rows_are_gathered_in_pcp_order_with_the_heads_of_all_columns_side_by_si
         comm = topology.dcp
         exchange = StateExchange(comm, pcp_size=pcp_size, wire_dtype=torch.float32)
         q, rows = world.own(world.q, comm.index), slice(comm.index % pcp_size * R, (comm.index % pcp_size + 1) * R)
-        return exchange.gather_rows(q), exchange.gather_qkv(q, world.k[rows], world.v[rows])
+        return exchange.gather_rows(q), exchange.gather_qkv(q, (world.k[rows], world.v[rows]))
 
-    for q_rows, (q, k, v) in run_ranks(grid, body):
+    for q_rows, (q, (k, v)) in run_ranks(grid, body):
         assert torch.equal(q_rows, world.q) and torch.equal(q, world.q)
         assert torch.equal(k, world.k) and torch.equal(v, world.v)
 
@@ -183,7 +183,8 @@ def test_keys_and_values_of_other_widths_are_taken_apart_again():
     def body(topology):
         exchange = StateExchange(topology.dcp, pcp_size=2, wire_dtype=torch.float32)
         rows = slice(topology.rank * R, (topology.rank + 1) * R)
-        return exchange.gather_qkv(q[rows], k[rows], v[rows])
+        q_rows, new = exchange.gather_qkv(q[rows], (k[rows], v[rows]))
+        return q_rows, *new
 
     for got in run_ranks(RankGrid(1, 2, 2), body):
         assert all(torch.equal(x, y) for x, y in zip(got, (q, k, v), strict=True))
@@ -197,7 +198,8 @@ def test_replicated_rows_and_a_solo_axis_are_not_gathered():
         comm = CountingComm(topology.dcp)
         exchange = StateExchange(comm, pcp_size=1, wire_dtype=torch.float32, state_return="replicate_q")
         assert exchange.replicated
-        same = [x is y for x, y in zip(exchange.gather_qkv(q, k, v), (q, k, v), strict=True)]
+        q_rows, new = exchange.gather_qkv(q, (k, v))
+        same = [x is y for x, y in zip((q_rows, *new), (q, k, v), strict=True)]
         return [exchange.gather_rows(q) is q, *same], comm.traffic.num_collectives
 
     assert run_ranks(RankGrid(1, 2, 2), body) == [([True] * 4, 0)] * 2

@@ -36,7 +36,7 @@ class DecodeSteps:
         self.local_lens = [sharding.local_len(context_tokens + 1, s) for s in range(grid.dcp_size)]
         per_sequence = sharding.num_blocks(context_tokens + 1)
         tables = [list(range(i * per_sequence, (i + 1) * per_sequence)) for i in range(batch)]
-        layout, num_blocks = runner.spec.kv_layout(1), per_sequence * batch
+        layout, num_blocks = runner.spec.kv_layout(runner.spec.num_kv_heads), per_sequence * batch
         cache = PagedKVCache(layout, runner.spec.num_layers, num_blocks, block_size, runner.dtype, runner.device)
         positions = sharding.positions(context_tokens, shard)
         for i, block_table in enumerate(tables):
@@ -45,7 +45,7 @@ class DecodeSteps:
                 generator = torch.Generator().manual_seed(1000 * layer + i)
                 shape = (2, context_tokens, layout.num_heads, layout.k_dim)
                 k, v = torch.randn(shape, generator=generator)[:, positions]
-                cache.write(layer, slots, k, v)
+                cache.write(layer, slots, (k, v))
         self._steps = StepRunner(
             runner, topology, config, sharding, make_backend("torch", runner.device), cache, Stopping((), None)
         )

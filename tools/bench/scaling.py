@@ -228,6 +228,7 @@ def measure_prefill(
 
     import cpinfer
     from cpinfer.config import SamplingParams, parse_config
+    from cpinfer.layout.capacity import KVLayout
     from cpinfer.layout.prefill import split_prompts
     from cpinfer.layout.traffic import prefill_bytes
 
@@ -279,7 +280,10 @@ def measure_prefill(
         "work_imbalance": max(pairs) * len(pairs) / sum(pairs),
         "bytes_per_layer": received / size.shape.num_layers,
         "bytes_per_layer_formula": prefill_bytes(
-            NUM_RANKS, split.part_len, size.shape.num_kv_heads, size.shape.head_dim, FLOAT32_BYTES
+            NUM_RANKS,
+            split.part_len,
+            KVLayout(size.shape.num_kv_heads, size.shape.head_dim, size.shape.head_dim),
+            FLOAT32_BYTES,
         ),
     }
 
@@ -297,6 +301,7 @@ def measure_decode(
     import cpinfer
     from bench.decode_steps import DecodeSteps
     from cpinfer.engine.attach import model_spec
+    from cpinfer.layout.capacity import KVLayout
     from cpinfer.layout.traffic import decode_bytes
     from cpinfer.models.runner import attached
 
@@ -323,7 +328,12 @@ def measure_decode(
     weights = (shape.params_per_token + shape.vocab_params) * FLOAT32_BYTES
     kv = shape.kv_bytes_per_token * (size.context_tokens + 1) * batch
     exchanged = decode_bytes(
-        NUM_RANKS, rows, shape.num_q_heads, shape.num_kv_heads, shape.head_dim, FLOAT32_BYTES, pcp_size=NUM_RANKS
+        NUM_RANKS,
+        rows,
+        shape.num_q_heads,
+        KVLayout(shape.num_kv_heads, shape.head_dim, shape.head_dim),
+        FLOAT32_BYTES,
+        sends_new_kv=True,
     )
     return {
         "seconds": turns["seconds"],

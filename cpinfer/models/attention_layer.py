@@ -1,0 +1,67 @@
+"""What belongs to one layer of attention and to no step.
+
+Letters: T tokens, S keys, H query heads of this rank, C latent dims, R rope dims, N dims without rope, V value dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cpinfer.backends.base import PlannedAttention
+from cpinfer.ops.states import State
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """Multi-head latent attention: heads whose K and V are maps of one latent (DeepSeek-V2, arXiv:2405.04434, 2.1).
+
+    A token caches one latent `[C]` and one rotated key `[R]`, `C + R` values that serve all heads. Head h has keys
+    `(w_k[h] @ latent, rotated)` and values `w_v[h] @ latent`. `w_k [H, N, C]`, `w_v [H, V, C]`.
+
+    Few queries are best *absorbed*: `q . (w_k c) = (w_k^T q) . c`, so they attend to latents as they are, and what they
+    get is projected at the end. For many, keys and values are best expanded.
+    """
+
+    w_k: Tensor
+    w_v: Tensor
+
+    def absorb(self, q: Tensor) -> Tensor:
+        """`[T, H, C + R]` queries of latents, from q `[T, H, N + R]`."""
+        plain, rotated = q.split([self.w_k.shape[1], q.shape[-1] - self.w_k.shape[1]], dim=-1)
+        return torch.cat([torch.einsum("thn,hnc->thc", plain, self.w_k), rotated], dim=-1)
+
+    def project(self, out: Tensor) -> Tensor:
+        """`[T, H, V]` values, from weighted latents `[T, H, C]`."""
+        return torch.einsum("thc,hvc->thv", out, self.w_v.to(out.dtype))
+
+    def expand(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys `[S, H, N + R]` and values `[S, H, V]` of latents `[S, 1, C + R]`."""
+        (H, N, C), S = self.w_k.shape, len(latents)
+        latent, rotated = latents[:, 0, :C], latents[:, :, C:]
+        keys = torch.empty(S, H, N + rotated.shape[-1], dtype=latents.dtype, device=latents.device)
+        keys[..., :N] = torch.einsum("sc,hnc->shn", latent, self.w_k)
+        keys[..., N:] = rotated
+        return keys, torch.einsum("sc,hvc->shv", latent, self.w_v)
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One layer: its place in the cache, and how it turns logits into weights.
+
+    `window`: a query sees so many of the last tokens, its own included; None all. `sinks [H]`: logit of a key without
+    value. `latent` says that q has heads, but k and v are one latent head for all of them.
+    """
+
+    index: int
+    scale: float
+    soft_cap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
+    latent: LatentSpace | None = None
+
+    def run(self, planned: PlannedAttention, q: Tensor, keys: Tensor, values: Tensor) -> State:
+        """Planned attention with this layer's logits; shapes as `PlannedAttention.run` has them."""
+        return planned.run(q, keys, values, scale=self.scale, soft_cap=self.soft_cap)

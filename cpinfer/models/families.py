@@ -1,0 +1,91 @@
+"""The families of models that run, and what does not run of each. A `model_type` without a row here is refused.
+
+The README's table is printed from this one (`make docs`); the code that refuses asks it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Feature = Literal["pcp_dcp", "autotp", "copied_heads", "mixed_heads", "transformers_tp"]
+
+# What a family may be able to do beside running on one rank, in the words of the table's head.
+FEATURES: dict[Feature, str] = {
+    "pcp_dcp": "pcp and dcp, homes, chunks, prefixes",
+    "autotp": "tp by AutoTP",
+    "copied_heads": "tp above KV heads",
+    "mixed_heads": "mixed KV heads",
+    "transformers_tp": "tp by Transformers",
+}
+
+_ONE_KV_HEAD = "one KV head: there is nothing to mix"
+_WHOLE_ATTENTION = "Transformers' plan for it leaves attention whole on every rank"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The name people know a family by, how it attends, and why a feature is refused where one is.
+
+    `not_applicable` are features that have no meaning for it, with the reason.
+    """
+
+    title: str
+    attention: str
+    refused: Mapping[Feature, str] = field(default_factory=dict)
+    not_applicable: Mapping[Feature, str] = field(default_factory=dict)
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama", "GQA"),
+    "qwen2": Family("Qwen2", "GQA, windows where layers have them"),
+    "qwen3": Family("Qwen3", "GQA, windows where layers have them"),
+    "mistral": Family("Mistral", "GQA, a window on every layer"),
+    "mixtral": Family("Mixtral", "GQA, experts"),
+    "qwen3_moe": Family("Qwen3-MoE", "GQA, experts"),
+    "gemma2": Family("Gemma 2", "GQA, alternating windows, soft cap"),
+    "gemma3_text": Family("Gemma 3 (text)", "GQA, alternating windows"),
+    "gpt_oss": Family(
+        "gpt-oss", "GQA, alternating windows, sinks, experts", refused={"transformers_tp": _WHOLE_ATTENTION}
+    ),
+    "deepseek_v2": Family("DeepSeek-V2", "MLA, experts", not_applicable={"mixed_heads": _ONE_KV_HEAD}),
+    "deepseek_v3": Family(
+        "DeepSeek-V3",
+        "MLA, experts",
+        refused={"transformers_tp": _WHOLE_ATTENTION},
+        not_applicable={"mixed_heads": _ONE_KV_HEAD},
+    ),
+    "gpt_bigcode": Family(
+        "GPT-BigCode (StarCoder)",
+        "MQA",
+        refused={"transformers_tp": "Transformers has no plan for it"},
+        not_applicable={"mixed_heads": _ONE_KV_HEAD},
+    ),
+}
+
+
+def family_table() -> str:
+    """Families against features, as a Markdown table with notes."""
+    notes: list[str] = []
+
+    def mark(reason: str) -> str:
+        if reason not in notes:
+            notes.append(reason)
+        return f"[{notes.index(reason) + 1}]"
+
+    def cell(family: Family, feature: Feature) -> str:
+        if feature in family.refused:
+            return f"refused {mark(family.refused[feature])}"
+        if feature in family.not_applicable:
+            return f"- {mark(family.not_applicable[feature])}"
+        return "works"
+
+    rows = [
+        f"| {family.title} (`{name}`) | {family.attention} | "
+        + " | ".join(cell(family, feature) for feature in FEATURES)
+        + " |"
+        for name, family in FAMILIES.items()
+    ]
+    head = ["| family | attention | " + " | ".join(FEATURES.values()) + " |", "|---|---" + "|---" * len(FEATURES) + "|"]
+    return "\n".join([*head, *rows, "", *(f"[{i}] {note}.  " for i, note in enumerate(notes, start=1))])

@@ -1,0 +1,24 @@
+from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_bytes
+
+
+def test_traffic_formulas_are_those_of_the_design():
+    S, R, hq, kvl, D, b = 4, 3, 8, 2, 64, 2
+    kv = KVLayout(kvl, D, D)
+    for sends_new_kv, w in ((False, 0), (True, 2 * kvl)):
+        got = decode_bytes(S, R, hq, kv, b, sends_new_kv)
+        assert got == ((S - 1) * R * (hq + w) * D * b, (S - 1) * R * hq * (D * b + 4))
+        assert got.total == sum(got)
+    assert decode_bytes(S, R, hq, kv, b, False, wire_bytes=4).all_to_all == (S - 1) * R * hq * (D * 4 + 4)
+    assert decode_bytes(1, R, hq, kv, b, True).total == 0
+    assert [decode_collectives(s) for s in (1, 2, 8)] == [0, 2, 2]
+    assert prefill_bytes(4, 100, kv, b) == 3 * 100 * 2 * kvl * D * b
+    assert prefill_bytes(1, 100, kv, b) == 0
+
+
+def test_a_latent_travels_as_576_values_in_512_out_and_576_for_keys_and_values_together():
+    latent = KVLayout(1, 576, 512, v_is_prefix_of_k=True)
+    S, R, hq, b = 8, 2, 16, 2
+    assert decode_bytes(S, R, hq, latent, b, False) == (7 * R * hq * 576 * b, 7 * R * hq * (512 * b + 4))
+    assert decode_bytes(S, R, hq, latent, b, True).gather == 7 * R * (hq + 1) * 576 * b
+    assert prefill_bytes(4, 100, latent, b) == 3 * 100 * 576 * b
