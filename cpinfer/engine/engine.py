@@ -152,7 +152,11 @@ class Engine:
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} sampling parameters for {len(prompts)} prompts; one each was wanted.")
         scheduler = Scheduler(
-            self._homes, self._pool_size.sharding, self._config.max_num_seqs, self._config.max_num_batched_tokens
+            self._homes,
+            self._pool_size.sharding,
+            self._config.max_num_seqs,
+            self._config.max_num_batched_tokens,
+            window=self._runner.spec.widest_window,
         )
         for index, (given, params) in enumerate(zip(prompts, each, strict=True)):
             if params.stop and self._tokenizer is None:

@@ -10,6 +10,9 @@ from cpinfer.config import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
+# Stands in a block table for a block that its sequence gave back.
+DROPPED = -1
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -44,10 +47,30 @@ class Sequence:
     submitted_s: float = field(default_factory=time.perf_counter)
     home: int = 0
     blocks: list[int] = field(default_factory=list)
+    # Blocks at the front that it gave back, because no layer sees their tokens any more; their numbers are gone.
+    num_dropped: int = 0
     sampled: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
+
+    @property
+    def held_blocks(self) -> list[int]:
+        """The blocks it refers to."""
+        return self.blocks[self.num_dropped :]
+
+    def drop_blocks(self, num_dead: int) -> list[int]:
+        """Give up the first `num_dead` blocks; returns those that it still had."""
+        dropped = self.blocks[self.num_dropped : num_dead]
+        if dropped:
+            self.blocks[self.num_dropped : num_dead] = [DROPPED] * len(dropped)
+            self.num_dropped = num_dead
+        return dropped
+
+    def take_blocks(self) -> list[int]:
+        """All blocks it still had; it is left with none."""
+        held, self.blocks, self.num_dropped = self.held_blocks, [], 0
+        return held
 
     @property
     def token_ids(self) -> list[int]:

@@ -84,13 +84,15 @@ class Scheduler:
 
     Prompts go before decode steps, so that a batch fills up before it advances. When a running sequence needs a block
     and its home has none, the youngest there is put back in front of the queue and computed again later. `copies` are
-    blocks to copy, per home, before the next step: what a forked sample may not share with its leader.
+    blocks to copy, per home, before the next step: what a forked sample may not share with its leader. `window`: how
+    many of the last tokens any layer sees, None for all; blocks without such a token are given back as it moves on.
     """
 
     homes: ListLike[KVHome]
     sharding: KVSharding
     max_num_seqs: int
     max_num_batched_tokens: int
+    window: int | None = None
     stats: SchedulerStats = field(default_factory=SchedulerStats)
     copies: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _waiting: deque[Sequence] = field(default_factory=deque)
@@ -140,6 +142,8 @@ class Scheduler:
         for chunk in step.chunks:
             chunk.prefill.num_done = chunk.end
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
+            if self.window is not None:
+                self._drop_dead_of_leaders(chunk.prefill)
             if chunk.is_last:
                 started += self._fork(chunk.prefill)
         self._running += started
@@ -153,6 +157,8 @@ class Scheduler:
                 sequence.finish_reason = reason
                 self._give_up_blocks(sequence)
                 finished.append(sequence)
+            elif self.window is not None:
+                self._drop_dead(sequence, sequence.next_position)
         if finished:
             self._running = [s for s in self._running if s.finish_reason is None]
         return finished
@@ -166,15 +172,14 @@ class Scheduler:
     def abort_all(self) -> None:
         """Forget every unfinished sequence and free its blocks."""
         for sequence in self._holders():
-            self.homes[sequence.home].pool.release(sequence.blocks)
-            sequence.blocks = []
+            self.homes[sequence.home].pool.release(sequence.take_blocks())
         self._running, self._prefilling, self._waiting = [], [], deque()
         self.copies.clear()
 
     def check_integrity(self) -> None:
         """Every block is free, remembered, or held by an unfinished sequence. ValueError names a leak."""
         for index, home in enumerate(self.homes):
-            home.check_integrity(b for s in self._holders() if s.home == index for b in s.blocks)
+            home.check_integrity(b for s in self._holders() if s.home == index for b in s.held_blocks)
 
     def _holders(self) -> list[Sequence]:
         return [*(s for p in self._prefilling for s in p.leaders.values()), *self._running]
@@ -281,11 +286,11 @@ class Scheduler:
             if sequence is leader:
                 started.append(sequence)
             elif home.has(len(own)):
-                shared = leader.blocks[:num_shared]
-                home.pool.share(shared)
+                home.pool.share(leader.blocks[leader.num_dropped : num_shared])
                 room = self.sharding.num_blocks(sequence.max_cached_tokens) - num_shared
                 copied = home.take(len(own), room=room)
-                sequence.blocks = shared + copied
+                sequence.blocks = leader.blocks[:num_shared] + copied
+                sequence.num_dropped = leader.num_dropped
                 if own:
                     self.copies.setdefault(sequence.home, []).extend(zip(own, copied, strict=True))
                 started.append(sequence)
@@ -309,7 +314,7 @@ class Scheduler:
                 if youngest is sequence:
                     break
             else:
-                after = sequence.blocks[-1] if sequence.blocks else None
+                after = sequence.held_blocks[-1] if sequence.held_blocks else None
                 sequence.blocks += home.take(missing, after=after)
 
     def _preempt(self, sequence: Sequence) -> None:
@@ -323,5 +328,17 @@ class Scheduler:
         home = self.homes[sequence.home]
         computed = sequence.all_token_ids[: sequence.next_position]
         home.prefixes.insert(computed, sequence.blocks)
-        home.pool.release(sequence.blocks)
-        sequence.blocks = []
+        home.pool.release(sequence.take_blocks())
+
+    def _drop_dead_of_leaders(self, prefill: Prefill) -> None:
+        for index, leader in prefill.leaders.items():
+            # A prompt that is sampled again or continued is worth remembering; answers are not hashed block by block.
+            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_done], leader.blocks)
+            self._drop_dead(leader, prefill.num_done)
+
+    def _drop_dead(self, sequence: Sequence, num_cached: int) -> None:
+        """Give back the blocks of a sequence that no later query sees, when `num_cached` tokens have KV."""
+        assert self.window is not None
+        num_dead = self.sharding.num_dead_blocks(num_cached, self.window)
+        if num_dead > sequence.num_dropped:
+            self.homes[sequence.home].pool.release(sequence.drop_blocks(num_dead))

@@ -57,16 +57,22 @@ class PrefixCache:
         return len(blocks) // self._blocks_per_unit * self._unit
 
     def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
-        """Remember the whole units of computed `token_ids`, which lie in the first of `blocks`."""
+        """Remember the whole units of computed `token_ids`, which lie in the first of `blocks`.
+
+        Negative numbers stand for blocks that were given back: a unit that had one ends what can be remembered.
+        """
         if not self._enabled:
             return
-        keys = list(self._keys(token_ids))
-        for i, key in enumerate(keys):
+        keys = []
+        for i, key in enumerate(self._keys(token_ids)):
             if key not in self._units:
                 unit = list(blocks[i * self._blocks_per_unit : (i + 1) * self._blocks_per_unit])
+                if min(unit) < 0:
+                    break
                 self._pool.share(unit)
                 self._held.update(unit)
                 self._units[key] = unit
+            keys.append(key)
         self._touch(keys)
 
     def evict(self, num_blocks: int) -> None:

@@ -2,7 +2,8 @@
 
 The cache is simulated: a slot holds a number that stands for a token *and all tokens before it*, which is what KV is a
 function of. Chunks, decode steps and copies write it where plans and schedulers say, on every shard of every home; what
-a sequence reads through its block table must then be its own, at every position computed so far.
+a sequence reads through its block table must then be its own, at every position computed so far that a query sees. Under
+a window those are the last few, and what nobody sees any more has been given back.
 """
 
 from collections import Counter
@@ -103,11 +104,13 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         budget=st.integers(1, 24) | st.just(100),
         prefixes=st.sampled_from([True, True, False]),
         pcp_size=st.integers(1, 3),
+        window=st.none() | st.integers(1, 12),
     )
-    def start(self, num_homes, num_blocks, sharding, max_num_seqs, budget, prefixes, pcp_size):
+    def start(self, num_homes, num_blocks, sharding, max_num_seqs, budget, prefixes, pcp_size, window):
+        self.window = window
         self.sharding, self.budget, self.max_num_seqs = sharding, budget, max_num_seqs
         self.homes = [KVHome(num_blocks, sharding, enable_prefix_caching=prefixes) for _ in range(num_homes)]
-        self.scheduler = Scheduler(self.homes, sharding, max_num_seqs, budget)
+        self.scheduler = Scheduler(self.homes, sharding, max_num_seqs, budget, window)
         self.kv = SimulatedKV(num_homes, num_blocks, sharding, pcp_size)
         self.submitted, self.finished, self.tokens_of = [], [], {}
         self.num_prompts = 0
@@ -209,12 +212,16 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             here = [s for s in step.running if s.home == home]
             self.kv.decode(home, here)
             for sequence in here:
-                seen = self.kv.read(home, sequence.blocks, sequence.next_position + 1)
-                assert seen.tolist() == self.kv.contents(sequence.all_token_ids).tolist()
+                self.check_seen(home, sequence, sequence.all_token_ids, first_query=sequence.next_position)
         for chunk in step.chunks:
             for home, leader in chunk.prefill.leaders.items():
-                seen = self.kv.read(home, leader.blocks, chunk.end)
-                assert seen.tolist() == self.kv.contents(chunk.prefill.token_ids[: chunk.end]).tolist()
+                self.check_seen(home, leader, chunk.prefill.token_ids[: chunk.end], first_query=chunk.start)
+
+    def check_seen(self, home, sequence, token_ids, first_query):
+        """All that queries from `first_query` on see of computed tokens is the sequence's own."""
+        first = 0 if self.window is None else max(0, first_query - self.window + 1)
+        seen = self.kv.read(home, sequence.blocks, len(token_ids))[first:]
+        assert seen.tolist() == self.kv.contents(token_ids)[first:].tolist(), "KV of another sequence"
 
     def check_copies(self):
         for home, pairs in self.scheduler.copies.items():
@@ -257,8 +264,11 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
     def check_contents(self, home):
         for sequence, token_ids, num_computed in self.holders(home):
             assert self.sharding.num_blocks(num_computed) <= len(sequence.blocks)
-            seen = self.kv.read(home, sequence.blocks, num_computed)
-            assert seen.tolist() == self.kv.contents(token_ids[:num_computed]).tolist(), "KV of another sequence"
+            self.check_seen(home, sequence, token_ids[:num_computed], first_query=num_computed)
+            dead = 0 if self.window is None else self.sharding.num_dead_blocks(num_computed, self.window)
+            # A prefix that was found is given back with the first chunk behind it.
+            assert sequence.num_dropped == dead or (sequence.num_dropped == 0 and sequence not in self.running)
+            assert all((block < 0) == (i < sequence.num_dropped) for i, block in enumerate(sequence.blocks))
 
     def check_writers(self, home):
         """A block that its holder may still write to has no other holder."""
