@@ -82,6 +82,9 @@ class TensorParallel:
     """The framework's own tensor parallelism."""
 
     tp_size: int = _key("ranks that share the weights of one replica", 1)
+    provider: Literal["autotp", "transformers"] = _key(
+        "who shards the weights of a model that a tool loads: DeepSpeed's AutoTP, or Transformers", "autotp"
+    )
 
     def __post_init__(self) -> None:
         _check(self.tp_size >= 1, "tp_size", self.tp_size, "at least 1")

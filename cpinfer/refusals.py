@@ -34,6 +34,17 @@ REFUSALS: dict[str, Refusal] = {
         "RoPE whose frequencies depend on the longest position of a step (longrope)",
         "Set another rope_type.",
     ),
+    "transformers_tp": Refusal(
+        "tensor parallelism by Transformers where its plan leaves attention unsharded",
+        'Set tensor_parallel.provider to "autotp".',
+    ),
+    "transformers_tp_copies": Refusal(
+        "tensor parallelism by Transformers over more ranks than KV heads",
+        'Set tensor_parallel.provider to "autotp", or a smaller tp_size.',
+    ),
+    "fused_heads": Refusal(
+        "tensor parallelism of GPT-BigCode without multi_query (its heads are fused one by one)", "Use tp_size 1."
+    ),
     "flashinfer": Refusal('the FlashInfer backend (`"backend": "flashinfer"`)', 'Use "torch", or "auto".'),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }

@@ -245,7 +245,7 @@ def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, An
     """What OUTPUT.meta.json says: everything needed to make the output again."""
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
-    if config.tp_size > 1:
+    if config.tp_size > 1 and config.tensor_parallel.provider == "autotp":
         import deepspeed
 
         versions["deepspeed"] = deepspeed.__version__
@@ -279,12 +279,17 @@ def _grid(launch: Launch, config: Config) -> RankGrid:
 
 
 def _load(launch: Launch, job: Job) -> tuple[Any, cpinfer.Topology]:
-    """The model and the topology around it: DeepSpeed shards the weights when there is tensor parallelism."""
+    """The model and the topology around it: the provider shards the weights when there is tensor parallelism."""
     assert job.config.model is not None
     dtype = getattr(torch, job.config.dtype)
     if job.grid.tp_size == 1:
         model = load_model(job.config.model, dtype).to(launch.device)
         return model, cpinfer.Topology.from_world(job.grid)
+    if job.config.tensor_parallel.provider == "transformers":
+        from cpinfer_integrations import transformers as by_transformers
+
+        sharded = by_transformers.launch_inference(job.config.model, job.grid, dtype=dtype)
+        return sharded.module, sharded.topology
     from cpinfer_integrations.deepspeed import launch_inference
 
     launched = launch_inference(load_model(job.config.model, dtype), job.grid, dtype=dtype)
@@ -328,7 +333,7 @@ def _headline(job: Job) -> str:
     return (
         f"{job.config.model} ({job.config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
         f"dcp={grid.dcp_size} dp={grid.dp_size}; {len(job.inputs)} prompts x {job.config.sampling.n} -> {job.output}\n"
-        "rank: query heads / KV head / KV shard / prefill part"
+        "rank: query heads / stored KV heads / KV shard / prefill part"
     )
 
 

@@ -12,6 +12,7 @@ from cpinfer.engine.engine import Engine
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.models.families import FAMILIES
 from cpinfer.models.runner import attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.refusals import refuse
@@ -64,7 +65,24 @@ def config_errors(spec: ModelSpec, config: Config, dp_size: int = 1) -> list[str
     errors = layout_errors(sizes)
     if config.decode_exchange == "replicate_q" and sizes.dcp_size > sizes.pcp_size:
         errors.append(str(refuse("replicate_q", str(sizes))))
+    if config.tp_size > 1:
+        errors += _tensor_parallel_errors(spec, config)
     return errors
+
+
+def _tensor_parallel_errors(spec: ModelSpec, config: Config) -> list[str]:
+    """What the provider of tensor parallelism cannot do with a family."""
+    found = f'model_type "{spec.family}" with tp={config.tp_size}'
+    if spec.family == "gpt_bigcode" and spec.num_kv_heads > 1:
+        return [str(refuse("fused_heads", found))]
+    if config.tensor_parallel.provider == "autotp":
+        return []
+    why = FAMILIES[spec.family].refused.get("transformers_tp")
+    if why is not None:
+        return [str(refuse("transformers_tp", f"{found} ({why})"))]
+    if spec.latent is None and config.tp_size > spec.num_kv_heads:
+        return [str(refuse("transformers_tp_copies", f"{found} over {spec.num_kv_heads} KV heads"))]
+    return []
 
 
 def layout_sizes(spec: ModelSpec, config: Config, dp_size: int = 1) -> LayoutSizes:

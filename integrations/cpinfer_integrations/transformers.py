@@ -1,0 +1,64 @@
+"""Transformers' own tensor parallelism: a topology from a model that it sharded, or such a model for a new job.
+
+Its weights are DTensors on a device mesh whose innermost axis is `tp`. With more ranks than tp Transformers asks for
+FSDP as well (seen in 5.23); replicated by `dp_replicate_size` it shards nothing further, and its hooks only bring the
+weights where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+from cpinfer.comm.topology import Topology
+from cpinfer.layout.grid import RankGrid
+
+
+def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
+    """The topology of a model loaded with a `DistributedConfig`: its tp group, all other ranks lent to prefill.
+
+    By default these become one pcp axis; a smaller `pcp_size` leaves the rest as dp replicas. `dcp_size` defaults to
+    `pcp_size`. ValueError for a model whose weights no mesh with a `tp` axis holds. Collective.
+    """
+    mesh = next((m for p in model.parameters() if "tp" in _dim_names(m := getattr(p, "device_mesh", None))), None)
+    if mesh is None:
+        raise ValueError(
+            "no weight of this model lies on a device mesh with a tp axis; load it with "
+            "distributed_config=DistributedConfig(tp_size=...)"
+        )
+    tp_group = mesh["tp"].get_group()
+    num_replicas, rest = divmod(dist.get_world_size(), dist.get_world_size(tp_group))
+    pcp_size = pcp_size or num_replicas
+    if rest or num_replicas % pcp_size:
+        raise ValueError(f"pcp={pcp_size} does not divide the {num_replicas} replicas of the model")
+    grid = RankGrid(dist.get_world_size(tp_group), pcp_size, dcp_size or pcp_size, num_replicas // pcp_size)
+    return Topology.from_world(grid, tp_group=tp_group)
+
+
+@dataclass(frozen=True)
+class LaunchedModel:
+    """A model sharded by Transformers, and the topology around it."""
+
+    module: Any
+    topology: Topology
+
+
+def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype) -> LaunchedModel:
+    """Load `model`, a folder or Hugging Face id, sharded over the tp axis of `grid`. Collective over all ranks.
+
+    The default process group must exist and span the grid; the groups of the mesh end with it.
+    """
+    replicas = grid.world_size // grid.tp_size
+    more = {"fsdp_size": 1, "dp_replicate_size": replicas} if replicas > 1 else {}
+    config = DistributedConfig(tp_size=grid.tp_size, **more)
+    module = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, distributed_config=config).eval()
+    return LaunchedModel(module, topology_from(module, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size))
+
+
+def _dim_names(mesh: Any) -> tuple[str, ...]:
+    return () if mesh is None else mesh.mesh_dim_names or ()

@@ -1,0 +1,65 @@
+"""Generates on models that Transformers sharded; rank 0 prints how that differs from the unsharded models.
+
+torchrun --nproc-per-node 2 tests/integrations/transformers_worker.py FOLDER '[{"family": "qwen2", "tp": 2, ...}]'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import check_rollout
+import cpinfer
+from cpinfer.comm.bootstrap import Launch, default_group
+from cpinfer.config import SamplingParams, parse_config
+from cpinfer.layout.grid import RankGrid
+from cpinfer_integrations.transformers import launch_inference
+from tiny_models import FAMILIES, make_model, prompts_of
+
+
+def main(folder: str, cases: list[dict[str, Any]]) -> None:
+    launch = Launch.from_environ(os.environ)
+    with default_group(launch):
+        outcomes = [run(launch, Path(folder), **case) for case in cases]
+    if launch.rank == 0:
+        print(json.dumps({"outcomes": outcomes}), flush=True)
+
+
+def run(launch: Launch, folder: Path, family: str, tp: int, pcp: int, dcp: int, **changes: Any) -> dict[str, Any]:
+    whole = make_model(FAMILIES[family])
+    if launch.rank == 0:
+        whole.save_pretrained(folder / family)
+    dist.barrier()
+    launched = launch_inference(str(folder / family), RankGrid(tp, pcp, dcp), dtype=torch.float32)
+    config = parse_config(
+        {
+            "dtype": "float32",
+            "tensor_parallel": {"tp_size": tp, "provider": "transformers"},
+            "prefill_context_parallel_size": pcp,
+            "decode_context_parallel_size": dcp,
+            "cp_kv_cache_interleave_size": 3,
+            "block_size": 4,
+            **changes,
+        }
+    )
+    with cpinfer.attach(launched.module, launched.topology, config) as engine:
+        results = engine.generate(
+            prompts_of((1, 3, 17, 70, 150), vocab_size=128), SamplingParams(temperature=0, max_new_tokens=10)
+        )
+    launched.topology.close()
+    differences = [
+        (check_rollout.score(whole, r.prompt_token_ids, r.token_ids) - torch.tensor(r.logprobs)).abs().max().item()
+        for r in results
+    ]
+    same = [list(r.token_ids) == check_rollout.generate_greedy(whole, r.prompt_token_ids, 10) for r in results]
+    return {"family": family, "same_tokens": same, "max_abs_logprob_difference": max(differences)}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], json.loads(sys.argv[2]))
