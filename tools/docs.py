@@ -27,6 +27,7 @@ README = Path(__file__).resolve().parent.parent / "README.md"
 DRAWN = (
     (RankGrid(tp_size=2, pcp_size=2, dcp_size=2), 8, 2),
     (RankGrid(tp_size=2, pcp_size=2, dcp_size=4), 8, 1),
+    (RankGrid(tp_size=2, pcp_size=2, dcp_size=4), 8, 2),
     (RankGrid(tp_size=4, pcp_size=2, dcp_size=2), 8, 2),
 )
 
