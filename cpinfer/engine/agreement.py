@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from cpinfer.comm.axis import AxisComm
-from cpinfer.engine.request import SampledToken
+from cpinfer.engine.request import SampledToken, TokenScore
 from cpinfer.errors import EngineFaultError
 
 _FAULT = 1
@@ -57,6 +57,19 @@ def agree_on_tokens(
     pcp_ranks, rows = np.array(places).T
     mine = gathered[pcp_ranks * tp_size, rows]
     return [_decode(*row, num_top) for row in zip(mine.tolist(), mine.view(np.float32).tolist(), strict=True)]
+
+
+def agree_on_scores(
+    replica: AxisComm,
+    tp_size: int,
+    places: Sequence[tuple[int, int]],
+    own: Sequence[TokenScore | None],
+    device: torch.device,
+) -> list[TokenScore]:
+    """The scores of a step, the same on every rank; arguments and faults as `agree_on_tokens` has them."""
+    as_tokens = [None if s is None else SampledToken(int(s.is_greedy), s.logprob, 0.0) for s in own]
+    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device)
+    return [TokenScore(token.logprob, bool(token.token_id)) for token in agreed]
 
 
 def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as ListLike
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import smallest
 from cpinfer.engine.kv_home import KVHome
-from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt
-from cpinfer.engine.request import RolloutResult, Sequence
-from cpinfer.engine.scheduler import Scheduler, SchedulerStats
+from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt, check_tokens
+from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
+from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import UserError
@@ -122,20 +123,74 @@ class Engine:
             raise RuntimeError("the engine sleeps; call wake() before generating")
         self._refuse_while_streaming("start another stream")
         scheduler = self._submit(list(prompts), sampling or self._config.sampling, skip)
+        with closing(self._run(scheduler)) as finished:
+            for sequence in finished:
+                yield self._result(sequence)
+
+    def score(self, pairs: Iterable[tuple[PromptLike, ListLike[int]]]) -> list[ScoreResult]:
+        """How likely the model finds each (prompt, continuation), in their order; continuations are token ids.
+
+        Prompts that several continuations share are computed once, as far as the pool can keep them. At most
+        `MAX_SCORED_PLACES` rows of logits exist at a time. UserError, before anything runs, for a pair that can never
+        run or a continuation without tokens; RuntimeError as `stream` has it.
+        """
+        if self._steps is None:
+            raise RuntimeError("the engine sleeps; call wake() before scoring")
+        self._refuse_while_streaming("score")
+        sequences = [self._to_score(index, *pair) for index, pair in enumerate(pairs)]
+        # The first of those that share a prompt goes ahead, so that the others find it.
+        seen: set[tuple[int, ...]] = set()
+        first: list[Sequence] = []
+        later: list[Sequence] = []
+        for sequence in sequences:
+            (later if sequence.prompt.token_ids in seen else first).append(sequence)
+            seen.add(sequence.prompt.token_ids)
+        stats = []
+        for wave in (first, later):
+            scheduler = self._scheduler()
+            for sequence in wave:
+                scheduler.add(sequence)
+            for _ in self._run(scheduler):  # what it yields, it has written into the sequences
+                pass
+            stats.append(scheduler.stats)
+        self.stats = sum_stats(stats)
+        return [
+            ScoreResult(tuple(s.logprob for s in sequence.scores), all(s.is_greedy for s in sequence.scores))
+            for sequence in sequences
+        ]
+
+    def _to_score(self, index: int, given: PromptLike, continuation: ListLike[int]) -> Sequence:
+        prompt = as_prompt(given, index, self._tokenizer)
+        targets = tuple(continuation)
+        if not targets:
+            raise UserError(f"pair {index}: the continuation is empty; at least one token was wanted.")
+        params = SamplingParams(max_new_tokens=len(targets))
+        check_prompt(
+            Prompt(index, prompt.id, (*prompt.token_ids, *targets[:-1])),
+            SamplingParams(max_new_tokens=1),
+            self._runner.spec,
+            self._pool_size,
+        )
+        check_tokens(targets, self._runner.spec)
+        return Sequence(prompt, 0, params, len(targets), targets=targets)
+
+    def _run(self, scheduler: Scheduler) -> Generator[Sequence, None, None]:
+        """Steps until all is done; sequences as they finish."""
+        assert self._steps is not None
         self.stats = scheduler.stats
         self._is_streaming = True
         try:
             while (step := scheduler.schedule()) is not None:
-                tokens = self._steps.run(step)
+                output = self._steps.run(step)
                 now = time.perf_counter()
-                finished = scheduler.commit(step, tokens, self._stopping.stops)
+                finished = scheduler.commit(step, output.sampled, self._stopping.stops, output.scores)
                 self._steps.copy_blocks(scheduler.take_copies(self._topology.grid.home(self._topology.rank)))
                 for sequence in step.samples:
                     if sequence.sampled:  # one that was put back has no token yet
                         sequence.first_token_s = sequence.first_token_s or now
                 for sequence in finished:
                     sequence.finished_s = now
-                    yield self._result(sequence)
+                    yield sequence
         finally:
             self._is_streaming = False
             scheduler.abort_all()
@@ -151,13 +206,7 @@ class Engine:
         each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
         if len(each) != len(prompts):
             raise UserError(f"{len(each)} sampling parameters for {len(prompts)} prompts; one each was wanted.")
-        scheduler = Scheduler(
-            self._homes,
-            self._pool_size.sharding,
-            self._config.max_num_seqs,
-            self._config.max_num_batched_tokens,
-            window=self._runner.spec.widest_window,
-        )
+        scheduler = self._scheduler()
         for index, (given, params) in enumerate(zip(prompts, each, strict=True)):
             if params.stop and self._tokenizer is None:
                 raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
@@ -168,6 +217,15 @@ class Engine:
                 if (prompt.index, sample_index) not in skip:
                     scheduler.add(Sequence(prompt, sample_index, params, min(params.max_new_tokens, room)))
         return scheduler
+
+    def _scheduler(self) -> Scheduler:
+        return Scheduler(
+            self._homes,
+            self._pool_size.sharding,
+            self._config.max_num_seqs,
+            self._config.max_num_batched_tokens,
+            window=self._runner.spec.widest_window,
+        )
 
     def _result(self, sequence: Sequence) -> RolloutResult:
         assert sequence.finish_reason and sequence.first_token_s and sequence.finished_s

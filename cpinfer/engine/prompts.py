@@ -50,9 +50,7 @@ def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
 def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> None:
     """UserError, with the numbers, for a prompt that can never run: every limit of the engine in one place."""
     length = len(prompt.token_ids)
-    bad = [t for t in prompt.token_ids if not 0 <= t < spec.vocab_size]
-    if bad:
-        raise UserError(f"token id {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")
+    check_tokens(prompt.token_ids, spec)
     if length >= spec.max_positions:
         raise UserError(
             f"the prompt has {length} tokens; the model has {spec.max_positions} positions, one of them for an answer."
@@ -63,6 +61,13 @@ def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: 
             f"the prompt has {length} tokens and may grow to {longest}; the KV pool holds {pool.capacity_tokens}. "
             "Raise kv_cache_gib or decode_context_parallel_size, or lower max_new_tokens."
         )
+
+
+def check_tokens(token_ids: Sequence[int], spec: ModelSpec) -> None:
+    """UserError for a token that the model has no embedding of."""
+    bad = [t for t in token_ids if not 0 <= t < spec.vocab_size]
+    if bad:
+        raise UserError(f"token id {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")
 
 
 def read_input(

@@ -36,9 +36,20 @@ class SampledToken:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class TokenScore:
+    """The model's logprob of a token that was given to it, and whether it finds no other likelier at that place."""
+
+    logprob: float
+    is_greedy: bool
+
+
 @dataclass(eq=False)
 class Sequence:
-    """One sample of one prompt while it runs: what the scheduler knows of it."""
+    """One sample of one prompt while it runs: what the scheduler knows of it.
+
+    With `targets` its answer is given, and it is scored instead of sampled: `scores` are those of the targets.
+    """
 
     prompt: Prompt
     sample_index: int
@@ -50,6 +61,8 @@ class Sequence:
     # Blocks at the front that it gave back, because no layer sees their tokens any more; their numbers are gone.
     num_dropped: int = 0
     sampled: list[SampledToken] = field(default_factory=list)
+    targets: tuple[int, ...] = ()
+    scores: list[TokenScore] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
     finished_s: float | None = None
@@ -79,8 +92,8 @@ class Sequence:
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:
-        """Prompt and answer so far."""
-        return (*self.prompt.token_ids, *self.token_ids)
+        """Prompt and answer so far; of a given answer all but the last token, behind which nothing is asked."""
+        return (*self.prompt.token_ids, *self.token_ids, *self.targets[:-1])
 
     @property
     def last_token_id(self) -> int:
@@ -95,6 +108,22 @@ class Sequence:
     def max_cached_tokens(self) -> int:
         """Tokens whose KV it may come to hold: the last token it generates is never computed."""
         return len(self.prompt.token_ids) + self.max_new_tokens - 1
+
+
+@dataclass(frozen=True)
+class ScoreResult:
+    """How likely the model finds a given continuation, in its raw distribution (temperature 1, nothing processed).
+
+    `logprobs`, one per token of the continuation; `is_greedy`, whether greedy decoding would have written all of it.
+    """
+
+    logprobs: tuple[float, ...]
+    is_greedy: bool
+
+    @property
+    def logprob(self) -> float:
+        """Of the whole continuation."""
+        return sum(self.logprobs)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import SampledToken, Sequence
+from cpinfer.engine.request import SampledToken, Sequence, TokenScore
 from cpinfer.engine.stopping import Stopping
 from cpinfer.models.logits import logits_processors
 
@@ -56,6 +56,16 @@ def _sample_alike(logits: Tensor, sequences: list[Sequence], suppressed: tuple[i
         top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
     rows = zip(tokens.tolist(), _pick(raw, tokens).tolist(), processed.tolist(), top, strict=True)
     return [SampledToken(*row) for row in rows]
+
+
+def score_tokens(logits: Tensor, targets: ListLike[int]) -> list[TokenScore]:
+    """How likely each row of `logits [N, vocab]`, float32, finds its target. Empty for N = 0."""
+    if not targets:
+        return []
+    tokens = torch.tensor(targets, device=logits.device)
+    logprobs = _pick(torch.log_softmax(logits, dim=-1), tokens)
+    is_greedy = logits.argmax(dim=-1) == tokens
+    return [TokenScore(*score) for score in zip(logprobs.tolist(), is_greedy.tolist(), strict=True)]
 
 
 def _process(logits: Tensor, sequences: list[Sequence], params: SamplingParams, suppressed: tuple[int, ...]) -> Tensor:

@@ -17,9 +17,12 @@ from dataclasses import astuple, dataclass, field
 from itertools import islice
 
 from cpinfer.engine.kv_home import KVHome
-from cpinfer.engine.request import FinishReason, SampledToken, Sequence
+from cpinfer.engine.request import FinishReason, SampledToken, Sequence, TokenScore
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.shards import KVSharding
+
+# Places of given answers that one step scores at most, so that logits stay small: 0.6 GB with 150k words.
+MAX_SCORED_PLACES = 1024
 
 
 @dataclass(eq=False)
@@ -27,7 +30,7 @@ class Prefill:
     """Tokens being computed for all `samples` that continue them: n samples of a prompt, or one that was preempted.
 
     In each home with samples one of them is the leader, which owns the blocks until the others fork off. `num_done`
-    tokens have KV in the home of every leader.
+    tokens have KV in the home of every leader. A given answer is computed with its prompt, by a single sample.
     """
 
     token_ids: tuple[int, ...]
@@ -35,10 +38,20 @@ class Prefill:
     leaders: dict[int, Sequence]
     num_done: int
 
+    @property
+    def scored(self) -> Sequence | None:
+        """The sequence whose given answer this computes, if it is one."""
+        return self.samples[0] if self.samples[0].targets else None
+
+    @property
+    def first_scored(self) -> int:
+        """The place from which on tokens predict those of the answer: the last token of the prompt."""
+        return len(self.samples[0].prompt.token_ids) - 1
+
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `[start, end)` of a prefill, computed in one step. The last chunk of a prefill samples."""
+    """Tokens `[start, end)` of a prefill, computed in one step. The last chunk of a prefill samples, if it is to."""
 
     prefill: Prefill
     start: int
@@ -47,6 +60,18 @@ class Chunk:
     @property
     def is_last(self) -> bool:
         return self.end == len(self.prefill.token_ids)
+
+    @property
+    def samples(self) -> tuple[Sequence, ...]:
+        """The sequences that get a token by this chunk."""
+        return self.prefill.samples if self.is_last and self.prefill.scored is None else ()
+
+    @property
+    def scored_places(self) -> range:
+        """Places in the sequence whose logits score a token of a given answer."""
+        if self.prefill.scored is None:
+            return range(0)
+        return range(max(self.start, self.prefill.first_scored), self.end)
 
 
 @dataclass(frozen=True)
@@ -59,8 +84,7 @@ class Step:
     @property
     def samples(self) -> tuple[Sequence, ...]:
         """The sequences that get a token, in the order in which `commit` wants them."""
-        last = [s for chunk in self.chunks if chunk.is_last for s in chunk.prefill.samples]
-        return tuple(last) if self.chunks else self.running
+        return tuple(s for chunk in self.chunks for s in chunk.samples) if self.chunks else self.running
 
 
 @dataclass
@@ -135,19 +159,33 @@ class Scheduler:
             raise EngineFaultError(f"{len(self._waiting)} requests wait and none can run: KV blocks have leaked")
         return None
 
-    def commit(self, step: Step, sampled: ListLike[SampledToken], stops: Callable[[Sequence], bool]) -> list[Sequence]:
-        """Take note of a step that ran; `sampled` are the tokens of `step.samples`. Returns the finished sequences."""
+    def commit(
+        self,
+        step: Step,
+        sampled: ListLike[SampledToken],
+        stops: Callable[[Sequence], bool],
+        scores: ListLike[TokenScore] = (),
+    ) -> list[Sequence]:
+        """Take note of a step that ran. Returns the finished sequences.
+
+        `sampled` are the tokens of `step.samples`, `scores` those of its chunks' `scored_places`, one after another.
+        """
         token_of = dict(zip(map(id, step.samples), sampled, strict=True))
+        next_scores = iter(scores)
         started: list[Sequence] = []
+        finished: list[Sequence] = []
         for chunk in step.chunks:
             chunk.prefill.num_done = chunk.end
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
             if self.window is not None:
                 self._drop_dead_of_leaders(chunk.prefill)
-            if chunk.is_last:
+            if chunk.prefill.scored is not None:
+                chunk.prefill.scored.scores += islice(next_scores, len(chunk.scored_places))
+                if chunk.is_last:
+                    finished.append(self._finish_scored(chunk.prefill))
+            elif chunk.is_last:
                 started += self._fork(chunk.prefill)
         self._running += started
-        finished = []
         for sequence in started if step.chunks else step.running:
             sequence.sampled.append(token_of[id(sequence)])
             reason: FinishReason | None = "length" if len(sequence.sampled) >= sequence.max_new_tokens else None
@@ -192,6 +230,9 @@ class Scheduler:
             # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
             aligned = end // self.sharding.prefix_unit * self.sharding.prefix_unit
             end = aligned if aligned > start else end
+        if prefill.scored is not None:  # logits are as wide as the vocabulary, so few tokens may have theirs at once
+            rows = MAX_SCORED_PLACES - sum(len(chunk.scored_places) for chunk in chunks)
+            end = min(end, max(start, prefill.first_scored) + rows)
         if end > start:
             chunks.append(Chunk(prefill, start, end))
         return budget - (end - start)
@@ -204,9 +245,9 @@ class Scheduler:
             return None
         first = self._waiting[0]
         group = [first]
-        if not first.sampled:
+        if not first.sampled and not first.targets:
             for other in islice(self._waiting, 1, places):
-                if other.prompt is not first.prompt or other.sampled:
+                if other.prompt is not first.prompt or other.sampled or other.targets:
                     break
                 group.append(other)
         self._deal_to_homes(group)
@@ -255,8 +296,9 @@ class Scheduler:
         leaders: dict[int, Sequence] = {}
         for sequence in group:
             leaders.setdefault(sequence.home, sequence)
-        # At least one token is computed, for its logits; and every home starts where the poorest does.
-        known = {h: self.homes[h].prefixes.match(token_ids, len(token_ids) - 1) for h in leaders}
+        # What predicts a token is computed, for its logits; and every home starts where the poorest does.
+        needed = len(group[0].prompt.token_ids) - 1 if group[0].targets else len(token_ids) - 1
+        known = {h: self.homes[h].prefixes.match(token_ids, needed) for h in leaders}
         shortest = min(map(len, known.values()))
         total = self.sharding.num_blocks(len(token_ids))
         for index, leader in leaders.items():
@@ -298,6 +340,15 @@ class Scheduler:
                 put_back.append(sequence)
         self._waiting.extendleft(reversed(put_back))
         return started
+
+    def _finish_scored(self, prefill: Prefill) -> Sequence:
+        self._prefilling.remove(prefill)
+        [sequence] = prefill.samples
+        sequence.finish_reason = "length"
+        home = self.homes[sequence.home]
+        home.prefixes.insert(prefill.token_ids, sequence.blocks)
+        home.pool.release(sequence.take_blocks())
+        return sequence
 
     def _extend_running(self) -> None:
         """A slot for the newest token of every running sequence; the youngest of a home make way when it has none."""

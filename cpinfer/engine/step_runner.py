@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from cpinfer.backends.base import AttentionBackend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
-from cpinfer.engine.agreement import agree_on_tokens
-from cpinfer.engine.request import SampledToken, Sequence
-from cpinfer.engine.sampling import sample_tokens
+from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens
+from cpinfer.engine.request import SampledToken, Sequence, TokenScore
+from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.scheduler import Chunk, Step
 from cpinfer.engine.stopping import Stopping
 from cpinfer.layout.context import (
@@ -27,13 +28,31 @@ from cpinfer.layout.context import (
     plan_window_exchange,
 )
 from cpinfer.layout.decode import deal_rows, plan_decode, rows_in_window
-from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, StepCost, deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.prefill import (
+    PrefillPlan,
+    PrefillSplit,
+    ScoredRows,
+    StepCost,
+    deal_prompts,
+    plan_prefill,
+    plan_scored_rows,
+    split_prompts,
+)
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
 from cpinfer.models.attention_steps import AttentionStep, DecodeStep, IdleStep, PrefillStep
 from cpinfer.models.context_attention import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.models.runner import ModelRunner
 from cpinfer.models.state_exchange import StateExchange
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """The tokens of `step.samples`, and the scores of its chunks' `scored_places`, one after another."""
+
+    sampled: list[SampledToken]
+    scores: ListLike[TokenScore] = ()
+
 
 # Who computed a token: its pcp rank, and the row of that rank's record.
 TokenPlace = tuple[int, int]
@@ -88,15 +107,15 @@ class StepRunner:
             state_return="a2a" if state_return == "replicate_q" else state_return,
         )
 
-    def run(self, step: Step) -> list[SampledToken]:
-        """The tokens of `step.samples`, the same on every rank."""
-        return self._prefill(step.chunks, step.samples) if step.chunks else self._decode(step.running)
+    def run(self, step: Step) -> StepOutput:
+        """What `step` samples and scores, the same on every rank."""
+        return self._prefill(step.chunks, step.samples) if step.chunks else StepOutput(self._decode(step.running))
 
     def copy_blocks(self, pairs: ListLike[tuple[int, int]]) -> None:
         """Copy KV blocks of this rank's home, (from, to)."""
         self._cache.copy_blocks(pairs)
 
-    def _prefill(self, chunks: ListLike[Chunk], samples: ListLike[Sequence]) -> list[SampledToken]:
+    def _prefill(self, chunks: ListLike[Chunk], samples: ListLike[Sequence]) -> StepOutput:
         pcp_size, pcp_rank = self._topology.grid.pcp_size, self._topology.coords.pcp_rank
         starts = [chunk.start for chunk in chunks]
         lens = [chunk.end - chunk.start for chunk in chunks]
@@ -118,14 +137,32 @@ class StepRunner:
                 starts[piece.prompt] + piece.start : starts[piece.prompt] + piece.end
             ]
         ]
-        last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
+        last = [i for i, chunk in enumerate(chunks) if chunk.samples]
         mine = [i for i in last if plan.sample_rows[i] >= 0]
-        logits = self._forward(token_ids, plan.positions, attention, plan.sample_rows[mine])
+        scored = plan_scored_rows(plan, [chunk.scored_places for chunk in chunks], starts)
+        logits = self._forward(token_ids, plan.positions, attention, [*plan.sample_rows[mine].tolist(), *scored.rows])
         # Samples that share a prefill are all drawn from the logits of its last token.
         drawn = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
         owners = [int(plan.sample_owner[i]) for i in last for _ in chunks[i].prefill.samples]
         places = [(owner, owners[:i].count(owner)) for i, owner in enumerate(owners)]
-        return self._sample(logits[[row for row, _ in drawn]], [sample for _, sample in drawn], samples, places)
+        return StepOutput(
+            self._sample(logits[[row for row, _ in drawn]], [sample for _, sample in drawn], samples, places),
+            self._score(logits[len(mine) :], chunks, scored),
+        )
+
+    def _score(self, logits: Tensor, chunks: ListLike[Chunk], scored: ScoredRows) -> list[TokenScore]:
+        """The scores of all `scored_places`, from this rank's rows of them."""
+        own: ListLike[TokenScore | None] = []
+        if not bool(torch.isfinite(logits).all()):
+            own = [None] * len(logits)
+        elif self._topology.coords.tp_rank == 0:
+            targets = []
+            for i, place in scored.own:
+                sequence = chunks[i].prefill.samples[0]
+                targets.append(sequence.targets[place - chunks[i].prefill.first_scored])
+            own = score_tokens(logits, targets)
+        topology = self._topology
+        return agree_on_scores(topology.replica, topology.grid.tp_size, scored.places, own, self._runner.device)
 
     def _prefill_attention(self, plan: PrefillPlan, chunks: ListLike[Chunk]) -> PrefillStep:
         """The attention of a prefill step, with what earlier steps cached of its prompts."""

@@ -202,6 +202,47 @@ def split_prompts(
     return PrefillSplit(tuple(sorted(pieces, key=lambda p: (p.pcp_rank, p.offset))), pcp_size, max(offsets), page_size)
 
 
+@dataclass(frozen=True)
+class ScoredRows:
+    """Tokens whose logits are wanted beside those that sample, of all prompts of a step, prompt after prompt.
+
+    `places[i]` is (pcp rank, which of that rank's wanted rows) for the i-th of them. `rows` are this rank's, packed,
+    and `own` their (prompt, place in the sequence).
+    """
+
+    places: tuple[tuple[int, int], ...]
+    rows: tuple[int, ...]
+    own: tuple[tuple[int, int], ...]
+
+
+def plan_scored_rows(plan: PrefillPlan, wanted: Sequence[range], context_lens: Sequence[int]) -> ScoredRows:
+    """Where the `wanted` places of each prompt are computed; ranges may be empty, and lie within its new tokens."""
+    if not any(map(len, wanted)):
+        return ScoredRows((), (), ())
+    places: dict[tuple[int, int], tuple[int, int]] = {}
+    counts = [0] * plan.split.pcp_size
+    for piece in plan.split.pieces:
+        begin = context_lens[piece.prompt]
+        for place in _overlap(wanted[piece.prompt], range(begin + piece.start, begin + piece.end)):
+            places[piece.prompt, place] = (piece.pcp_rank, counts[piece.pcp_rank])
+            counts[piece.pcp_rank] += 1
+    rows: list[int] = []
+    own: list[tuple[int, int]] = []
+    packed = 0
+    for piece in plan.pieces:
+        begin = context_lens[piece.prompt]
+        for place in _overlap(wanted[piece.prompt], range(begin + piece.start, begin + piece.end)):
+            rows.append(packed + place - begin - piece.start)
+            own.append((piece.prompt, place))
+        packed += piece.num_tokens
+    in_order = (places[prompt, place] for prompt, span in enumerate(wanted) for place in span)
+    return ScoredRows(tuple(in_order), tuple(rows), tuple(own))
+
+
+def _overlap(a: range, b: range) -> range:
+    return range(max(a.start, b.start), min(a.stop, b.stop))
+
+
 def gathered_rows(split: PrefillSplit, prompt: int) -> IntArray:
     """Rows of the gathered buffer that hold the tokens of a prompt, in sequence order."""
     firsts = [(piece.pcp_rank * split.part_len + piece.offset, piece.num_tokens) for piece in split.by_prompt[prompt]]

@@ -53,7 +53,7 @@ class StateExchange:
         self._kv_columns = kv_columns
 
     def gather_qkv(self, q: Tensor, new_kv: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """q `[pcp * R, C * H, D]` and new K/V `[pcp * R, G, D]` of all rows, from q `[R, H, D]`, K/V `[R, K, D]` each."""
+        """q `[pcp * R, C * H, D]`, new K/V `[pcp * R, G, D]` of all rows, from q `[R, H, D]`, K/V `[R, K, D]`."""
         if self._pcp_size == 1 and len(self._kv_columns) == 1:
             # All ranks of the group computed these rows and the heads they store, so they have the new K/V.
             return self.gather_rows(q), list(new_kv)

@@ -2,8 +2,8 @@
 
 The cache is simulated: a slot holds a number that stands for a token *and all tokens before it*, which is what KV is a
 function of. Chunks, decode steps and copies write it where plans and schedulers say, on every shard of every home; what
-a sequence reads through its block table must then be its own, at every position computed so far that a query sees. Under
-a window those are the last few, and what nobody sees any more has been given back.
+a sequence reads through its block table must then be its own, at every position computed so far that a query sees.
+Under a window those are the last few, and what nobody sees any more has been given back.
 """
 
 from collections import Counter

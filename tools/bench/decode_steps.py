@@ -61,4 +61,4 @@ class DecodeSteps:
 
     def run(self) -> list[SampledToken]:
         """Each sequence's next token; nothing moves on. Collective over the topology."""
-        return self._steps.run(self._step)
+        return self._steps.run(self._step).sampled
