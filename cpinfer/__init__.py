@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from cpinfer.config import Config, SamplingParams, load_config, parse_config
     from cpinfer.engine.attach import attach
     from cpinfer.engine.engine import Engine
-    from cpinfer.engine.request import RolloutResult
+    from cpinfer.engine.request import RolloutResult, ScoreResult
     from cpinfer.errors import UserError
     from cpinfer.layout.grid import RankGrid
     from cpinfer.models.kv_expansion import expand_kv_heads
@@ -28,6 +28,7 @@ _HOMES = {
     "RankGrid": "cpinfer.layout.grid",
     "RolloutResult": "cpinfer.engine.request",
     "SamplingParams": "cpinfer.config",
+    "ScoreResult": "cpinfer.engine.request",
     "Topology": "cpinfer.comm.topology",
     "UserError": "cpinfer.errors",
     "attach": "cpinfer.engine.attach",
@@ -42,6 +43,7 @@ __all__ = [
     "RankGrid",
     "RolloutResult",
     "SamplingParams",
+    "ScoreResult",
     "Topology",
     "UserError",
     "attach",
