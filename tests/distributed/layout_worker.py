@@ -58,6 +58,7 @@ def run(
             "decode_context_parallel_size": dcp,
             "cp_kv_cache_interleave_size": 3,
             "block_size": 4,
+            "kv_cache_gib": 2**-8,  # larger ones take time to clear
             **changes,
         }
     )

@@ -22,7 +22,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import split_prompts
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_layer import AttentionLayer
+from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
 from cpinfer.models.context_attention import KVContext, QueryContext
 from cpinfer.models.state_exchange import StateExchange
 
@@ -32,23 +32,45 @@ NUM_CACHED = [100, 0, 33]
 HEADS, DIM, BLOCK = 4, 8, 4
 
 
+# Of every kind of cache: its layout, KV heads of a model of one column, what the layer does to latents.
+LATENT = LatentSpace(torch.randn(HEADS, 6, 8), torch.randn(HEADS, 5, 8))
+KINDS = {"one_head": (KVLayout(1, DIM, DIM), None), "latent": (KVLayout(1, 8 + 4, 8, v_is_prefix_of_k=True), LATENT)}
+SIZES = [(1, 2, 2), (1, 3, 3), (1, 4, 2), (1, 2, 1), (2, 2, 4), (2, 1, 2), (1, 1, 1)]
+
+
 @pytest.mark.parametrize("exchange", ["queries", "kv"])
-@pytest.mark.parametrize("sizes", [(1, 2, 2), (1, 3, 3), (1, 4, 2), (1, 2, 1), (2, 2, 4), (2, 1, 2), (1, 1, 1)])
-def test_counted_bytes_of_context_are_those_of_the_formula(sizes: tuple[int, int, int], exchange: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", SIZES)
+def test_counted_bytes_of_context_are_those_of_the_formula(
+    sizes: tuple[int, int, int], kind: str, exchange: str
+) -> None:
     grid = RankGrid(*sizes)
+    check(grid, HeadPlacement(HEADS * grid.tp_size, 1, grid.tp_size), *KINDS[kind], exchange)
+
+
+@pytest.mark.parametrize("exchange", ["queries", "kv"])
+@pytest.mark.parametrize("sizes", [(2, 2, 4), (2, 1, 2), (4, 1, 4)])
+def test_groups_that_mix_heads_send_all_that_they_store(sizes: tuple[int, int, int], exchange: str) -> None:
+    grid = RankGrid(*sizes)
+    check(grid, HeadPlacement(HEADS * grid.tp_size, 2, grid.tp_size), KVLayout(2, DIM, DIM), None, exchange)
+
+
+def check(grid: RankGrid, heads: HeadPlacement, kv: KVLayout, latent: LatentSpace | None, exchange: str) -> None:
+    """Count what a chunk with context receives on every rank of `grid`; hold it against the formula."""
     sharding = KVSharding(grid.dcp_size, 3, BLOCK)
-    kv = KVLayout(1, DIM, DIM)
     split = split_prompts(NUM_NEW, grid.pcp_size)
     tables = [list(range(i * 30, i * 30 + 30)) for i in range(3)]
     contexts = [Context(n, i % grid.num_homes, tables[i]) for i, n in enumerate(NUM_CACHED)]
+    layer = AttentionLayer(0, 1.0, latent=latent)
+    q_dim = DIM if latent is None else 6 + 4
 
     def body(topology: Topology) -> tuple[int, int]:
         cache = PagedKVCache(kv, 1, 90, BLOCK, torch.float32, CPU)
         comm = CountingComm(topology.pcp if grid.context_runs_over_pcp else topology.dcp)
         places = exchange_places(grid, topology.rank)
         backend = TorchBackend(CPU)
-        placement = HeadPlacement(HEADS * grid.tp_size, 1, grid.tp_size)
-        stored = placement.in_group(grid, topology.coords.tp_rank)
+        stored = heads.in_group(grid, topology.coords.tp_rank)
+        assert len(stored.kv_heads) == kv.num_heads
         if exchange == "queries":
             states = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
             plan = plan_query_exchange(split, contexts, sharding, places[comm.index])
@@ -58,7 +80,8 @@ def test_counted_bytes_of_context_are_those_of_the_formula(sizes: tuple[int, int
                 plan_kv_exchange(split, contexts, sharding, places, comm.index, 64), backend, cache, comm, stored
             )
         tokens = split.tokens_per_rank()[topology.coords.pcp_rank]
-        context.attend(AttentionLayer(0, 1.0), torch.randn(tokens, HEADS, DIM))
+        out, _ = context.attend(layer, torch.randn(tokens, HEADS, q_dim))
+        assert out.shape == (tokens, HEADS, DIM if latent is None else 5)
         formula = exchange_bytes(exchange, split, contexts, sharding, places, HEADS, kv, dtype_bytes=4)
         return comm.traffic.received_bytes, formula
 

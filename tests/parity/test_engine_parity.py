@@ -56,6 +56,7 @@ def generate(
             "dtype": "float32",
             "prefill_context_parallel_size": grid.pcp_size,
             "decode_context_parallel_size": grid.dcp_size,
+            "kv_cache_gib": 2**-7,  # the default takes longer to clear than these models to run
             **config,
         }
     )
@@ -72,7 +73,7 @@ def generate(
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # the others: test_family_parity
 def test_greedy_tokens_and_logprobs_equal_transformers(family: str, grid: RankGrid) -> None:
     model = make_model(FAMILIES[family])
     prompts = prompts_of((1, 2, 3, 17, 64, 200), vocab_size=128)

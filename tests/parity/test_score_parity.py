@@ -34,6 +34,7 @@ def config_of(grid: RankGrid, **changes: Any) -> cpinfer.Config:
             "prefill_context_parallel_size": grid.pcp_size,
             "decode_context_parallel_size": grid.dcp_size,
             "block_size": 4,
+            "kv_cache_gib": 2**-8,
             **changes,
         }
     )

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 import check_rollout
+from cpinfer.models.families import FAMILIES as SUPPORTED
 from tiny_models import FAMILIES, make_model, prompts_of
+
+
+def test_every_supported_family_has_a_model() -> None:
+    assert list(FAMILIES) == list(SUPPORTED)
+    assert all(config.model_type == family for family, config in FAMILIES.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
