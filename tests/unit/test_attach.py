@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
@@ -15,6 +15,8 @@ from cpinfer.engine.attach import attach, check_layout, model_spec
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
+from cpinfer.models.runner import attached
+from tiny_models import FAMILIES, make_model
 
 SHAPE = {
     "vocab_size": 64,
@@ -48,6 +50,11 @@ def photograph(model):
         "state": {name: x.clone() for name, x in model.state_dict().items()},
         "parameters": {name: (id(x), x.data_ptr(), x.requires_grad) for name, x in model.named_parameters()},
         "training": {name: module.training for name, module in model.named_modules()},
+        # What instances have of their own: a `forward` among it would hide that of the class.
+        "attributes": {
+            name: {key: id(value) for key, value in vars(module).items() if not key.startswith("_")}
+            for name, module in model.named_modules()
+        },
         "modules": {name: (id(module), type(module)) for name, module in model.named_modules()},
         "hooks": {
             name: (len(module._forward_hooks), len(module._forward_pre_hooks)) for name, module in model.named_modules()
@@ -83,6 +90,8 @@ def test_a_photograph_would_show_a_change(model):
         lambda m: m.lm_head.weight.requires_grad_(True),
         lambda m: m.model.layers[0].register_forward_hook(lambda *_: None),
         lambda m: setattr(m.model.layers[0], "extra", nn.Identity()),
+        lambda m: setattr(m.model.layers[0].mlp, "forward", m.model.layers[0].mlp.forward),
+        lambda m: setattr(m.model.layers[0].self_attn, "layer_idx", 1),
     ):
         changed = copy.deepcopy(model)
         before = photograph(changed)
@@ -203,7 +212,7 @@ def test_weights_that_are_not_sharded_as_the_config_says_are_refused(model):
 
     def body(topology):
         with (
-            pytest.raises(UserError, match=r"holds 4 heads on this rank.*it should hold 2"),
+            pytest.raises(UserError, match=r"has 32 rows on this rank, 4 heads;.* over tp=2 it should have 16"),
             attach(model, topology, config),
         ):
             pytest.fail("the block must not be entered")
@@ -216,7 +225,7 @@ def test_weights_that_are_not_sharded_as_the_config_says_are_refused(model):
 def test_a_model_expanded_for_more_ranks_is_refused_on_one(model):
     expand_kv_heads(model, 4)
     with (
-        pytest.raises(UserError, match=r"k_proj holds 4 heads on this rank.*it should hold 2"),
+        pytest.raises(UserError, match=r"k_proj has 32 rows on this rank, 4 heads; .* over tp=1 it should have 16"),
         attach(model, config=CONFIG),
     ):
         pytest.fail("the block must not be entered")
@@ -231,7 +240,103 @@ def test_what_is_no_hugging_face_model_is_refused_in_words():
 
 
 def test_a_model_that_is_not_supported_is_refused_by_name():
-    shape = {**SHAPE, "head_dim": 8, "num_hidden_layers": 1}
-    model = AutoModelForCausalLM.from_config(Gemma2Config(**shape), dtype=torch.float32)
-    with pytest.raises(UnsupportedError, match='"gemma2"'), attach(model):
+    shape = {**SHAPE, "num_hidden_layers": 1, "num_experts": 2, "num_experts_per_tok": 1}
+    model = AutoModelForCausalLM.from_config(Qwen2MoeConfig(**shape), dtype=torch.float32)
+    with pytest.raises(UnsupportedError, match='"qwen2_moe"'), attach(model):
         pytest.fail("the block must not be entered")
+
+
+# --- families whose modules are changed for the length of the block ---
+
+# How many modules get a forward of their own there: experts, and attention with latents.
+CHANGED = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 2, "deepseek_v2": 3, "deepseek_v3": 3, "gpt_bigcode": 0}
+
+
+@pytest.mark.parametrize("family", CHANGED)
+def test_modules_that_are_changed_in_the_block_are_what_they_were_after_it(family):
+    model = make_model(FAMILIES[family])
+    before = photograph(model)
+    with attach(model, config=CONFIG) as engine:
+        assert sum("forward" in vars(module) for module in model.modules()) == CHANGED[family]
+        engine.generate([[1, 2, 3, 4, 5], [6]])
+    assert_same(before, photograph(model))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_gpt_bigcode_cuts_its_projection_by_this_ranks_heads_in_the_block_alone(fails):
+    """AutoTP gives a rank of two 4 of the 8 query heads, and the one KV head whole."""
+    model = make_model(FAMILIES["gpt_bigcode"])
+    layers = [block.attn for block in model.transformer.h]
+    for attention in layers:
+        attention.c_attn.weight.data = attention.c_attn.weight.data[: 4 * 8 + 2 * 8]
+    try:
+        with attached(model, model_spec(model), tp_size=2, tp_rank=1):
+            assert [attention.embed_dim for attention in layers] == [32, 32]
+            if fails:
+                raise KeyError("mine")
+    except KeyError:
+        assert fails
+    assert [attention.embed_dim for attention in layers] == [64, 64]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_modules_are_given_back_by_a_block_that_fails(family):
+    model = make_model(FAMILIES[family])
+    before = photograph(model)
+    with pytest.raises(KeyError, match="mine"), attach(model, config=CONFIG):
+        raise KeyError("mine")
+    assert_same(before, photograph(model))
+    with pytest.raises(UserError, match="buys no block"), attach(model, config=Config(kv_cache_gib=1e-9)):
+        pytest.fail("the block must not be entered")
+    assert_same(before | photograph(model), photograph(model))
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_forward_that_a_job_has_put_on_experts_is_called_and_put_back(family):
+    """As Accelerate's hooks do."""
+    model = make_model(FAMILIES[family])
+    block = model.model.layers[0].mlp
+    called, inner = [], block.forward
+
+    def forward(hidden_states):
+        called.append(hidden_states.shape[1])
+        return inner(hidden_states)
+
+    block.forward = forward
+    with attach(model, config=CONFIG) as engine:
+        engine.generate([[1, 2, 3]])
+    assert called == [3, 1, 1, 1]
+    assert block.forward is forward
+
+
+@pytest.mark.parametrize("family", CHANGED)
+def test_no_changed_model_can_be_run_past_the_engine(family):
+    model = make_model(FAMILIES[family])
+    with attach(model, config=CONFIG), pytest.raises(RuntimeError, match=r"leave the `with cpinfer\.attach"):
+        model(input_ids=IDS)
+    model(input_ids=IDS)
+
+
+@pytest.mark.parametrize(
+    "family, projection",
+    [("deepseek_v2", "kv_b_proj"), ("deepseek_v3", "q_b_proj"), ("deepseek_v2", "q_proj"), ("gpt_bigcode", "c_attn")],
+)
+def test_projections_of_every_family_that_are_not_sharded_as_the_config_says_are_refused(family, projection):
+    """The model is whole, while tp=2 gives each rank half of its heads; and the others are cut."""
+    model = make_model(FAMILIES[family])
+    config = Config(tensor_parallel=TensorParallel(2, "autotp"), kv_cache_gib=0.001)
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "q_b_proj", "kv_b_proj", "c_attn")) and not name.endswith(projection):
+            module.weight.data = module.weight.data[: len(module.weight) // 2]
+    before = dict(model.named_modules())
+
+    def body(topology):
+        with (
+            pytest.raises(UserError, match=rf"{projection} has \d+ rows on this rank"),
+            attach(model, topology, config),
+        ):
+            pytest.fail("the block must not be entered")
+        return True
+
+    assert run_ranks(RankGrid(tp_size=2), body) == [True, True]
+    assert dict(model.named_modules()) == before

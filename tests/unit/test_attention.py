@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from cpinfer.ops.attention import dense_attention, flash_attention_cpu
+from cpinfer.ops import attention
+from cpinfer.ops.attention import dense_attention, flash_attention_cpu, hidden_keys
 
 # Of outputs of size ~1. bfloat16 rounds its outputs to 8 bits, and flash rounds its weights once more.
 TOLERANCES = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -24,17 +25,22 @@ def inputs(T, S, H, K, D, V, dtype=torch.float32, seed=0):
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
-def naive(q, k, v, scale, causal):
+def naive(q, k, v, scale, causal, window=None, soft_cap=None):
     """The definition as loops over queries, heads and keys, in float64."""
     (T, H, _), (S, K, V) = q.shape, v.shape
     out, lse = torch.zeros(T, H, V, dtype=torch.float64), torch.full((T, H), -torch.inf, dtype=torch.float64)
     for t in range(T):
         for h in range(H):
             head = h // (H // K)
-            seen = [s for s in range(S) if not causal or s <= t + S - T]
+            own = t + S - T  # the key of this query's own token
+            seen = [s for s in range(S) if not causal or s <= own]
+            if window is not None:
+                seen = [s for s in seen if own - s < window]
             if not seen:
                 continue
             logits = [scale * float(q[t, h].double() @ k[s, head].double()) for s in seen]
+            if soft_cap is not None:
+                logits = [soft_cap * math.tanh(x / soft_cap) for x in logits]
             top = max(logits)
             weights = [math.exp(x - top) for x in logits]
             lse[t, h] = top + math.log(sum(weights))
@@ -181,3 +187,155 @@ def test_a_nan_among_the_keys_surfaces():
         out, lse = attend(q, k, v, scale=0.3, causal=False)
         assert out[:, 1].isnan().all() and lse[:, 1].isnan().all()
         assert not out[:, 0].isnan().any()
+
+
+# --- windows, soft caps, values that are a prefix of keys, tiles ---
+
+
+def test_a_window_hides_from_a_query_all_but_its_last_keys():
+    for T in range(5):
+        for S in range(6):
+            for at in range(-2, 5):
+                for window in (None, 1, 2, 3, 9):
+                    hidden = hidden_keys(T, S, at, window, torch.device("cpu"))
+                    for i in range(T):
+                        own = at + i
+                        first = 0 if window is None else max(0, own - window + 1)
+                        assert [s for s in range(S) if not hidden[i, s]] == list(range(first, min(S, own + 1)))
+
+
+@pytest.mark.parametrize("soft_cap", [None, 2.0, 50.0])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
+@pytest.mark.parametrize(
+    "T, S, H, K, D, V", [(1, 1, 1, 1, 4, 4), (1, 6, 2, 1, 4, 4), (4, 4, 4, 2, 8, 4), (3, 7, 4, 2, 4, 6)]
+)
+def test_dense_attention_under_a_window_and_a_soft_cap_is_the_definition(T, S, H, K, D, V, window, soft_cap):
+    q, k, v = inputs(T, S, H, K, D, V, torch.float64)
+    got = dense_attention(q, k, v, scale=0.4, causal=True, window=window, soft_cap=soft_cap)
+    assert_close(got, naive(q, k, v, 0.4, True, window, soft_cap), torch.float64)
+
+
+def test_a_soft_cap_without_a_mask_is_the_definition():
+    q, k, v = inputs(3, 6, 4, 2, 8, 4, torch.float64)
+    got = dense_attention(q, k, v, scale=0.4, causal=False, soft_cap=1.5)
+    assert_close(got, naive(q, k, v, 0.4, False, None, 1.5), torch.float64)
+    assert float((got[0] - dense_attention(q, k, v, scale=0.4, causal=False)[0]).abs().max()) > 0.1
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 3 to 8 queries, so that short rows have many."""
+    monkeypatch.setattr(attention, "MIN_WINDOW_TILE", 3)
+    monkeypatch.setattr(attention, "MAX_WINDOW_TILE", 8)
+
+
+WINDOWED_ROWS = [
+    (1, 1),
+    (1, 2),
+    (1, 30),
+    (2, 2),
+    (3, 3),
+    (4, 4),
+    (7, 9),
+    (8, 8),
+    (9, 9),
+    (9, 40),
+    (16, 17),
+    (25, 25),
+    (25, 60),
+]
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 7, 8, 9, 12, 24, 25, 26, 60])
+def test_the_flash_kernel_under_a_window_is_dense_attention(small_tiles, window):
+    for T, S in WINDOWED_ROWS:
+        q, k, v = inputs(T, S, 4, 2, 8, 8, torch.float64)
+        got = flash_attention_cpu(q, k, v, scale=0.4, causal=True, window=window)
+        assert_close(got, dense_attention(q, k, v, scale=0.4, causal=True, window=window), torch.float64)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_windows_keep_the_precision_of_every_dtype(small_tiles, dtype):
+    for T, S, window in ((1, 20, 5), (13, 20, 5), (20, 20, 11)):
+        q, k, v = inputs(T, S, 4, 2, 16, 8, dtype)
+        got = flash_attention_cpu(q, k, v, scale=0.25, causal=True, window=window)
+        wide = (x.double() for x in (q, k, v))
+        assert_close(got, dense_attention(*wide, scale=0.25, causal=True, window=window), dtype)
+
+
+@pytest.mark.parametrize("off", [-1, 1])
+def test_the_comparison_would_see_a_window_that_is_off_by_one(small_tiles, off):
+    for T, S in ((1, 30), (9, 40), (25, 25)):
+        q, k, v = inputs(T, S, 4, 2, 8, 8)
+        got = flash_attention_cpu(q, k, v, scale=0.4, causal=True, window=6 + off)
+        with pytest.raises(AssertionError):
+            assert_close(got, dense_attention(q, k, v, scale=0.4, causal=True, window=6), torch.float32)
+
+
+def test_windowed_tiles_have_their_real_size_and_read_only_keys_that_some_query_sees(monkeypatch):
+    """Keys outside hold NaN: what no query of a tile sees is not even read under a mask."""
+    assert attention.MIN_WINDOW_TILE < attention.MAX_WINDOW_TILE
+    calls = []
+    flash = attention._flash
+
+    def spy(q, k, v, scale, **mask):
+        calls.append((len(q), len(k)))
+        return flash(q, k, v, scale, **mask)
+
+    monkeypatch.setattr(attention, "_flash", spy)
+    for window, tile in ((10, 64), (100, 100), (2000, 512)):
+        T, S = 600, 3000
+        q, k, v = inputs(T, S, 1, 1, 8, 8)
+        k[: S - T - window + 1] = torch.nan
+        v[: S - T - window + 1] = torch.nan
+        calls.clear()
+        out, _ = flash_attention_cpu(q, k, v, scale=0.3, causal=True, window=window)
+        assert out.isfinite().all()
+        sizes = [min(tile, T - first) for first in range(0, T, tile)]
+        assert calls == [(n, n + window - 1) for n in sizes]
+
+
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 5)])
+@pytest.mark.parametrize("T, S", [(1, 1), (1, 20), (9, 9), (4, 20)])
+def test_values_that_are_a_prefix_of_the_keys_give_what_a_copy_of_them_gives(T, S, causal, window):
+    q, k, _ = inputs(T, S, 4, 1, 12, 8)
+    for keys in (k, k.repeat(1, 1, 2)[..., 3:15]):  # whole rows, and a strided view
+        got = flash_attention_cpu(q, keys, keys[..., :8], scale=0.3, causal=causal, window=window)
+        want = flash_attention_cpu(q, keys, keys[..., :8].clone(), scale=0.3, causal=causal, window=window)
+        assert got[0].shape == (T, 4, 8)
+        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+
+
+def test_values_that_are_a_prefix_of_the_keys_are_not_copied(monkeypatch):
+    q, k, v = inputs(4, 20, 4, 1, 12, 8)
+
+    def refused(*_, **__):
+        raise AssertionError("padded to a copy")
+
+    monkeypatch.setattr(attention.F, "pad", refused)
+    flash_attention_cpu(q, k, k[..., :8], scale=0.3, causal=True)
+    with pytest.raises(AssertionError, match="padded"):  # the control
+        flash_attention_cpu(q, k, v, scale=0.3, causal=True)
+
+
+def test_values_that_begin_elsewhere_are_not_taken_for_a_prefix():
+    q, k, _ = inputs(4, 20, 4, 1, 12, 8)
+    got = flash_attention_cpu(q, k, k[..., 2:10], scale=0.3, causal=True)
+    want = dense_attention(q, k, k[..., 2:10].clone(), scale=0.3, causal=True)
+    torch.testing.assert_close(got, want, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("scores", [1, 50, 200, 10**6])
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 1), (True, 4)])
+@pytest.mark.parametrize("T, S", [(7, 7), (5, 13), (9, 4), (3, 0), (1, 6)])
+def test_dense_attention_in_tiles_of_queries_is_that_of_all_at_once(monkeypatch, T, S, causal, window, scores):
+    q, k, v = inputs(T, S, 4, 2, 8, 4, torch.float64)
+    whole = dense_attention(q, k, v, scale=0.4, causal=causal, window=window, soft_cap=5.0)
+    monkeypatch.setattr(attention, "DENSE_TILE_SCORES", scores)
+    tiles = []
+    tile = attention._dense_tile
+    monkeypatch.setattr(attention, "_dense_tile", lambda q, k, *rest: tiles.append(len(q)) or tile(q, k, *rest))
+    got = dense_attention(q, k, v, scale=0.4, causal=causal, window=window, soft_cap=5.0)
+    assert_close(got, whole, torch.float64)
+    assert_close(got, naive(q, k, v, 0.4, causal, window, 5.0), torch.float64)
+    assert sum(tiles) == T and all(n == 1 or n * S * 4 <= scores for n in tiles)

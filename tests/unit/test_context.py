@@ -18,9 +18,10 @@ from cpinfer.layout.context import (
     exchange_places,
     plan_kv_exchange,
     plan_query_exchange,
+    plan_window_exchange,
 )
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
-from cpinfer.layout.prefill import split_prompts
+from cpinfer.layout.prefill import gathered_rows, split_prompts
 from cpinfer.layout.shards import KVSharding
 
 GRIDS = [RankGrid(tp, pcp, dcp) for tp in (1, 2, 4) for pcp in (1, 2, 3, 4) for dcp in legal_dcp_sizes(tp, pcp)]
@@ -297,3 +298,106 @@ def test_homes_share_their_axis_with_ranks_that_hold_nothing_of_a_prompt():
     one, two = RankGrid(1, 4, 4), RankGrid(1, 4, 2)
     assert (choice(one, 1500, 4000, 4, 1), choice(two, 1500, 4000, 4, 1)) == ("kv", "queries")
     assert (choice(one, 900, 4000, 4, 1), choice(two, 2100, 4000, 4, 1)) == ("queries", "kv")
+
+
+# --- layers with a window: the end of every context travels, in sequence order ---
+
+
+def window_exchange_sees(split, contexts, sharding, places, store, window):
+    """For each place, (prompt, position) of a query -> the (prompt, position) of the keys it sees, in their order."""
+    plans = [plan_window_exchange(split, contexts, sharding, places, index, window) for index in range(len(places))]
+    (length,) = {plan.length for plan in plans}  # every rank takes part in the same gather
+    sent = np.full((len(places), length, 2), -1)
+    for plan, place, room in zip(plans, places, sent, strict=True):
+        assert (plan.slots >= 0).all(), "a block that was given back is looked up"
+        room[: len(plan.slots)] = store[place.home, place.shard][plan.slots]
+        # What a place holds of the ends of its home's contexts travels, and nothing else.
+        assert [tuple(key) for key in room[: len(plan.slots)].tolist()] == [
+            (prompt, x)
+            for prompt, c in enumerate(contexts)
+            for x in range(max(0, c.num_tokens - window + 1), c.num_tokens)
+            if c.home == place.home and sharding.owner(np.array(x)) == place.shard
+        ]
+    assert length == max(len(plan.slots) for plan in plans)
+    new = np.full((split.pcp_size * split.part_len, 2), -1)
+    for prompt, context in enumerate(contexts):
+        rows = gathered_rows(split, prompt)
+        new[rows, 0], new[rows, 1] = prompt, context.num_tokens + np.arange(len(rows))
+    gathered = np.concatenate([sent.reshape(-1, 2), new])
+    by_place = []
+    for plan, place in zip(plans, places, strict=True):
+        pieces = split.part(place.pcp_rank)
+        assert plan.rows.q_lens.tolist() == [piece.num_tokens for piece in pieces]
+        assert plan.rows.causal and plan.rows.window == window and plan.rows.block_size == 1
+        seen = {}
+        for row, piece in enumerate(pieces):
+            keys = [tuple(key) for key in gathered[plan.rows.slots(row)].tolist()]
+            for t in range(piece.num_tokens):
+                end = len(keys) - piece.num_tokens + t + 1
+                query = piece.prompt, contexts[piece.prompt].num_tokens + piece.start + t
+                seen[query] = keys[max(0, end - window) : end]
+        by_place.append(seen)
+    return by_place
+
+
+def wanted_in_window(split, contexts, place, window):
+    """Every query of a place sees the last `window` positions of its own prompt, in order."""
+    return {
+        (piece.prompt, at): [(piece.prompt, x) for x in range(max(0, at - window + 1), at + 1)]
+        for piece in split.part(place.pcp_rank)
+        for at in (contexts[piece.prompt].num_tokens + t for t in range(piece.start, piece.end))
+    }
+
+
+WINDOWS = st.sampled_from([1, 2, 3, 4, 7, 12, 30, 61, 500])
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(context_steps(), WINDOWS, st.data())
+def test_in_a_window_every_query_sees_exactly_the_last_positions_of_its_prompt_in_order(step, window, data):
+    grid, split, contexts, sharding = step
+    store = store_of(step)
+    # Blocks that no query will see may be gone by now.
+    dead = [sharding.num_dead_blocks(c.num_tokens, window) for c in contexts]
+    sparse = [replace(c, block_table=[-1] * n + list(c.block_table[n:])) for c, n in zip(contexts, dead, strict=True)]
+    places = exchange_places(grid, data.draw(st.integers(0, grid.world_size - 1)))
+    by_place = window_exchange_sees(split, sparse, sharding, places, store, window)
+    assert by_place == [wanted_in_window(split, contexts, place, window) for place in places]
+
+
+@pytest.mark.parametrize("grid", [g for g in GRIDS if g.world_size <= 8], ids=str)
+@pytest.mark.parametrize("window", [1, 5, 100])
+def test_the_same_on_every_axis_with_and_without_context_side_by_side(grid, window):
+    sharding = KVSharding(grid.dcp_size, 2, 3)
+    split = split_prompts([9, 4, 7], grid.pcp_size, dealt=[None, 0, None])
+    cached, blocks = [17, 0, 40], iter(range(100))
+    contexts = [
+        Context(n, i % grid.num_homes, [next(blocks) for _ in range(sharding.num_blocks(n))])
+        for i, n in enumerate(cached)
+    ]
+    store = caches(contexts, sharding, grid.num_homes, 300)
+    for rank in range(grid.world_size):
+        places = exchange_places(grid, rank)
+        by_place = window_exchange_sees(split, contexts, sharding, places, store, window)
+        assert by_place == [wanted_in_window(split, contexts, place, window) for place in places]
+
+
+def test_a_window_of_one_token_lets_nothing_travel():
+    sharding, split = KVSharding(2, 2, 4), split_prompts([6], 2)
+    places = exchange_places(RankGrid(1, 2, 2), 0)
+    plan = plan_window_exchange(split, [Context(20, 0, [0, 1, 2])], sharding, places, 0, 1)
+    assert plan.length == 0 and plan.slots.tolist() == []
+    assert [plan.rows.slots(i).tolist() for i in range(2)] == [[0], [1, 2]]  # pieces of 1, 2, 1 and 2
+
+
+def test_a_rotated_shard_or_a_window_off_by_one_is_seen_by_these_tests():
+    """Negative controls."""
+    sharding, split, contexts = KVSharding(2, 2, 4), split_prompts([6], 2), [Context(7, 0, [1])]
+    store = caches(contexts, sharding, 1, 8)
+    places = exchange_places(RankGrid(1, 2, 2), 0)
+    want = [wanted_in_window(split, contexts, place, 5) for place in places]
+    assert window_exchange_sees(split, contexts, sharding, places, store, 5) == want
+    with pytest.raises(AssertionError):
+        window_exchange_sees(split, contexts, sharding, places, store[:, ::-1], 5)
+    for other in (4, 6):
+        assert window_exchange_sees(split, contexts, sharding, places, store, other) != want

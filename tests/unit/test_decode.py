@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from cpinfer.layout.decode import deal_rows, plan_decode
+from cpinfer.layout.decode import deal_rows, plan_decode, rows_in_window
 from cpinfer.layout.shards import KVSharding
 
 SHARDING = KVSharding(num_shards=2, interleave=2, block_size=4)
@@ -80,3 +82,73 @@ def test_a_block_table_that_does_not_cover_the_new_token_is_an_error_on_every_sh
     # 10 tokens on each shard by then, in blocks of 4: three are needed.
     with pytest.raises((IndexError, ValueError)):
         plan([19], [[0, 1]], shard=shard)
+
+
+# --- layers with a window ---
+
+LAW = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def windowed(positions, tables, sharding, window, pcp_size=1):
+    """For each sequence the (position, shard) pairs that its query sees in a layer with `window`, over all shards."""
+    seen = [[] for _ in positions]
+    for shard in range(sharding.num_shards):
+        p = plan_decode(positions, tables, sharding, pcp_size=pcp_size, pcp_rank=0, shard=shard)
+        rows = rows_in_window(p, positions, sharding, shard, window)
+        assert not rows.causal and rows.window is None and rows.q_lens.tolist() == p.rows.q_lens.tolist()
+        assert (rows.block_ids >= 0).all(), "a block that was given back is looked up"
+        for row, i in enumerate(p.gathered.tolist()):
+            slots = rows.slots(row).tolist()
+            if i < 0:
+                assert slots == [], "padding sees nothing"
+                continue
+            # Every slot of the sequence on this shard, by the position of its token.
+            all_positions = np.arange(positions[i] + 1)
+            slot_of = sharding.slots(np.array(tables[i]), all_positions, shard)
+            position_of = {int(slot): int(at) for at, slot in zip(all_positions, slot_of, strict=True) if slot >= 0}
+            found = [position_of[slot] for slot in slots]
+            assert found == sorted(found)
+            seen[i] += [(at, shard) for at in found]
+    return seen
+
+
+@st.composite
+def running(draw):
+    """(positions, tables, sharding, window): any shards, any cards, tables that lack what no window reaches."""
+    sharding = KVSharding(draw(st.integers(1, 5)), draw(st.integers(1, 7)), draw(st.integers(1, 6)))
+    window = draw(st.sampled_from([1, 2, 3, 5, 8, 13, 40, 1000]))
+    positions, tables, first = draw(st.lists(st.integers(0, 70), min_size=1, max_size=4)), [], 0
+    for at in positions:
+        n = sharding.num_blocks(at + 1)
+        table = list(draw(st.permutations(range(first, first + n))))
+        first += n
+        dead = sharding.num_dead_blocks(at, window)
+        tables.append([-1] * dead + table[dead:])
+    return positions, tables, sharding, window
+
+
+@LAW
+@given(running(), st.integers(1, 3))
+def test_in_a_window_the_shards_together_see_the_last_positions_each_from_its_owner(step, pcp_size):
+    positions, tables, sharding, window = step
+    for at, seen in zip(positions, windowed(positions, tables, sharding, window, pcp_size), strict=True):
+        wanted = range(max(0, at - window + 1), at + 1)
+        assert sorted(seen) == [(x, int(sharding.owner(np.array(x)))) for x in wanted]
+
+
+def test_the_window_of_a_known_step():
+    """Position 9 of two shards, two tokens a card: 0 1 . . 2 3 . . 4 5 on shard 0; the last five are 5 6 7 8 9."""
+    seen = windowed([9], [[3, 1]], SHARDING, 5)
+    assert sorted(seen[0]) == [(5, 0), (6, 1), (7, 1), (8, 0), (9, 0)]
+
+
+def test_a_shard_that_holds_nothing_of_the_window_has_an_empty_row():
+    p = plan([5], [[3]], shard=1, pcp_size=1)
+    assert p.rows.slots(0).tolist() == [12, 13]
+    rows = rows_in_window(p, [5], SHARDING, 1, 2)
+    assert rows.kv_hi.tolist() == [0] and rows.block_ids.tolist() == []
+
+
+def test_a_window_off_by_one_would_be_seen():
+    for other in (4, 6):
+        assert windowed([9], [[3, 1]], SHARDING, other) != windowed([9], [[3, 1]], SHARDING, 5)

@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 
 from cpinfer.models.kv_expansion import expand_kv_heads
 from cpinfer.models.spec import NUM_KV_HEADS_BEFORE_EXPANSION, ModelSpec
+from tiny_models import FAMILIES as TINY_MODELS
+from tiny_models import make_model as make_tiny_model
 
 Q_HEADS, KV_HEADS, HEAD_DIM = 8, 2, 8
 SHAPE = {
@@ -102,6 +104,44 @@ def test_nothing_happens_while_every_rank_has_a_head_of_its_own(tp_size):
     expand_kv_heads(model, tp_size)
     assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
     assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 8])
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_a_latent_is_one_head_that_every_rank_computes_whole_so_nothing_happens(family, num_kv_heads):
+    config = copy.deepcopy(TINY_MODELS[family])
+    config.num_key_value_heads = num_kv_heads  # of no meaning for a latent, and configs have any number there
+    model = make_tiny_model(config)
+    parameters, config = dict(model.named_parameters()), model.config.to_dict()
+    expand_kv_heads(model, 8)
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 8])
+def test_of_gpt_bigcode_only_the_number_of_heads_that_its_config_names_grows(tp_size):
+    """AutoTP deals heads by that number; the fused projection with its one KV head stays whole."""
+    model = make_tiny_model(TINY_MODELS["gpt_bigcode"])
+    parameters, config = dict(model.named_parameters()), model.config.to_dict()
+    for _ in range(2):  # a second call changes nothing more
+        expand_kv_heads(model, tp_size)
+        assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+        assert model.config.to_dict() == {**config, "num_key_value_heads": tp_size}
+        assert ModelSpec.from_config(model.config.to_dict()).num_kv_heads == 1
+
+
+def test_gpt_bigcode_over_ranks_that_its_heads_do_not_fit_is_refused():
+    model = make_tiny_model(TINY_MODELS["gpt_bigcode"])
+    with pytest.raises(ValueError, match="do not divide"):
+        expand_kv_heads(model, 3)
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "gemma3_text", "mixtral"])
+def test_families_with_windows_sinks_and_experts_compute_what_they_computed(family):
+    model = make_tiny_model(copy.deepcopy(TINY_MODELS[family]))
+    want = logits_of(model)
+    expand_kv_heads(model, 8)
+    torch.testing.assert_close(logits_of(model), want, atol=1e-5 * float(want.std()), rtol=0)
 
 
 def test_only_k_and_v_are_touched():

@@ -1,5 +1,6 @@
 """The KV cache: what is written to a slot is read there and nowhere else."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -131,3 +132,52 @@ def test_new_rows_are_finite_zeros_with_room_for_k_and_v_side_by_side(layout):
     assert (rows.dtype, rows.device) == (cache.dtype, cache.device) and (rows == 0).all()
     assert cache.new_rows(0, layout.num_heads).shape[0] == 0
     assert cache.new_rows(5, layout.num_heads).data_ptr() != rows.data_ptr()
+
+
+GQA, MLA = KVLayout(2, 8, 6), KVLayout(1, 12, 8, v_is_prefix_of_k=True)
+
+
+def test_parts_are_what_has_to_travel():
+    k, v = tokens(3)
+    assert all(x is y for x, y in zip(make_cache().parts(k, v), (k, v), strict=True))
+    k, v = tokens(3, MLA)
+    [part] = make_cache(MLA).parts(k, v)
+    assert part is k
+
+
+@pytest.mark.parametrize("layout", [GQA, MLA], ids=["k_and_v", "latent"])
+def test_views_of_rows_are_keys_and_values_without_a_copy(layout):
+    cache = make_cache(layout)
+    rows = torch.randn(2, 5, layout.num_heads, layout.width)
+    keys, values = cache.views(rows)
+    assert keys.shape[-1] == layout.k_dim and values.shape[-1] == layout.v_dim
+    assert torch.equal(keys, rows[..., : layout.k_dim])
+    assert torch.equal(values, rows[..., : layout.v_dim] if layout is MLA else rows[..., layout.k_dim :])
+    assert keys.untyped_storage().data_ptr() == values.untyped_storage().data_ptr() == rows.data_ptr()
+    if layout is MLA:  # the backend tells by this that values are a prefix of keys
+        assert values.data_ptr() == keys.data_ptr() and values.stride() == keys.stride()
+
+
+@pytest.mark.parametrize("layout", [GQA, MLA], ids=["k_and_v", "latent"])
+def test_what_is_packed_by_parts_comes_out_by_views(layout):
+    """Every way of a token: into the send buffer, from it to the cache, and out of the cache again."""
+    cache = make_cache(layout)
+    k, v = tokens(4, layout)
+    if layout is MLA:
+        v = k[..., : layout.v_dim]
+    send = cache.new_rows(6, layout.num_heads)
+    places = torch.tensor([5, 0, 3, 1])
+    for into, part in zip(cache.views(send), cache.parts(k, v), strict=False):
+        into.index_copy_(0, places, part)
+    cache.write(1, torch.tensor([9, 2, 4, 7]), cache.parts(*cache.views(send.index_select(0, places))))
+    keys, values = cache.read(1)
+    assert torch.equal(keys[[9, 2, 4, 7]], k) and torch.equal(values[[9, 2, 4, 7]], v)
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(5), np.arange(10)[::2], np.arange(5)[::-1], np.empty(0, dtype=np.int64)], ids=str
+)
+def test_row_numbers_of_a_plan_become_an_index_whatever_their_strides(array):
+    index = make_cache().index(array)
+    assert index.dtype == torch.int64 and index.tolist() == array.tolist()
+    torch.zeros(20, 2).index_select(0, index)

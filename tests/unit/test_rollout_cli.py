@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import rollout
+from cpinfer.layout.grid import RankGrid
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "recall-tiny"
@@ -118,8 +119,16 @@ SAMPLING = {"temperature": 0, "max_new_tokens": 4}
         ({"tensor_parallel": {"tp_size": 3}}, ["8 query heads do not divide over tp=3", "Use a divisor of 8"]),
         ({"tensor_parallel": {"tp_size": 16}}, ["8 query heads do not divide over tp=16"]),
         (
-            {"tensor_parallel": {"tp_size": 2}, "decode_context_parallel_size": 2},
-            ["mix KV heads", "The largest here is dcp=1"],
+            {"tensor_parallel": {"tp_size": 2}, "decode_context_parallel_size": 2, "decode_exchange": "replicate_q"},
+            ["tp=2 pcp=1 dcp=2", '"replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'],
+        ),
+        (
+            {"tensor_parallel": {"tp_size": 2}, "decode_context_parallel_size": 4},
+            ["dcp=4 does not fit tp=2, pcp=1", "Use one of 1, 2."],
+        ),
+        (
+            {"tensor_parallel": {"tp_size": 4, "provider": "transformers"}},
+            ["tp=4 over 2 KV heads", "more ranks than KV heads", '"autotp"'],
         ),
         ({"backend": "flashinfer"}, ["does not support the FlashInfer backend", 'Use "torch"']),
         ({"speculative_config": {}}, ["does not support speculative decoding"]),
@@ -207,6 +216,16 @@ def test_help_is_no_error(capsys):
     assert left.value.code == 0
     out, err = capsys.readouterr()
     assert "--skip-bad-prompts" in out and "local_rank" not in out and err == ""
+
+
+def test_a_layout_that_mixes_kv_heads_is_accepted(folder):
+    """Two KV heads on the two tp ranks of one group: every rank stores both, for its half of the tokens."""
+    layout = {"tensor_parallel": {"tp_size": 2}, "decode_context_parallel_size": 2}
+    (folder.path / "run.json").write_text(json.dumps({**folder.data, **layout}), encoding="utf-8")
+    args = rollout.parse_args(["--config", str(folder.path / "run.json"), "--dry-run"])
+    job = rollout.prepare(rollout.Launch(world_size=2), args)
+    assert job.grid == RankGrid(tp_size=2, dcp_size=2)
+    assert job.spec.heads(2).mixes_heads(job.grid)
 
 
 def test_an_output_that_exists_is_refused_before_loading_and_left_alone(folder, no_loading):

@@ -94,6 +94,29 @@ def test_imbalance_is_at_most_one_interleave():
             assert lens[0] - lens[-1] <= sharding.interleave
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 7, 16, 50, 1000])
+def test_a_block_is_dead_iff_no_shard_holds_in_it_a_position_that_a_later_query_sees(window):
+    """Brute force: the query at `length` sees down to `length - window + 1`, those after it less."""
+    for sharding in SHARDINGS:
+        span = sharding.interleave * sharding.num_shards + sharding.block_size * sharding.num_shards
+        for length in range(0, 90, 1 if sharding.num_shards * sharding.interleave < 10 else 7):
+            later = np.arange(max(0, length - window + 1), length + span + 1)
+            # Whoever owns it: block ids are those of all shards. Block 0 is looked at by new tokens at the latest.
+            alive = set((sharding.local_index(later) // sharding.block_size).tolist())
+            dead = sharding.num_dead_blocks(length, window)
+            assert all(block not in alive for block in range(dead))
+            assert dead in alive, "the next block is still needed"
+
+
+def test_known_blocks_die_behind_a_window():
+    """One shard, blocks of 4, a window of 4: the query at 9 sees 6 to 9, so of 0-3, 4-7, 8- the first is dead."""
+    sharding = KVSharding(1, 4, 4)
+    assert [sharding.num_dead_blocks(n, 4) for n in range(12)] == [0] * 7 + [1] * 4 + [2]
+    # Two shards, a token a card: block 0 holds positions 0 to 7, so a query has to be at 11 to see none of them.
+    sharding = KVSharding(2, 1, 4)
+    assert [sharding.num_dead_blocks(n, 4) for n in (10, 11, 18, 19)] == [0, 1, 1, 2]
+
+
 @pytest.mark.parametrize("field", ["num_shards", "interleave", "block_size"])
 def test_a_size_below_one_is_refused_by_name(field):
     sizes = {"num_shards": 1, "interleave": 1, "block_size": 1, field: 0}

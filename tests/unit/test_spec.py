@@ -1,14 +1,17 @@
 """What a model is, read from the configs of transformers' own classes; what cannot run is refused by name."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.capacity import KVLayout
-from cpinfer.models.spec import NUM_KV_HEADS_BEFORE_EXPANSION, SUPPORTED_FAMILIES, ModelSpec
+from cpinfer.models.families import FAMILIES
+from cpinfer.models.spec import NUM_KV_HEADS_BEFORE_EXPANSION, LatentDims, ModelSpec
 
 SHAPE = {
     "vocab_size": 100,
@@ -19,7 +22,42 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
-CLASSES = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config", "mistral": "MistralConfig"}
+OLD_SHAPE = {"vocab_size": 100, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_head": 8, "n_positions": 512}
+LATENT = {"kv_lora_rank": 24, "qk_rope_head_dim": 4, "qk_nope_head_dim": 12, "v_head_dim": 6}
+ROUTED = {"num_experts_per_tok": 4, "moe_intermediate_size": 32}
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+# Of every family its config class, and what a config of SHAPE lacks to be one that people have.
+CLASSES = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mixtral": ("MixtralConfig", {"num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3MoeConfig", ROUTED),
+    "gemma2": ("Gemma2Config", {"sliding_window": 128}),
+    "gemma3_text": ("Gemma3TextConfig", {"sliding_window": 128}),
+    "gpt_oss": ("GptOssConfig", {"sliding_window": 128, "num_experts_per_tok": 4, "rope_parameters": YARN}),
+    "deepseek_v2": ("DeepseekV2Config", {**ROUTED, **LATENT, "n_shared_experts": 2}),
+    "deepseek_v3": ("DeepseekV3Config", {**ROUTED, **LATENT, "n_shared_experts": 1}),
+    "gpt_bigcode": ("GPTBigCodeConfig", {"bos_token_id": 0}),
+}
+# Of Llama's shape, and what is its own in each family.
+SPECS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {},
+    "mixtral": {"mlp_size": 2 * 96},
+    "qwen3_moe": {"mlp_size": 4 * 32},
+    "gemma2": {"windows": (128, None, 128)},
+    "gemma3_text": {"windows": (128, 128, 128)},
+    "gpt_oss": {"mlp_size": 4 * 96, "windows": (128, None, 128)},
+    "deepseek_v2": {"num_kv_heads": 1, "head_dim": 16, "mlp_size": 6 * 32, "latent": LatentDims(24, 4, 12, 6)},
+    "deepseek_v3": {"num_kv_heads": 1, "head_dim": 16, "mlp_size": 5 * 32, "latent": LatentDims(24, 4, 12, 6)},
+    "gpt_bigcode": {"num_kv_heads": 1, "head_dim": 8},
+}
+# Families whose configs name a head_dim; the others have hidden_size / num_attention_heads, or parts of it.
+NAME_HEAD_DIM = [f for f in CLASSES if f not in ("deepseek_v2", "deepseek_v3", "gpt_bigcode")]
 
 
 def make(name, **changes):
@@ -28,29 +66,32 @@ def make(name, **changes):
 
 
 def supported(family, **changes):
-    extra = {"sliding_window": None} if family == "mistral" else {}
-    return make(CLASSES[family], **{**SHAPE, **extra, **changes})
+    name, extra = CLASSES[family]
+    return make(name, **{**(OLD_SHAPE if family == "gpt_bigcode" else SHAPE), **extra, **changes})
 
 
 def test_the_families_here_are_those_supported():
-    assert set(CLASSES) == set(SUPPORTED_FAMILIES)
+    assert set(CLASSES) == set(SPECS) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("family", CLASSES)
 def test_a_supported_config_is_read_whole(family):
-    spec = ModelSpec.from_config(supported(family, head_dim=16, eos_token_id=7))
-    assert spec == ModelSpec(
-        family=family,
-        num_layers=3,
-        num_q_heads=8,
-        num_kv_heads=2,
-        head_dim=16,
-        hidden_size=64,
-        intermediate_size=96,
-        vocab_size=100,
-        max_positions=512,
-        eos_token_ids=(7,),
-    )
+    head_dim = {"head_dim": 16} if family in NAME_HEAD_DIM else {}
+    spec = ModelSpec.from_config(supported(family, **head_dim, eos_token_id=7))
+    llama = {
+        "num_layers": 3,
+        "num_q_heads": 8,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "hidden_size": 64,
+        "mlp_size": 96,
+        "vocab_size": 100,
+        "max_positions": 512,
+        "eos_token_ids": (7,),
+        "windows": (None,) * 3,
+        "latent": None,
+    }
+    assert spec == ModelSpec(**{"family": family, **llama, **SPECS[family]})
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
@@ -69,9 +110,46 @@ def test_expanded_heads_count_as_the_models_own():
     assert ModelSpec.from_config(data).num_kv_heads == 2
 
 
-@pytest.mark.parametrize("tp_size, heads", [(1, 2), (2, 1), (4, 1), (8, 1)])
-def test_a_rank_caches_its_own_kv_heads(tp_size, heads):
-    assert ModelSpec.from_config(supported("llama")).kv_layout(tp_size) == KVLayout(heads, 8, 8)
+@pytest.mark.parametrize("multi_query, heads", [(True, 1), (False, 8)])
+def test_gpt_bigcode_has_one_kv_head_or_as_many_as_query_heads(multi_query, heads):
+    assert ModelSpec.from_config(supported("gpt_bigcode", multi_query=multi_query)).num_kv_heads == heads
+
+
+def test_an_mlp_without_a_width_of_its_own_is_four_times_as_wide_as_the_model():
+    assert ModelSpec.from_config(supported("gpt_bigcode", n_inner=None)).mlp_size == 4 * 64
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3])
+def test_a_rank_caches_keys_and_values_of_the_heads_it_stores(num_heads):
+    assert ModelSpec.from_config(supported("llama")).kv_layout(num_heads) == KVLayout(num_heads, 8, 8)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_a_latent_cache_holds_one_vector_of_which_the_values_are_the_beginning(family):
+    spec = ModelSpec.from_config(supported(family))
+    layout = spec.kv_layout(1)
+    assert layout == KVLayout(1, 24 + 4, 24, v_is_prefix_of_k=True)
+    assert layout.values_per_token == 28
+    assert [spec.heads(tp).kv_heads_per_rank for tp in (1, 2, 8)] == [1, 1, 1], "the same on every rank"
+
+
+@pytest.mark.parametrize(
+    "family, width",
+    [
+        ("mixtral", 2 * 96),
+        ("gpt_oss", 4 * 96),
+        ("qwen3_moe", 4 * 32),
+        ("deepseek_v2", (4 + 2) * 32),
+        ("deepseek_v3", (4 + 1) * 32),
+    ],
+)
+def test_a_token_passes_its_own_experts_and_the_shared_ones(family, width):
+    assert ModelSpec.from_config(supported(family)).mlp_size == width
+    one_fewer = ModelSpec.from_config(
+        supported(family, num_experts_per_tok=CLASSES[family][1]["num_experts_per_tok"] - 1)
+    )
+    one = 96 if family in ("mixtral", "gpt_oss") else 32
+    assert one_fewer.mlp_size == width - one
 
 
 def test_pairs_per_token_are_a_layers_parameters_over_the_cost_of_a_pair():
@@ -103,18 +181,19 @@ def test_end_tokens_come_from_the_generation_config_first(generation, config, wa
 @pytest.mark.parametrize(
     "config, what",
     [
-        ("Gemma2Config", "model families other than"),
-        ("MixtralConfig", "model families other than"),
-        ("DeepseekV3Config", "model families other than"),
-        ("GptOssConfig", "model families other than"),
-        ("GPT2Config", "model families other than"),
-        ("Qwen2MoeConfig", "model families other than"),
+        ("GPT2Config", "model families without a row"),
+        ("Qwen2MoeConfig", "model families without a row"),
+        ("Phi3Config", "model families without a row"),
+        ("CohereConfig", "model families without a row"),
+        ("Llama4TextConfig", "model families without a row"),
+        ("GemmaConfig", "model families without a row"),
         ("MambaConfig", "recurrent and hybrid models"),
         ("Qwen3NextConfig", "recurrent and hybrid models"),
         ("JambaConfig", "recurrent and hybrid models"),
         ("T5Config", "encoder-decoder models"),
         ("BartConfig", "encoder-decoder models"),
         ("LlavaConfig", "multimodal models"),
+        ("Gemma3Config", "multimodal models"),
         ("Qwen2VLConfig", "multimodal models"),
         ("Qwen2AudioConfig", "multimodal models"),
     ],
@@ -127,28 +206,77 @@ def test_other_models_are_refused_by_name(config, what):
 
 
 WINDOWED = [
-    ("MistralConfig", {"sliding_window": 4096}),
-    ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}),
-    ("Qwen3Config", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}),
+    # family, what its config says, the window of every layer
+    ("mistral", {"sliding_window": 4096}, (4096,) * 3),
+    ("mistral", {"sliding_window": None}, (None,) * 3),
+    ("mixtral", {"sliding_window": 64}, (64,) * 3),
+    ("qwen3_moe", {"sliding_window": 64, "use_sliding_window": True}, (64,) * 3),
+    ("qwen3_moe", {"sliding_window": 64, "use_sliding_window": False}, (None,) * 3),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 1}, (None, 128, 128)),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 2}, (None, None, 128)),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 128, "max_window_layers": 3}, (None,) * 3),
+    ("qwen3", {"use_sliding_window": False, "sliding_window": 128}, (None,) * 3),
+    ("gemma2", {"sliding_window": 32}, (32, None, 32)),
+    ("gpt_oss", {"sliding_window": 32, "layer_types": ["full_attention"] * 3}, (None,) * 3),
 ]
 
 
-@pytest.mark.parametrize("config, changes", WINDOWED, ids=lambda x: x if isinstance(x, str) else "")
-def test_sliding_windows_are_refused(config, changes):
-    with pytest.raises(UnsupportedError, match="sliding-window attention"):
-        ModelSpec.from_config(make(config, **SHAPE, **changes))
+@pytest.mark.parametrize("family, changes, windows", WINDOWED, ids=lambda x: x if isinstance(x, str) else "")
+def test_every_layer_has_the_window_that_its_family_gives_it(family, changes, windows):
+    assert ModelSpec.from_config(supported(family, **changes)).windows == windows
+
+
+def test_gemma_3_has_a_layer_that_sees_all_after_five_with_a_window():
+    spec = ModelSpec.from_config(supported("gemma3_text", num_hidden_layers=8))
+    assert spec.windows == (128, 128, 128, 128, 128, None, 128, 128)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    assert ModelSpec.from_config(supported("gemma3_text", layer_types=kinds)).windows == (None, 128, None)
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [(family, changes) for family, changes, _ in WINDOWED if changes.get("sliding_window") is not None]
+    + [("gemma3_text", {"num_hidden_layers": 8})],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_windows_are_those_that_the_models_own_attention_modules_have(family, changes):
+    """The control of the table above: what Transformers passes to its attention function, layer by layer."""
+    name, extra = CLASSES[family]
+    config = getattr(transformers, name)(**{**SHAPE, **extra, **changes})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    spec = ModelSpec.from_config(config.to_dict())
+    attention = [layer.self_attn for layer in model.model.layers]
+    # Mistral's and Mixtral's modules ask their config at every call.
+    own = [getattr(a, "sliding_window", getattr(a.config, "sliding_window", None)) for a in attention]
+    assert spec.windows == tuple(own)
 
 
 def test_a_mistral_window_counts_whatever_its_layers_are_called():
-    data = make("MistralConfig", **SHAPE, sliding_window=128)
-    with pytest.raises(UnsupportedError, match="sliding-window attention"):
-        ModelSpec.from_config({**data, "layer_types": ["full_attention"] * 3})
+    data = {**supported("mistral", sliding_window=128), "layer_types": ["full_attention"] * 3}
+    assert ModelSpec.from_config(data).windows == (128,) * 3
 
 
-@pytest.mark.parametrize("config", ["Qwen2Config", "Qwen3Config"])
-def test_a_window_that_no_layer_uses_is_none(config):
-    ModelSpec.from_config(make(config, **SHAPE, sliding_window=128, use_sliding_window=False))
-    ModelSpec.from_config(make(config, **SHAPE, sliding_window=128, use_sliding_window=True, max_window_layers=3))
+@pytest.mark.parametrize(
+    "windows, widest", [((None,), None), ((4, None), None), ((4, 9, 4), 9), ((3,), 3), ((None, None), None)]
+)
+def test_the_widest_window_is_none_as_soon_as_one_layer_sees_all(windows, widest):
+    spec = replace(ModelSpec.from_config(supported("llama")), windows=windows)
+    assert spec.widest_window == widest
+
+
+def test_bidirectional_attention_is_refused():
+    data = supported("gemma3_text", use_bidirectional_attention=True)
+    with pytest.raises(UnsupportedError, match=r'"gemma3_text".*bidirectional attention'):
+        ModelSpec.from_config(data)
+
+
+def test_layers_of_other_kinds_are_refused_and_named():
+    data = {**supported("qwen3"), "layer_types": ["full_attention", "chunked_attention", "sliding_attention"]}
+    with pytest.raises(UnsupportedError, match="layers of chunked_attention"):
+        ModelSpec.from_config(data)
+    with pytest.raises(UnsupportedError, match="recurrent and hybrid"):
+        ModelSpec.from_config({**data, "layer_types": ["linear_attention"]})
 
 
 def test_quantized_weights_are_refused():
@@ -168,6 +296,7 @@ def test_rope_that_depends_on_the_length_of_a_step_is_refused():
     rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     with pytest.raises(UnsupportedError, match="longrope"):
         ModelSpec.from_config({**supported("llama"), "rope_parameters": rope})
+    ModelSpec.from_config({**supported("llama"), "rope_parameters": {**rope, "rope_type": "dynamic"}})
 
 
 def test_the_shipped_model_is_read_from_its_files():

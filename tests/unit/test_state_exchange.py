@@ -226,3 +226,99 @@ def test_places_that_do_not_divide_into_columns_are_refused():
         return True
 
     assert run_ranks(RankGrid(1, 4, 4), body) == [True] * 4
+
+
+# --- groups that mix KV heads: what is new goes to every rank that stores it ---
+
+# grid, the columns that bring the stored heads, the head that each column computes (copies repeat).
+MIXED = [
+    (RankGrid(2, 2, 4), (0, 1), (0, 1)),
+    (RankGrid(2, 1, 2), (0, 1), (0, 1)),
+    (RankGrid(3, 1, 3), (0, 2), (0, 0, 1)),
+    (RankGrid(3, 1, 3), (0, 1), (0, 1, 1)),
+    (RankGrid(3, 2, 6), (0, 2), (0, 0, 1)),
+    (RankGrid(3, 3, 9), (0, 1, 2), (0, 1, 2)),
+    (RankGrid(4, 1, 4), (0, 2), (0, 0, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("grid, kv_columns, heads", MIXED, ids=str)
+def test_new_keys_and_values_of_all_rows_have_the_heads_of_the_named_columns_in_order(
+    grid, kv_columns, heads, num_kv_heads
+):
+    g = torch.Generator().manual_seed(0)
+    rows, columns = grid.pcp_size * R, grid.tp_size
+    q = torch.randn(rows, columns * H, D, generator=g)
+    distinct = 1 + max(heads)
+    # Every distinct set of heads once; a column holds its own set.
+    k = torch.randn(distinct, rows, num_kv_heads, D, generator=g)
+    v = torch.randn(distinct, rows, num_kv_heads, D + 2, generator=g)
+
+    def body(topology):
+        comm = CountingComm(topology.dcp)
+        exchange = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32, kv_columns=kv_columns)
+        column, pcp_rank = divmod(comm.index, grid.pcp_size)
+        mine = slice(pcp_rank * R, (pcp_rank + 1) * R)
+        own_q = q[mine, column * H : (column + 1) * H]
+        own_kv = (k[heads[column], mine], v[heads[column], mine])
+        got_q, (got_k, got_v) = exchange.gather_qkv(own_q, own_kv)
+        alone = exchange.gather_qkv(own_q, own_kv[:1])[1]  # a latent is one part
+        return got_q, got_k, got_v, alone, comm.traffic
+
+    for got_q, got_k, got_v, alone, traffic in run_ranks(grid, body):
+        assert torch.equal(got_q, q)
+        assert torch.equal(got_k, torch.cat([k[heads[c]] for c in kv_columns], dim=1))
+        assert torch.equal(got_v, torch.cat([v[heads[c]] for c in kv_columns], dim=1))
+        assert len(alone) == 1 and torch.equal(alone[0], got_k)
+        assert traffic.num_all_gather == traffic.num_collectives == 2, "one for each of the two calls"
+
+
+def test_columns_in_another_order_would_be_seen():
+    """Negative control: heads of two columns swapped pass a test that looks at shapes."""
+    k = torch.randn(2, 2 * R, 1, D, generator=torch.Generator().manual_seed(0))
+
+    def body(topology):
+        exchange = StateExchange(topology.dcp, pcp_size=2, wire_dtype=torch.float32, kv_columns=(1, 0))
+        column, pcp_rank = divmod(topology.dcp.index, 2)
+        own = k[column, pcp_rank * R : (pcp_rank + 1) * R]
+        return exchange.gather_qkv(own, (own,))[1][0]
+
+    for got in run_ranks(RankGrid(2, 2, 4), body):
+        assert not torch.equal(got, torch.cat([k[0], k[1]], dim=1))
+        assert torch.equal(got, torch.cat([k[1], k[0]], dim=1))
+
+
+@pytest.mark.parametrize("state_return", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("grid", [RankGrid(2, 2, 4), RankGrid(3, 1, 3)], ids=str)
+def test_mixed_groups_return_states_as_others_do(grid, state_return):
+    """Whose KV heads were met makes no difference to where a row and query head belong."""
+    world = World(grid, grid.dcp_size, grid.pcp_size)
+
+    def body(topology):
+        comm = topology.dcp
+        exchange = StateExchange(
+            comm,
+            pcp_size=grid.pcp_size,
+            wire_dtype=torch.float32,
+            state_return=state_return,
+            kv_columns=range(grid.tp_size),
+        )
+        return comm.index, exchange.return_partials((world.out[comm.index], world.lse[comm.index]), H)
+
+    for place, got in run_ranks(grid, body):
+        assert_merged(world, got, place)
+
+
+def test_new_keys_that_every_rank_has_already_are_not_sent():
+    """pcp=1 and one set of heads: of q, k and v only q travels."""
+    q, k = torch.randn(R, H, D), torch.randn(R, K, D)
+
+    def body(topology):
+        comm = CountingComm(topology.dcp)
+        exchange = StateExchange(comm, pcp_size=1, wire_dtype=torch.float32)
+        _, new = exchange.gather_qkv(q, (k, k))
+        assert new[0] is k and new[1] is k
+        return comm.traffic.received_bytes
+
+    assert run_ranks(RankGrid(4, 1, 2), body) == [q.numel() * 4] * 4

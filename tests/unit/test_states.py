@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpinfer.ops.attention import dense_attention
-from cpinfer.ops.states import merge_states, pack_states, unpack_states
+from cpinfer.ops.states import count_sinks, merge_states, pack_states, unpack_states
 
 T, H, D = 5, 3, 8
 TOLERANCE = 1e-12  # of float64 states
@@ -202,3 +202,59 @@ def test_no_rows_pack_and_unpack_to_no_rows():
 def test_an_lse_that_is_not_float32_is_refused(dtype):
     with pytest.raises(ValueError, match="float32 was wanted"):
         pack_states(torch.zeros(T, H, D), torch.zeros(T, H, dtype=dtype), torch.bfloat16)
+
+
+# --- sinks ---
+
+SINKS = torch.tensor([-2.0, 1.0, 9.0], dtype=torch.float64)
+
+
+def sink_state(sinks=SINKS):
+    return torch.zeros(T, H, D, dtype=torch.float64), sinks.expand(T, H)
+
+
+def test_a_sink_counts_as_one_more_key_without_a_value():
+    [state], _ = parts([0, 20])
+    for sinks in (SINKS, SINKS - 30, SINKS + 30, torch.full_like(SINKS, -torch.inf)):
+        merged, _ = merge_states([state, sink_state(sinks)])
+        assert float((count_sinks(*state, sinks) - merged).abs().max()) < TOLERANCE
+
+
+def test_sinks_are_the_softmax_over_keys_and_one_logit_more():
+    """Straight from the definition: append the sink's logit, drop its column."""
+    q, k, v = peaked(12)
+    logits = torch.einsum("thd,shd->ths", q, k) / math.sqrt(D)
+    weights = torch.softmax(torch.cat([logits, SINKS[None, :, None].expand(T, H, 1)], dim=-1), dim=-1)[..., :-1]
+    want = torch.einsum("ths,shd->thd", weights, v)
+    assert float((count_sinks(*state_of(q, k, v), SINKS) - want).abs().max()) < TOLERANCE
+
+
+def test_a_sink_counted_once_per_shard_is_seen():
+    """The control: it belongs after the last merge."""
+    states, whole = parts([0, 7, 20])
+    once = count_sinks(*whole, SINKS)
+    twice = merge_states([(count_sinks(out, lse, SINKS), lse) for out, lse in states])[0]
+    after = count_sinks(*merge_states(states), SINKS)
+    assert float((after - once).abs().max()) < TOLERANCE
+    assert float((twice - once).abs().max()) > 1e-3
+
+
+def test_sinks_of_rows_without_keys_give_zeros():
+    for sinks in (SINKS, torch.full_like(SINKS, 80.0), torch.full_like(SINKS, -80.0)):
+        assert torch.equal(count_sinks(*empty_state(), sinks), empty_state()[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sinks_of_any_dtype_keep_the_dtype_of_the_output(dtype):
+    [(out, lse)], _ = parts([0, 20])
+    exact = count_sinks(out, lse, SINKS)
+    got = count_sinks(out.to(dtype), lse.float(), SINKS.to(dtype))
+    assert got.dtype == dtype and got.shape == (T, H, D)
+    assert float((got.double() - exact).abs().max()) < (3e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_nan_comes_through_sinks():
+    [(out, lse)], _ = parts([0, 20])
+    lse[1, 2] = torch.nan
+    got = count_sinks(out, lse, SINKS)
+    assert got[1, 2].isnan().all() and got[0].isfinite().all()

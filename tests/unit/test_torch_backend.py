@@ -10,6 +10,7 @@ from cpinfer.backends.base import make_backend
 from cpinfer.backends.torch_backend import MIN_RUN_TOKENS, TorchBackend
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
+from cpinfer.ops import attention
 from cpinfer.ops.attention import dense_attention
 
 CPU = torch.device("cpu")
@@ -44,7 +45,7 @@ def queries(num, dtype=torch.float64, seed=1):
     return torch.randn(num, H, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def oracle(rows, q, keys, values):
+def oracle(rows, q, keys, values, soft_cap=None):
     """Row by row: gather the keys slot by slot, then the definition of attention."""
     outs, lses, start = [], [], 0
     for row, q_len in enumerate(rows.q_lens.tolist()):
@@ -52,7 +53,13 @@ def oracle(rows, q, keys, values):
             continue
         slots = torch.from_numpy(rows.slots(row))
         out, lse = dense_attention(
-            q[start : start + q_len], keys[slots], values[slots], scale=SCALE, causal=rows.causal
+            q[start : start + q_len],
+            keys[slots],
+            values[slots],
+            scale=SCALE,
+            causal=rows.causal,
+            window=rows.window,
+            soft_cap=soft_cap,
         )
         outs.append(out)
         lses.append(lse)
@@ -60,14 +67,14 @@ def oracle(rows, q, keys, values):
     return torch.cat(outs), torch.cat(lses)
 
 
-def check(rows, num_slots, tolerance=TOLERANCE):
+def check(rows, num_slots, tolerance=TOLERANCE, soft_cap=None):
     """Equal to the oracle, also when every slot outside of the planned keys holds NaN."""
     keys, values = make_store(num_slots)
     q = queries(rows.num_queries)
-    want = oracle(rows, q, keys, values)
+    want = oracle(rows, q, keys, values, soft_cap)
     unseen = np.setdiff1d(np.arange(num_slots), np.concatenate([rows.slots(i) for i in range(rows.num_rows)]))
     keys[unseen], values[unseen] = torch.nan, torch.nan
-    out, lse = TorchBackend(CPU).plan(rows).run(q, keys, values, scale=SCALE)
+    out, lse = TorchBackend(CPU).plan(rows).run(q, keys, values, scale=SCALE, soft_cap=soft_cap)
     torch.testing.assert_close(out, want[0], atol=tolerance, rtol=0)
     torch.testing.assert_close(lse, want[1], atol=tolerance, rtol=0)
 
@@ -126,6 +133,80 @@ def test_rows_of_all_kinds_stand_side_by_side(causal):
     for empty in (slice(4, 7), slice(9, 11)):
         assert (out[empty] == 0).all() and (lse[empty] == -torch.inf).all()
     assert lse[:4].isfinite().all() and lse[7:9].isfinite().all()
+
+
+@pytest.mark.parametrize("window", [1, 3, 5, 16, 100])
+@pytest.mark.parametrize("kind", ["contiguous", "fragmented", "descending", "permuted"])
+def test_any_block_table_under_a_window_equals_the_plain_sequence(kind, window, monkeypatch):
+    """What no query sees may be NaN: `within` has taken it away."""
+    monkeypatch.setattr(attention, "MIN_WINDOW_TILE", 3)
+    monkeypatch.setattr(attention, "MAX_WINDOW_TILE", 7)
+    for block_size in (1, 4, 16):
+        for kv_len, q_len in ((1, 1), (37, 1), (37, 8), (37, 37), (48, 5)):
+            num_blocks = -(-kv_len // block_size)
+            pool = 3 * num_blocks + 8
+            table = tables_of(kind, num_blocks, pool)
+            rows = make_rows([q_len], [(0, kv_len)], [table], block_size, True).within(window)
+            check(rows, pool * block_size)
+
+
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 4)])
+def test_soft_caps_hold_for_any_rows(causal, window):
+    tables = [[2, 3, 4], [], [9, 7, 11], [1], [20, 21]]
+    rows = make_rows([4, 3, 1, 1, 2], [(0, 12), (0, 0), (2, 11), (0, 1), (3, 8)], tables, 4, causal)
+    check(rows if window is None else rows.within(window), 96, soft_cap=2.0)
+
+
+def test_rows_under_a_window_stand_beside_rows_without_keys():
+    tables = [[2, 3, 4], [], [9, 7, 11], [1], [20, 21]]
+    rows = make_rows([4, 3, 1, 1, 2], [(0, 12), (0, 0), (2, 11), (0, 1), (3, 8)], tables, 4, True).within(3)
+    check(rows, 96)
+    out, lse = TorchBackend(CPU).plan(rows).run(queries(11), *make_store(96), scale=SCALE)
+    assert (out[4:7] == 0).all() and (lse[4:7] == -torch.inf).all() and lse[7:].isfinite().all()
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 4)])
+@pytest.mark.parametrize("kind", ["contiguous", "permuted"])
+def test_values_that_are_a_prefix_of_keys_equal_values_of_their_own(kind, causal, window, soft_cap):
+    """As latents are cached: one head for all queries, of which the values are the first columns."""
+    keys = make_store(96)[0][:, :1]
+    q = queries(6)
+    rows = make_rows([5, 1], [(0, 37), (2, 9)], [tables_of(kind, 10, 24), [23, 1, 2]], 4, causal)
+    rows = rows if window is None else rows.within(window)
+    run = TorchBackend(CPU).plan(rows).run
+    got = [x.clone() for x in run(q, keys, keys[..., :V], scale=SCALE, soft_cap=soft_cap)]
+    want = run(q, keys, keys[..., :V].clone(), scale=SCALE, soft_cap=soft_cap)
+    torch.testing.assert_close(tuple(got), tuple(want), atol=TOLERANCE, rtol=0)
+
+
+def test_scattered_keys_are_copied_once_where_values_are_part_of_them():
+    keys = make_store(160)[0][:, :1]
+    rows = make_rows([1], [(0, 40)], [tables_of("permuted", 10, 40)], 4, False)
+
+    def copies(values):
+        with torch.profiler.profile() as profile:
+            TorchBackend(CPU).plan(rows).run(queries(1), keys, values, scale=SCALE)
+        return sum(event.count for event in profile.key_averages() if event.key == "aten::index_select")
+
+    assert copies(keys[..., :V]) == 1
+    assert copies(keys[..., :V].clone()) == 2
+
+
+def test_results_are_valid_until_the_plan_runs_again_and_rows_without_keys_stay_empty():
+    """Layers share one place for results; what is empty in the plan is empty in every layer."""
+    rows = make_rows([2, 1, 1], [(0, 12), (0, 0), (0, 5)], [[2, 3, 4], [], [9, 7]], 4, True)
+    plan, (keys, values) = TorchBackend(CPU).plan(rows), make_store(64)
+    first = plan.run(queries(4), keys, values, scale=SCALE)
+    kept = [x.clone() for x in first]
+    second = plan.run(queries(4, seed=9), keys, values, scale=SCALE)
+    assert second[0].data_ptr() == first[0].data_ptr() and not torch.equal(first[0], kept[0])
+    for out, lse in (kept, second):
+        assert (out[2] == 0).all() and (lse[2] == -torch.inf).all()
+    # Layers of another width do not disturb each other.
+    narrow = plan.run(queries(4), keys, values[..., :3], scale=SCALE)
+    assert narrow[0].shape == (4, H, 3)
+    torch.testing.assert_close(narrow[0], kept[0][..., :3], atol=TOLERANCE, rtol=0)
 
 
 def test_rows_that_share_blocks_see_the_same_keys():

@@ -1,0 +1,130 @@
+"""Routers see every real token once, and nothing else: no dummy row, no padding."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+import cpinfer
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import Config
+from cpinfer.layout.grid import RankGrid
+from cpinfer.models import runner
+from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
+from tiny_models import FAMILIES, make_model, prompts_of
+
+EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 2, "deepseek_v2": 1, "deepseek_v3": 1}  # layers that have them
+# Three running rows over two ranks: one of them has a padding row in every decode step. The first prompt leaves a rank
+# without tokens, and so does the last row that runs alone.
+PROMPTS = prompts_of((1, 20, 7), vocab_size=128)
+NEW_TOKENS = (3, 3, 6)
+GRID = RankGrid(1, 2, 2)
+
+
+def routed(family, grid=GRID, **config):
+    """(tokens that the routers of all ranks and layers saw, tokens that a rollout computes in them)."""
+    model = make_model(FAMILIES[family])
+    parsed = Config(
+        dtype="float32",
+        kv_cache_gib=0.001,
+        block_size=4,
+        prefill_context_parallel_size=grid.pcp_size,
+        decode_context_parallel_size=grid.dcp_size,
+        **config,
+    )
+
+    def body(topology):
+        own, seen = copy.deepcopy(model), Counter()
+        for layer in own.model.layers:
+            router = getattr(layer.mlp, "router", None) or getattr(layer.mlp, "gate", None)
+            if is_mixture_of_experts(layer.mlp):
+                router.register_forward_hook(lambda _, args, out: seen.update(tokens=args[0].numel() // 64, calls=1))
+        with cpinfer.attach(own, topology, parsed) as engine:
+            for prompts, n in ((PROMPTS[:1], NEW_TOKENS[0]), (PROMPTS, NEW_TOKENS[1]), (PROMPTS[2:], NEW_TOKENS[2])):
+                engine.generate(prompts, cpinfer.SamplingParams(temperature=0, max_new_tokens=n))
+        return seen
+
+    computed = sum(
+        len(prompt) + n - 1  # the last token that is sampled is not computed
+        for prompts, n in ((PROMPTS[:1], NEW_TOKENS[0]), (PROMPTS, NEW_TOKENS[1]), (PROMPTS[2:], NEW_TOKENS[2]))
+        for prompt in prompts
+    )
+    return [seen["tokens"] for seen in run_ranks(grid, body)], computed * EXPERTS[family]
+
+
+PLAIN = {"enable_prefix_caching": False}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_routers_of_two_ranks_see_exactly_the_tokens_that_a_rollout_computes(family):
+    seen, computed = routed(family, **PLAIN)
+    assert sum(seen) == computed
+    assert all(seen), "both ranks had work"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("grid", [RankGrid(), RankGrid(1, 2, 1), RankGrid(1, 3, 3)], ids=str)
+def test_the_same_on_one_rank_with_homes_and_in_chunks(family, grid):
+    seen, computed = routed(family, grid, **PLAIN, max_num_batched_tokens=8)
+    assert sum(seen) == computed
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
+def test_without_real_rows_dummies_and_padding_are_counted(family, monkeypatch):
+    """Negative control."""
+    monkeypatch.setattr(runner, "is_mixture_of_experts", lambda module: False)
+    seen, computed = routed(family, **PLAIN)
+    assert sum(seen) > computed
+
+
+def test_experts_are_told_by_what_blocks_are_made_of():
+    for family, config in FAMILIES.items():
+        found = [name for name, m in make_model(config).named_modules() if is_mixture_of_experts(m)]
+        assert len(found) == EXPERTS.get(family, 0)
+        assert all(name.endswith(".mlp") for name in found)
+
+
+# --- the forward by itself ---
+
+
+class Block(nn.Module):
+    """Doubles its rows, and remembers which it was given; with a `router` it returns scores as well."""
+
+    def __init__(self, returns_scores):
+        super().__init__()
+        self.given = []
+        if returns_scores:
+            self.router = nn.Identity()
+
+    def run(self, x):
+        self.given.append(x)
+        return (2 * x, x[0, :, :1]) if hasattr(self, "router") else 2 * x
+
+
+def forward(count, num_rows, returns_scores):
+    block, real_rows = Block(returns_scores), RealRows()
+    real_rows.count = count
+    x = torch.arange(1.0, 1 + num_rows * 3).reshape(1, num_rows, 3)
+    found = real_rows.forward(block, block.run, x)
+    out, scores = found if returns_scores else (found, None)
+    return x, out, scores, block.given
+
+
+@pytest.mark.parametrize("returns_scores", [False, True])
+@pytest.mark.parametrize("count, num_rows", [(0, 1), (1, 1), (1, 3), (2, 3), (3, 3)])
+def test_real_rows_go_through_the_block_and_the_rest_are_zeros(count, num_rows, returns_scores):
+    x, out, scores, given = forward(count, num_rows, returns_scores)
+    assert out.shape == x.shape and out.dtype == x.dtype
+    assert torch.equal(out[:, :count], 2 * x[:, :count]) and (out[:, count:] == 0).all()
+    assert [len(rows[0]) for rows in given] == ([count] if count else [])
+    if returns_scores and count:
+        assert torch.equal(scores, x[0, :count, :1])
+    if returns_scores and not count:
+        assert scores is None
+
+
+def test_a_step_without_padding_is_the_blocks_own_call():
+    x, _, _, given = forward(3, 3, False)
+    assert given[0].data_ptr() == x.data_ptr()
