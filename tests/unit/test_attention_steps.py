@@ -24,7 +24,7 @@ LENGTHS = (11, 5)
 TABLES = [[3, 1, 6, 0], [5, 2, 4, 7]]
 BLOCK_SIZE = 3
 
-# grid, query heads, KV heads: one column, columns with copies of a head, and groups that mix heads, unevenly in the last.
+# grid, query heads, KV heads: one column, columns with copies of a head, groups that mix heads (unevenly in the last).
 LAYOUTS = [
     (RankGrid(), 4, 2),
     (RankGrid(1, 2, 2), 4, 2),
