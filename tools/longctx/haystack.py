@@ -120,7 +120,8 @@ def hide(units: Sequence[str], needles: Sequence[tuple[float, str]]) -> list[str
     ['M', 'a', 'b', 'N', 'c', 'd']
     """
     hidden = list(units)
-    for depth, needle in reversed(sorted(needles, key=lambda found: found[0])):
+    deepest_last = sorted(needles, key=lambda found: found[0])
+    for depth, needle in reversed(deepest_last):
         hidden.insert(round(depth * len(units)), needle)
     return hidden
 

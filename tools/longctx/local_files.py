@@ -31,6 +31,7 @@ def read_task_file(
     """
     path = Path(path)
     lines = _read_lines(path)
+    metrics: tuple[str, ...]
     is_gsm8k = {"question", "answer"} <= lines[0][1].keys()
     try:
         if is_gsm8k:
@@ -76,7 +77,7 @@ def _read_lines(path: Path) -> list[Line]:
 
 def _question(number: int, line: Mapping[str, Any], tokenizer: Any) -> Question:
     references = line.get("references")
-    if not _is_texts(references):
+    if not isinstance(references, list) or not references or not all(isinstance(r, str) and r for r in references):
         raise UserError(f'line {number}: "references" is {json.dumps(references)[:60]}; a list of texts was wanted.')
     forms = [form for form in ("prompt", "messages") if form in line]
     if len(forms) != 1:
@@ -119,7 +120,3 @@ def _gsm8k(lines: Sequence[Line], num_shots: int) -> list[Question]:
         asked.append((question, answer, number_of))
     shots = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer, _ in asked[:num_shots])
     return [(f"{shots}Question: {question}\nAnswer:", (number_of,)) for question, _, number_of in asked[num_shots:]]
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) and text for text in value)
