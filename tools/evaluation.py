@@ -173,8 +173,8 @@ def score_table(summary: Mapping[str, Any]) -> str:
     >>> by_length = {"64": {"score": 1.0, "num_samples": 2}, "128": {"score": 0.5, "num_samples": 2}}
     >>> task = {"metric": "m", "score": 0.75, "stderr_over_seeds": 0.25, "by_length": by_length}
     >>> print(score_table({"tasks": {"vt": task}}))
-      task  metric  all              64     128
-      vt    m       0.750 +- 0.250   1.000  0.500
+      task  metric  all             64     128
+      vt    m       0.750 +- 0.250  1.000  0.500
     """
     tasks = summary["tasks"]
     lengths = sorted({int(length) for task in tasks.values() for length in task["by_length"]})

@@ -67,9 +67,10 @@ def fit(draft: Draft, tokenizer: Any, budget: int) -> tuple[str, tuple[int, ...]
         guess = num_units + max(1, int((budget - len(ids)) / per_unit))
         if too_many is not None and guess >= too_many:
             guess = too_many - 1
-    missing = budget - len(ids)
-    if missing:
-        text, ids = _filled(draft, num_units, missing, tokens, (text, ids))
+    # Filler brings a separator with it: where a single token is missing, it takes the place of the last unit too.
+    for kept in (num_units, num_units - 1):
+        if len(ids) < budget and kept >= 0:
+            text, ids = _filled(draft, kept, budget, tokens, (text, ids))
     if len(ids) < budget - SLACK_TOKENS:
         raise UserError(
             f"the tokenizer cannot hit {budget} tokens: it came to {len(ids)}, and at most {SLACK_TOKENS} fewer are "
@@ -81,12 +82,12 @@ def fit(draft: Draft, tokenizer: Any, budget: int) -> tuple[str, tuple[int, ...]
 def _filled(
     draft: Draft,
     num_units: int,
-    missing: int,
+    budget: int,
     tokens: Callable[[str], tuple[int, ...]],
     best: tuple[str, tuple[int, ...]],
 ) -> tuple[str, tuple[int, ...]]:
-    """The text with that beginning of the filler that adds `missing` tokens, or comes closest from below."""
-    budget = len(best[1]) + missing
+    """The text with that beginning of the filler that makes it `budget` tokens; `best`, or better, where none does."""
+    missing = budget - len(tokens(draft.render(num_units, "")))
     filler = draft.filler(num_units)
     for beginnings in (_by_piece(filler), _by_character(filler)):
         # Counted alone a beginning is cheap; at its place it may merge with its neighbours, which tries find out.

@@ -105,7 +105,7 @@ def common_words(rng: random.Random, length: int, num_common: int = 10) -> Draft
 
     def more(n: int) -> str:
         start = num_common * often + n * seldom + 1
-        return "".join(f" {start + i}. {word}" for i, word in enumerate(others[n : n + 3 * seldom]))
+        return "".join(f" {start + i}. {word}" for i, word in enumerate(others[n : n + 6 * seldom]))
 
     return Draft(render, more, tuple(common))
 
@@ -117,7 +117,8 @@ def frequent_words(rng: random.Random, length: int, alpha: float = 2.0) -> Draft
         word = "".join(rng.choices(string.ascii_lowercase, k=6))
         if word not in coded:
             coded.append(word)
-    zeta = sum(k**-alpha for k in range(1, 10**5)) + (10**5) ** (1 - alpha) / (alpha - 1)
+    # Riemann's zeta: a thousand terms, and the integral of the rest.
+    zeta = sum(k**-alpha for k in range(1, 1000)) + 999.5 ** (1 - alpha) / (alpha - 1)
     order = rng.random()
 
     def render(n: int, filler: str) -> str:
