@@ -101,6 +101,35 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    """What `tools/eval_longctx.py` asks a model."""
+
+    tasks: tuple[str, ...] = _key("long-context tasks, made from a seed; all of them when empty", ())
+    task_file: str | None = _key("questions, JSON Lines (relative to the config file), instead of `tasks`", None)
+    lengths: tuple[int, ...] = _key("tokens of a prompt and its answer together", (4096,))
+    num_samples: int | None = _key("samples per task and length; default: 10, or all of a file", None)
+    depths: tuple[float, ...] = _key(
+        "where the needle lies, as shares of the haystack; samples take them in turn", (0.0, 0.25, 0.5, 0.75, 1.0)
+    )
+    seeds: tuple[int, ...] = _key("sampling seeds: each is one run over all samples", (0,))
+    num_shots: int = _key("examples before each question of a gsm8k file, from its first lines", 5)
+
+    def __post_init__(self) -> None:
+        _check(not (self.tasks and self.task_file), "task_file", self.task_file, "left out where `tasks` are named")
+        ok = bool(self.lengths) and all(length >= 1 for length in self.lengths)
+        _check(ok, "lengths", self.lengths, "one or more, each at least 1")
+        _check(self.num_samples is None or self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
+        ok = bool(self.depths) and all(0 <= depth <= 1 for depth in self.depths)
+        _check(ok, "depths", self.depths, "one or more, each in [0, 1]")
+        ok = bool(self.seeds) and all(0 <= seed < 2**64 for seed in self.seeds)
+        _check(ok, "seeds", self.seeds, "one or more, each in [0, 2**64)")
+        _check(self.num_shots >= 0, "num_shots", self.num_shots, "at least 0")
+        for name in ("tasks", "lengths", "depths", "seeds"):
+            values = getattr(self, name)
+            _check(len(set(values)) == len(values), name, values, "free of repetitions")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run needs to know. Sizes left null are worked out from the others and from the world."""
 
@@ -131,6 +160,7 @@ class Config:
     sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
     input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
+    evaluation: EvaluationConfig = _key("long-context evaluation", factory=EvaluationConfig)
     wandb: WandbConfig | None = _key("log the summary to W&B: an object with `project`, `name`, `group`, `mode`", None)
 
     def __post_init__(self) -> None:
@@ -176,8 +206,10 @@ _REFUSED_KEYS = {
 _ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1")}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Config:
     """Read a config file, apply `a.b=value` overrides (values in JSON, else text), resolve its relative paths.
+
+    `defaults`, plain data of a tool's own, stand where neither says anything.
 
     UserError, naming the file, for anything that cannot be read or understood.
     """
@@ -193,6 +225,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             raise UserError(f"the file holds a {type(data).__name__}, an object with config keys was wanted.")
         for override in overrides:
             _apply_override(data, override)
+        data = _over(defaults or {}, data)
         return _resolve_paths(parse_config(data), path.parent)
     except UserError as error:
         raise type(error)(f"config {path}: {error}") from error
@@ -225,6 +258,15 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     data[last] = value
 
 
+def _over(defaults: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """`data` with what `defaults` have beside it, at every depth."""
+    merged = {**defaults, **data}
+    for key in defaults.keys() & data.keys():
+        if isinstance(defaults[key], Mapping) and isinstance(data[key], Mapping):
+            merged[key] = _over(defaults[key], data[key])
+    return merged
+
+
 def _resolve_paths(config: Config, folder: Path) -> Config:
     def resolve(path: str | None) -> str | None:
         return None if path is None else str(folder / Path(path).expanduser())
@@ -233,7 +275,10 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     # A hub id looks like a relative path, so a name counts as a folder when there is one, or when it says so itself.
     if model is not None and ((folder / model).is_dir() or model.startswith((".", "/", "~"))):
         model = resolve(model)
-    return dataclasses.replace(config, model=model, input=resolve(config.input), output=resolve(config.output))
+    evaluation = dataclasses.replace(config.evaluation, task_file=resolve(config.evaluation.task_file))
+    return dataclasses.replace(
+        config, model=model, input=resolve(config.input), output=resolve(config.output), evaluation=evaluation
+    )
 
 
 def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:

@@ -41,72 +41,11 @@ from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Tokenizer
 
+from longctx.recall_text import DOES, EXCERPT, FILLER, NAMES, PAD, STOP, TEMPLATES, THINGS, filler_sentence, pieces
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def words(text: str) -> list[str]:
-    """The words of a literal list that reads like a text."""
-    return text.split()
-
-
-# A record reads "Remember: NAME DOES THINGS;". No word is in two of these lists, nor in the filler: each is followed by
-# one thing only within a prompt, which is what lets induction, blind beyond one token of context, retrieve it honestly.
-NAMES = words("""
-    Alice Amos Anna Basil Bella Boris Carla Cyrus Diana Dora Edgar Elsa Emil Esther Felix Flora Frank Gemma
-    Grace Gus Hanna Hector Helen Hugo Ida Igor Irene Ivan Jacob Jane Jonas Julia Karl Kate Klaus Laura Leo Linus
-    Lucy Maria Max Mila Nadia Nina Noah Olga Omar Oscar Paula Peter Petra Quinn Rita Robin Rosa Ruth Simon Sofia
-    Tess Tomas Ursula Victor Wanda Yara
-""")
-DOES = words("""
-    admires arranges balances borrows breaks brings builds buys carries carves catches cleans collects copies
-    counts covers designs draws drops fetches finds fixes folds forgets gathers gives guards hides holds
-    inspects invents keeps knows lends lifts likes loses makes measures mends moves needs offers opens owns
-    packs paints polishes prefers pulls pushes repairs sells sends sews shows sketches sorts steals studies
-    takes throws wants washes
-""")
-THINGS = words("""
-    anchors apples arrows baskets bells blankets boats books bottles boxes brushes buttons cakes candles carpets
-    chairs clocks coats coins compasses cups curtains dolls drums feathers flags flutes gloves hammers hats
-    helmets jars kettles keys kites ladders lamps lanterns letters maps masks mirrors nets paddles pearls
-    pencils pillows pipes plates ribbons ropes saddles shells shoes spoons stamps tables tents toys umbrellas
-    vases violins wagons watches
-""")
-FILLER = {
-    "adj": words("""
-        old quiet narrow distant pale golden silver wooden frozen gentle heavy empty broken hidden ancient
-        bright dark soft cold warm tall small wide deep lonely misty dusty green grey white red blue young
-        slow wild calm steep rough smooth hollow round hard thin thick strange famous northern southern
-        eastern western
-    """),
-    "noun": words("""
-        river bridge hill forest valley mountain village harbour garden meadow road path field stream lake
-        shore island tower castle church market mill barn orchard wall gate window door roof street square
-        station cliff cave desert moor marsh pond well fountain wind rain snow storm cloud moon sun fog tide
-        wave fire shadow light horse dog fox owl crow heron farmer sailor miller shepherd stranger baker
-        soldier teacher captain child goat cat wolf bear deer hawk crane swan tree oak willow boulder ferry
-    """),
-    "verb": words("""
-        ran rested waited turned drifted wandered stood slept fell rose moved climbed sank lingered passed
-        stopped settled leaned glowed faded trembled vanished returned hurried crept floated travelled
-        danced slipped circled walked sang listened shivered flickered hovered tumbled laughed hesitated
-        arrived
-    """),
-    "prep": words(
-        "past over under beside near behind beyond above below toward across along around through against inside"
-    ),
-    "adv": words("""
-        slowly quietly gently suddenly softly often again alone calmly still everywhere together
-    """),
-    "day": [str(n) for n in range(1, 105)],
-}
-TEMPLATES = (
-    "The {adj} {noun} {verb} {prep} the {adj} {noun}.",
-    "That {noun} {verb} {adv} {prep} the {noun}, and the {noun} {verb}.",
-    "On day {day} the {noun} {verb} {prep} another {adj} {noun}.",
-    "When the {noun} {verb}, another {adj} {noun} {verb} {adv}.",
-    "It was {adj} and {adj} {prep} the {noun}, but the {adj} {noun} {verb} there.",
-)
-EXCERPT, STOP, PAD = "...", ";", "<pad>"  # every prompt starts with EXCERPT
 VOCAB_SIZE = 768
 MIN_RECORDS, MAX_RECORDS = 4, 8
 RECORD_TOKENS, FRAME_TOKENS = 6, 4  # " Remember: NAME DOES THINGS;" and, around all of them, "..." with " Recall: NAME"
@@ -155,11 +94,6 @@ def make_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-def pieces(text: str) -> list[str]:
-    """Splits text into one string per token, each with its leading space."""
-    return re.findall(r" ?\w+|[.,:;]", text)
-
-
 def make_prompt(rng: random.Random, num_tokens: int, name: str) -> Prompt:
     """A prompt of exactly `num_tokens` tokens: records scattered over filler, one of them asked for at the end."""
     num_records = min(rng.randint(MIN_RECORDS, MAX_RECORDS), (num_tokens - FRAME_TOKENS) // RECORD_TOKENS)
@@ -169,9 +103,9 @@ def make_prompt(rng: random.Random, num_tokens: int, name: str) -> Prompt:
     room = num_tokens - FRAME_TOKENS - RECORD_TOKENS * num_records
     sentences: list[list[str]] = []
     while (missing := room - sum(map(len, sentences))) > 0:
-        template = rng.choice(TEMPLATES)
-        text = re.sub(r"\{(\w+)\}", lambda slot: rng.choice(FILLER[slot[1]]), template)
-        sentences.append(pieces(" " + text)[-missing:])  # the last one made may lose its head, to hit the length
+        sentences.append(
+            pieces(" " + filler_sentence(rng))[-missing:]
+        )  # the last one made may lose its head, to hit the length
     head = sentences.pop() if sentences else []  # comes first, after the dots of an excerpt
     for record in records:
         sentences.insert(rng.randint(0, len(sentences)), pieces(" Remember: {} {} {};".format(*record)))
@@ -286,7 +220,7 @@ def model_config(stop_id: int, pad_id: int) -> dict[str, Any]:
     }
 
 
-def write_model(output: Path, sharpness: float) -> None:
+def write_model(output: Path, sharpness: float, *, with_prompts: bool = True) -> None:
     """Writes weights, configs and tokenizer into `output`, the shipped prompts beside it; the same bytes every time."""
     output.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
@@ -314,6 +248,8 @@ def write_model(output: Path, sharpness: float) -> None:
     (output / "tokenizer.json").write_text(tokenizer.backend_tokenizer.to_str(pretty=True) + "\n", encoding="utf-8")
     weights = safetensors.torch.save(make_weights(sharpness), metadata={"format": "pt"})
     (output / "model.safetensors").write_bytes(weights)
+    if not with_prompts:
+        return
     lines = [json.dumps(asdict(prompt)) + "\n" for prompt in shipped_prompts()]
     output.with_name(output.name + "-prompts.jsonl").write_text("".join(lines), encoding="utf-8")
 
@@ -358,12 +294,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-prompts", type=int, default=500, help="fresh prompts for each length")
     parser.add_argument("--num-prompts-long", type=int, default=50, help="instead, for lengths over 8192")
     parser.add_argument("--eval-seed", type=int, default=1, help="0 is the shipped prompts' own, and is refused")
+    parser.add_argument("--skip-prompts", action="store_true", help="write the model alone: the prompts are there")
     parser.add_argument("--skip-eval", action="store_true")
     args = parser.parse_args(argv)
     if args.eval_seed == 0:
         parser.error("--eval-seed=0 made the shipped prompts; accuracy is measured on others, use any other seed")
 
-    write_model(args.output, args.sharpness)
+    write_model(args.output, args.sharpness, with_prompts=not args.skip_prompts)
     size_bytes = sum(path.stat().st_size for path in args.output.iterdir())
     print(f"wrote {args.output}: {size_bytes / 1e6:.2f} MB", file=sys.stderr)
     report: dict[str, Any] = {

@@ -14,34 +14,19 @@ import argparse
 import datetime
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
-import torch.distributed as dist
-import transformers
 from tqdm import tqdm
 
 import cpinfer
-from cpinfer.comm.bootstrap import (
-    Launch,
-    default_group,
-    first_complaint,
-    is_peer_loss,
-    share_from_first,
-    world_size_error,
-)
-from cpinfer.config import Config, config_to_dict, load_config
-from cpinfer.engine.attach import config_errors
-from cpinfer.engine.engine import affordable_pool
+from cpinfer.comm.bootstrap import Launch
+from cpinfer.config import Config, load_config
 from cpinfer.engine.metrics import SampleMetrics, format_summary, summarize
 from cpinfer.engine.output import (
     Existing,
@@ -58,18 +43,23 @@ from cpinfer.engine.output import (
 )
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.engine.scheduler import SchedulerStats, sum_stats
-from cpinfer.errors import EngineFaultError, UserError
-from cpinfer.layout.capacity import PoolSize
+from cpinfer.errors import UserError
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_model, load_spec, load_tokenizer
+from cpinfer.models.loading import load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
-
-EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
-# How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
-PEER_GRACE_S = 5.0
-
-Told = list[SampleMetrics]
+from job import (
+    EXIT_DONE,
+    Parser,
+    add_common_flags,
+    check_layout,
+    describe_run,
+    gather,
+    headline,
+    load,
+    pool_size,
+    run_tool,
+)
 
 
 @dataclass(frozen=True)
@@ -89,60 +79,21 @@ class Job:
     dry_run: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing: with many ranks only one should speak."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}. See --help.")
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_flags(parser)
     parser.add_argument("--input", metavar="FILE", help="prompts, JSON Lines; wins over the config")
-    parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
-    existing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--skip-bad-prompts", action="store_true", help="report bad lines of the input, run the rest")
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        launch = Launch.from_environ(os.environ)
-    except UserError as error:
-        print(f"rollout: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
-    try:
-        return run(launch, argv)
-    except SystemExit:  # --help
-        raise
-    except BaseException as error:
-        if launch.world_size == 1:
-            raise
-        _die(launch, error)
-
-
-def run(launch: Launch, argv: Sequence[str] | None) -> int:
-    job, complaint = _prepared(launch, argv)
-    with default_group(launch):
-        # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
-        complaint = first_complaint(launch, complaint)
-        if complaint is not None:
-            if launch.rank == 0:
-                print(f"rollout: {complaint}", file=sys.stderr, flush=True)
-            return EXIT_BAD_INPUT
-        assert job is not None, "without a complaint there is a job"
-        # Each rank has read its own clock for a default name; the first rank's is the one.
-        job = replace(job, output=Path(share_from_first(launch, str(job.output))))
-        return rollout(launch, job)
+    return run_tool(
+        "rollout",
+        lambda launch: prepare(launch, parse_args(argv)),
+        rollout,
+        lambda job, output: replace(job, output=output),
+    )
 
 
 def prepare(launch: Launch, args: argparse.Namespace) -> Job:
@@ -154,14 +105,11 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
     spec = load_spec(config.model)
-    errors = config_errors(spec, config, config.data_parallel_size or 1)
-    if errors:
-        raise UserError(f"config {args.config}: " + " ".join(errors))
-    grid = _grid(launch, config)
+    grid = check_layout(launch, config, spec, args.config)
     tokenizer = load_tokenizer(config.model)
     if config.sampling.stop and tokenizer is None:
         raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
-    pool = _pool(spec, grid, config, launch.device)
+    pool = pool_size(spec, grid, config, launch.device)
     inputs, complaints = read_input(
         config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
     )
@@ -190,20 +138,21 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     )
 
 
-def _pool(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:
-    """The KV pool of the rank that stores the most heads."""
-    return affordable_pool(spec, spec.heads(grid.tp_size).max_stored_heads(grid), config, config.dtype, device)
-
-
 def rollout(launch: Launch, job: Job) -> int:
     """Load, generate, write. Collective over all ranks."""
     is_first = launch.rank == 0
     if is_first:
-        print(_headline(job), draw_grid(job.grid, job.spec.heads(job.grid.tp_size)), sep="\n\n", file=sys.stderr)
+        what = f"{len(job.inputs)} prompts x {job.config.sampling.n}"
+        print(
+            headline(job.config, job.grid, what, job.output),
+            draw_grid(job.grid, job.spec.heads(job.grid.tp_size)),
+            sep="\n\n",
+            file=sys.stderr,
+        )
         for complaint in job.skipped:
             print(f"rollout: skipped: {complaint}", file=sys.stderr)
     if job.dry_run:
-        pool = _pool(job.spec, job.grid, job.config, launch.device)
+        pool = pool_size(job.spec, job.grid, job.config, launch.device)
         checked = {"num_prompts": len(job.inputs), "kv_capacity_tokens": pool.capacity_tokens}
         if is_first:
             print(json.dumps({"dry_run": True, **checked, "layout": job.meta["layout"]}), flush=True)
@@ -211,14 +160,14 @@ def rollout(launch: Launch, job: Job) -> int:
     if is_first:
         open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
-        model, topology = _load(launch, job)
+        model, topology = load(launch, job.config, job.grid)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
         samples = _generate(engine, topology, job)
         wall_s = time.perf_counter() - start_s
         # Ranks of one replica hold the same; its writer speaks for it.
-        told = _gather(launch, (samples, engine.stats) if topology.is_writer else ([], SchedulerStats()))
+        told = gather(launch, (samples, engine.stats) if topology.is_writer else ([], SchedulerStats()))
         capacity = engine.kv_capacity_tokens
     summary = {
         **summarize([sample for part, _ in told for sample in part], len(job.inputs), wall_s),
@@ -239,61 +188,6 @@ def rollout(launch: Launch, job: Job) -> int:
         print(format_summary(summary), file=sys.stderr, flush=True)
         print(json.dumps(summary), flush=True)
     return EXIT_DONE
-
-
-def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, Any]:
-    """What OUTPUT.meta.json says: everything needed to make the output again."""
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions["transformers"] = transformers.__version__
-    if config.tp_size > 1 and config.tensor_parallel.provider == "autotp":
-        import deepspeed
-
-        versions["deepspeed"] = deepspeed.__version__
-    sizes = {"tp": grid.tp_size, "pcp": grid.pcp_size, "dcp": grid.dcp_size, "dp": grid.dp_size}
-    device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else platform.machine()
-    return {
-        "config": config_to_dict(config),
-        "versions": versions,
-        "git_revision": _git_revision(),
-        "layout": {**sizes, "world_size": grid.world_size},
-        "device": device,
-    }
-
-
-def _prepared(launch: Launch, argv: Sequence[str] | None) -> tuple[Job | None, str | None]:
-    """A job, or the complaint that keeps it from being one."""
-    try:
-        return prepare(launch, parse_args(argv)), None
-    except UserError as error:
-        return None, str(error)
-
-
-def _grid(launch: Launch, config: Config) -> RankGrid:
-    per_replica = config.tp_size * config.pcp_size
-    dp_is_free = config.data_parallel_size is None
-    grid_size = per_replica * (config.data_parallel_size or 1)
-    error = world_size_error(launch.world_size, grid_size, dp_is_free)
-    if error:
-        raise UserError(error)
-    return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, launch.world_size // per_replica)
-
-
-def _load(launch: Launch, job: Job) -> tuple[Any, cpinfer.Topology]:
-    """The model and the topology around it: the provider shards the weights when there is tensor parallelism."""
-    assert job.config.model is not None
-    dtype = getattr(torch, job.config.dtype)
-    if job.grid.tp_size == 1:
-        model = load_model(job.config.model, dtype).to(launch.device)
-        return model, cpinfer.Topology.from_world(job.grid)
-    if job.config.tensor_parallel.provider == "transformers":
-        from cpinfer_integrations import transformers as by_transformers
-
-        sharded = by_transformers.launch_inference(job.config.model, job.grid, dtype=dtype)
-        return sharded.module, sharded.topology
-    from cpinfer_integrations.deepspeed import launch_inference
-
-    launched = launch_inference(load_model(job.config.model, dtype), job.grid, dtype=dtype)
-    return launched.module, launched.topology
 
 
 def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> list[SampleMetrics]:
@@ -317,48 +211,6 @@ def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> l
             samples.append(SampleMetrics.of(result, answers[result.prompt_index]))
             bar.update()
     return samples
-
-
-def _gather(launch: Launch, told: tuple[Told, SchedulerStats]) -> list[tuple[Told, SchedulerStats]]:
-    """What each rank tells, in rank order. Collective."""
-    if launch.world_size == 1:
-        return [told]
-    all_told = [told] * launch.world_size
-    dist.all_gather_object(all_told, told)
-    return all_told
-
-
-def _headline(job: Job) -> str:
-    grid = job.grid
-    return (
-        f"{job.config.model} ({job.config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
-        f"dcp={grid.dcp_size} dp={grid.dp_size}; {len(job.inputs)} prompts x {job.config.sampling.n} -> {job.output}\n"
-        "rank: query heads / stored KV heads / KV shard / prefill part"
-    )
-
-
-def _git_revision() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _die(launch: Launch, error: BaseException) -> NoReturn:
-    """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
-    if isinstance(error, EngineFaultError):  # every rank has found the same
-        if launch.rank == 0:
-            print(f"rollout: {error}", file=sys.stderr, flush=True)
-        time.sleep(PEER_GRACE_S if launch.rank else 0)
-    elif is_peer_loss(error):
-        time.sleep(PEER_GRACE_S)
-        print(f"rollout: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
-    else:
-        print(f"rollout: rank {launch.rank} failed", file=sys.stderr)
-        traceback.print_exception(error)
-        sys.stderr.flush()
-    os._exit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":

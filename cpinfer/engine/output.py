@@ -12,17 +12,25 @@ import dataclasses
 import datetime
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain, count
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, TextIO, TypeVar
 
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
 
 Existing = Literal["refuse", "resume", "overwrite"]
 SampleKey = tuple[int, int]
+Key = TypeVar("Key", bound=Hashable)
+# What must be the same in a run and in the one it continues.
+ROLLOUT_MUST_AGREE = ("model", "dtype", "sampling", "input")
+
+
+def rollout_key(line: Mapping[str, Any]) -> SampleKey:
+    """What tells one line of a rollout from the others."""
+    return int(line["prompt_index"]), int(line["sample_index"])
 
 
 def default_output(config_path: str | Path, now: datetime.datetime) -> Path:
@@ -44,20 +52,26 @@ def check_output(path: Path, existing: Existing) -> None:
         raise UserError(f"output {path} cannot be written: no write access to {target}.")
 
 
-def read_finished(path: Path, meta: Mapping[str, Any]) -> frozenset[SampleKey]:
+def read_finished(
+    path: Path,
+    meta: Mapping[str, Any],
+    key_of: Callable[[Mapping[str, Any]], Key] = rollout_key,  # type: ignore[assignment]
+    must_agree: Sequence[str] = ROLLOUT_MUST_AGREE,
+) -> frozenset[Key]:
     """The samples that an earlier run left in `path` and its dp parts; none when there was no run. Touches nothing.
 
-    UserError when that run was another one (`meta` is this run's): its results must not be mixed with these.
+    `key_of` reads a line's key; ValueError, KeyError or TypeError say that it is no such line. UserError when that run
+    was another one (`meta` is this run's): its results must not be mixed with these.
     """
     if meta_path(path).exists():
         before = read_meta(path)["config"]
-        for key in ("model", "dtype", "sampling", "input"):
+        for key in must_agree:
             if before.get(key) != meta["config"].get(key):
                 raise UserError(
                     f"output {path} was made with {key}={json.dumps(before.get(key))}, this run has "
                     f"{json.dumps(meta['config'].get(key))}. Use the same, another --output, or --overwrite."
                 )
-    return frozenset(key for part in (path, *part_paths(path)) if part.exists() for key in _read_keys(part))
+    return frozenset(key for part in (path, *part_paths(path)) if part.exists() for key in _read_keys(part, key_of))
 
 
 def open_output(path: Path, existing: Existing, meta: Mapping[str, Any]) -> None:
@@ -82,11 +96,11 @@ def part_paths(path: Path) -> list[Path]:
     return sorted(p for p in path.parent.glob(f"{path.name}.dp*") if p.suffix[3:].isdigit())
 
 
-def join_parts(path: Path) -> None:
+def join_parts(path: Path, key_of: Callable[[Mapping[str, Any]], Hashable] = rollout_key) -> None:
     """Append the parts of other dp replicas to the results file, and remove them. Done twice, it adds nothing twice."""
     for part in part_paths(path):
-        there = set(_read_keys(path)) if path.exists() else set()
-        lines = zip(_read_keys(part), _whole_lines(part).splitlines(keepends=True), strict=True)
+        there = set(_read_keys(path, key_of)) if path.exists() else set()
+        lines = zip(_read_keys(part, key_of), _whole_lines(part).splitlines(keepends=True), strict=True)
         with path.open("ab") as out:
             out.writelines(line for key, line in lines if key not in there)
         part.unlink()
@@ -126,9 +140,13 @@ class ResultWriter:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, result: RolloutResult) -> None:
+        """A line with the fields of a result."""
         line = dataclasses.asdict(result)
         if result.top_logprobs is None:
             del line["top_logprobs"]
+        self.write_line(line)
+
+    def write_line(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
@@ -147,9 +165,8 @@ def _whole_lines(path: Path) -> bytes:
     return data[: data.rfind(b"\n") + 1]
 
 
-def _read_keys(path: Path) -> list[SampleKey]:
+def _read_keys(path: Path, key_of: Callable[[Mapping[str, Any]], Key]) -> list[Key]:
     try:
-        lines = [json.loads(line) for line in _whole_lines(path).splitlines()]
-        return [(int(line["prompt_index"]), int(line["sample_index"])) for line in lines]
+        return [key_of(json.loads(line)) for line in _whole_lines(path).splitlines()]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"output {path} holds lines that are not results ({error}). Use another --output.") from error

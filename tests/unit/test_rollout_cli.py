@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import job
 import rollout
 from cpinfer.layout.grid import RankGrid
 
@@ -84,7 +85,7 @@ def no_loading(monkeypatch):
     def load_model(*args, **kwargs):
         raise AssertionError("a model is being loaded")
 
-    monkeypatch.setattr(rollout, "load_model", load_model)
+    monkeypatch.setattr(job, "load_model", load_model)
 
 
 def assert_refused(outcome, *words):

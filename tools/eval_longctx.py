@@ -1,0 +1,301 @@
+"""Long-context accuracy of a model in a layout: tasks x lengths x samples x seeds.
+
+    accelerate launch --multi_gpu --num_processes 4 tools/eval_longctx.py --config configs/eval_recall.json
+    torchrun --nproc-per-node 4 tools/eval_longctx.py --config F --tasks niah_single_1 vt --lengths 4k 16k
+    deepspeed --num_gpus 4 tools/eval_longctx.py --config F --task-file gsm8k.jsonl --seeds 0 1 2 3 4 \\
+        --set sampling.temperature=0.6
+
+Tasks are made from a seed with the model's own tokenizer, nothing is downloaded; a length counts the prompt and the
+tokens that may be generated. Each seed is one run over all samples; greedy unless the config sets a temperature.
+
+Bad config or input is found before any model is loaded (exit 2); any failure ends every rank (exit 1). Progress and a
+table go to stderr; the last line that rank 0 writes to stdout is the summary, one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import cpinfer
+from cpinfer.comm.bootstrap import Launch
+from cpinfer.config import Config, EvaluationConfig, load_config
+from cpinfer.engine.metrics import format_summary
+from cpinfer.engine.output import (
+    Existing,
+    ResultWriter,
+    check_output,
+    default_output,
+    join_parts,
+    open_output,
+    part_path,
+    read_finished,
+    summary_path,
+    write_json,
+)
+from cpinfer.engine.prompts import check_prompt
+from cpinfer.errors import UserError
+from cpinfer.layout.explain import draw_grid
+from cpinfer.layout.grid import RankGrid
+from cpinfer.models.loading import load_spec, load_tokenizer
+from cpinfer.models.spec import ModelSpec
+from evaluation import (
+    DEFAULTS,
+    MUST_AGREE,
+    Key,
+    Question,
+    line_key,
+    make_questions,
+    result_line,
+    score_table,
+    settled,
+    summarize_lines,
+)
+from job import (
+    EXIT_DONE,
+    Parser,
+    add_common_flags,
+    check_layout,
+    describe_run,
+    gather,
+    headline,
+    load,
+    pool_size,
+    run_tool,
+)
+from longctx.tasks import TASKS, parse_length
+
+
+@dataclass(frozen=True)
+class Job:
+    """An evaluation that is known to be runnable: all of this is worked out before a model is loaded."""
+
+    config: Config
+    spec: ModelSpec
+    grid: RankGrid
+    tokenizer: Any
+    questions: tuple[Question, ...]
+    output: Path
+    existing: Existing
+    done: frozenset[Key]
+    meta: dict[str, Any]
+    dry_run: bool
+
+    @property
+    def missing(self) -> list[Question]:
+        """What no earlier run has answered."""
+        return [question for question in self.questions if question.key not in self.done]
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.epilog = "tasks:\n" + "\n".join(f"  {task.name:<16} {task.help}" for task in TASKS.values())
+    add_common_flags(parser)
+    asked = parser.add_mutually_exclusive_group()
+    asked.add_argument("--tasks", nargs="+", metavar="TASK", help="see below; the default is all of them")
+    asked.add_argument("--task-file", metavar="FILE", help="JSON Lines: prompt and references, or gsm8k's")
+    parser.add_argument("--lengths", nargs="+", metavar="N", help="tokens, or 4k; a file's questions keep their own")
+    parser.add_argument("--num-samples", type=int, metavar="N", help="for each task and length")
+    parser.add_argument("--depths", nargs="+", type=float, metavar="D", help="of needles, in [0, 1]")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="sampling seeds, one run each")
+    parser.add_argument("--num-shots", type=int, metavar="N", help="examples before a question of a gsm8k file")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run_tool(
+        "eval_longctx",
+        lambda launch: prepare(launch, parse_args(argv)),
+        evaluate,
+        lambda job, output: replace(job, output=output),
+    )
+
+
+def prepare(launch: Launch, args: argparse.Namespace) -> Job:
+    """Check everything that can be checked without the weights. UserError says what is wrong."""
+    config = load_config(args.config, args.set, DEFAULTS)
+    config = replace(config, output=args.output or config.output, evaluation=with_flags(config.evaluation, args))
+    spec = needed_spec(config, args.config)
+    grid = check_layout(launch, config, spec, args.config)
+    config = settled(config, spec.max_positions)
+    output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
+    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
+    check_output(output, existing)
+    meta = describe_run(config, grid, launch)
+    meta = {**meta, "evaluation": meta["config"]["evaluation"]}
+    done = read_finished(output, meta, line_key, MUST_AGREE) if existing == "resume" else frozenset[Key]()
+    tokenizer = needed_tokenizer(config)
+    questions = make_questions(config, tokenizer)
+    pool = pool_size(spec, grid, config, launch.device)
+    for question in questions[: len(questions) // len(config.evaluation.seeds)]:  # other seeds ask the same
+        try:
+            check_prompt(question.prompt, question.sampling(config.sampling), spec, pool)
+        except UserError as error:
+            raise UserError(f"task {question.task.name}, sample {question.sample.sample_index}: {error}") from error
+    return Job(
+        config=config,
+        spec=spec,
+        grid=grid,
+        tokenizer=tokenizer,
+        questions=tuple(questions),
+        output=output,
+        existing=existing,
+        done=done,
+        meta=meta,
+        dry_run=args.dry_run,
+    )
+
+
+def needed_spec(config: Config, config_path: str) -> ModelSpec:
+    """What the config's model is. UserError when it names none."""
+    if config.model is None:
+        raise UserError(f'config {config_path}: "model" is missing; a Hugging Face id or a folder was wanted.')
+    return load_spec(config.model)
+
+
+def needed_tokenizer(config: Config) -> Any:
+    """The model's own tokenizer. UserError when it has none."""
+    tokenizer = None if config.model is None else load_tokenizer(config.model)
+    if tokenizer is None:
+        raise UserError(f"model {config.model}: its folder has no tokenizer; questions are texts and need one.")
+    return tokenizer
+
+
+def with_flags(evaluation: EvaluationConfig, args: argparse.Namespace) -> EvaluationConfig:
+    """The config's evaluation, where no flag says otherwise; tasks and a task file take each other's place."""
+    given: dict[str, Any] = {}
+    if args.tasks is not None:
+        given |= {"tasks": tuple(args.tasks), "task_file": None}
+    if args.task_file is not None:
+        given |= {"tasks": (), "task_file": args.task_file}
+    if args.lengths is not None:
+        given["lengths"] = tuple(parse_length(text) for text in args.lengths)
+    for name in ("depths", "seeds"):
+        if getattr(args, name) is not None:
+            given[name] = tuple(getattr(args, name))
+    for name in ("num_samples", "num_shots"):
+        if getattr(args, name) is not None:
+            given[name] = getattr(args, name)
+    return replace(evaluation, **given)
+
+
+def evaluate(launch: Launch, job: Job) -> int:
+    """Load, ask, write. Collective over all ranks."""
+    is_first = launch.rank == 0
+    config, grid = job.config, job.grid
+    if is_first:
+        print(describe_questions(job), draw_grid(grid, job.spec.heads(grid.tp_size)), sep="\n\n", file=sys.stderr)
+        if config.sampling.greedy and len(config.evaluation.seeds) > 1:
+            print("eval_longctx: greedy answers are the same under every seed", file=sys.stderr)
+    if job.dry_run:
+        pool = pool_size(job.spec, grid, config, launch.device)
+        checked = {"num_samples": len(job.questions), "kv_capacity_tokens": pool.capacity_tokens}
+        if is_first:
+            print(json.dumps({"dry_run": True, **checked, "layout": job.meta["layout"]}), flush=True)
+        return EXIT_DONE
+    if is_first:
+        open_output(job.output, job.existing, job.meta)
+    with ExitStack() as stack:
+        model, topology = load(launch, config, grid)
+        stack.callback(topology.close)
+        engine = stack.enter_context(cpinfer.attach(model, topology, config, tokenizer=job.tokenizer))
+        start_s = time.perf_counter()
+        num_generated = _ask(engine, topology, job)
+        wall_s = time.perf_counter() - start_s
+        # Ranks of one replica generate the same; its writer speaks for it.
+        told = gather(launch, (num_generated if topology.is_writer else 0, peak_memory_bytes(launch.device)))
+        capacity = engine.kv_capacity_tokens
+    if is_first:
+        measured = {
+            "num_generated_tokens": sum(generated for generated, _ in told),
+            "wall_s": wall_s,
+            "kv_capacity_tokens": capacity,
+            "peak_memory_bytes_per_rank": max(peak for _, peak in told),
+        }
+        summary = conclude(job.output, job.meta, measured, num_resumed=len(job.done))
+        if config.wandb is not None:
+            from cpinfer_integrations.wandb import log_run
+
+            flat = {f"score/{name}": task["score"] for name, task in summary["tasks"].items()}
+            log_run(config.wandb, job.meta, {**summary, **flat}, job.output, has_api_key="WANDB_API_KEY" in os.environ)
+    return EXIT_DONE
+
+
+def conclude(output: Path, meta: dict[str, Any], measured: dict[str, Any], num_resumed: int) -> dict[str, Any]:
+    """Join the results, sum them up in a file and for people, and print the summary as the last line of stdout.
+
+    Scores and times of samples are of all lines, also of resumed ones; tokens and wall time are this run's.
+    """
+    join_parts(output, line_key)
+    lines = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n") if line]
+    found = summarize_lines(lines)
+    wall_s = measured["wall_s"]
+    summary = {
+        "tasks": found.pop("tasks"),
+        "num_samples": found.pop("num_samples"),
+        "num_generated_tokens": measured.pop("num_generated_tokens"),
+        "wall_s": measured.pop("wall_s"),
+        "tokens_per_s": None,
+        **found,
+        **measured,
+        "num_samples_resumed": num_resumed,
+        "layout": meta["layout"],
+        "output": str(output),
+    }
+    summary["tokens_per_s"] = summary["num_generated_tokens"] / wall_s if wall_s > 0 else None
+    write_json(summary_path(output), summary)
+    plain = {key: value for key, value in summary.items() if key != "tasks"}
+    print(score_table(summary), format_summary(plain), sep="\n\n", file=sys.stderr, flush=True)
+    print(json.dumps(summary), flush=True)
+    return summary
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most memory that this process has held: of the device on CUDA, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
+
+
+def describe_questions(job: Job) -> str:
+    evaluation = job.config.evaluation
+    lengths = " ".join(map(str, evaluation.lengths))
+    tasks = evaluation.task_file or f"{' '.join(evaluation.tasks)} at {lengths} tokens"
+    what = f"{tasks}: {len(job.questions)} samples, {len(evaluation.seeds)} seed(s)"
+    return headline(job.config, job.grid, what, job.output)
+
+
+def _ask(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> int:
+    """Run this dp replica's share of the questions; its first rank writes each answer as it comes. Tokens generated."""
+    dp_rank = topology.coords.dp_rank
+    share = job.missing[dp_rank :: job.grid.dp_size]
+    by_index = {question.index: question for question in share}
+    stream = engine.stream([q.prompt for q in share], [q.sampling(job.config.sampling) for q in share])
+    num_generated = 0
+    with ExitStack() as stack:
+        writer = stack.enter_context(ResultWriter(part_path(job.output, dp_rank))) if topology.is_writer else None
+        hidden = topology.rank != 0 or None
+        bar = stack.enter_context(tqdm(total=len(share), unit="sample", disable=hidden, file=sys.stderr))
+        for result in stream:
+            num_generated += len(result.token_ids)
+            if writer is not None:
+                writer.write_line(result_line(by_index[result.prompt_index], result))
+            bar.update()
+    return num_generated
+
+
+if __name__ == "__main__":
+    sys.exit(main())

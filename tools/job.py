@@ -1,0 +1,221 @@
+"""What every tool that runs on many ranks shares: its life under a launcher, the layout, the model, one voice.
+
+A tool hands `run_tool` two functions: `prepare`, which finds everything that is wrong before weights load, and `work`,
+which every rank enters when nobody has found anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+import transformers
+
+import cpinfer
+from cpinfer.comm.bootstrap import (
+    Launch,
+    default_group,
+    first_complaint,
+    is_peer_loss,
+    share_from_first,
+    world_size_error,
+)
+from cpinfer.config import Config, config_to_dict
+from cpinfer.engine.attach import config_errors
+from cpinfer.engine.engine import affordable_pool
+from cpinfer.errors import EngineFaultError, UserError
+from cpinfer.layout.capacity import PoolSize
+from cpinfer.layout.grid import RankGrid
+from cpinfer.models.loading import load_model
+from cpinfer.models.spec import ModelSpec
+
+EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
+# How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
+PEER_GRACE_S = 5.0
+
+Told = TypeVar("Told")
+
+
+class Job(Protocol):
+    """What `run_tool` needs to know of a tool's job."""
+
+    @property
+    def output(self) -> Path:
+        """Where results go: of a default name, which has the time in it, the first rank's is the one."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises instead of printing: with many ranks only one should speak."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}. See --help.")
+
+
+def add_common_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every tool that runs a config: --config, --output, --set, --dry-run, --resume | --overwrite."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
+    parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
+    existing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
+
+
+def run_tool(
+    tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, J], int], at_output: Callable[[J, Path], J]
+) -> int:
+    """The life of a tool on one rank; the exit code. A failure of many ranks ends the process here."""
+    try:
+        launch = Launch.from_environ(os.environ)
+    except UserError as error:
+        print(f"{tool}: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
+    try:
+        return _run(tool, launch, prepare, work, at_output)
+    except SystemExit:  # --help
+        raise
+    except BaseException as error:
+        if launch.world_size == 1:
+            raise
+        _die(tool, launch, error)
+
+
+def _run(
+    tool: str,
+    launch: Launch,
+    prepare: Callable[[Launch], J],
+    work: Callable[[Launch, J], int],
+    at_output: Callable[[J, Path], J],
+) -> int:
+    job: J | None = None
+    complaint: str | None = None
+    try:
+        job = prepare(launch)
+    except UserError as error:
+        complaint = str(error)
+    with default_group(launch):
+        # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
+        complaint = first_complaint(launch, complaint)
+        if complaint is not None:
+            if launch.rank == 0:
+                print(f"{tool}: {complaint}", file=sys.stderr, flush=True)
+            return EXIT_BAD_INPUT
+        assert job is not None, "without a complaint there is a job"
+        # Each rank has read its own clock for a default name; the first rank's is the one.
+        return work(launch, at_output(job, Path(share_from_first(launch, str(job.output)))))
+
+
+def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: str) -> RankGrid:
+    """The rank grid of a config in this world. UserError when the model or the world does not fit it."""
+    errors = config_errors(spec, config, config.data_parallel_size or 1)
+    if errors:
+        raise UserError(f"config {config_path}: " + " ".join(errors))
+    per_replica = config.tp_size * config.pcp_size
+    dp_is_free = config.data_parallel_size is None
+    grid_size = per_replica * (config.data_parallel_size or 1)
+    error = world_size_error(launch.world_size, grid_size, dp_is_free)
+    if error:
+        raise UserError(error)
+    return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, launch.world_size // per_replica)
+
+
+def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:
+    """The KV pool of the rank that stores the most heads."""
+    return affordable_pool(spec, spec.heads(grid.tp_size).max_stored_heads(grid), config, config.dtype, device)
+
+
+def load(launch: Launch, config: Config, grid: RankGrid) -> tuple[Any, cpinfer.Topology]:
+    """The model and the topology around it: the provider shards the weights when there is tensor parallelism."""
+    assert config.model is not None
+    dtype = getattr(torch, config.dtype)
+    if grid.tp_size == 1:
+        model = load_model(config.model, dtype).to(launch.device)
+        return model, cpinfer.Topology.from_world(grid)
+    if config.tensor_parallel.provider == "transformers":
+        from cpinfer_integrations import transformers as by_transformers
+
+        sharded = by_transformers.launch_inference(config.model, grid, dtype=dtype)
+        return sharded.module, sharded.topology
+    from cpinfer_integrations.deepspeed import launch_inference
+
+    launched = launch_inference(load_model(config.model, dtype), grid, dtype=dtype)
+    return launched.module, launched.topology
+
+
+def gather(launch: Launch, told: Told) -> list[Told]:
+    """What each rank tells, in rank order. Collective."""
+    if launch.world_size == 1:
+        return [told]
+    all_told = [told] * launch.world_size
+    dist.all_gather_object(all_told, told)
+    return all_told
+
+
+def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, Any]:
+    """What OUTPUT.meta.json says: everything needed to make the output again."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
+    if config.tp_size > 1 and config.tensor_parallel.provider == "autotp":
+        import deepspeed
+
+        versions["deepspeed"] = deepspeed.__version__
+    sizes = {"tp": grid.tp_size, "pcp": grid.pcp_size, "dcp": grid.dcp_size, "dp": grid.dp_size}
+    device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else platform.machine()
+    return {
+        "config": config_to_dict(config),
+        "versions": versions,
+        "git_revision": _git_revision(),
+        "layout": {**sizes, "world_size": grid.world_size},
+        "device": device,
+    }
+
+
+def headline(config: Config, grid: RankGrid, what: str, output: Path) -> str:
+    """Two lines for people: what runs on which layout, and how the rank table below it is to be read."""
+    return (
+        f"{config.model} ({config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
+        f"dcp={grid.dcp_size} dp={grid.dp_size}; {what} -> {output}\n"
+        "rank: query heads / stored KV heads / KV shard / prefill part"
+    )
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _die(tool: str, launch: Launch, error: BaseException) -> NoReturn:
+    """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
+    if isinstance(error, EngineFaultError):  # every rank has found the same
+        if launch.rank == 0:
+            print(f"{tool}: {error}", file=sys.stderr, flush=True)
+        time.sleep(PEER_GRACE_S if launch.rank else 0)
+    elif is_peer_loss(error):
+        time.sleep(PEER_GRACE_S)
+        print(f"{tool}: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
+    else:
+        print(f"{tool}: rank {launch.rank} failed", file=sys.stderr)
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    os._exit(EXIT_FAILURE)
