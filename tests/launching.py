@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _ENVIRON = {
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}:{os.environ['PATH']}",
-    "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT / 'tests'}",  # as pytest has it
+    # As pytest has it, and this tree before one that is installed.
+    "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT / 'tests'}:{ROOT}:{ROOT / 'integrations'}",
 }
 
 
@@ -58,8 +59,9 @@ def deepspeed(num_ranks: int, *command: str) -> list[str]:
     return [str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(free_port()), *command]
 
 
-def accelerate(num_ranks: int, *command: str) -> list[str]:
-    options = ["--multi_gpu", "--num_processes", str(num_ranks), "--main_process_port", str(free_port())]
+def accelerate(num_ranks: int, *command: str, route: Sequence[str] = ("--multi_gpu",)) -> list[str]:
+    """On CPU the route `--multi_gpu` starts one process unless the environment says ACCELERATE_USE_CPU=true."""
+    options = [*route, "--num_processes", str(num_ranks), "--main_process_port", str(free_port())]
     return [str(BIN / "accelerate"), "launch", *options, *command]
 
 
