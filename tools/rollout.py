@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -34,10 +33,9 @@ import cpinfer
 from cpinfer.comm.bootstrap import (
     Launch,
     default_group,
+    die,
     first_complaint,
-    is_peer_loss,
     share_from_first,
-    world_size_error,
 )
 from cpinfer.config import Config, config_to_dict, load_config
 from cpinfer.engine.attach import config_errors
@@ -58,16 +56,15 @@ from cpinfer.engine.output import (
 )
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.engine.scheduler import SchedulerStats, sum_stats
-from cpinfer.errors import EngineFaultError, UserError
+from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_model, load_spec, load_tokenizer
+from cpinfer.models.loading import load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
+from cpinfer_integrations.launching import grid_for, launch_inference
 
 EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
-# How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
-PEER_GRACE_S = 5.0
 
 Told = list[SampleMetrics]
 
@@ -127,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as error:
         if launch.world_size == 1:
             raise
-        _die(launch, error)
+        die(launch, error, program="rollout")
 
 
 def run(launch: Launch, argv: Sequence[str] | None) -> int:
@@ -157,7 +154,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     errors = config_errors(spec, config, config.data_parallel_size or 1)
     if errors:
         raise UserError(f"config {args.config}: " + " ".join(errors))
-    grid = _grid(launch, config)
+    grid = grid_for(config, launch.world_size)
     tokenizer = load_tokenizer(config.model)
     if config.sampling.stop and tokenizer is None:
         raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
@@ -211,7 +208,7 @@ def rollout(launch: Launch, job: Job) -> int:
     if is_first:
         open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
-        model, topology = _load(launch, job)
+        model, topology = launch_inference(job.config, job.grid, launch.device)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
@@ -268,34 +265,6 @@ def _prepared(launch: Launch, argv: Sequence[str] | None) -> tuple[Job | None, s
         return None, str(error)
 
 
-def _grid(launch: Launch, config: Config) -> RankGrid:
-    per_replica = config.tp_size * config.pcp_size
-    dp_is_free = config.data_parallel_size is None
-    grid_size = per_replica * (config.data_parallel_size or 1)
-    error = world_size_error(launch.world_size, grid_size, dp_is_free)
-    if error:
-        raise UserError(error)
-    return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, launch.world_size // per_replica)
-
-
-def _load(launch: Launch, job: Job) -> tuple[Any, cpinfer.Topology]:
-    """The model and the topology around it: the provider shards the weights when there is tensor parallelism."""
-    assert job.config.model is not None
-    dtype = getattr(torch, job.config.dtype)
-    if job.grid.tp_size == 1:
-        model = load_model(job.config.model, dtype).to(launch.device)
-        return model, cpinfer.Topology.from_world(job.grid)
-    if job.config.tensor_parallel.provider == "transformers":
-        from cpinfer_integrations import transformers as by_transformers
-
-        sharded = by_transformers.launch_inference(job.config.model, job.grid, dtype=dtype)
-        return sharded.module, sharded.topology
-    from cpinfer_integrations.deepspeed import launch_inference
-
-    launched = launch_inference(load_model(job.config.model, dtype), job.grid, dtype=dtype)
-    return launched.module, launched.topology
-
-
 def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> list[SampleMetrics]:
     """Run this dp replica's share of the prompts; its first rank writes each sample as it finishes."""
     dp_rank = topology.coords.dp_rank
@@ -343,22 +312,6 @@ def _git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _die(launch: Launch, error: BaseException) -> NoReturn:
-    """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
-    if isinstance(error, EngineFaultError):  # every rank has found the same
-        if launch.rank == 0:
-            print(f"rollout: {error}", file=sys.stderr, flush=True)
-        time.sleep(PEER_GRACE_S if launch.rank else 0)
-    elif is_peer_loss(error):
-        time.sleep(PEER_GRACE_S)
-        print(f"rollout: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
-    else:
-        print(f"rollout: rank {launch.rank} failed", file=sys.stderr)
-        traceback.print_exception(error)
-        sys.stderr.flush()
-    os._exit(EXIT_FAILURE)
 
 
 if __name__ == "__main__":
