@@ -56,7 +56,7 @@ def test_data_parallel_ranks_of_a_mesh_are_lent_and_with_cp_stay_replicas(tmp_pa
 
 
 def test_one_process_needs_no_groups() -> None:
-    topology = topology_from(Accelerator(cpu=True))
+    topology = topology_from(Accelerator())
     assert topology.grid == RankGrid() and topology.owned_groups == ()
 
 

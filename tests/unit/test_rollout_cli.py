@@ -80,10 +80,10 @@ def folder(tmp_path, capsys):
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    def load_model(*args, **kwargs):
+    def launch_inference(*args, **kwargs):
         raise AssertionError("a model is being loaded")
 
-    monkeypatch.setattr(rollout, "load_model", load_model)
+    monkeypatch.setattr(rollout, "launch_inference", launch_inference)
 
 
 def assert_refused(outcome, *words):
