@@ -224,7 +224,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mappi
         if not isinstance(data, dict):
             raise UserError(f"the file holds a {type(data).__name__}, an object with config keys was wanted.")
         for override in overrides:
-            _apply_override(data, override)
+            apply_override(data, override)
         data = _over(defaults or {}, data)
         return _resolve_paths(parse_config(data), path.parent)
     except UserError as error:
@@ -241,7 +241,8 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 
 
-def _apply_override(data: dict[str, Any], override: str) -> None:
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Put `a.b=value` into plain config data; the value is JSON, else text."""
     key, eq, text = override.partition("=")
     if not eq or not key:
         raise UserError(f"--set {override!r} is not of the form a.b=value.")

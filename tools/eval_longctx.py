@@ -52,6 +52,7 @@ from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
+from cpinfer_integrations.launching import launch_inference
 from evaluation import (
     DEFAULTS,
     MUST_AGREE,
@@ -72,7 +73,6 @@ from job import (
     describe_run,
     gather,
     headline,
-    load,
     pool_size,
     run_tool,
 )
@@ -209,7 +209,7 @@ def evaluate(launch: Launch, job: Job) -> int:
     if is_first:
         open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
-        model, topology = load(launch, config, grid)
+        model, topology = launch_inference(config, grid, launch.device)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()

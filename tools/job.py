@@ -11,8 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
@@ -21,27 +19,23 @@ import torch
 import torch.distributed as dist
 import transformers
 
-import cpinfer
 from cpinfer.comm.bootstrap import (
     Launch,
     default_group,
+    die,
     first_complaint,
-    is_peer_loss,
     share_from_first,
-    world_size_error,
 )
 from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.engine import affordable_pool
-from cpinfer.errors import EngineFaultError, UserError
+from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_model
 from cpinfer.models.spec import ModelSpec
+from cpinfer_integrations.launching import grid_for
 
-EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
-# How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
-PEER_GRACE_S = 5.0
+EXIT_DONE, EXIT_BAD_INPUT = 0, 2
 
 Told = TypeVar("Told")
 
@@ -95,7 +89,7 @@ def run_tool(
     except BaseException as error:
         if launch.world_size == 1:
             raise
-        _die(tool, launch, error)
+        die(launch, error, program=tool)
 
 
 def _run(
@@ -128,36 +122,12 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
     errors = config_errors(spec, config, config.data_parallel_size or 1)
     if errors:
         raise UserError(f"config {config_path}: " + " ".join(errors))
-    per_replica = config.tp_size * config.pcp_size
-    dp_is_free = config.data_parallel_size is None
-    grid_size = per_replica * (config.data_parallel_size or 1)
-    error = world_size_error(launch.world_size, grid_size, dp_is_free)
-    if error:
-        raise UserError(error)
-    return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, launch.world_size // per_replica)
+    return grid_for(config, launch.world_size)
 
 
 def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:
     """The KV pool of the rank that stores the most heads."""
     return affordable_pool(spec, spec.heads(grid.tp_size).max_stored_heads(grid), config, config.dtype, device)
-
-
-def load(launch: Launch, config: Config, grid: RankGrid) -> tuple[Any, cpinfer.Topology]:
-    """The model and the topology around it: the provider shards the weights when there is tensor parallelism."""
-    assert config.model is not None
-    dtype = getattr(torch, config.dtype)
-    if grid.tp_size == 1:
-        model = load_model(config.model, dtype).to(launch.device)
-        return model, cpinfer.Topology.from_world(grid)
-    if config.tensor_parallel.provider == "transformers":
-        from cpinfer_integrations import transformers as by_transformers
-
-        sharded = by_transformers.launch_inference(config.model, grid, dtype=dtype)
-        return sharded.module, sharded.topology
-    from cpinfer_integrations.deepspeed import launch_inference
-
-    launched = launch_inference(load_model(config.model, dtype), grid, dtype=dtype)
-    return launched.module, launched.topology
 
 
 def gather(launch: Launch, told: Told) -> list[Told]:
@@ -203,19 +173,3 @@ def _git_revision() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _die(tool: str, launch: Launch, error: BaseException) -> NoReturn:
-    """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
-    if isinstance(error, EngineFaultError):  # every rank has found the same
-        if launch.rank == 0:
-            print(f"{tool}: {error}", file=sys.stderr, flush=True)
-        time.sleep(PEER_GRACE_S if launch.rank else 0)
-    elif is_peer_loss(error):
-        time.sleep(PEER_GRACE_S)
-        print(f"{tool}: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
-    else:
-        print(f"{tool}: rank {launch.rank} failed", file=sys.stderr)
-        traceback.print_exception(error)
-        sys.stderr.flush()
-    os._exit(EXIT_FAILURE)

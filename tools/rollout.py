@@ -48,6 +48,7 @@ from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
+from cpinfer_integrations.launching import launch_inference
 from job import (
     EXIT_DONE,
     Parser,
@@ -56,7 +57,6 @@ from job import (
     describe_run,
     gather,
     headline,
-    load,
     pool_size,
     run_tool,
 )
@@ -160,7 +160,7 @@ def rollout(launch: Launch, job: Job) -> int:
     if is_first:
         open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
-        model, topology = load(launch, job.config, job.grid)
+        model, topology = launch_inference(job.config, job.grid, launch.device)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()

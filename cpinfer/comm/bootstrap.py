@@ -7,17 +7,25 @@ from __future__ import annotations
 
 import datetime
 import gc
+import os
+import sys
+import time
+import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
 
-from cpinfer.errors import PeerLostError, UserError
+from cpinfer.errors import EngineFaultError, PeerLostError, UserError
 
 # How long a collective may wait for a rank that is alive but slow: a cold kernel build, a large checkpoint.
 _TIMEOUT = datetime.timedelta(minutes=30)
+
+# How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
+_PEER_GRACE_S = 5.0
 
 # Words of gloo and NCCL for "the other end is gone".
 _PEER_LOSS_WORDS = (
@@ -115,3 +123,19 @@ def is_peer_loss(error: BaseException) -> bool:
         return True
     words = str(error).lower()
     return isinstance(error, RuntimeError) and any(word in words for word in _PEER_LOSS_WORDS)
+
+
+def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
+    """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
+    if isinstance(error, EngineFaultError):  # every rank has found the same
+        if launch.rank == 0:
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        time.sleep(_PEER_GRACE_S if launch.rank else 0)
+    elif is_peer_loss(error):
+        time.sleep(_PEER_GRACE_S)
+        print(f"{program}: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
+    else:
+        print(f"{program}: rank {launch.rank} failed", file=sys.stderr)
+        traceback.print_exception(error)
+        sys.stderr.flush()
+    os._exit(1)

@@ -16,8 +16,8 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import smallest
 from cpinfer.engine.kv_home import KVHome
-from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt, check_tokens
-from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
+from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt, check_scored_length, check_tokens
+from cpinfer.engine.request import RolloutResult, ScoreResult, Sequence
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
@@ -65,6 +65,11 @@ class Engine:
     @property
     def kv_capacity_tokens(self) -> int:
         return self._pool_size.capacity_tokens
+
+    @property
+    def max_positions(self) -> int:
+        """How many tokens the model can see at once, prompt and answer together."""
+        return self._runner.spec.max_positions
 
     @property
     def is_awake(self) -> bool:
@@ -165,13 +170,9 @@ class Engine:
         if not targets:
             raise UserError(f"pair {index}: the continuation is empty; at least one token was wanted.")
         params = SamplingParams(max_new_tokens=len(targets))
-        check_prompt(
-            Prompt(index, prompt.id, (*prompt.token_ids, *targets[:-1])),
-            SamplingParams(max_new_tokens=1),
-            self._runner.spec,
-            self._pool_size,
-        )
+        check_tokens(prompt.token_ids, self._runner.spec)
         check_tokens(targets, self._runner.spec)
+        check_scored_length(len(prompt.token_ids), len(targets), self._runner.spec, self._pool_size)
         return Sequence(prompt, 0, params, len(targets), targets=targets)
 
     def _run(self, scheduler: Scheduler) -> Generator[Sequence, None, None]:

@@ -63,6 +63,18 @@ def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: 
         )
 
 
+def check_scored_length(num_prompt: int, num_targets: int, spec: ModelSpec, pool: PoolSize) -> None:
+    """UserError for a given answer that is too long: its last token needs no position, it is only looked up."""
+    length = num_prompt + num_targets - 1
+    found = f"the prompt has {num_prompt} tokens and the continuation {num_targets}, which makes {length} to compute"
+    if length > spec.max_positions:
+        raise UserError(f"{found}; the model has {spec.max_positions} positions.")
+    if pool.sharding.num_blocks(length) > pool.num_blocks:
+        raise UserError(
+            f"{found}; the KV pool holds {pool.capacity_tokens}. Raise kv_cache_gib or decode_context_parallel_size."
+        )
+
+
 def check_tokens(token_ids: Sequence[int], spec: ModelSpec) -> None:
     """UserError for a token that the model has no embedding of."""
     bad = [t for t in token_ids if not 0 <= t < spec.vocab_size]

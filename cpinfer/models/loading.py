@@ -28,13 +28,13 @@ def load_spec(model: str) -> ModelSpec:
     return ModelSpec.from_config(config.to_dict(), generation)
 
 
-def load_tokenizer(model: str) -> Any | None:
-    """The model's tokenizer, None when its folder has none."""
+def load_tokenizer(model: str, **options: Any) -> Any | None:
+    """The model's tokenizer, None when its folder has none. `options` as `AutoTokenizer.from_pretrained` has them."""
     folder = Path(model)
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(model, **options)
     except (OSError, ValueError) as error:
         raise UserError(f"model {model}: its tokenizer could not be read ({_first_line(error)}).") from error
 

@@ -105,6 +105,18 @@ def test_few_rows_have_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (expected - torch.tensor(result.logprobs)).abs().max() <= TOLERANCE
 
 
+def test_a_text_that_fills_every_position_is_scored_to_its_last_token() -> None:
+    model = make_model(FAMILIES["llama"])
+    [prompt, continuation] = prompts_of((1, 512), 128)
+    with cpinfer.attach(copy.deepcopy(model), config=config_of(RankGrid())) as engine:
+        assert engine.max_positions == 512
+        [result] = engine.score([(prompt, continuation)])
+        with pytest.raises(cpinfer.UserError, match="513 to compute; the model has 512 positions"):
+            engine.score([(prompt, [*continuation, 1])])
+    expected = check_rollout.score(model, prompt, continuation)
+    assert (expected - torch.tensor(result.logprobs)).abs().max() <= TOLERANCE
+
+
 def test_bad_pairs_are_refused_before_anything_runs() -> None:
     with cpinfer.attach(make_model(FAMILIES["llama"]), config=config_of(RankGrid())) as engine:
         assert engine.score([]) == []

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 import eval_longctx
-import job
 import reference_eval
 
 ROOT = Path(__file__).parents[2]
@@ -96,7 +95,7 @@ def no_loading(monkeypatch):
     def load_model(*args, **kwargs):
         raise AssertionError("a model is being loaded")
 
-    monkeypatch.setattr(job, "load_model", load_model)
+    monkeypatch.setattr(eval_longctx, "launch_inference", load_model)
     monkeypatch.setattr(reference_eval, "load_model", load_model)
 
 

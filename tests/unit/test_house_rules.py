@@ -46,8 +46,10 @@ def mutable_module_values(tree: ast.Module) -> Iterator[Fault]:
 
 
 def environment_reads(tree: ast.Module) -> Iterator[Fault]:
+    """A module that is run as a command is a tool where it starts; there it may hand the environment on."""
     names = {"environ", "environb", "getenv", "getenvb"}
-    for node in ast.walk(tree):
+    start = [node for node in tree.body if isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)]
+    for node in (node for part in tree.body if part not in start for node in ast.walk(part)):
         if isinstance(node, ast.Attribute) and node.attr in names and _last_name(node.value) == "os":
             yield node.lineno, f"os.{node.attr}"
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
@@ -209,6 +211,7 @@ def test_each_rule_catches_what_it_forbids(rule, source):
 @pytest.mark.parametrize(
     "rule, source",
     [
+        (environment_reads, "import sys\nif __name__ == '__main__':\n    import os\n    sys.exit(main(os.environ))"),
         (mutable_module_values, "SIZES = {1: 2}\n_NAMES = ['a']\n__all__ = ['x']\npair = (1, 2)\ndef f():\n    x = []"),
         (environment_reads, "import os\nx = os.path.join('a', 'b')"),
         (

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-import job
 import rollout
 from cpinfer.layout.grid import RankGrid
 
@@ -82,10 +81,10 @@ def folder(tmp_path, capsys):
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    def load_model(*args, **kwargs):
+    def launch_inference(*args, **kwargs):
         raise AssertionError("a model is being loaded")
 
-    monkeypatch.setattr(job, "load_model", load_model)
+    monkeypatch.setattr(rollout, "launch_inference", launch_inference)
 
 
 def assert_refused(outcome, *words):

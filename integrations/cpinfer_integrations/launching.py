@@ -1,0 +1,45 @@
+"""A model and the topology around it, for tools that hold neither yet: what a config asks for, whoever shards it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from cpinfer.comm.bootstrap import world_size_error
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.errors import UserError
+from cpinfer.layout.grid import RankGrid
+from cpinfer.models.loading import load_model
+
+
+def grid_for(config: Config, world_size: int) -> RankGrid:
+    """The grid a config asks for, dp filling the world where it is left open. UserError when the world does not fit."""
+    per_replica = config.tp_size * config.pcp_size
+    dp_is_free = config.data_parallel_size is None
+    error = world_size_error(world_size, per_replica * (config.data_parallel_size or 1), dp_is_free)
+    if error:
+        raise UserError(error)
+    return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, world_size // per_replica)
+
+
+def launch_inference(config: Config, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
+    """The config's model on `device`, its weights sharded by the config's provider when there is tensor parallelism.
+
+    The default process group must exist and span the grid. Collective over all ranks.
+    """
+    assert config.model is not None, "who calls has checked that a model is named"
+    dtype = getattr(torch, config.dtype)
+    if grid.tp_size == 1:
+        return load_model(config.model, dtype).to(device), Topology.from_world(grid)
+    # A neighbour is imported by those alone who shard with it.
+    if config.tensor_parallel.provider == "transformers":
+        from cpinfer_integrations import transformers as by_transformers
+
+        sharded = by_transformers.launch_inference(config.model, grid, dtype=dtype)
+        return sharded.module, sharded.topology
+    from cpinfer_integrations import deepspeed as by_deepspeed
+
+    launched = by_deepspeed.launch_inference(load_model(config.model, dtype), grid, dtype=dtype)
+    return launched.module, launched.topology

@@ -1,0 +1,436 @@
+"""lm-eval: the public harness on the same engine, as its model `cpinfer`.
+
+    python -m cpinfer_integrations.lm_eval --model cpinfer --model_args config=FILE --tasks TASK
+    torchrun --nproc-per-node 2 -m cpinfer_integrations.lm_eval --model cpinfer --model_args config=FILE --tasks TASK
+
+lm-eval has no way to announce a model to its own command (seen in 0.4.13), so this one registers it and hands over.
+lm-eval runs on every process and deals documents by `rank` and `world_size`: these are **dp** coordinates here, so that
+all ranks of a replica ask the engine for the same things, and the replicas share the documents. Tokens, prefixes and
+truncation are those of lm-eval's own `hf` model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lm_eval import utils
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from tqdm import tqdm
+
+from cpinfer.comm.bootstrap import Launch, default_group, die
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config, SamplingParams, apply_override, load_config, parse_config
+from cpinfer.engine.attach import attach, config_errors
+from cpinfer.engine.engine import Engine
+from cpinfer.engine.request import Prompt
+from cpinfer.errors import UserError
+from cpinfer.models.loading import load_spec, load_tokenizer
+from cpinfer_integrations.launching import grid_for, launch_inference
+
+# What lm-eval's own command line adds to every model's arguments; the engine batches, and knows its device, by itself.
+_IGNORED = ("batch_size", "max_batch_size", "device", "trust_remote_code")
+# Arguments of the model itself; all others are keys of a config.
+_OWN = ("add_bos_token", "prefix_token_id", "max_length", "max_gen_toks", "enable_thinking", "think_end_token")
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+_BEFORE_SAMPLING = {"do_sample", "until", "max_gen_toks"}
+# Generation arguments that ask for nothing when they have this value.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0}
+
+# ((context, continuation), context tokens, continuation tokens), as lm-eval passes them.
+_Scored = tuple[tuple[str, str] | None, list[int], list[int]]
+
+
+@register_model("cpinfer")
+class CpinferLM(TemplateLM):
+    """An engine as lm-eval sees a model. Every rank of the topology holds one and lm-eval runs on each.
+
+    With an engine that a job holds, pass it to `lm_eval.simple_evaluate(CpinferLM(engine, topology, tokenizer), ...)`.
+    `max_length` is the longest context with its answer, by default the model's; longer ones lose their beginning.
+    `add_bos_token` None leaves that to the tokenizer, `prefix_token_id` (default: BOS, else EOS) stands where a context
+    is empty. `think_end_token` cuts an answer's text up to its last occurrence.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        topology: Topology,
+        tokenizer: Any,
+        *,
+        max_length: int | None = None,
+        max_gen_toks: int = 256,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | None = None,
+    ) -> None:
+        super().__init__()
+        if max_length is not None and max_length > engine.max_positions:
+            raise UserError(f"max_length={max_length} was asked for; the model has {engine.max_positions} positions.")
+        self.engine = engine
+        self.topology = topology
+        self.tokenizer = tokenizer
+        self.max_length = max_length or engine.max_positions
+        self.max_gen_toks = max_gen_toks
+        self._add_bos_token = add_bos_token
+        self._prefix_token_id = prefix_token_id
+        self._template_args = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        self._think_end_token = think_end_token
+        # lm-eval's own words for where it is: dp coordinates, for it deals documents by them.
+        self._rank = topology.coords.dp_rank
+        self._world_size = topology.grid.dp_size
+        self._device = torch.device("cpu")  # of the counts that it exchanges
+        self._model_info: dict[str, Any] = {}
+        self._closing = ExitStack()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: Mapping[str, Any] | None = None) -> CpinferLM:
+        """The model of `key=value,key=value`, as `create_from_arg_obj` has it."""
+        return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> CpinferLM:
+        """The model that lm-eval's `--model_args` name: `config=FILE` or `pretrained=MODEL`, and more config keys.
+
+        Loads it over the ranks of the default process group; without one, in this process alone. UserError for anything
+        that can be found wrong before that. Collective.
+        """
+        args = {key: value for key, value in arg_dict.items() if key not in _IGNORED}
+        own = {key: args.pop(key) for key in _OWN if key in args}
+        config = _config(args)
+        assert config.model is not None
+        launch = _launch()
+        spec = load_spec(config.model)
+        errors = config_errors(spec, config, config.data_parallel_size or 1)
+        if errors:
+            raise UserError(" ".join(errors))
+        grid = grid_for(config, launch.world_size)
+        bos = own.get("add_bos_token")
+        tokenizer = load_tokenizer(config.model, **({} if bos is None else {"add_bos_token": bos}))
+        if tokenizer is None:
+            raise UserError(f"model {config.model} has no tokenizer; lm-eval's tasks are text and need one.")
+        with ExitStack() as stack:
+            module, topology = launch_inference(config, grid, launch.device)
+            stack.callback(topology.close)
+            engine = stack.enter_context(attach(module, topology, config, tokenizer=tokenizer))
+            model = cls(engine, topology, tokenizer, **own)
+            model._closing = stack.pop_all()
+        layout = {"tp": grid.tp_size, "pcp": grid.pcp_size, "dcp": grid.dcp_size, "dp": grid.dp_size}
+        model._model_info = {"model_source_name": config.model, "model_dtype": config.dtype, "layout": layout}
+        return model
+
+    def close(self) -> None:
+        """Give back the model that `create_from_arg_obj` loaded; an engine that was passed in is left alone."""
+        self._closing.close()
+
+    def get_model_info(self) -> dict[str, Any]:
+        return self._model_info
+
+    # Tokens.
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        if self._prefix_token_id is not None:
+            return self._prefix_token_id
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else int(bos)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text to score; one that starts with the prefix token as text gets no second one."""
+        if add_special_tokens is None and string.startswith(self.tokenizer.decode(self.prefix_token_id)):
+            add_special_tokens = False
+        return self._encode(string, add_special_tokens)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The messages as one prompt; a template that refuses system messages gets them left out, as with `hf`."""
+        try:
+            return self._templated(chat_history, add_generation_prompt)
+        except Exception:  # templates are programs of the model's author and raise what they like
+            spoken = [message for message in chat_history if message["role"] != "system"]
+            if len(spoken) == len(chat_history):
+                raise
+            return self._templated(spoken, add_generation_prompt)
+
+    def _templated(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self._template_args,
+            )
+        )
+
+    def _encode(self, string: str, add_special_tokens: bool | None) -> list[int]:
+        flag = self._add_bos_token if add_special_tokens is None else add_special_tokens
+        return list(self.tokenizer.encode(string, **({} if flag is None else {"add_special_tokens": flag})))
+
+    def _encode_prompt(self, string: str) -> list[int]:
+        """Tokens of a text to continue."""
+        bos = self.tokenizer.bos_token
+        return self._encode(string, False if bos is not None and string.startswith(bos) else None)
+
+    # What lm-eval asks for.
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): its log-probability, and whether greedy decoding would have written it."""
+        self._same_on_all_ranks("loglikelihood", [request.args for request in requests])
+        return list(super().loglikelihood(requests, disable_tqdm=self._is_silent(disable_tqdm)))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """Of each (text,): the log-probability of all of it, read in windows of `max_length` tokens."""
+        self._same_on_all_ranks("loglikelihood_rolling", [request.args for request in requests])
+        windows: list[_Scored] = []
+        ends = []
+        for request in requests:
+            (string,) = request.args
+            rolling = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(string),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            ends.append(len(windows))
+        scores = [logprob for logprob, _ in self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)]
+        totals = [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
+        for request, total in zip(requests, totals, strict=True):
+            self._remember("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """A text for each (context, generation arguments), up to the first of its stop strings."""
+        self._same_on_all_ranks("generate_until", [request.args for request in requests])
+        prompts, sampling, untils = [], [], []
+        repeats: Counter[tuple[int, ...]] = Counter()
+        for index, request in enumerate(requests):
+            context, gen_kwargs = request.args
+            params, until = self._sampling(gen_kwargs)
+            room = self.max_length - params.max_new_tokens
+            if room <= 0:
+                raise UserError(
+                    f"max_gen_toks={params.max_new_tokens} leaves no room for a prompt; "
+                    f"max_length={self.max_length} must be larger."
+                )
+            token_ids = tuple(self._encode_prompt(context)[-room:])
+            # The name seeds the sample: the same text for a prompt in any order of requests, another for each repeat.
+            name = f"{hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16]}-{repeats[token_ids]}"
+            repeats[token_ids] += 1
+            prompts.append(Prompt(index, name, token_ids))
+            sampling.append(params)
+            untils.append(until)
+        texts = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), prompts[i].token_ids))
+        stream = self.engine.stream([prompts[i] for i in order], [sampling[i] for i in order])
+        for result in self._bar(stream, len(prompts), "Generating", disable_tqdm):
+            index = result.prompt_index
+            text = postprocess_generated_text(result.text or "", untils[index], self._think_end_token)
+            self._remember("generate_until", requests[index].args, text)
+            texts[index] = text
+        return texts
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[_Scored], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """Longest first, and those of one context together, in calls that the KV pool can hold."""
+        pairs = [self._truncated(context, continuation) for _, context, continuation in requests]
+        order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], i))
+        answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        for batch in self._bar(self._batches(order, pairs), None, "Scoring", disable_tqdm):
+            for i, result in zip(batch, self.engine.score([pairs[i] for i in batch]), strict=True):
+                answers[i] = (result.logprob, result.is_greedy)
+                texts = requests[i][0]
+                if texts is not None:  # windows of a longer text are remembered with it
+                    self._remember("loglikelihood", texts, answers[i])
+        return answers
+
+    def _batches(self, order: Sequence[int], pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
+        """`order` in runs that share no context and, where more than one context is in them, fit the KV pool."""
+        batch: list[int] = []
+        tokens = 0
+        for place, i in enumerate(order):
+            context, continuation = pairs[i]
+            is_new = place == 0 or pairs[order[place - 1]][0] != context
+            cost = len(continuation) + (len(context) if is_new else 0)
+            if batch and is_new and tokens + cost > self.engine.kv_capacity_tokens:
+                yield batch
+                batch, tokens = [], 0
+            batch.append(i)
+            tokens += cost
+        if batch:
+            yield batch
+
+    def _truncated(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
+        """What fits, cut from the left: the last token of a continuation is looked up and takes no position."""
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"a continuation has {len(continuation)} tokens, max_length={self.max_length}; "
+                "continuations are not truncated."
+            )
+        kept = [*context, *continuation][-(self.max_length + 1) :]
+        return kept[: -len(continuation) or None], continuation
+
+    def _sampling(self, gen_kwargs: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
+        """The engine's parameters for lm-eval's generation arguments, and the texts that end an answer."""
+        kwargs = normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks)
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
+        until = [text for text in handle_stop_sequences(kwargs["until"], eos=eos) if text]
+        chosen = {key: kwargs[key] for key in _SAMPLING if kwargs.get(key) is not None}
+        unknown = [
+            key
+            for key, value in kwargs.items()
+            if key not in (*_SAMPLING, *_BEFORE_SAMPLING) and not (key in _NEUTRAL and _NEUTRAL[key] == value)
+        ]
+        if unknown:
+            raise UserError(f"generation arguments {unknown} are not known; known are {', '.join(_SAMPLING)}.")
+        if not kwargs["do_sample"]:
+            chosen = {"repetition_penalty": chosen.get("repetition_penalty", 1.0), "temperature": 0}
+        # Special tokens do not show in an answer's text, so those that end it are told apart.
+        special = set(self.tokenizer.all_special_tokens)
+        stop_ids = {
+            self.eot_token_id,
+            *(self.tokenizer.convert_tokens_to_ids(text) for text in until if text in special),
+        }
+        numbers: dict[str, Any] = {
+            key: int(value) if key in ("top_k", "seed") else float(value) for key, value in chosen.items()
+        }
+        params = SamplingParams(
+            **numbers,
+            max_new_tokens=kwargs["max_gen_toks"],
+            stop=tuple(text for text in until if text not in special),
+            stop_token_ids=tuple(sorted(stop_ids)),
+        )
+        return params, until
+
+    # Between processes.
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What each dp replica holds, one after the other."""
+        return torch.cat([part.reshape(-1) for part in self._gather(tensor.cpu())])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What each dp replica holds, on all ranks of replica `dst`."""
+        gathered = self._gather(obj)
+        return gathered if self.rank == dst else None
+
+    def barrier(self) -> None:
+        """Wait for all replicas."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.world_size == 1:
+            return [value]
+        # Ranks of one replica hold the same; its writer speaks for it.
+        told: list[Any] = [None] * self.topology.grid.world_size
+        dist.all_gather_object(told, value if self.topology.is_writer else None)
+        return told[:: self.topology.grid.ranks_per_replica]
+
+    def _same_on_all_ranks(self, what: str, requests: Sequence[Any]) -> None:
+        """RuntimeError when the ranks of a replica were asked different things, which would leave them waiting."""
+        digest = hashlib.sha256(json.dumps([what, *requests], default=repr).encode()).digest()
+        mine = torch.frombuffer(bytearray(digest), dtype=torch.uint8).to(_comm_device())
+        if not (self.topology.replica.all_gather(mine) == mine).all():
+            raise RuntimeError(
+                f"the ranks of a replica were asked for different {what} requests ({len(requests)} on rank "
+                f"{self.topology.rank}); with --use_cache, delete its files: they differ between ranks"
+            )
+
+    def _remember(self, attribute: str, key: Sequence[Any], answer: Any) -> None:
+        """Put an answer into lm-eval's cache at once; with several ranks it does so after the call, all at the same."""
+        if self.topology.replica.size == 1:
+            self.cache_hook.add_partial(attribute, key, answer)
+
+    def _bar(self, items: Any, total: int | None, title: str, disable_tqdm: bool) -> Any:
+        return tqdm(items, total=total, desc=title, disable=self._is_silent(disable_tqdm) or None, file=sys.stderr)
+
+    def _is_silent(self, disable_tqdm: bool) -> bool:
+        return disable_tqdm or self.topology.rank != 0
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    """lm-eval's command line with the model `cpinfer`, on the processes that a launcher started."""
+    launch = Launch.from_environ(environ)
+    # lm-eval reads sys.argv; the DeepSpeed launcher has put its own argument there.
+    sys.argv = [argv[0], *(arg for arg in argv[1:] if not arg.startswith(("--local_rank=", "--local-rank=")))]
+    if launch.rank != 0:
+        logging.disable(logging.WARNING)  # one voice
+    try:
+        with default_group(launch):
+            try:
+                cli_evaluate()
+            except UserError as error:  # every rank finds the same
+                if launch.rank == 0:
+                    print(f"lm_eval: {error}", file=sys.stderr, flush=True)
+                return 2
+        return 0
+    except SystemExit:  # --help, and arguments that lm-eval does not know
+        raise
+    except BaseException as error:
+        if launch.world_size == 1:
+            raise
+        die(launch, error, program="lm_eval")
+
+
+def _config(args: Mapping[str, Any]) -> Config:
+    """The config of model arguments: a file, a model, or both, and keys that win over the file's."""
+    path = args.get("config")
+    model = args.get("pretrained")
+    overrides = [
+        f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in args.items()
+        if key not in ("config", "pretrained")
+    ]
+    if model is not None:
+        # A folder is meant from here, not from where the config lies.
+        overrides.append(f"model={Path(model).resolve() if Path(model).is_dir() else model}")
+    if path is not None:
+        config = load_config(path, overrides)
+    else:
+        data: dict[str, Any] = {}
+        for override in overrides:
+            apply_override(data, override)
+        config = parse_config(data)
+    if config.model is None:
+        raise UserError("no model is named; give --model_args config=FILE with a model in it, or pretrained=MODEL.")
+    return config
+
+
+def _launch() -> Launch:
+    """Where this process is in the default process group; one process without one."""
+    if not dist.is_initialized():
+        return Launch()
+    return Launch(dist.get_rank(), dist.get_node_local_rank(fallback_rank=0), dist.get_world_size())
+
+
+def _comm_device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+if __name__ == "__main__":
+    import os
+
+    sys.exit(main(sys.argv, os.environ))
