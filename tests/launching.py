@@ -59,8 +59,9 @@ def deepspeed(num_ranks: int, *command: str) -> list[str]:
     return [str(BIN / "deepspeed"), "--num_gpus", str(num_ranks), "--master_port", str(free_port()), *command]
 
 
-def accelerate(num_ranks: int, *command: str) -> list[str]:
-    options = ["--multi_gpu", "--num_processes", str(num_ranks), "--main_process_port", str(free_port())]
+def accelerate(num_ranks: int, *command: str, route: Sequence[str] = ("--multi_gpu",)) -> list[str]:
+    """On CPU the route `--multi_gpu` starts one process unless the environment says ACCELERATE_USE_CPU=true."""
+    options = [*route, "--num_processes", str(num_ranks), "--main_process_port", str(free_port())]
     return [str(BIN / "accelerate"), "launch", *options, *command]
 
 
