@@ -25,7 +25,7 @@ from cpinfer.errors import EngineFaultError, PeerLostError, UserError
 _TIMEOUT = datetime.timedelta(minutes=30)
 
 # How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
-_PEER_GRACE_S = 5.0
+PEER_GRACE_S = 5.0
 
 # Words of gloo and NCCL for "the other end is gone".
 _PEER_LOSS_WORDS = (
@@ -130,9 +130,9 @@ def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
     if isinstance(error, EngineFaultError):  # every rank has found the same
         if launch.rank == 0:
             print(f"{program}: {error}", file=sys.stderr, flush=True)
-        time.sleep(_PEER_GRACE_S if launch.rank else 0)
+        time.sleep(PEER_GRACE_S if launch.rank else 0)
     elif is_peer_loss(error):
-        time.sleep(_PEER_GRACE_S)
+        time.sleep(PEER_GRACE_S)
         print(f"{program}: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
     else:
         print(f"{program}: rank {launch.rank} failed", file=sys.stderr)

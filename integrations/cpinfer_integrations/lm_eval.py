@@ -15,6 +15,7 @@ import hashlib
 import json
 import logging
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from cpinfer.comm.bootstrap import Launch, default_group, die
+from cpinfer.comm.bootstrap import PEER_GRACE_S, Launch, default_group, die
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams, apply_override, load_config, parse_config
 from cpinfer.engine.attach import attach, config_errors
@@ -385,6 +386,8 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
             except UserError as error:  # every rank finds the same
                 if launch.rank == 0:
                     print(f"lm_eval: {error}", file=sys.stderr, flush=True)
+                else:
+                    time.sleep(PEER_GRACE_S)  # a launcher ends all ranks with the first, and that one speaks
                 return 2
         return 0
     except SystemExit:  # --help, and arguments that lm-eval does not know

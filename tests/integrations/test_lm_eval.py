@@ -272,9 +272,11 @@ def written(output: Path) -> dict[str, Any]:
     return {"results": json.loads(results.read_text(encoding="utf-8"))["results"], "samples": samples}
 
 
-def check_cli(command: Sequence[str], output: Path, reference: dict[str, Any], **env: str) -> None:
+def check_cli(
+    command: Sequence[str], output: Path, reference: dict[str, Any], timeout_s: float = 110, **env: str
+) -> None:
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(output / "datasets")}
-    finished = launch(command, timeout_s=110, env={**offline, **env})
+    finished = launch(command, timeout_s=timeout_s, env={**offline, **env})
     assert finished.returncode == 0, finished
     assert finished.stdout.count("|recall_choice") == 1, finished
     assert_same(written(output), reference)
@@ -292,9 +294,10 @@ def test_two_replicas_share_the_documents(reference: dict[str, Any], tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # four processes, each with DeepSpeed, on what may be two cores
 def test_two_replicas_of_two_ranks_under_deepspeed(reference: dict[str, Any], tmp_path: Path) -> None:
     model_args = f"pretrained={MODEL},dtype=float32,tensor_parallel.tp_size=2"
-    check_cli(deepspeed(4, "--module", MODULE, *arguments(model_args, tmp_path)), tmp_path, reference)
+    check_cli(deepspeed(4, "--module", MODULE, *arguments(model_args, tmp_path)), tmp_path, reference, 280)
 
 
 @pytest.mark.slow
