@@ -94,18 +94,21 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    signal.signal(signal.SIGTERM, _interrupt)  # an end from outside is to end the processes of a layout too
     try:
         job = prepare(parse_args(argv))
     except UserError as error:
         print(f"compare: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    # An end from outside is to end the processes of a layout too.
+    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
         return compare(job)
     except UserError as error:
         print(f"compare: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"compare: interrupted. --output {job.output} --reuse goes on with what is missing.", file=sys.stderr)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return EXIT_FAILURE
 
 

@@ -69,18 +69,26 @@ def log_comparison(
     for layout in layouts:
         run, complaint = _start(replace(config, name=layout.name), mode, layout.meta, folder)
         if complaint is not None:
-            said, mode = complaint, "offline"
-        run.summary.update(_plain(layout.summary))
-        run.log({name: _table(table) for name, table in layout.tables.items()})
-        run.log({name: wandb.Image(str(path)) for name, path in layout.images.items()})
-        run.log({"report": wandb.Html(report.read_text(encoding="utf-8"), inject=False)})
-        # The same name and content in every run of the group: W&B keeps one version of it.
-        artifact = wandb.Artifact(_artifact_name(config.group or ""), type="comparison")
-        for path in files:
-            artifact.add_file(str(path), name=path.relative_to(folder).as_posix())
-        run.log_artifact(artifact)
-        run.finish()
+            mode = "offline"
+        try:
+            _log_layout(run, layout, report, files)
+        except (wandb.Error, OSError) as error:  # the network went away in the middle
+            complaint = f"W&B did not take all of {layout.name} ({_first_line(error)}); the local files have it"
+        said = said or complaint
     return said
+
+
+def _log_layout(run: Any, layout: LayoutLog, report: Path, files: Sequence[Path]) -> None:
+    run.summary.update(_plain(layout.summary))
+    run.log({name: _table(table) for name, table in layout.tables.items()})
+    run.log({name: wandb.Image(str(path)) for name, path in layout.images.items()})
+    run.log({"report": wandb.Html(report.read_text(encoding="utf-8"), inject=False)})
+    # The same name and content in every run of the group: W&B keeps one version of it.
+    artifact = wandb.Artifact(_artifact_name(run.group), type="comparison")
+    for path in files:
+        artifact.add_file(str(path), name=path.relative_to(report.parent).as_posix())
+    run.log_artifact(artifact)
+    run.finish()
 
 
 def _mode(config: WandbConfig, has_api_key: bool) -> Mode:
@@ -96,8 +104,9 @@ def _start(config: WandbConfig, mode: Mode, meta: Mapping[str, Any], folder: Pat
     except (wandb.Error, OSError) as error:
         if mode == "offline":
             raise
-        first = str(error).strip().partition("\n")[0]
-        complaint = f"W&B cannot be reached ({first}); logged offline, send it later with `wandb sync {folder}/wandb/*`"
+        complaint = (
+            f"W&B cannot be reached ({_first_line(error)}); logged offline, `wandb sync {folder}/wandb/*` sends it"
+        )
         return _init(config, "offline", meta, folder), complaint
 
 
@@ -111,6 +120,10 @@ def _init(config: WandbConfig, mode: Mode, meta: Mapping[str, Any], folder: Path
         config=dict(meta),
         settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT_S),
     )
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _plain(summary: Mapping[str, Any]) -> dict[str, Any]:
