@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 _ENVIRON = {
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}:{os.environ['PATH']}",
-    "PYTHONPATH": f"{ROOT / 'tools'}:{ROOT / 'tests'}",  # as pytest has it
+    # As pytest has it, and this checkout's packages before those of any other that is installed.
+    "PYTHONPATH": ":".join(str(ROOT / folder) for folder in ("tools", "tests", ".", "integrations")),
 }
 
 

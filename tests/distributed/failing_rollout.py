@@ -17,7 +17,8 @@ FAULTY_RANK = 1
 STEPS_BEFORE_FAULT = 5
 
 
-def main(fault: str, argv: list[str]) -> int:
+def put_fault(fault: str) -> None:
+    """Make this rank fail after a few decode steps, if it is the faulty one."""
     if int(os.environ["RANK"]) == FAULTY_RANK:
         decode = StepRunner._decode
         steps = iter(range(STEPS_BEFORE_FAULT))
@@ -30,8 +31,8 @@ def main(fault: str, argv: list[str]) -> int:
             return decode(runner, running)
 
         StepRunner._decode = faulty_decode  # type: ignore[method-assign]
-    return rollout.main(argv)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], sys.argv[2:]))
+    put_fault(sys.argv[1])
+    sys.exit(rollout.main(sys.argv[2:]))

@@ -53,7 +53,10 @@ def fit(draft: Draft, tokenizer: Any, budget: int) -> tuple[str, tuple[int, ...]
     ids = tokens(text)
     bare = len(ids)
     if bare > budget:
-        raise UserError(f"the template alone has {bare} tokens, {max(budget, 0)} are left for it")
+        raise UserError(
+            f"the template alone has {bare} tokens, {max(budget, 0)} are left for it. Make the length at least "
+            f"{bare - budget} tokens greater"
+        )
     num_units, too_many, per_unit = 0, None, 1.0
     guess = 8
     while len(ids) < budget and too_many != num_units + 1:

@@ -1,0 +1,289 @@
+"""The evaluation tools as a user meets them: one process, the shipped models, tasks in and files out.
+
+Everything that is wrong with config or input is found before a model is loaded, ends with 2 and says one thing clearly.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import eval_longctx
+import job
+import reference_eval
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "configs" / "recall-tiny"
+LINE_KEYS = [
+    "task",
+    "length",
+    "sample_index",
+    "seed",
+    "depth",
+    "prompt_num_tokens",
+    "references",
+    "prediction",
+    "token_ids",
+    "logprobs",
+    "metric",
+    "score",
+    "finish_reason",
+    "ttft_s",
+    "tpot_s",
+]
+SUMMARY_KEYS = {
+    "tasks",
+    "num_samples",
+    "num_generated_tokens",
+    "wall_s",
+    "tokens_per_s",
+    "ttft_s_p50",
+    "tpot_s_p50",
+    "kv_capacity_tokens",
+    "peak_memory_bytes_per_rank",
+    "layout",
+    "output",
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+class Folder:
+    """A folder with a config and whatever a run leaves there."""
+
+    def __init__(self, path, capsys):
+        self.path, self.capsys = path, capsys
+        self.data = {
+            "model": str(MODEL),
+            "dtype": "float32",
+            "kv_cache_gib": 0.01,
+            "output": "out.jsonl",
+            "evaluation": {"tasks": ["recall_single"], "lengths": [64, 96], "num_samples": 3},
+        }
+
+    @property
+    def output(self):
+        return self.path / "out.jsonl"
+
+    def run(self, *argv, tool=eval_longctx, evaluation=None, **config):
+        """(exit code, stdout, stderr) of the tool on this config; a key set to None is taken away."""
+        data = {**self.data, **config, "evaluation": {**self.data["evaluation"], **(evaluation or {})}}
+        data = {key: value for key, value in data.items() if value is not None}
+        (self.path / "run.json").write_text(json.dumps(data), encoding="utf-8")
+        code = tool.main(["--config", str(self.path / "run.json"), *argv])
+        return code, *self.capsys.readouterr()
+
+    def lines(self, path=None):
+        return [json.loads(line) for line in (path or self.output).read_text(encoding="utf-8").splitlines()]
+
+    def file(self, *lines, name="mine.jsonl"):
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (self.path / name).write_text(text, encoding="utf-8")
+        return name
+
+
+@pytest.fixture
+def folder(tmp_path, capsys):
+    return Folder(tmp_path, capsys)
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    def load_model(*args, **kwargs):
+        raise AssertionError("a model is being loaded")
+
+    monkeypatch.setattr(job, "load_model", load_model)
+    monkeypatch.setattr(reference_eval, "load_model", load_model)
+
+
+def summary_of(out):
+    return json.loads(out.splitlines()[-1])
+
+
+def keys(lines):
+    return sorted((line["task"], line["length"], line["sample_index"], line["seed"]) for line in lines)
+
+
+def tokens(lines):
+    return {key: line["token_ids"] for key, line in zip(keys(lines), sorted(lines, key=_key), strict=True)}
+
+
+def _key(line):
+    return line["task"], line["length"], line["sample_index"], line["seed"]
+
+
+def test_a_run_writes_a_line_per_sample_and_sums_them_up(folder):
+    code, out, err = folder.run()
+    assert code == 0, err
+    lines = folder.lines()
+    assert keys(lines) == [("recall_single", length, index, 0) for length in (64, 96) for index in range(3)]
+    for line in lines:
+        assert list(line) == LINE_KEYS
+        assert line["prompt_num_tokens"] + 4 == line["length"]
+        assert line["depth"] == (0.0, 0.25, 0.5)[line["sample_index"]]
+        assert line["score"] == 1.0 and line["references"][0] in line["prediction"]
+        assert len(line["token_ids"]) == len(line["logprobs"]) and line["finish_reason"] == "stop"
+    summary = summary_of(out)
+    assert set(summary) >= SUMMARY_KEYS
+    assert json.loads((folder.path / "out.jsonl.summary.json").read_text()) == summary
+    task = summary["tasks"]["recall_single"]
+    assert (task["metric"], task["score"], task["stderr_over_seeds"]) == ("string_match_all", 1.0, None)
+    assert task["by_length"] == {n: {"score": 1.0, "num_samples": 3} for n in ("64", "96")}
+    assert task["by_depth"] == {d: {"score": 1.0, "num_samples": 2} for d in ("0.0", "0.25", "0.5")}
+    assert summary["num_samples"] == 6 and summary["num_generated_tokens"] == 18
+    assert summary["peak_memory_bytes_per_rank"] > 10**8
+    meta = json.loads((folder.path / "out.jsonl.meta.json").read_text())
+    assert meta["evaluation"]["tasks"] == ["recall_single"] and meta["config"]["sampling"]["temperature"] == 0
+    assert "recall_single  string_match_all  1.000" in err
+
+
+def test_flags_win_over_the_config(folder):
+    code, _out, err = folder.run(
+        "--tasks", "recall_multikey", "--lengths", "1k", "--num-samples", "2", "--depths", "0.5", "1", "--seeds", "3"
+    )
+    assert code == 0, err
+    assert keys(folder.lines()) == [("recall_multikey", 1024, index, 3) for index in range(2)]
+    assert [line["depth"] for line in sorted(folder.lines(), key=_key)] == [0.5, 1.0]
+
+
+def test_seeds_are_runs_of_their_own_when_sampling(folder):
+    """A template that the model cannot follow: what it samples is noise, and differs with the seed."""
+    question = folder.file({"prompt": "It was", "references": ["river"]}, {"prompt": "The", "references": ["a"]})
+    sampling = {"temperature": 5.0, "max_new_tokens": 4, "ignore_eos": True}
+    evaluation = {"tasks": [], "task_file": question, "seeds": [0, 1, 2], "num_samples": None}
+    code, out, err = folder.run(evaluation=evaluation, sampling=sampling)
+    assert code == 0, err
+    lines = folder.lines()
+    assert keys(lines) == [("mine", 0, index, seed) for index in range(2) for seed in range(3)]
+    assert len({tuple(line["token_ids"]) for line in lines if line["sample_index"] == 0}) == 3
+    assert summary_of(out)["tasks"]["mine"]["stderr_over_seeds"] is not None
+    code, _, _ = folder.run("--overwrite", evaluation={**evaluation, "seeds": [2]}, sampling=sampling)
+    alone = tokens(folder.lines())
+    assert all(tokens(lines)[key] == found for key, found in alone.items())
+
+
+def test_gsm8k_has_a_row_for_each_of_its_metrics(folder):
+    name = folder.file(*({"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)))
+    code, out, err = folder.run(
+        "--task-file", str(folder.path / name), "--num-shots", "1", sampling={"max_new_tokens": 4}
+    )
+    assert code == 0, err
+    lines = folder.lines()
+    assert len(lines) == 2 and lines[0]["metric"] == "exact_match_flexible"
+    assert lines[0]["scores"].keys() == {"exact_match_flexible", "exact_match_strict"}
+    assert summary_of(out)["tasks"].keys() == {"mine", "mine/exact_match_strict"}
+
+
+def test_a_resumed_run_asks_exactly_what_is_missing(folder):
+    assert folder.run()[0] == 0
+    undisturbed = folder.lines()
+    whole = folder.output.read_bytes().splitlines(keepends=True)
+    kept = b"".join(whole[:2])
+    folder.output.write_bytes(kept + whole[2][:30])
+    code, out, err = folder.run("--resume")
+    assert code == 0, err
+    assert folder.output.read_bytes().startswith(kept)
+    assert keys(folder.lines()) == keys(undisturbed) and tokens(folder.lines()) == tokens(undisturbed)
+    summary = summary_of(out)
+    assert (summary["num_samples"], summary["num_samples_resumed"], summary["num_generated_tokens"]) == (6, 2, 12)
+    code, out, _ = folder.run("--resume")  # nothing is missing now
+    assert code == 0 and summary_of(out)["num_generated_tokens"] == 0
+    assert keys(folder.lines()) == keys(undisturbed)
+
+
+def test_a_dry_run_loads_and_writes_nothing(folder, no_loading):
+    code, out, _ = folder.run("--dry-run")
+    assert code == 0 and summary_of(out)["num_samples"] == 6
+    assert [path.name for path in folder.path.iterdir()] == ["run.json"]
+
+
+def test_the_reference_gives_the_same_tokens_scores_and_logprobs(folder):
+    other = folder.path / "reference.jsonl"
+    assert folder.run()[0] == 0
+    code, out, err = folder.run("--output", str(other), tool=reference_eval, prefill_context_parallel_size=2)
+    assert code == 0, err
+    ours, theirs = folder.lines(), folder.lines(other)
+    assert keys(ours) == keys(theirs) and tokens(ours) == tokens(theirs)
+    for a, b in zip(sorted(ours, key=_key), sorted(theirs, key=_key), strict=True):
+        assert a["logprobs"] == pytest.approx(b["logprobs"], abs=1e-4)
+        assert {key: a[key] for key in LINE_KEYS[:8]} == {key: b[key] for key in LINE_KEYS[:8]}
+    assert set(summary_of(out)) >= SUMMARY_KEYS
+    assert summary_of(out)["layout"] == {"tp": 1, "pcp": 1, "dcp": 1, "dp": 1, "world_size": 1}
+
+
+def assert_refused(outcome, *words, tool="eval_longctx"):
+    """Exit 2, nothing on stdout, and on stderr one complaint that holds the words."""
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert err.startswith(f"{tool}: ") and len(err.strip().splitlines()) == 1
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize(
+    "argv, config, words",
+    [
+        (["--tasks", "recall_singel"], {}, ['unknown task "recall_singel"; the nearest is "recall_single"']),
+        (["--lengths", "4kb"], {}, ['unknown length "4kb"', 'the nearest is "4k"']),
+        (
+            ["--lengths", "128k"],
+            {},
+            ["length 131072 is more than the model's 32768 positions", "nearest it has is 32k"],
+        ),
+        (
+            ["--lengths", "8"],
+            {},
+            ["task recall_single at length 8", "the template alone has 10", "at least 6 tokens greater"],
+        ),
+        (["--tasks", "cwe", "--lengths", "4k"], {}, ["task cwe at length 4096", "the template alone has"]),
+        (["--num-samples", "0"], {}, ['"num_samples" is 0; it must be at least 1']),
+        (["--depths", "1.5"], {}, ['"depths" is [1.5]; it must be', "in [0, 1]"]),
+        (["--depths", "deep"], {}, ["invalid float value"]),
+        (["--seeds", "1", "1"], {}, ['"seeds" is [1, 1]; it must be free of repetitions']),
+        (["--tasks", "vt", "--task-file", "x"], {}, ["not allowed with argument"]),
+        (["--task-file", "nowhere.jsonl"], {}, ["task file nowhere.jsonl: No such file"]),
+        (["--lengths", "16k"], {}, ["recall_single, sample 0: the prompt has 16380 tokens", "Raise kv_cache_gib"]),
+        ([], {"evaluation": {"taks": ["vt"]}}, ['unknown key "evaluation.taks"', '"evaluation.tasks"']),
+        ([], {"evaluation": {"task_file": "x"}}, ['"task_file" is "x"; it must be left out where `tasks` are named']),
+        ([], {"sampling": {"n": 2}}, ['"sampling.n" is 2', '"seeds"']),
+        ([], {"model": None}, ['"model" is missing']),
+        ([], {"prefill_context_parallel_size": 2}, ["1 process(es) were started", "accelerate launch"]),
+        ([], {"output": "."}, ["is a folder; a file was wanted"]),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_what_cannot_run_is_refused_before_loading(folder, no_loading, argv, config, words):
+    assert_refused(folder.run(*argv, **config), *words)
+    assert not folder.output.exists()
+
+
+def test_another_evaluation_is_not_continued(folder, no_loading):
+    (folder.path / "out.jsonl").write_text("")
+    meta = {"config": {"model": str(MODEL), "dtype": "float32"}}
+    (folder.path / "out.jsonl.meta.json").write_text(json.dumps(meta))
+    assert_refused(folder.run("--resume"), "was made with sampling=null")
+    assert_refused(folder.run(), "exists. Continue it with --resume, or replace it with --overwrite")
+
+
+def test_the_reference_refuses_what_it_cannot_repeat(folder, no_loading):
+    sampled = folder.run(tool=reference_eval, sampling={"temperature": 1})
+    assert_refused(sampled, "the reference is greedy", tool="reference_eval")
+
+
+def test_the_blunt_model_is_recall_tiny_with_another_sharpness():
+    """It shares everything but the gains of layer 1's match, so that tasks and tokens are the same."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        blunt = ROOT / "configs" / "recall-blunt" / name
+        assert blunt.read_bytes() == (MODEL / name).read_bytes()
+
+
+def test_the_blunt_models_accuracy_falls_over_length():
+    report = json.loads((ROOT / "configs" / "recall-blunt" / "accuracy.json").read_text())
+    measured = [row["accuracy"] for row in report["by_length_tokens"].values()]
+    assert measured == sorted(measured, reverse=True)
+    assert measured[0] == 1.0 and measured[-1] < 0.5
