@@ -272,7 +272,7 @@ def test_the_config_of_a_run_can_lie_anywhere_and_asks_for_its_layout() -> None:
         0,
         [0],
     )
-    assert (sampled.data["sampling"]["temperature"], sampled.data["evaluation"]["seeds"]) == (1.0, [0, 1, 2, 3, 4])
+    assert (sampled.data["sampling"]["temperature"], sampled.data["evaluation"]["seeds"]) == (0.4, [0, 1, 2, 3, 4])
 
 
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("compare_*.json")), ids=lambda path: path.stem)
