@@ -130,6 +130,20 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class ComparisonConfig:
+    """What `tools/compare.py` makes of an evaluation: the same one over several layouts."""
+
+    layouts: tuple[str, ...] = _key('names such as "tp4_pcp2_dcp4", or configs; the first is the reference', ())
+    tolerance: float | None = _key(
+        "largest logprob difference that passes; default: 1e-4 in float32, 0.05 in half precision", None
+    )
+
+    def __post_init__(self) -> None:
+        ok = self.tolerance is None or 0 <= self.tolerance < math.inf
+        _check(ok, "tolerance", self.tolerance, "at least 0 and finite")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run needs to know. Sizes left null are worked out from the others and from the world."""
 
@@ -161,6 +175,7 @@ class Config:
     input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
     evaluation: EvaluationConfig = _key("long-context evaluation", factory=EvaluationConfig)
+    comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
     wandb: WandbConfig | None = _key("log the summary to W&B: an object with `project`, `name`, `group`, `mode`", None)
 
     def __post_init__(self) -> None:

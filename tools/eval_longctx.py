@@ -230,7 +230,10 @@ def evaluate(launch: Launch, job: Job) -> int:
             from cpinfer_integrations.wandb import log_run
 
             flat = {f"score/{name}": task["score"] for name, task in summary["tasks"].items()}
-            log_run(config.wandb, job.meta, {**summary, **flat}, job.output, has_api_key="WANDB_API_KEY" in os.environ)
+            logged, has_api_key = {**summary, **flat}, "WANDB_API_KEY" in os.environ
+            complaint = log_run(config.wandb, job.meta, logged, job.output, has_api_key=has_api_key)
+            if complaint is not None:
+                print(f"eval_longctx: {complaint}", file=sys.stderr)
     return EXIT_DONE
 
 

@@ -184,7 +184,10 @@ def rollout(launch: Launch, job: Job) -> int:
         if job.config.wandb is not None:
             from cpinfer_integrations.wandb import log_run
 
-            log_run(job.config.wandb, job.meta, summary, job.output, has_api_key="WANDB_API_KEY" in os.environ)
+            has_api_key = "WANDB_API_KEY" in os.environ
+            unlogged = log_run(job.config.wandb, job.meta, summary, job.output, has_api_key=has_api_key)
+            if unlogged is not None:
+                print(f"rollout: {unlogged}", file=sys.stderr)
         print(format_summary(summary), file=sys.stderr, flush=True)
         print(json.dumps(summary), flush=True)
     return EXIT_DONE

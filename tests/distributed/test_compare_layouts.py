@@ -1,0 +1,73 @@
+"""tools/compare.py with real processes: layouts that agree, one that is made to disagree, and an end from outside."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launching import ROOT, Finished, launch
+
+SMALL = [
+    "evaluation.lengths=[256]",
+    "evaluation.num_samples=2",
+    "evaluation.seeds=[0, 1]",
+    'evaluation.tasks=["recall_single"]',
+]
+COMMAND = [sys.executable, "tools/compare.py", "--config", "configs/compare_recall.json", "--layouts", "tp1", "pcp2"]
+
+
+def compare(output: Path, *arguments: str) -> Finished:
+    overrides = [flag for override in SMALL for flag in ("--set", override)]
+    return launch([*COMMAND, *overrides, "--output", str(output), *arguments], timeout_s=300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_two_layouts_agree_and_a_planted_difference_is_found_where_it_lies(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    finished = compare(output)
+    assert finished.returncode == 0 and finished.summary["ok"], finished
+    assert [a["num_identical"] for a in finished.summary["agreement"]] == [2, 4]
+    assert (output / "report.html").stat().st_size > 10_000
+    assert len(list((output / "wandb").glob("offline-run-*"))) == 2
+
+    lines = [json.loads(line) for line in (output / "pcp2" / "greedy.jsonl").read_text().splitlines()]
+    lines[-1]["logprobs"][1] -= 0.01
+    (output / "pcp2" / "greedy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    planted = compare(output, "--reuse", "--no-wandb")
+    assert planted.returncode == 1 and planted.stderr.count(": kept") == 4, planted
+    [found] = planted.summary["disagreements"]
+    wanted = {"layout": "pcp2", "pass": "greedy", "position": 1, "sample_index": lines[-1]["sample_index"]}
+    assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_an_end_from_outside_ends_every_process_of_a_layout(tmp_path: Path) -> None:
+    command = [*COMMAND, "--output", str(tmp_path / "out"), "--no-wandb"]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ) as tool:
+        workers = wait_for_workers(tool.pid)
+        tool.send_signal(signal.SIGTERM)
+        _, err = tool.communicate(timeout=60)
+    assert tool.returncode == 1 and b"interrupted" in err
+    assert not [p for p in workers if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def wait_for_workers(pid: int) -> list[psutil.Process]:
+    """Everything below the tool, once an evaluation runs under its launcher."""
+    for _ in range(600):
+        below = psutil.Process(pid).children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            if sum("eval_longctx.py" in " ".join(p.cmdline()) for p in below) >= 2:
+                return below
+        time.sleep(0.1)
+    raise AssertionError("no evaluation was started")

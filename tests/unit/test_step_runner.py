@@ -1,0 +1,69 @@
+"""Steps as the engine plans them for layers that see differently far: whole prompts, chunks after others, decode."""
+
+import copy
+
+import pytest
+import torch
+
+import check_rollout
+import cpinfer
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import Config
+from cpinfer.layout.grid import RankGrid
+from tiny_models import FAMILIES, make_model, prompts_of
+
+TOLERANCE = 1e-4
+PROMPTS = prompts_of((3, 60, 25), vocab_size=128)
+SAMPLING = cpinfer.SamplingParams(temperature=0, max_new_tokens=5)
+
+
+def generate(family, window, grid, **config):
+    """The model, and what an engine over it returns; `window` in place of the one it has."""
+    own = copy.deepcopy(FAMILIES[family])
+    own.sliding_window = window
+    model = make_model(own)
+    parsed = Config(
+        dtype="float32",
+        kv_cache_gib=0.001,
+        block_size=4,
+        prefill_context_parallel_size=grid.pcp_size,
+        decode_context_parallel_size=grid.dcp_size,
+        cp_kv_cache_interleave_size=3,
+        **config,
+    )
+
+    def body(topology):
+        with cpinfer.attach(copy.deepcopy(model), topology, parsed) as engine:
+            return engine.generate(PROMPTS, SAMPLING)
+
+    return model, run_ranks(grid, body)[0]
+
+
+def largest_error(model, results):
+    return max(
+        float((check_rollout.score(model, r.prompt_token_ids, r.token_ids) - torch.tensor(r.logprobs)).abs().max())
+        for r in results
+    )
+
+
+WINDOWED = ["mistral", "gemma2", "gpt_oss"]  # on every layer; beside full attention, with a soft cap or with sinks
+
+
+@pytest.mark.parametrize("config", [{}, {"max_num_batched_tokens": 16}], ids=["whole", "chunks"])
+@pytest.mark.parametrize("window", [1, 2, 9, 33])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_windows_of_any_width_give_the_logprobs_of_transformers(family, window, config):
+    assert largest_error(*generate(family, window, RankGrid(1, 2, 2), **config)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("grid", [RankGrid(), RankGrid(1, 2, 1), RankGrid(1, 3, 3)], ids=str)
+def test_windows_and_chunks_on_one_rank_with_homes_and_over_three_shards(grid):
+    assert largest_error(*generate("gemma2", 9, grid, max_num_batched_tokens=11)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("other", [8, 10])
+def test_a_window_off_by_one_would_be_seen(other):
+    """Negative control: the engine's text under one window, scored by a model with another."""
+    _, results = generate("mistral", 9, RankGrid(1, 2, 2))
+    model, _ = generate("mistral", other, RankGrid())
+    assert largest_error(model, results) > 100 * TOLERANCE

@@ -1,0 +1,73 @@
+"""The runs of a comparison: for each layout one evaluation, or a greedy and a sampled one, each with its config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from comparison.launches import Ended, Launcher, launch, launch_command
+from comparison.layouts import Layout
+from comparison.samples import Pass, read_run
+from cpinfer.engine.output import summary_path, write_json
+from cpinfer.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parent.parent / "eval_longctx.py"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One run of `eval_longctx.py`. `data` is its whole config."""
+
+    layout: Layout
+    passed: Pass
+    data: Mapping[str, Any]
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        return self.folder / f"{self.passed}.config.json"
+
+    @property
+    def output(self) -> Path:
+        return self.folder / f"{self.passed}.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / f"{self.passed}.log"
+
+
+def evaluations_of(layout: Layout, output: Path) -> list[Evaluation]:
+    """What has to run for one layout: greedy alone, or greedy with the first seed and sampled with all of them."""
+    folder = output / layout.name
+    evaluation, sampling = layout.data["evaluation"], layout.data["sampling"]
+    # Seeds are of sampling: greedy answers are the same under each.
+    greedy = {
+        **layout.data,
+        "sampling": {**sampling, "temperature": 0},
+        "evaluation": {**evaluation, "seeds": evaluation["seeds"][:1]},
+    }
+    runs = [Evaluation(layout, "greedy", greedy, folder)]
+    return runs if layout.config.sampling.greedy else [*runs, Evaluation(layout, "sampled", layout.data, folder)]
+
+
+def is_complete(evaluation: Evaluation) -> bool:
+    """Whether it has run to its end already, with exactly this config."""
+    try:
+        same = json.loads(evaluation.config.read_bytes()) == json.loads(json.dumps(evaluation.data))
+        return same and bool(read_run(evaluation.layout.name, evaluation.passed, evaluation.output).samples)
+    except (OSError, ValueError, UserError):
+        return False
+
+
+def evaluate(evaluation: Evaluation, launcher: Launcher, timeout_s: float, environ: Mapping[str, str]) -> Ended:
+    """Run it. What an earlier run left is replaced."""
+    evaluation.folder.mkdir(parents=True, exist_ok=True)
+    # In this order: a config beside an old summary would look like a complete run.
+    summary_path(evaluation.output).unlink(missing_ok=True)
+    write_json(evaluation.config, evaluation.data)
+    arguments = ["--config", str(evaluation.config), "--output", str(evaluation.output), "--overwrite"]
+    command = launch_command(launcher, evaluation.layout.sizes.world_size, SCRIPT, arguments)
+    return launch(command, evaluation.log, timeout_s, environ)
