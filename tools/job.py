@@ -35,7 +35,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.launching import grid_for
 
-EXIT_DONE, EXIT_BAD_INPUT = 0, 2
+EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
 Told = TypeVar("Told")
 
