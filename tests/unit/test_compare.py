@@ -8,7 +8,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,15 @@ from comparison.layouts import legal_names, load_comparison, parse_name, resolve
 from comparison.plots import accuracy_by_length, heat_map
 from comparison.report import html_report, html_table, markdown_report
 from comparison.samples import read_run
-from comparison.tables import accuracy_rows, accuracy_table, expected_capacity, figures, markdown, seed_score
+from comparison.tables import (
+    accuracy_rows,
+    accuracy_table,
+    expected_capacity,
+    figures,
+    figures_table,
+    markdown,
+    seed_score,
+)
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_spec
 from evaluations import changed, line, run, some_lines, summary, write_run
@@ -201,6 +208,9 @@ def test_figures_stand_beside_what_is_expected() -> None:
     assert ratios == pytest.approx([1, 2, 4], rel=1e-3)
     assert found["peak_memory_bytes_per_rank", "tp2_dcp2"].value == 80, "the rank that needs most"
     assert found["peak_memory_bytes_per_rank", "pcp4"].expected_ratio is None
+    table = figures_table(list(found.values()), [layout.name for layout in layouts]).splitlines()
+    assert table[2].startswith("| ttft_s_p50 | 1, 1.00 (1.00) | 0.75, 0.75 (0.50) | - | equal work over")
+    assert "| 80, 0.80 |" in table[-1]
 
 
 # Layouts
@@ -531,10 +541,3 @@ def test_an_evaluation_replaces_what_was_there(tmp_path: Path, monkeypatch: pyte
     assert not is_complete(evaluation)
     write_run(evaluation.output, [line()], summary())
     assert is_complete(evaluation)
-
-
-def test_the_tool_starts_without_an_argument_and_says_what_it_wants() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "compare.py")], capture_output=True, text=True, timeout=90
-    )
-    assert done.returncode == 2 and "--config" in done.stderr and not done.stdout

@@ -215,9 +215,9 @@ def _sections(results: Results) -> list[Section]:
         ),
         Section(
             "Speed, capacity, memory",
-            f"Of the {results.scored} pass, beside the ratio to {results.reference} that equal work over the machine's "
-            "workers would give; what communication and starting cost is the difference.",
-            figures_table(results.figures),
+            f"Of the {results.scored} pass. Each figure stands before its ratio to {results.reference}'s and, in "
+            "parentheses, the ratio that is to be expected. Times are those of this machine and what else ran on it.",
+            figures_table(results.figures, results.names),
         ),
     ]
     if evaluation is not None and len({row.length for row in results.by_length}) > 1:

@@ -15,7 +15,6 @@ from typing import Any
 from comparison.agreement import Agreement
 from comparison.layouts import Layout
 from comparison.samples import Run, Sample
-from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.explain import Question, explain
 from cpinfer.layout.rules import LayoutSizes
 from cpinfer.models.spec import ModelSpec
@@ -133,21 +132,20 @@ def agreement_table(agreements: Sequence[Agreement], reference: str, tolerance: 
     return markdown(header, body, num_left=2)
 
 
-def figures_table(figures: Sequence[Figure]) -> str:
-    """Measured figures beside expected ratios, as Markdown."""
-    header = ["figure", "layout", "measured", "ratio to the reference", "expected", "why"]
-    body = [
-        [
-            figure.name,
-            figure.layout,
-            _short(figure.value),
-            "-" if figure.ratio is None else f"{figure.ratio:.3f}",
-            "-" if figure.expected_ratio is None else f"{figure.expected_ratio:.3f}",
-            figure.why,
-        ]
-        for figure in figures
-    ]
-    return markdown(header, body, num_left=2, right_until=5)
+def figures_table(figures: Sequence[Figure], layouts: Sequence[str]) -> str:
+    """A row per figure, a column per layout: measured, its ratio to the reference's, and the expected ratio."""
+    at = {(figure.name, figure.layout): figure for figure in figures}
+    why = {figure.name: figure.why for figure in figures}
+    body = [[name, *(_figure_cell(at[name, layout]) for layout in layouts), why[name]] for name in why]
+    header = ["figure: measured, ratio (expected)", *layouts, "what is expected"]
+    return markdown(header, body, num_left=1, right_until=1 + len(layouts))
+
+
+def _figure_cell(figure: Figure) -> str:
+    if figure.ratio is None:
+        return _short(figure.value)
+    expected = "" if figure.expected_ratio is None else f" ({figure.expected_ratio:.2f})"
+    return f"{_short(figure.value)}, {figure.ratio:.2f}{expected}"
 
 
 def figures(runs: Sequence[Run], layouts: Sequence[Layout], spec: ModelSpec, num_workers: int) -> list[Figure]:
@@ -157,36 +155,24 @@ def figures(runs: Sequence[Run], layouts: Sequence[Layout], spec: ModelSpec, num
     """
     busy = {layout.name: min(layout.sizes.world_size, num_workers) for layout in layouts}
     capacity = {layout.name: expected_capacity(layout, spec) for layout in layouts}
-    tp = {layout.name: layout.sizes.tp_size for layout in layouts}
     first = runs[0].layout
     found: list[Figure] = []
 
-    def add(name: str, expected: Mapping[str, float] | None, why: Mapping[str, str]) -> None:
+    def add(name: str, expected: Mapping[str, float] | None, why: str) -> None:
         values = {run.layout: _number(run.summary.get(name)) for run in runs}
         reference = values[first]
         for layout, value in values.items():
             ratio = value / reference if value is not None and reference else None
-            found.append(Figure(layout, name, value, ratio, expected[layout] if expected else None, why[layout]))
+            found.append(Figure(layout, name, value, ratio, expected[layout] if expected else None, why))
 
-    def shared(text: str) -> dict[str, str]:
-        return dict.fromkeys(busy, text)
-
-    work = {
-        name: f"equal work over {n} of {num_workers} workers, nothing for communication" for name, n in busy.items()
-    }
+    work = f"equal work over as many ranks as there are workers (at most {num_workers}), nothing for communication"
     add("ttft_s_p50", {name: busy[first] / n for name, n in busy.items()}, work)
     add("tpot_s_p50", {name: busy[first] / n for name, n in busy.items()}, work)
     add("tokens_per_s", {name: n / busy[first] for name, n in busy.items()}, work)
-    add("num_generated_tokens", dict.fromkeys(busy, 1.0), shared("the same text"))
-    add(
-        "kv_capacity_tokens",
-        {name: tokens / capacity[first] for name, tokens in capacity.items()},
-        shared("longest sequence in equal bytes per rank: dcp / stored KV heads (tools/explain.py)"),
-    )
-    memory = {
-        name: f"1/{size} of the weights and the same KV pool; on a CPU the whole process counts, libraries too"
-        for name, size in tp.items()
-    }
+    add("num_generated_tokens", dict.fromkeys(busy, 1.0), "the same text")
+    longest = "longest sequence in equal bytes per rank: dcp / stored KV heads, as tools/explain.py has it"
+    add("kv_capacity_tokens", {name: tokens / capacity[first] for name, tokens in capacity.items()}, longest)
+    memory = "1/tp of the weights and the same KV pool; on a CPU it is the whole process, libraries included"
     add("peak_memory_bytes_per_rank", None, memory)
     return found
 
@@ -201,7 +187,7 @@ def expected_capacity(layout: Layout, spec: ModelSpec) -> int:
                 config.interleave, config.block_size,
             ),
             num_layers=spec.num_layers,
-            kv_head=_one_head(spec),
+            kv_head=spec.kv_layout(1),
             dtype=config.dtype,
             kv_cache_gib=config.kv_cache_gib or ANY_KV_CACHE_GIB,
         )
@@ -219,10 +205,6 @@ def markdown(
     # A bar in a name is no end of its cell.
     rows = ([cell.replace("|", r"\|") for cell in cells] for cells in (header, rule, *body))
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
-
-
-def _one_head(spec: ModelSpec) -> KVLayout:
-    return spec.kv_layout(1)
 
 
 def _averaged(row: AccuracyRow) -> str:
