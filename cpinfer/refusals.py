@@ -45,6 +45,10 @@ REFUSALS: dict[str, Refusal] = {
     "fused_heads": Refusal(
         "tensor parallelism of GPT-BigCode without multi_query (its heads are fused one by one)", "Use tp_size 1."
     ),
+    "latent_adapter": Refusal(
+        "adapters on kv_b_proj of latent attention (its weight is used without calling it)",
+        "Merge the adapter into the weight, or leave this projection out of it.",
+    ),
     "flashinfer": Refusal('the FlashInfer backend (`"backend": "flashinfer"`)', 'Use "torch", or "auto".'),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }

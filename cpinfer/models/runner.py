@@ -19,6 +19,7 @@ from cpinfer.models.latent_attention import is_latent_attention, latent_attentio
 from cpinfer.models.local_weights import local
 from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
 from cpinfer.models.spec import ModelSpec
+from cpinfer.refusals import refuse
 
 ATTENTION_NAME = "cpinfer"
 
@@ -109,6 +110,7 @@ def attached(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) -> Ite
     UserError when the model holds other heads than tensor parallelism of `tp_size` gives it.
     """
     _check_heads(model, spec, tp_size)
+    _check_latent_projections(model)
     AttentionInterface.register(ATTENTION_NAME, attend_by_step)
     config = model.config
     before = config._attn_implementation
@@ -158,6 +160,13 @@ def _latent_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     return latent_attention(module, hidden_states, position_embeddings, _wanted(cp_step).step)
+
+
+def _check_latent_projections(model: Any) -> None:
+    """Decode on latents takes the weight of `kv_b_proj` apart, so what wraps that module would be passed over."""
+    for name, module in model.named_modules():
+        if is_latent_attention(module) and any(True for _ in module.kv_b_proj.children()):
+            raise refuse("latent_adapter", f"{name}.kv_b_proj is a {type(module.kv_b_proj).__name__}")
 
 
 def _check_heads(model: Any, spec: ModelSpec, tp_size: int) -> None:

@@ -86,3 +86,34 @@ def test_a_whole_model_has_the_heads_of_one_rank_and_not_those_of_two(family):
         attached(model, model_spec(model), tp_size=2),
     ):
         pytest.fail("the block must not be entered")
+
+
+class Adapted(torch.nn.Module):
+    """A projection as adapters wrap it: `weight` is the base's, the call adds to it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.delta = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base_layer.weight
+
+    def forward(self, x):
+        return self.base_layer(x) + self.delta(x)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+def test_an_adapter_that_decode_on_latents_would_pass_over_is_refused(family):
+    model = make_model(FAMILIES[family])
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = Adapted(attention.o_proj)
+    with attached(model, model_spec(model), tp_size=1):
+        pass  # one that is called may stay
+    attention.kv_b_proj = Adapted(attention.kv_b_proj)
+    with (
+        pytest.raises(UserError, match=r"layers\.1\.self_attn\.kv_b_proj is a Adapted.*Merge the adapter"),
+        attached(model, model_spec(model), tp_size=1),
+    ):
+        pass
