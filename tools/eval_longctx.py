@@ -15,7 +15,6 @@ table go to stderr; the last line that rank 0 writes to stdout is the summary, o
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import resource
@@ -37,8 +36,6 @@ from cpinfer.engine.metrics import format_summary
 from cpinfer.engine.output import (
     Existing,
     ResultWriter,
-    check_output,
-    default_output,
     join_parts,
     open_output,
     part_path,
@@ -75,6 +72,7 @@ from job import (
     headline,
     pool_size,
     run_tool,
+    wanted_output,
 )
 from longctx.tasks import TASKS, parse_length
 
@@ -131,9 +129,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     spec = needed_spec(config, args.config)
     grid = check_layout(launch, config, spec, args.config)
     config = settled(config, spec.max_positions)
-    output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
-    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
-    check_output(output, existing)
+    output, existing = wanted_output(config, args)
     meta = describe_run(config, grid, launch)
     meta = {**meta, "evaluation": meta["config"]["evaluation"]}
     done = read_finished(output, meta, line_key, MUST_AGREE) if existing == "resume" else frozenset[Key]()

@@ -7,6 +7,7 @@ which every rank enters when nobody has found anything.
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import platform
 import subprocess
@@ -29,6 +30,7 @@ from cpinfer.comm.bootstrap import (
 from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.engine import affordable_pool
+from cpinfer.engine.output import Existing, check_output, default_output
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
@@ -128,6 +130,14 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
 def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:
     """The KV pool of the rank that stores the most heads."""
     return affordable_pool(spec, spec.heads(grid.tp_size).max_stored_heads(grid), config, config.dtype, device)
+
+
+def wanted_output(config: Config, args: argparse.Namespace) -> tuple[Path, Existing]:
+    """Where results go, and what becomes of an output that is there. UserError when nobody has said."""
+    output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
+    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
+    check_output(output, existing)
+    return output, existing
 
 
 def gather(launch: Launch, told: Told) -> list[Told]:

@@ -11,7 +11,6 @@ table go to stderr; the last line that rank 0 writes to stdout is the summary, o
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import sys
@@ -32,8 +31,6 @@ from cpinfer.engine.output import (
     Existing,
     ResultWriter,
     SampleKey,
-    check_output,
-    default_output,
     join_parts,
     open_output,
     part_path,
@@ -59,6 +56,7 @@ from job import (
     headline,
     pool_size,
     run_tool,
+    wanted_output,
 )
 
 
@@ -118,9 +116,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
         raise UserError(f"{complaints[0]}{more} Mend the input, or pass --skip-bad-prompts to run the rest.")
     if not inputs:
         raise UserError(f"input {config.input}: no line can be run. {complaints[0]}")
-    output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
-    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
-    check_output(output, existing)
+    output, existing = wanted_output(config, args)
     meta = describe_run(config, grid, launch)
     done = read_finished(output, meta) if existing == "resume" else frozenset[SampleKey]()
     return Job(

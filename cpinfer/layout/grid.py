@@ -51,6 +51,20 @@ class RankGrid:
         if errors:
             raise ValueError(" ".join(errors))
 
+    @classmethod
+    def lending(
+        cls, tp_size: int, num_replicas: int, pcp_size: int | None = None, dcp_size: int | None = None
+    ) -> RankGrid:
+        """The grid of a job that holds `num_replicas` of its model on `tp_size` ranks each, and lends them to prefill.
+
+        By default all become one pcp axis; a smaller `pcp_size` leaves the rest as dp replicas. `dcp_size` defaults to
+        `pcp_size`. ValueError when `pcp_size` does not divide the replicas, or for sizes that no grid has.
+        """
+        pcp_size = pcp_size or num_replicas
+        if num_replicas % pcp_size:
+            raise ValueError(f"pcp={pcp_size} does not divide the job's {num_replicas} replicas of the model")
+        return cls(tp_size, pcp_size, dcp_size or pcp_size, num_replicas // pcp_size)
+
     @property
     def world_size(self) -> int:
         return self.dp_size * self.ranks_per_replica

@@ -38,7 +38,7 @@ def topology_from(accelerator: Accelerator, *, pcp_size: int | None = None, dcp_
     mesh = accelerator.torch_device_mesh
     if mesh is not None:
         return topology_from_mesh(mesh, pcp_size=pcp_size, dcp_size=dcp_size)
-    return Topology.from_world(_grid(1, accelerator.num_processes, pcp_size, dcp_size))
+    return Topology.from_world(RankGrid.lending(1, accelerator.num_processes, pcp_size, dcp_size))
 
 
 def topology_from_mesh(mesh: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
@@ -58,16 +58,9 @@ def topology_from_mesh(mesh: Any, *, pcp_size: int | None = None, dcp_size: int 
     tp_size = sizes.get("tp", 1)
     if pcp_size is None and (sequence_size := math.prod(sizes.get(axis, 1) for axis in _SEQUENCE_AXES)) > 1:
         pcp_size = sequence_size
-    grid = _grid(tp_size, world_size // tp_size, pcp_size, dcp_size)
+    grid = RankGrid.lending(tp_size, world_size // tp_size, pcp_size, dcp_size)
     tp_group = mesh["tp"].get_group() if "tp" in names else None
     return Topology.from_world(grid, tp_group=tp_group, lent=list(_groups(mesh)))
-
-
-def _grid(tp_size: int, num_replicas: int, pcp_size: int | None, dcp_size: int | None) -> RankGrid:
-    pcp_size = pcp_size or num_replicas
-    if num_replicas % pcp_size:
-        raise ValueError(f"pcp={pcp_size} does not divide the job's {num_replicas} replicas of the model")
-    return RankGrid(tp_size, pcp_size, dcp_size or pcp_size, num_replicas // pcp_size)
 
 
 def _groups(mesh: Any) -> Iterator[dist.ProcessGroup]:

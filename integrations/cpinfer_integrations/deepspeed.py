@@ -32,10 +32,7 @@ def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | N
     tp_group, lent = _groups_of(engine)
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
     num_replicas = dist.get_world_size() // tp_size if dist.is_initialized() else 1
-    pcp_size = pcp_size or num_replicas
-    if num_replicas % pcp_size:
-        raise ValueError(f"pcp={pcp_size} does not divide the engine's {num_replicas} data-parallel ranks")
-    grid = RankGrid(tp_size, pcp_size, dcp_size or pcp_size, num_replicas // pcp_size)
+    grid = RankGrid.lending(tp_size, num_replicas, pcp_size, dcp_size)
     return Topology.from_world(grid, tp_group=tp_group, lent=lent)
 
 

@@ -32,11 +32,8 @@ def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | No
             "distributed_config=DistributedConfig(tp_size=...)"
         )
     tp_group = mesh["tp"].get_group()
-    num_replicas, rest = divmod(dist.get_world_size(), dist.get_world_size(tp_group))
-    pcp_size = pcp_size or num_replicas
-    if rest or num_replicas % pcp_size:
-        raise ValueError(f"pcp={pcp_size} does not divide the {num_replicas} replicas of the model")
-    grid = RankGrid(dist.get_world_size(tp_group), pcp_size, dcp_size or pcp_size, num_replicas // pcp_size)
+    tp_size = dist.get_world_size(tp_group)
+    grid = RankGrid.lending(tp_size, dist.get_world_size() // tp_size, pcp_size, dcp_size)
     return Topology.from_world(grid, tp_group=tp_group)
 
 

@@ -34,6 +34,14 @@ ALL_GRIDS = [
 ]
 
 
+def test_a_job_lends_its_replicas_to_prefill_and_keeps_the_rest_as_dp():
+    assert RankGrid.lending(2, 4) == RankGrid(2, 4, 4, 1)
+    assert RankGrid.lending(2, 4, pcp_size=2) == RankGrid(2, 2, 2, 2)
+    assert RankGrid.lending(1, 4, pcp_size=2, dcp_size=1) == RankGrid(1, 2, 1, 2)
+    with pytest.raises(ValueError, match="pcp=3 does not divide the job's 4 replicas"):
+        RankGrid.lending(2, 4, pcp_size=3)
+
+
 @pytest.mark.parametrize("sizes", KNOWN, ids=str)
 def test_groups_are_the_known_answers(sizes):
     grid = RankGrid(*sizes)

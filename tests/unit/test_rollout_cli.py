@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import job
 import rollout
 from cpinfer.layout.grid import RankGrid
 
@@ -324,7 +325,7 @@ def test_a_run_without_an_output_makes_a_folder_of_its_own(folder, monkeypatch):
 def test_a_command_may_be_repeated_within_a_second(folder, monkeypatch):
     now = datetime.datetime(2025, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
     clock = types.SimpleNamespace(UTC=datetime.UTC, datetime=types.SimpleNamespace(now=lambda tz: now))
-    monkeypatch.setattr(rollout, "datetime", clock)
+    monkeypatch.setattr(job, "datetime", clock)
     monkeypatch.chdir(folder.path)
     assert folder.run(output=None)[0] == 0
     code, _, err = folder.run(output=None)
