@@ -187,8 +187,8 @@ class Config:
             _check(value is None or value >= 1, name, value, "at least 1")
         gib = self.kv_cache_gib
         _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
-        if self.backend == "flashinfer":
-            raise refuse("flashinfer", 'backend="flashinfer"')
+        if self.backend == "flashinfer" and self.dtype == "float32":
+            raise refuse("flashinfer_dtype", 'backend="flashinfer" with dtype="float32"')
 
     @property
     def tp_size(self) -> int:
@@ -216,9 +216,14 @@ _REFUSED_KEYS = {
     "pipeline_parallel_size": "pipeline_parallel",
     "limit_mm_per_prompt": "multimodal",
     "quantization": "quantized_weights",
+    "kv_cache_dtype": "fp8_kv_cache",
+}
+# Values of known keys, likewise.
+_REFUSED_VALUES = {
+    ("backend", value): "flashinfer_family" for value in ("trtllm", "trtllm-gen", "cudnn", "cutlass", "cute-dsl")
 }
 # What asks for nothing may stand in a config that was written for another engine.
-_ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1")}
+_ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1"), "kv_cache_dtype": ("null", '"auto"')}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Config:
@@ -303,6 +308,8 @@ def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         harmless = _ASKS_FOR_NOTHING.get(key, ("null", "false", "0"))
         if key in _REFUSED_KEYS and json.dumps(value, default=str) not in harmless:
             raise refuse(_REFUSED_KEYS[key], f'key "{where}{key}"')
+        if isinstance(value, str) and (where + key, value) in _REFUSED_VALUES:
+            raise refuse(_REFUSED_VALUES[where + key, value], f'key "{where}{key}" is "{value}"')
         if key not in hints and key not in _REFUSED_KEYS:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
             raise UserError(f'unknown key "{where}{key}"; the nearest known key is "{where}{near[0]}".')

@@ -15,5 +15,9 @@ class PeerLostError(RuntimeError):
     """A collective failed because another rank ended. That rank's error is the cause; this one is only its echo."""
 
 
+class BackendFaultError(RuntimeError):
+    """An attention backend does not compute what it should, on a few tokens at start-up. Nothing was run with it."""
+
+
 class EngineFaultError(RuntimeError):
     """A step produced something that cannot be right (NaN logits, leaked blocks). Raised on every rank alike."""

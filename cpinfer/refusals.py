@@ -49,7 +49,18 @@ REFUSALS: dict[str, Refusal] = {
         "adapters on kv_b_proj of latent attention (its weight is used without calling it)",
         "Merge the adapter into the weight, or leave this projection out of it.",
     ),
-    "flashinfer": Refusal('the FlashInfer backend (`"backend": "flashinfer"`)', 'Use "torch", or "auto".'),
+    "flashinfer_device": Refusal("FlashInfer on other devices than CUDA", 'Set backend to "torch", or "auto".'),
+    "flashinfer_dtype": Refusal(
+        "FlashInfer in float32 (its kernels take half precision)", 'Set backend to "torch", or dtype to "bfloat16".'
+    ),
+    "flashinfer_head_dim": Refusal(
+        "FlashInfer with head dims other than 64, 128, 256 and DeepSeek's", 'Set backend to "torch", or "auto".'
+    ),
+    "flashinfer_family": Refusal(
+        "kernel families that return no lse or read no page table (trtllm-gen, cudnn, cutlass, cute-dsl)",
+        'Set backend to "flashinfer": it takes its FlashAttention kernels.',
+    ),
+    "fp8_kv_cache": Refusal("KV caches in another dtype than the model (fp8)", 'Remove the key, or set it to "auto".'),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }
 

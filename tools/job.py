@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+from cpinfer.backends.base import check_choice
 from cpinfer.comm.bootstrap import (
     Launch,
     default_group,
@@ -29,7 +30,7 @@ from cpinfer.comm.bootstrap import (
 )
 from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.attach import config_errors
-from cpinfer.engine.engine import affordable_pool
+from cpinfer.engine.engine import affordable_pool, attention_needs
 from cpinfer.engine.output import Existing, check_output, default_output
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
@@ -124,7 +125,13 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
     errors = config_errors(spec, config, config.data_parallel_size or 1)
     if errors:
         raise UserError(f"config {config_path}: " + " ".join(errors))
-    return grid_for(config, launch.world_size)
+    grid = grid_for(config, launch.world_size)
+    heads = spec.heads(grid.tp_size).in_group(grid, grid.coords(launch.rank).tp_rank)
+    try:
+        check_choice(config.backend, launch.device, attention_needs(spec, heads, getattr(torch, config.dtype)))
+    except UserError as error:
+        raise type(error)(f"config {config_path}: {error}") from error
+    return grid
 
 
 def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from cpinfer.errors import UserError
+from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.states import State
+from cpinfer.refusals import refuse
 
 
 class PlannedAttention(Protocol):
@@ -35,10 +39,48 @@ class AttentionBackend(Protocol):
         ...
 
 
-def make_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend a config asks for; `auto` is the fastest one that runs on `device`."""
+@dataclass(frozen=True)
+class AttentionNeeds:
+    """What a rank will ask of its backend: the dtype, and for each kind of call its query heads and KV layout.
+
+    GQA has the heads of a rank and those of its DCP group; latent attention the layout of its cache, and the expanded
+    one of prefill. `has_windows`: some layer sees the last so many tokens only.
+    """
+
+    dtype: torch.dtype
+    calls: tuple[tuple[int, KVLayout], ...]
+    has_windows: bool = False
+
+
+def check_choice(name: str, device: torch.device, needs: AttentionNeeds) -> None:
+    """UserError when the backend asked for by name cannot run `needs` on `device`; `auto` can always."""
+    from cpinfer.backends.flashinfer_backend import flashinfer_error
+
+    if name not in ("auto", "torch", "flashinfer"):
+        raise UserError(f'backend "{name}" is unknown; "auto", "torch" or "flashinfer" was wanted.')
+    if name != "flashinfer":
+        return
+    if device.type != "cuda":
+        raise refuse("flashinfer_device", f'backend="flashinfer" on {device.type}')
+    error = flashinfer_error(needs)
+    if error is not None:
+        raise error
+
+
+def make_backend(name: str, device: torch.device, needs: AttentionNeeds) -> AttentionBackend:
+    """The backend a config asks for; `auto` is the fastest one that runs `needs` on `device`.
+
+    Errors as `check_choice` has them; BackendFaultError when FlashInfer is there and wrong. When `auto` has to pass
+    over it on CUDA, it says why.
+    """
+    from cpinfer.backends.flashinfer_backend import FlashInferBackend, flashinfer_error
     from cpinfer.backends.torch_backend import TorchBackend
 
-    if name in ("auto", "torch"):
+    check_choice(name, device, needs)
+    if name == "torch" or device.type != "cuda":
         return TorchBackend(device)
-    raise UserError(f'backend "{name}" is unknown; "auto" or "torch" was wanted.')
+    error = flashinfer_error(needs)
+    if error is None:
+        return FlashInferBackend(device, needs)
+    warnings.warn(f"attention runs on torch alone, which is slow on CUDA: {error}", stacklevel=2)
+    return TorchBackend(device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cpinfer.backends.base import make_backend
+from cpinfer.backends.base import AttentionNeeds, make_backend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
@@ -22,7 +22,8 @@ from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import UserError
-from cpinfer.layout.capacity import PoolSize
+from cpinfer.layout.capacity import KVLayout, PoolSize
+from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
 from cpinfer.models.spec import ModelSpec
@@ -44,8 +45,8 @@ class Engine:
         self._config = config
         self._tokenizer = tokenizer
         self._stopping = Stopping(runner.spec.eos_token_ids, tokenizer)
-        self._backend = make_backend(config.backend, runner.device)
         heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
+        self._needs = attention_needs(runner.spec, heads, runner.dtype)
         self._kv_layout = runner.spec.kv_layout(len(heads.kv_heads))
         self._pool_size = self._agree_on_pool()
         self._homes = [
@@ -76,7 +77,7 @@ class Engine:
         return self._steps is not None
 
     def wake(self) -> None:
-        """Allocate the KV pool. Nothing happens when it is there."""
+        """Allocate the KV pool, and what attention kernels work in. Nothing happens when it is there."""
         if self._steps is not None:
             return
         runner, sharding = self._runner, self._pool_size.sharding
@@ -88,7 +89,8 @@ class Engine:
             runner.dtype,
             runner.device,
         )
-        self._steps = StepRunner(runner, self._topology, self._config, sharding, self._backend, cache, self._stopping)
+        backend = make_backend(self._config.backend, runner.device, self._needs)
+        self._steps = StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; remembered prefixes are gone with it."""
@@ -258,6 +260,21 @@ class Engine:
     def _refuse_while_streaming(self, what: str) -> None:
         if self._is_streaming:
             raise RuntimeError(f"cannot {what} while a stream is open; finish or close it first")
+
+
+def attention_needs(spec: ModelSpec, heads: GroupHeads, dtype: torch.dtype) -> AttentionNeeds:
+    """What a rank with these heads asks of its attention backend."""
+    own_heads, has_windows = heads.num_q_heads, any(w is not None for w in spec.windows)
+    own_kv_heads = heads.own.stop - heads.own.start
+    calls = {(own_heads, spec.kv_layout(own_kv_heads))}
+    if len(set(heads.q_per_kv)) == 1:
+        calls.add((sum(heads.q_per_kv), spec.kv_layout(len(heads.kv_heads))))
+    else:  # one call per KV head
+        calls |= {(num_q_heads, spec.kv_layout(1)) for num_q_heads in heads.q_per_kv}
+    if spec.latent is not None:
+        calls.add((own_heads, KVLayout(own_heads, spec.head_dim, spec.latent.v_head_dim)))
+    ordered = sorted(calls, key=lambda call: (call[0], call[1].num_heads))
+    return AttentionNeeds(dtype, tuple(ordered), has_windows)
 
 
 def affordable_pool(spec: ModelSpec, num_heads: int, config: Config, dtype: str, device: torch.device) -> PoolSize:

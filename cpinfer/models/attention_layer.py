@@ -41,10 +41,13 @@ class LatentSpace:
         """Keys `[S, H, N + R]` and values `[S, H, V]` of latents `[S, 1, C + R]`."""
         (H, N, C), S = self.w_k.shape, len(latents)
         latent, rotated = latents[:, 0, :C], latents[:, :, C:]
-        keys = torch.empty(S, H, N + rotated.shape[-1], dtype=latents.dtype, device=latents.device)
-        keys[..., :N] = torch.einsum("sc,hnc->shn", latent, self.w_k)
-        keys[..., N:] = rotated
-        return keys, torch.einsum("sc,hvc->shv", latent, self.w_v)
+        R, V = rotated.shape[-1], self.w_v.shape[1]
+        # Side by side, as the cache has them: kernels may want keys and values of equal strides.
+        both = torch.empty(S, H, N + R + V, dtype=latents.dtype, device=latents.device)
+        both[..., :N] = torch.einsum("sc,hnc->shn", latent, self.w_k)
+        both[..., N : N + R] = rotated
+        both[..., N + R :] = torch.einsum("sc,hvc->shv", latent, self.w_v)
+        return both[..., : N + R], both[..., N + R :]
 
 
 @dataclass(frozen=True)

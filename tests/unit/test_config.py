@@ -264,7 +264,10 @@ def test_unnamed_paths_stay_unnamed(tmp_path):
         ({"pipeline_parallel": {"pp_size": 2}}, "pipeline parallelism"),
         ({"limit_mm_per_prompt": {"image": 1}}, "multimodal"),
         ({"quantization": "awq"}, "quantized weights"),
-        ({"backend": "flashinfer"}, "FlashInfer"),
+        ({"backend": "flashinfer", "dtype": "float32"}, "FlashInfer in float32"),
+        ({"backend": "trtllm-gen"}, "trtllm-gen"),
+        ({"backend": "cudnn"}, "kernel families"),
+        ({"kv_cache_dtype": "fp8_e4m3"}, "fp8"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(data, what):
@@ -281,6 +284,8 @@ def test_what_is_not_supported_is_refused_by_name(data, what):
         {"speculative_config": None},
         {"quantization": None},
         {"backend": "torch"},
+        {"backend": "flashinfer"},
+        {"kv_cache_dtype": "auto"},
     ],
 )
 def test_a_refused_key_that_asks_for_nothing_is_accepted(data):
@@ -316,7 +321,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
 
 def test_an_error_in_a_file_keeps_its_kind_and_names_the_file(tmp_path):
     with pytest.raises(UnsupportedError, match=r"config .*run\.json: .*FlashInfer"):
-        load_with(tmp_path, {"backend": "flashinfer"})
+        load_with(tmp_path, {"backend": "flashinfer", "dtype": "float32"})
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)

@@ -131,7 +131,12 @@ SAMPLING = {"temperature": 0, "max_new_tokens": 4}
             {"tensor_parallel": {"tp_size": 4, "provider": "transformers"}},
             ["tp=4 over 2 KV heads", "more ranks than KV heads", '"autotp"'],
         ),
-        ({"backend": "flashinfer"}, ["does not support the FlashInfer backend", 'Use "torch"']),
+        (
+            {"backend": "flashinfer", "dtype": "bfloat16"},
+            ["FlashInfer on other devices than CUDA", 'backend to "torch"'],
+        ),
+        ({"backend": "flashinfer"}, ["FlashInfer in float32", 'Set backend to "torch"']),
+        ({"backend": "trtllm-gen"}, ["kernel families that return no lse", 'Set backend to "flashinfer"']),
         ({"speculative_config": {}}, ["does not support speculative decoding"]),
         ({"model": "./nowhere"}, ["nowhere: no config could be read", "Give a folder with a config.json"]),
         ({"model": None}, ['"model" is missing']),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpinfer.backends.base import make_backend
+from cpinfer.backends.base import AttentionNeeds, make_backend
 from cpinfer.backends.torch_backend import MIN_RUN_TOKENS, TorchBackend
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
@@ -312,7 +312,8 @@ def test_queries_of_any_strides_are_accepted():
     )
 
 
-def test_auto_and_torch_name_this_backend_and_nothing_else_does():
-    assert make_backend("auto", CPU).name == make_backend("torch", CPU).name == "torch"
+def test_auto_and_torch_name_this_backend_on_cpu_and_nothing_else_does():
+    needs = AttentionNeeds(torch.float32, ())
+    assert make_backend("auto", CPU, needs).name == make_backend("torch", CPU, needs).name == "torch"
     with pytest.raises(UserError, match='backend "cudnn" is unknown'):
-        make_backend("cudnn", CPU)
+        make_backend("cudnn", CPU, needs)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import cpinfer
-from cpinfer.backends.base import make_backend
+from cpinfer.backends.torch_backend import TorchBackend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
@@ -47,7 +47,7 @@ class DecodeSteps:
                 k, v = torch.randn(shape, generator=generator)[:, positions]
                 cache.write(layer, slots, (k, v))
         self._steps = StepRunner(
-            runner, topology, config, sharding, make_backend("torch", runner.device), cache, Stopping((), None)
+            runner, topology, config, sharding, TorchBackend(runner.device), cache, Stopping((), None)
         )
         params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
         sequences = []

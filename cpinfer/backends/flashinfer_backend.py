@@ -1,0 +1,371 @@
+"""Attention by FlashInfer's paged kernels (arXiv:2501.01005): what runs on CUDA.
+
+FlashInfer splits the work of a batch once, on the host (`plan`), and then runs it for every layer. Its plans want
+heads, scale and cap beside the rows, which are a layer's; so a plan of ours is handed to FlashInfer when the first
+layer runs, and every layer that agrees in them shares it. Models have one such *call*, or two where some layers expand
+latents.
+
+    rows --page_table--> indptr, pages --plan--> [wrapper of this call] --run, every layer--> out, lse (base 2) * ln 2
+
+A wrapper holds one plan; planning it again makes the one before invalid. A step has several plans alive (new tokens,
+context, one per window), so each takes a wrapper of its own from a pool, and gives it back when the step lets go of the
+plan. The pool grows to what a step needs at most, each wrapper once.
+
+Host arrays are staged in pinned memory that belongs to the wrapper, as FlashInfer's own staging does; an event guards
+both, so that no plan overwrites what the copies of the last one still read. Within a step nothing waits: a wrapper is
+planned once in it. All wrappers share one workspace, which is right as long as they run on one stream.
+
+Kernels: paged prefill and latent attention in FlashAttention-3 style on Hopper, else FlashAttention-2 style; decode in
+the latter (with small pages the former is slow), on tensor cores where query heads share KV heads. Both return lse.
+Other families (trtllm-gen, cudnn, ...) either do not or need more than a page table, and are never chosen.
+
+Letters: T queries, H query heads, K KV heads, D head dim of keys, V of values.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cpinfer.backends.base import AttentionNeeds
+from cpinfer.backends.page_table import PageTable, page_table
+from cpinfer.backends.self_check import check_backend
+from cpinfer.errors import UserError
+from cpinfer.layout.rows import AttentionRows, Int32Array
+from cpinfer.ops.states import State
+from cpinfer.refusals import refuse
+
+LN_2 = math.log(2)
+# Head dims (keys, values) that kernels exist for; of latent layouts (latent and rotated key, latent).
+HEAD_DIMS = frozenset({(64, 64), (128, 128), (256, 256), (192, 128)})
+LATENT_DIMS = frozenset({(576, 512)})
+# Where its kernels split the keys of a row, partial results wait in the workspace: for every query head of a group one
+# tile per resident block, in float32. FlashInfer recommends 128 MiB, which groups of 8 fill.
+MIN_WORKSPACE_BYTES = 128 * 2**20
+_TILE_QUERIES = 128
+_BLOCKS_PER_SM = 2
+
+
+class FixedSize(NamedTuple):
+    """The most rows and pages of plans that are replayed: their arrays keep their place in memory."""
+
+    num_rows: int
+    num_pages: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What FlashInfer plans for beside the rows: layers that agree in it share a plan."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    k_dim: int
+    v_dim: int
+    dtype: torch.dtype
+    scale: float
+    soft_cap: float | None
+    is_latent: bool
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Wrappers of one kind can stand in for each other."""
+
+    name: Literal["prefill", "decode", "latent"]
+    family: str
+    tensor_cores: bool = False
+
+
+def flashinfer_error(needs: AttentionNeeds) -> UserError | None:
+    """Why FlashInfer cannot do what is needed, on a CUDA device; None when it can."""
+    if needs.dtype not in (torch.bfloat16, torch.float16):
+        return refuse("flashinfer_dtype", f'backend="flashinfer" with {str(needs.dtype).removeprefix("torch.")}')
+    for _, layout in needs.calls:
+        known = LATENT_DIMS if layout.v_is_prefix_of_k else HEAD_DIMS
+        if (layout.k_dim, layout.v_dim) not in known:
+            return refuse("flashinfer_head_dim", f"keys of {layout.k_dim} and values of {layout.v_dim} per head")
+    if importlib.util.find_spec("flashinfer") is None:
+        return UserError(
+            'backend="flashinfer" needs the package flashinfer-python. '
+            'Run `pip install "cpinfer[flashinfer]"`, or set backend to "torch".'
+        )
+    return None
+
+
+class FlashInferBackend:
+    """Plans for one device. Earlier plans stay valid, for as long as they are held. Not for several threads at once."""
+
+    name = "flashinfer"
+
+    def __init__(self, device: torch.device, needs: AttentionNeeds, library: Any = None) -> None:
+        self._device = device
+        self._library = importlib.import_module("flashinfer") if library is None else library
+        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+        self._family = "fa3" if is_hopper else "fa2"
+        self._workspace = torch.zeros(_workspace_bytes(needs, device), dtype=torch.uint8, device=device)
+        self._free: dict[_Kind, list[_Wrapper]] = {}
+        check_backend(self, needs, device)
+
+    def plan(self, rows: AttentionRows) -> FlashInferPlan:
+        return FlashInferPlan(self, page_table(rows))
+
+    def fixed_plan(self, size: FixedSize, *, single_tokens: bool) -> FlashInferPlan:
+        """A plan without rows yet: `update` gives it as many as `size` says, again and again, in the same memory."""
+        return FlashInferPlan(self, None, size, single_tokens=single_tokens)
+
+    def wrapper_for(self, plan: FlashInferPlan, table: PageTable, call: _Call, fixed: FixedSize | None) -> _Wrapper:
+        """A wrapper of the right kind, `plan`'s until it is gone."""
+        kind = self._kind(table, call)
+        if fixed is not None:
+            return _Wrapper(self._library, kind, self._workspace, fixed)
+        free = self._free.setdefault(kind, [])
+        wrapper = free.pop() if free else _Wrapper(self._library, kind, self._workspace)
+        weakref.finalize(plan, free.append, wrapper).atexit = False
+        return wrapper
+
+    def on_device(self, array: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
+
+    def _kind(self, table: PageTable, call: _Call) -> _Kind:
+        if call.is_latent:
+            return _Kind("latent", self._family)
+        if table.is_decode and call.k_dim == call.v_dim:
+            return _Kind("decode", "fa2", tensor_cores=call.num_q_heads > call.num_kv_heads)
+        return _Kind("prefill", self._family)
+
+
+class FlashInferPlan:
+    """Rows of one step, planned by FlashInfer when the first layer of each call runs them.
+
+    Layers of a call have results of one shape, so they share one place for them.
+    """
+
+    def __init__(
+        self,
+        backend: FlashInferBackend,
+        table: PageTable | None,
+        fixed: FixedSize | None = None,
+        *,
+        single_tokens: bool = False,
+    ) -> None:
+        self._backend = backend
+        self._table = table
+        self._fixed = fixed
+        self._single_tokens = single_tokens
+        self._wrappers: dict[_Call, _Wrapper] = {}
+        self._results: dict[_Call, State] = {}
+        self._empty: Tensor | None = None
+        if table is not None and table.empty.any():
+            self._empty = backend.on_device(table.empty)
+
+    def update(self, rows: AttentionRows) -> None:
+        """Other rows, in the memory of those before; for plans of a fixed size, outside of any capture."""
+        if self._fixed is None:
+            raise ValueError("only a plan of a fixed size can be given other rows")
+        self._table = table = page_table(rows, single_tokens=self._single_tokens)
+        if table.num_rows != self._fixed.num_rows or len(table.kv_indices) > self._fixed.num_pages:
+            raise ValueError(f"{table.num_rows} rows of {len(table.kv_indices)} pages do not fit {self._fixed}")
+        # Which rows are empty changes from step to step, and what is captured reads it from here.
+        empty = self._backend.on_device(table.empty)
+        self._empty = empty if self._empty is None else self._empty.copy_(empty)
+        for call, wrapper in self._wrappers.items():
+            wrapper.plan(table, call)
+
+    def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None) -> State:
+        table = self._table
+        if table is None or len(q) != table.num_queries:
+            raise ValueError(f"{len(q)} queries were given to a plan of {table and table.num_queries}")
+        call = _call_of(q, keys, values, scale, soft_cap)
+        out, lse = self._room(call, q)
+        if table.num_rows == 0:
+            return out, lse
+        wrapper = self._wrappers.get(call)
+        if wrapper is None:
+            wrapper = self._backend.wrapper_for(self, table, call, self._fixed)
+            wrapper.plan(table, call)
+            self._wrappers[call] = wrapper
+        wrapper.run(table.page_size, call, q, keys, values, out, lse)
+        lse.mul_(LN_2)  # FlashInfer's lse are logarithms to base 2
+        if self._empty is not None:
+            out.masked_fill_(self._empty[:, None, None], 0.0)
+            lse.masked_fill_(self._empty[:, None], -torch.inf)
+        return out, lse
+
+    def _room(self, call: _Call, q: Tensor) -> State:
+        if call not in self._results:
+            T, H = len(q), call.num_q_heads
+            out = q.new_zeros(T, H, call.v_dim)
+            self._results[call] = out, torch.full((T, H), -torch.inf, dtype=torch.float32, device=q.device)
+        return self._results[call]
+
+
+class _Wrapper:
+    """One of FlashInfer's wrappers, with the memory its plans are staged in."""
+
+    def __init__(self, library: Any, kind: _Kind, workspace: Tensor, fixed: FixedSize | None = None) -> None:
+        self._kind = kind
+        self._staging = _Staging(workspace.device)
+        buffers = None if fixed is None else _graph_buffers(fixed, workspace.device)
+        if kind.name == "prefill":
+            self._wrapper = library.BatchPrefillWithPagedKVCacheWrapper(
+                workspace,
+                kv_layout="NHD",
+                backend=kind.family,
+                **_named(buffers, "qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf")
+                | _named(buffers and buffers[3:], "paged_kv_last_page_len_buf"),
+            )
+        elif kind.name == "decode":
+            names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+            self._wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
+                workspace,
+                kv_layout="NHD",
+                use_tensor_cores=kind.tensor_cores,
+                backend=kind.family,
+                **_named(buffers and buffers[1:], *names),
+            )
+        else:
+            self._wrapper = library.BatchMLAPagedAttentionWrapper(
+                workspace,
+                backend=kind.family,
+                **_named(buffers, "qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr"),
+            )
+
+    def plan(self, table: PageTable, call: _Call) -> None:
+        """Hand the rows to FlashInfer. Pages go to the device here; the rest it reads on the host first."""
+        arrays = (table.kv_indices, table.kv_indptr, table.qo_indptr, table.last_page_len, table.kv_lens)
+        staged, kv_indptr, qo_indptr, last_page_len, kv_lens = self._staging.hold(arrays)
+        kv_indices = staged.to(self._staging.device, non_blocking=True)
+        dtypes = {"q_data_type": call.dtype, "kv_data_type": call.dtype}
+        if self._kind.name == "prefill":
+            self._wrapper.plan(
+                qo_indptr,
+                kv_indptr,
+                kv_indices,
+                last_page_len,
+                call.num_q_heads,
+                call.num_kv_heads,
+                call.k_dim,
+                table.page_size,
+                head_dim_vo=call.v_dim,
+                causal=table.causal,
+                sm_scale=call.scale,
+                window_left=table.window_left,
+                logits_soft_cap=call.soft_cap,
+                **dtypes,
+            )
+        elif self._kind.name == "decode":
+            self._wrapper.plan(
+                kv_indptr,
+                kv_indices,
+                last_page_len,
+                call.num_q_heads,
+                call.num_kv_heads,
+                call.k_dim,
+                table.page_size,
+                sm_scale=call.scale,
+                logits_soft_cap=call.soft_cap,
+                **dtypes,
+            )
+        else:
+            if call.soft_cap is not None or table.window_left >= 0:
+                raise ValueError("FlashInfer's latent attention has neither windows nor soft caps")
+            # From 0.7 on a plan says what run will return.
+            lse_mode = "lse_mode" in inspect.signature(self._wrapper.plan).parameters
+            self._wrapper.plan(
+                qo_indptr=qo_indptr,
+                kv_indptr=kv_indptr,
+                kv_indices=kv_indices,
+                kv_len_arr=kv_lens,
+                num_heads=call.num_q_heads,
+                head_dim_ckv=call.v_dim,
+                head_dim_kpe=call.k_dim - call.v_dim,
+                page_size=table.page_size,
+                causal=table.causal,
+                sm_scale=call.scale,
+                **dtypes,
+                **({"lse_mode": "base2"} if lse_mode else {}),
+            )
+        self._staging.release()
+
+    def run(
+        self, page_size: int, call: _Call, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
+    ) -> None:
+        """Into `out [T, H, V]` and `lse [T, H]`, to base 2."""
+        paged_keys, paged_values = (x.view(-1, page_size, *x.shape[1:]) for x in (keys, values))
+        if self._kind.name != "latent":
+            self._wrapper.run(q, (paged_keys, paged_values), out=out, lse=lse, return_lse=True)
+            return
+        self._wrapper.run(
+            q_nope=q[..., : call.v_dim],
+            q_pe=q[..., call.v_dim :],
+            ckv_cache=paged_values[:, :, 0],
+            kpe_cache=paged_keys[:, :, 0, call.v_dim :],
+            out=out,
+            lse=lse,
+            return_lse=True,
+        )
+
+
+class _Staging:
+    """Pinned memory for the arrays of one plan at a time: they may be copied to the device while the host goes on."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._is_cuda = device.type == "cuda"
+        self._room = torch.empty(0, dtype=torch.int32)
+        self._copied: Any = None
+
+    def hold(self, arrays: Sequence[Int32Array]) -> list[Tensor]:
+        """The arrays, in this memory, until `release` and the next call. Waits for the copies of the last ones."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        ends = np.cumsum([len(array) for array in arrays]).tolist()
+        if ends[-1] > len(self._room):
+            self._room = torch.empty(2 * ends[-1], dtype=torch.int32, pin_memory=self._is_cuda)
+        parts = [self._room[end - len(array) : end] for end, array in zip(ends, arrays, strict=True)]
+        for part, array in zip(parts, arrays, strict=True):
+            part.numpy()[:] = array
+        return parts
+
+    def release(self) -> None:
+        """All copies that were asked for are on the stream by now."""
+        if self._is_cuda:
+            self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._copied.record()
+
+
+def _call_of(q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None) -> _Call:
+    is_latent = values.data_ptr() == keys.data_ptr() and values.shape[-1] < keys.shape[-1]
+    return _Call(q.shape[1], keys.shape[1], keys.shape[2], values.shape[2], q.dtype, scale, soft_cap, is_latent)
+
+
+def _graph_buffers(fixed: FixedSize, device: torch.device) -> list[Tensor]:
+    """Where plans of a fixed size lie: `qo_indptr`, `kv_indptr`, `kv_indices`, and a length for each row."""
+    sizes = (fixed.num_rows + 1, fixed.num_rows + 1, fixed.num_pages, fixed.num_rows)
+    return [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
+
+
+def _named(buffers: list[Tensor] | None, *names: str) -> dict[str, Any]:
+    """Arguments of a wrapper's constructor that fix its memory; none where it may move."""
+    return {} if buffers is None else {"use_cuda_graph": True, **dict(zip(names, buffers, strict=False))}
+
+
+def _workspace_bytes(needs: AttentionNeeds, device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1024
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = _BLOCKS_PER_SM * num_sms * _TILE_QUERIES * 4
+    # Latent attention has kernels of its own, for which the least is enough.
+    plain = [(num_q_heads, layout) for num_q_heads, layout in needs.calls if not layout.v_is_prefix_of_k]
+    groups = [num_q_heads // layout.num_heads * layout.v_dim for num_q_heads, layout in plain]
+    return max(MIN_WORKSPACE_BYTES, tiles * max(groups, default=0))

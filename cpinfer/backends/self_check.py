@@ -1,0 +1,121 @@
+"""A backend against the definition of attention, on a few tokens, before any model runs on it.
+
+Two mistakes ruin context parallelism and pass unnoticed in a single process: an lse in another base, which is right up
+to a factor and wrong in every merge, and a causal mask aligned to the first key, which is right for prompts without
+context. Both are looked for by name. (Others shipped each of them: see the tests' negative controls.)
+
+Letters: T queries, H query heads, K KV heads, D head dim of keys, V of values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cpinfer.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.errors import BackendFaultError
+from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.ops.attention import dense_attention
+from cpinfer.ops.states import State
+
+# Half precision keeps 8 bits of an output of size 1, and lse is float32 sums of products that are exact.
+MAX_OUT_ERROR = 5e-2
+MAX_LSE_ERROR = 2e-2
+
+# Store of 8 blocks of 4 tokens; neighbours in a table are no neighbours in it.
+_BLOCK_SIZE = 4
+_NUM_BLOCKS = 8
+
+
+def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torch.device) -> None:
+    """BackendFaultError, saying what is wrong, when `backend` does not compute attention as everything here expects."""
+    for num_q_heads, layout in needs.calls:
+        for name, rows in _cases():
+            if rows.window is not None and (layout.v_is_prefix_of_k or not needs.has_windows):
+                continue
+            q, keys, values = _inputs(rows, num_q_heads, layout, needs.dtype, device)
+            out, lse = backend.plan(rows).run(q, keys, values, scale=layout.k_dim**-0.5)
+            want = _oracle(rows, q, keys, values, layout.k_dim**-0.5)
+            if not _equal((out, lse), want):
+                what = _diagnosis(rows, q, keys, values, layout.k_dim**-0.5, (out, lse), want)
+                raise BackendFaultError(
+                    f"the {backend.name} backend fails its check ({name}, {num_q_heads} heads over {layout}, "
+                    f'{needs.dtype}): {what}. Nothing was computed with it. Use backend "torch", or another version '
+                    "of its library."
+                )
+
+
+def _cases() -> Iterator[tuple[str, AttentionRows]]:
+    def rows(q_lens: list[int], kv_lens: list[int], *, causal: bool) -> AttentionRows:
+        tables = [[5, 1], [6, 2, 0], [7]]
+        return AttentionRows.build(q_lens, kv_lens, tables[: len(q_lens)], block_size=_BLOCK_SIZE, causal=causal)
+
+    yield "prefill", rows([5, 3, 2], [5, 10, 4], causal=True)
+    yield "prefill in a window", rows([5, 3, 2], [5, 10, 4], causal=True).within(3)
+    yield "decode", rows([1, 1, 1], [7, 9, 0], causal=False)
+
+
+def _inputs(
+    rows: AttentionRows, num_q_heads: int, layout: KVLayout, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q `[T, H, D]` as a model's attention has it (heads first in memory), keys and values of a store."""
+    generator = torch.Generator().manual_seed(0)
+    slots = _NUM_BLOCKS * _BLOCK_SIZE
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    q = (3 * normal(num_q_heads, rows.num_queries, layout.k_dim)).transpose(0, 1)  # peaked logits: of std 3
+    keys = normal(slots, layout.num_heads, layout.k_dim)
+    if layout.v_is_prefix_of_k:
+        return q, keys, keys[..., : layout.v_dim]
+    if layout.k_dim == layout.v_dim:
+        return q, keys, normal(slots, layout.num_heads, layout.v_dim)
+    both = torch.cat([keys, normal(slots, layout.num_heads, layout.v_dim)], dim=-1)
+    return q, both[..., : layout.k_dim], both[..., layout.k_dim :]
+
+
+def _oracle(
+    rows: AttentionRows, q: Tensor, keys: Tensor, values: Tensor, scale: float, *, top_left: bool = False
+) -> State:
+    """Row by row, in float32; under `top_left` with the causal mask aligned to the first key, as it must not be."""
+    outs, lses = [], []
+    first = 0
+    for row, q_len in enumerate(rows.q_lens.tolist()):
+        slots = torch.from_numpy(rows.slots(row)).to(q.device)
+        if top_left and rows.causal:
+            slots = slots[:q_len]
+        part = q[first : first + q_len].float()
+        k, v = keys[slots].float(), values[slots].float()
+        out, lse = dense_attention(part, k, v, scale=scale, causal=rows.causal, window=rows.window)
+        outs.append(out)
+        lses.append(lse)
+        first += q_len
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _equal(found: State, want: State) -> bool:
+    out_error = (found[0].float() - want[0]).abs()
+    empty = want[1] == -torch.inf
+    lse_error = torch.where(empty, 0.0, found[1] - want[1]).abs()
+    # A NaN is no smaller than anything.
+    same_empty = bool(((found[1] == -torch.inf) == empty).all())
+    return same_empty and bool((out_error <= MAX_OUT_ERROR).all()) and bool((lse_error <= MAX_LSE_ERROR).all())
+
+
+def _diagnosis(
+    rows: AttentionRows, q: Tensor, keys: Tensor, values: Tensor, scale: float, found: State, want: State
+) -> str:
+    out, lse = found
+    for factor, base in ((math.log(2), "2"), (1 / math.log(2), "e, where 2 was expected")):
+        if _equal((out, lse * factor), want):
+            return f"its lse is a logarithm to base {base}"
+    if rows.causal and _equal(found, _oracle(rows, q, keys, values, scale, top_left=True)):
+        return "its causal mask is aligned to the first key, not to the last"
+    empty = want[1] == -torch.inf
+    errors = ((out.float() - want[0]).abs().max(), torch.where(empty, 0.0, lse - want[1]).abs().max())
+    return "out differs by {:.3g} and lse by {:.3g}, or a row without keys is not (0, -inf)".format(*errors)

@@ -1,0 +1,335 @@
+"""The FlashInfer backend through a literal interpreter of FlashInfer's wrappers: arguments, page tables, states."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from cpinfer.backends.base import AttentionNeeds, check_choice, make_backend
+from cpinfer.backends.flashinfer_backend import FixedSize, FlashInferBackend, flashinfer_error
+from cpinfer.backends.torch_backend import TorchBackend
+from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
+from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.ops.attention import dense_attention
+from cpinfer.ops.states import State
+from fake_flashinfer import VERSIONS, fake_flashinfer
+
+CPU = torch.device("cpu")
+GQA = KVLayout(2, 8, 8)
+LATENT = KVLayout(1, 12, 8, v_is_prefix_of_k=True)
+EXPANDED = KVLayout(8, 12, 8)
+NEEDS = AttentionNeeds(torch.float32, ((8, GQA), (8, LATENT), (8, EXPANDED)), has_windows=True)
+TOLERANCE = 1e-5
+BLOCKS = {4: [[7, 8, 9, 2, 3], [], [4, 11], [0, 1]], 1: [list(range(40, 60)), [], [9, 3, 30, 31, 2, 0], list(range(9))]}
+
+
+@pytest.fixture(params=VERSIONS)
+def library(request: pytest.FixtureRequest) -> Any:
+    return fake_flashinfer(request.param)
+
+
+def backend_of(library: Any) -> FlashInferBackend:
+    """Without needs there is nothing to check, so nothing has been made or planned."""
+    return FlashInferBackend(CPU, AttentionNeeds(torch.float32, ()), library)
+
+
+def store(layout: KVLayout, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Keys and values of 48 slots, side by side, as gathered buffers have them."""
+    both = torch.randn(48 * 2, layout.num_heads, layout.width, generator=torch.Generator().manual_seed(seed))
+    if layout.v_is_prefix_of_k:
+        return both, both[..., : layout.v_dim]
+    return both[..., : layout.k_dim], both[..., layout.k_dim :]
+
+
+def queries(rows: AttentionRows, layout: KVLayout, heads: int = 8) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return 3 * torch.randn(heads, rows.num_queries, layout.k_dim, generator=generator).transpose(0, 1)
+
+
+def oracle(rows: AttentionRows, q: Tensor, k: Tensor, v: Tensor, scale: float, cap: float | None) -> State:
+    outs, lses = [], []
+    first = 0
+    for row, q_len in enumerate(rows.q_lens.tolist()):
+        slots = torch.from_numpy(rows.slots(row))
+        part = q[first : first + q_len].double()
+        at = {"scale": scale, "causal": rows.causal, "window": rows.window, "soft_cap": cap}
+        out, lse = dense_attention(part, k[slots].double(), v[slots].double(), **at)
+        outs.append(out)
+        lses.append(lse)
+        first += q_len
+    return torch.cat(outs), torch.cat(lses)
+
+
+def assert_equal(found: State, want: State) -> None:
+    out, lse = found
+    assert lse.dtype == torch.float32 and out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), want[0], rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(lse.double(), want[1], rtol=0, atol=TOLERANCE)
+
+
+def ragged(block_size: int, *, causal: bool) -> AttentionRows:
+    return AttentionRows.build([3, 2, 5, 1], [18, 0, 6, 8], BLOCKS[block_size], block_size=block_size, causal=causal)
+
+
+ROWS = {
+    "causal prefill": ragged(4, causal=True),
+    "causal prefill in pages of one token": ragged(1, causal=True),
+    "prefill in a window": ragged(4, causal=True).within(3),
+    "prefill in a window, pages of one token": ragged(1, causal=True).within(7),
+    "context": ragged(4, causal=False),
+    "decode": AttentionRows.build([1] * 4, [18, 0, 6, 8], BLOCKS[4], block_size=4, causal=False),
+    "decode in a window": AttentionRows.build([1] * 4, [18, 0, 6, 8], BLOCKS[4], block_size=4, causal=False).above(
+        np.array([13, 0, 3, 8])
+    ),
+    "only empty rows": AttentionRows.build([1, 2], [0, 0], [[], []], block_size=4, causal=False),
+    "no rows": AttentionRows.build([], [], [], block_size=4, causal=True),
+}
+
+
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("layout", [GQA, EXPANDED], ids=["gqa", "expanded latents"])
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_states_equal_dense_attention(library: Any, rows: AttentionRows, layout: KVLayout, cap: float | None) -> None:
+    if rows.num_rows == 0:
+        q, (k, v) = queries(rows, layout), store(layout)
+        out, lse = backend_of(library).plan(rows).run(q, k, v, scale=0.3)
+        assert out.shape == (0, 8, layout.v_dim) and lse.shape == (0, 8)
+        return
+    q, (k, v) = queries(rows, layout), store(layout)
+    found = backend_of(library).plan(rows).run(q, k, v, scale=0.3, soft_cap=cap)
+    assert_equal(found, oracle(rows, q, k, v, 0.3, cap))
+
+
+@pytest.mark.parametrize("name", [name for name in ROWS if "window" not in name or "decode" in name])
+def test_states_over_latents_equal_dense_attention(library: Any, name: str) -> None:
+    rows = ROWS[name]
+    if rows.num_rows:
+        q, (k, v) = queries(rows, LATENT), store(LATENT)
+        found = backend_of(library).plan(rows).run(q, k, v, scale=0.3)
+        assert_equal(found, oracle(rows, q, k, v, 0.3, None))
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+def test_decode_takes_tensor_cores_where_queries_share_kv_heads(library: Any, heads: int) -> None:
+    rows = ROWS["decode"]
+    q, (k, v) = queries(rows, GQA, heads), store(GQA)
+    backend_of(library).plan(rows).run(q, k, v, scale=0.3)
+    (made,) = library.log.made
+    assert made["name"] == "decode" and made["use_tensor_cores"] == (heads == 8) and made["backend"] == "fa2"
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "kind"),
+    [
+        ("decode", GQA, "decode"),
+        ("decode", EXPANDED, "prefill"),  # decode wrappers want equal head dims
+        ("decode", LATENT, "latent"),
+        ("context", GQA, "prefill"),
+        ("causal prefill", GQA, "prefill"),
+        ("causal prefill", LATENT, "latent"),
+    ],
+)
+def test_each_kind_of_call_goes_to_its_wrapper(library: Any, name: str, layout: KVLayout, kind: str) -> None:
+    q, (k, v) = queries(ROWS[name], layout), store(layout)
+    backend_of(library).plan(ROWS[name]).run(q, k, v, scale=0.3)
+    assert [made["name"] for made in library.log.made] == [kind]
+    assert [name for name, _ in library.log.plans] == [kind]
+
+
+def test_all_layers_share_one_plan_and_one_place_for_results(library: Any) -> None:
+    rows = ROWS["causal prefill"]
+    plan = backend_of(library).plan(rows)
+    q = queries(rows, GQA)
+    places = set()
+    for layer in range(4):
+        k, v = store(GQA, seed=layer)
+        out, lse = plan.run(q, k, v, scale=0.3)
+        assert_equal((out, lse), oracle(rows, q, k, v, 0.3, None))
+        places.add((out.data_ptr(), lse.data_ptr()))
+    assert len(library.log.plans) == 1 and len(places) == 1
+
+
+def test_layers_that_differ_in_scale_or_cap_have_plans_of_their_own(library: Any) -> None:
+    rows = ROWS["causal prefill"]
+    plan = backend_of(library).plan(rows)
+    q, (k, v) = queries(rows, GQA), store(GQA)
+    for scale, cap in ((0.3, None), (0.2, None), (0.3, 5.0), (0.3, None)):
+        found = plan.run(q, k, v, scale=scale, soft_cap=cap)
+        assert_equal(found, oracle(rows, q, k, v, scale, cap))
+    assert len(library.log.plans) == 3
+
+
+def test_plans_that_are_held_stay_valid_and_those_let_go_give_their_wrapper_back(library: Any) -> None:
+    backend = backend_of(library)
+    names = ("causal prefill", "prefill in a window", "context")
+    layouts = {name: (ROWS[name], queries(ROWS[name], GQA)) for name in names}
+    k, v = store(GQA)
+    for _ in range(3):
+        plans = {name: backend.plan(rows) for name, (rows, _) in layouts.items()}
+        for _ in range(2):  # layers take turns
+            for name, (rows, q) in layouts.items():
+                assert_equal(plans[name].run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
+        del plans
+    assert len(library.log.made) == 3
+    assert len(library.log.plans) == 9
+
+
+def test_a_wrong_number_of_queries_is_an_error(library: Any) -> None:
+    plan = backend_of(library).plan(ROWS["context"])
+    k, v = store(GQA)
+    with pytest.raises(ValueError, match="3 queries were given to a plan of 11"):
+        plan.run(torch.zeros(3, 8, 8), k, v, scale=1.0)
+
+
+def test_a_nan_comes_through_but_not_into_rows_without_keys(library: Any) -> None:
+    rows = ROWS["decode"]
+    k, v = store(GQA)
+    v = v.clone()
+    v[0] = math.nan  # in the first page, which rows without keys are told to read, and which the last row sees
+    k[40:] = math.nan  # nobody sees these
+    out, lse = backend_of(library).plan(rows).run(queries(rows, GQA), k, v, scale=0.3)
+    assert out[:1].isfinite().all() and out[3].isnan().any()
+    assert (out[1] == 0).all() and (lse[1] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("layout", [GQA, LATENT], ids=["gqa", "latents"])
+def test_a_plan_of_fixed_size_takes_other_rows_in_the_same_memory(library: Any, layout: KVLayout) -> None:
+    backend = backend_of(library)
+    plan = backend.fixed_plan(FixedSize(4, 24), single_tokens=False)
+    k, v = store(layout)
+    places = set()
+    for kv_lens in ([18, 0, 6, 8], [1, 0, 0, 5], [0, 0, 7, 2], [0, 0, 0, 0]):
+        rows = AttentionRows.build([1] * 4, kv_lens, BLOCKS[4], block_size=4, causal=False)
+        q = queries(rows, layout)
+        plan.update(rows)
+        out, lse = plan.run(q, k, v, scale=0.3)
+        assert_equal((out, lse), oracle(rows, q, k, v, 0.3, None))
+        places.add(out.data_ptr())
+    assert len(library.log.made) == 1 and len(places) == 1
+    assert library.log.made[0]["use_cuda_graph"]
+    too_many = AttentionRows.build([1] * 5, [4] * 5, [[1]] * 5, block_size=4, causal=False)
+    with pytest.raises(ValueError, match="do not fit"):
+        plan.update(too_many)
+    with pytest.raises(ValueError, match="fixed size"):
+        backend.plan(ROWS["decode"]).update(ROWS["decode"])
+
+
+def test_windows_of_a_fixed_plan_are_pages_of_one_token(library: Any) -> None:
+    plan = backend_of(library).fixed_plan(FixedSize(4, 20), single_tokens=True)
+    k, v = store(GQA)
+    for kv_lo in ([13, 0, 3, 8], [16, 0, 2, 4]):
+        rows = ROWS["decode"].above(np.array(kv_lo))
+        q = queries(rows, GQA)
+        plan.update(rows)
+        assert_equal(plan.run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
+
+
+# --- the self-check: what others have shipped wrong is refused at start ---
+
+
+@pytest.mark.parametrize("needs", [NEEDS, replace(NEEDS, dtype=torch.bfloat16), replace(NEEDS, dtype=torch.float16)])
+def test_a_right_library_passes_in_every_dtype(library: Any, needs: AttentionNeeds) -> None:
+    FlashInferBackend(CPU, needs, library)
+    assert {name for name, _ in library.log.plans} == {"prefill", "decode", "latent"}
+
+
+@pytest.mark.parametrize("layout", [GQA, LATENT], ids=["gqa", "latents"])
+def test_an_lse_in_natural_log_is_refused_at_start(layout: KVLayout) -> None:
+    needs = AttentionNeeds(torch.bfloat16, ((8, layout),))
+    with pytest.raises(BackendFaultError, match="lse is a logarithm to base e, where 2 was expected") as caught:
+        FlashInferBackend(CPU, needs, fake_flashinfer(lse_base=math.e))
+    assert 'Use backend "torch"' in str(caught.value)
+
+
+@pytest.mark.parametrize("layout", [GQA, LATENT], ids=["gqa", "latents"])
+def test_a_causal_mask_aligned_to_the_first_key_is_refused_at_start(layout: KVLayout) -> None:
+    needs = AttentionNeeds(torch.bfloat16, ((8, layout),))
+    with pytest.raises(BackendFaultError, match="causal mask is aligned to the first key, not to the last"):
+        FlashInferBackend(CPU, needs, fake_flashinfer(causal="top-left"))
+
+
+def test_any_other_mistake_is_refused_with_its_size() -> None:
+    with pytest.raises(BackendFaultError, match=r"out differs by .* and lse by"):
+        FlashInferBackend(CPU, NEEDS, fake_flashinfer(lse_base=3.0))
+
+
+def test_the_check_does_not_pass_a_backend_of_ours_in_base_2() -> None:
+    from cpinfer.backends.self_check import check_backend
+
+    class Base2:
+        name = "wrong"
+
+        def plan(self, rows: AttentionRows) -> Any:
+            planned = TorchBackend(CPU).plan(rows)
+
+            class Planned:
+                def run(self, *args: Any, **kwargs: Any) -> State:
+                    out, lse = planned.run(*args, **kwargs)
+                    return out, lse / math.log(2)
+
+            return Planned()
+
+    check_backend(TorchBackend(CPU), NEEDS, CPU)
+    with pytest.raises(BackendFaultError, match="logarithm to base 2"):
+        check_backend(Base2(), NEEDS, CPU)
+
+
+# --- who gets it ---
+
+HALF = AttentionNeeds(torch.bfloat16, ((32, KVLayout(8, 128, 128)),))
+
+
+def test_on_cpu_it_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match=r'flashinfer" on cpu: .* Set backend to "torch", or "auto"'):
+        make_backend("flashinfer", CPU, HALF)
+    assert make_backend("auto", CPU, HALF).name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("needs", "words"),
+    [
+        (replace(HALF, dtype=torch.float32), "with float32"),
+        (AttentionNeeds(torch.float16, ((8, KVLayout(2, 80, 80)),)), "keys of 80 and values of 80"),
+        (AttentionNeeds(torch.float16, ((8, KVLayout(1, 320, 256, True)),)), "keys of 320 and values of 256"),
+    ],
+)
+def test_what_no_kernel_exists_for_is_refused_by_name(needs: AttentionNeeds, words: str) -> None:
+    error = flashinfer_error(needs)
+    assert isinstance(error, UnsupportedError) and words in str(error) and "Set backend" in str(error)
+
+
+def test_known_shapes_want_the_package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    latent = (128, KVLayout(1, 576, 512, v_is_prefix_of_k=True))
+    for calls in (HALF.calls, (latent, (16, KVLayout(16, 192, 128))), ((8, KVLayout(1, 64, 64)),)):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        error = flashinfer_error(AttentionNeeds(torch.bfloat16, calls))
+        assert error is not None and not isinstance(error, UnsupportedError) and "cpinfer[flashinfer]" in str(error)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+        assert flashinfer_error(AttentionNeeds(torch.bfloat16, calls)) is None
+
+
+def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device is needed to choose: the backends themselves are stand-ins."""
+    module = "cpinfer.backends.flashinfer_backend"
+    monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
+    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs: None)
+    cuda = torch.device("cuda")
+    assert make_backend("auto", cuda, HALF) == make_backend("flashinfer", cuda, HALF) == ("flashinfer", "cuda")
+    assert make_backend("torch", cuda, HALF).name == "torch"
+    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs: UserError("it is not there."))
+    with pytest.warns(UserWarning, match="torch alone, which is slow on CUDA: it is not there"):
+        assert make_backend("auto", cuda, HALF).name == "torch"
+    with pytest.raises(UserError, match="it is not there"):
+        make_backend("flashinfer", cuda, HALF)
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(UserError, match='"warp" is unknown'):
+        check_choice("warp", CPU, HALF)
