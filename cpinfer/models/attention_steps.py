@@ -144,7 +144,7 @@ class DecodeStep:
         self._cache.write(layer.index, self._write_slots, [x.index_select(0, self._write_src) for x in new_kv])
         planned = self._planned[layer.window]
         state = run_stored_heads(planned, q_rows, *self._cache.read(layer.index), self._heads, layer)
-        out = _output(layer, self._exchange.return_partials(state, q.shape[1]), q.dtype)
+        out = _output(layer, self._exchange.return_partials(state), q.dtype)
         return out if layer.latent is None else layer.latent.project(out)
 
 

@@ -51,7 +51,7 @@ class QueryContext:
         padded = q if self._part_len == T else torch.cat([q, q.new_zeros(self._part_len - T, H, D)])
         gathered = self._exchange.gather_rows(padded)
         state = run_stored_heads(self._planned, gathered, *self._cache.read(layer.index), self._heads, layer)
-        out, lse = self._exchange.return_partials(state, H)
+        out, lse = self._exchange.return_partials(state)
         return out[:T] if layer.latent is None else layer.latent.project(out[:T]), lse[:T]
 
 

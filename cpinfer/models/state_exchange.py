@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.comm.axis import AxisComm
-from cpinfer.ops.states import State, merge_states, pack_states, unpack_states
+from cpinfer.ops.states import State, by_place, merge_packed, pack_by_place
 
 StateReturn = Literal["a2a", "ag_rs", "replicate_q"]
 
@@ -70,14 +70,14 @@ class StateExchange:
             return q
         return self._rows_by_heads(self._comm.all_gather(q.flatten(1)), *q.shape)
 
-    def return_partials(self, state: State, num_heads: int) -> State:
-        """`out [R, H, D]` (float32 where states merged) and `lse [R, H]` of own rows; H is `num_heads`."""
+    def return_partials(self, state: State) -> State:
+        """`out [R, H, D]` (float32 where states merged) and `lse [R, H]` of own rows and heads."""
         if self._comm.size == 1:
             return state
         if self._state_return == "a2a":
-            return self._by_all_to_all(*state, num_heads)
+            return self._by_all_to_all(*state)
         if self._state_return == "ag_rs":
-            return self._by_reduce_scatter(*state, num_heads)
+            return self._by_reduce_scatter(*state)
         return self._by_all_gather(*state)
 
     def _rows_by_heads(self, x: Tensor, R: int, H: int, D: int) -> Tensor:
@@ -91,25 +91,20 @@ class StateExchange:
         picked = [columns[c] for c in self._kv_columns]
         return picked[0] if len(picked) == 1 else torch.cat(picked, dim=1)
 
-    def _by_place(self, x: Tensor, H: int) -> Tensor:
-        """`[pcp * R, C * H, ...]` to `[S, R, H, ...]`: what each place's own rows and heads got here."""
-        x = x.reshape(self._pcp_size, -1, self._columns, H, *x.shape[2:])
-        return x.movedim(2, 0).flatten(0, 1).contiguous()
-
-    def _by_all_to_all(self, out: Tensor, lse: Tensor, H: int) -> State:
-        received = self._comm.all_to_all(self._by_place(pack_states(out, lse, self._wire_dtype), H))
-        return merge_states([unpack_states(shard, out.shape[-1]) for shard in received])
+    def _by_all_to_all(self, out: Tensor, lse: Tensor) -> State:
+        packed = pack_by_place(out, lse, self._wire_dtype, self._pcp_size, self._columns)
+        return merge_packed(self._comm.all_to_all(packed), out.shape[-1])
 
     def _by_all_gather(self, out: Tensor, lse: Tensor) -> State:
-        gathered = self._comm.all_gather(pack_states(out, lse, self._wire_dtype))
-        return merge_states([unpack_states(shard, out.shape[-1]) for shard in gathered])
+        (packed,) = pack_by_place(out, lse, self._wire_dtype, pcp_size=1, columns=1)
+        return merge_packed(self._comm.all_gather(packed), out.shape[-1])
 
-    def _by_reduce_scatter(self, out: Tensor, lse: Tensor, H: int) -> State:
+    def _by_reduce_scatter(self, out: Tensor, lse: Tensor) -> State:
         lses = self._comm.all_gather(lse)
         peak = lses.amax(dim=0)
         total = torch.logsumexp(lses - torch.where(peak == -torch.inf, 0.0, peak), dim=0) + peak
         total = torch.where(peak == -torch.inf, peak, total)
         share = torch.exp(lse - torch.where(total == -torch.inf, 0.0, total))
         weighted = share.unsqueeze(-1) * out.float()
-        place = self._comm.index
-        return self._comm.reduce_scatter(self._by_place(weighted, H)), self._by_place(total, H)[place]
+        weighted, total = (by_place(x, self._pcp_size, self._columns) for x in (weighted, total))
+        return self._comm.reduce_scatter(weighted), total[self._comm.index]

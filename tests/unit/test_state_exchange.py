@@ -67,7 +67,7 @@ def exchange_states(grid, state_return, empty=(), wire_dtype=torch.float32):
         mine = world.out[comm.index], world.lse[comm.index]
         if replicated:
             mine = mine[0][:, :H], mine[1][:, :H]
-        return comm.index, exchange.return_partials(mine, H), comm.traffic
+        return comm.index, exchange.return_partials(mine), comm.traffic
 
     return world, run_ranks(grid, body)
 
@@ -130,7 +130,7 @@ def test_a_fault_in_one_shard_is_not_merged_away(state_return):
         out, lse = torch.ones(rows, H, D), torch.zeros(rows, H)
         if topology.rank == 1:
             out[0, 0, 0] = torch.nan
-        return exchange.return_partials((out, lse), H)[0]
+        return exchange.return_partials((out, lse))[0]
 
     assert run_ranks(grid, body)[0][0, 0].isnan().any()
 
@@ -206,7 +206,7 @@ def test_replicated_rows_and_a_solo_axis_are_not_gathered():
     for state_return in ("a2a", "ag_rs", "replicate_q"):
         comm = CountingComm(SoloComm())
         solo = StateExchange(comm, pcp_size=1, wire_dtype=torch.bfloat16, state_return=state_return)
-        assert solo.gather_rows(q) is q and solo.return_partials(state, H) is state
+        assert solo.gather_rows(q) is q and solo.return_partials(state) is state
         assert comm.traffic.num_collectives == 0
 
 
@@ -304,7 +304,7 @@ def test_mixed_groups_return_states_as_others_do(grid, state_return):
             state_return=state_return,
             kv_columns=range(grid.tp_size),
         )
-        return comm.index, exchange.return_partials((world.out[comm.index], world.lse[comm.index]), H)
+        return comm.index, exchange.return_partials((world.out[comm.index], world.lse[comm.index]))
 
     for place, got in run_ranks(grid, body):
         assert_merged(world, got, place)

@@ -1,0 +1,170 @@
+"""Packing and merging of attention states in one launch each: Triton kernels of what `states` says in torch.
+
+Everything is computed in float32, states in the order given, with the same care for states of no keys. Imported on
+first use, and only where Triton is; under its interpreter (`TRITON_INTERPRET=1`) it runs on CPU, where the tests are.
+
+Letters: N states, T tokens, H query heads, D head dim, S places, C tp columns, R rows of each pcp rank, W values of a
+packed row: D of out, and behind them the float32 lse.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cpinfer.ops.states import State, packed_width
+
+
+def pack_by_place(out: Tensor, lse: Tensor, wire_dtype: torch.dtype, pcp_size: int, columns: int) -> Tensor:
+    """`[S, R, H, W]`: for each place its own rows and heads, from `out [pcp * R, C * H, D]`, `lse [pcp * R, C * H]`."""
+    num_rows, num_heads, D = out.shape
+    R, H = num_rows // pcp_size, num_heads // columns
+    packed = torch.empty(columns * pcp_size, R, H, packed_width(D, wire_dtype), dtype=wire_dtype, device=out.device)
+    if packed.numel():
+        _pack[(num_rows * num_heads,)](
+            out,
+            lse,
+            packed,
+            packed.view(torch.float32),
+            *out.stride(),
+            *lse.stride(),
+            num_heads,
+            R,
+            H,
+            pcp_size,
+            D,
+            packed.shape[-1],
+            packed.shape[-1] * wire_dtype.itemsize // 4,
+            BLOCK=triton.next_power_of_2(D),
+            num_warps=1,
+        )
+    return packed
+
+
+def merge_packed(packed: Tensor, head_dim: int) -> State:
+    """`out [..., D]` and `lse [...]`, float32, of N states `[N, ..., W]`, contiguous."""
+    N, *rows, W = packed.shape
+    out = torch.empty(*rows, head_dim, dtype=torch.float32, device=packed.device)
+    lse = torch.empty(*rows, dtype=torch.float32, device=packed.device)
+    if lse.numel():
+        _merge_packed[(lse.numel(),)](
+            packed,
+            packed.view(torch.float32),
+            out,
+            lse,
+            lse.numel(),
+            head_dim,
+            W,
+            W * packed.dtype.itemsize // 4,
+            N=N,
+            BLOCK=triton.next_power_of_2(head_dim),
+            num_warps=1,
+        )
+    return out, lse
+
+
+def merge_pair(first: State, second: State, dtype: torch.dtype) -> State:
+    """`out [T, H, D]` in `dtype` and `lse [T, H]` of two states, each in memory and dtype of its own."""
+    T, H, D = first[0].shape
+    out = torch.empty(T, H, D, dtype=dtype, device=first[0].device)
+    lse = torch.empty(T, H, dtype=torch.float32, device=first[0].device)
+    if lse.numel():
+        strides = [stride for part, total in (first, second) for stride in (*part.stride(), *total.stride())]
+        _merge_pair[(T * H,)](*first, *second, out, lse, *strides, H, D, BLOCK=triton.next_power_of_2(D), num_warps=1)
+    return out, lse
+
+
+# One program is one row of one head: D values, a lse.
+
+
+@triton.jit
+def _pack(
+    out,
+    lse,
+    packed,
+    packed_f32,
+    out_t,
+    out_h,
+    out_d,
+    lse_t,
+    lse_h,
+    num_heads,
+    R,
+    H,
+    pcp_size,
+    D,
+    W,
+    W_f32,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    t, head = at // num_heads, at % num_heads
+    # Rows come pcp rank by pcp rank, heads column by column; places run pcp fastest.
+    place = head // H * pcp_size + t // R
+    row = (place * R + t % R) * H + head % H
+    d = tl.arange(0, BLOCK)
+    values = tl.load(out + t * out_t + head * out_h + d * out_d, mask=d < D)
+    tl.store(packed + row * W + d, values.to(packed.dtype.element_ty), mask=d < D)
+    tl.store(packed_f32 + row * W_f32 + W_f32 - 1, tl.load(lse + t * lse_t + head * lse_h))
+
+
+@triton.jit
+def _merge_packed(packed, packed_f32, out, lse, num_rows, D, W, W_f32, N: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    peak = tl.load(packed_f32 + row * W_f32 + W_f32 - 1)
+    for n in range(1, N):
+        peak = tl.maximum(peak, tl.load(packed_f32 + (n * num_rows + row) * W_f32 + W_f32 - 1))
+    # Where every state is empty, exp(-inf - -inf) would be NaN; any finite stand-in gives the right zeros.
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.exp(tl.load(packed_f32 + row * W_f32 + W_f32 - 1) - base)
+    for n in range(1, N):
+        total += tl.exp(tl.load(packed_f32 + (n * num_rows + row) * W_f32 + W_f32 - 1) - base)
+    whole = tl.where(total == 0.0, 1.0, total)
+    d = tl.arange(0, BLOCK)
+    merged = tl.zeros([BLOCK], dtype=tl.float32)
+    for n in range(N):
+        at = n * num_rows + row
+        share = tl.exp(tl.load(packed_f32 + at * W_f32 + W_f32 - 1) - base) / whole
+        merged += share * tl.load(packed + at * W + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(out + row * D + d, merged, mask=d < D)
+    tl.store(lse + row, tl.where(total == 0.0, float("-inf"), tl.log(whole) + base))
+
+
+@triton.jit
+def _merge_pair(
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    out,
+    lse,
+    a_t,
+    a_h,
+    a_d,
+    la_t,
+    la_h,
+    b_t,
+    b_h,
+    b_d,
+    lb_t,
+    lb_h,
+    H,
+    D,
+    BLOCK: tl.constexpr,
+):
+    at = tl.program_id(0).to(tl.int64)
+    t, h = at // H, at % H
+    a, b = tl.load(lse_a + t * la_t + h * la_h), tl.load(lse_b + t * lb_t + h * lb_h)
+    peak = tl.maximum(a, b)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    a, b = tl.exp(a - base), tl.exp(b - base)
+    total = a + b
+    whole = tl.where(total == 0.0, 1.0, total)
+    d = tl.arange(0, BLOCK)
+    values_a = tl.load(out_a + t * a_t + h * a_h + d * a_d, mask=d < D, other=0.0).to(tl.float32)
+    values_b = tl.load(out_b + t * b_t + h * b_h + d * b_d, mask=d < D, other=0.0).to(tl.float32)
+    merged = a / whole * values_a + b / whole * values_b
+    tl.store(out + at * D + d, merged.to(out.dtype.element_ty), mask=d < D)
+    tl.store(lse + at, tl.where(total == 0.0, float("-inf"), tl.log(whole) + base))
