@@ -171,6 +171,9 @@ class Config:
         "how partial attention comes back: all-to-all, all-gather and reduce-scatter, or all rows on all ranks",
         "a2a",
     )
+    cuda_graphs: bool = _key(
+        "replay decode steps from CUDA graphs, by number of sequences (FlashInfer, models without experts)", False
+    )
     sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
     input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,30 @@ class AttentionBackend(Protocol):
 
     def plan(self, rows: AttentionRows) -> PlannedAttention:
         """Prepare the rows of one step. Planning again leaves earlier plans valid or says otherwise."""
+        ...
+
+
+class FixedSize(NamedTuple):
+    """The most rows and pages of plans that are replayed: their arrays keep their place in memory."""
+
+    num_rows: int
+    num_pages: int
+
+
+class ReplannedAttention(PlannedAttention, Protocol):
+    """A plan that takes other rows and leaves everything where it is, so that what was captured of it stays valid."""
+
+    def update(self, rows: AttentionRows) -> None:
+        """Plan `rows` instead, as many as its size says. Before the first time there is nothing to run."""
+        ...
+
+
+@runtime_checkable
+class FixedSizeBackend(AttentionBackend, Protocol):
+    """A backend whose kernels can be captured in a CUDA graph and replayed with other rows."""
+
+    def fixed_plan(self, size: FixedSize, *, single_tokens: bool) -> ReplannedAttention:
+        """A plan without rows yet. `single_tokens`: of rows that may begin anywhere in a block, as windows' do."""
         ...
 
 

@@ -31,13 +31,13 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionNeeds
+from cpinfer.backends.base import AttentionNeeds, FixedSize
 from cpinfer.backends.page_table import PageTable, page_table
 from cpinfer.backends.self_check import check_backend
 from cpinfer.errors import UserError
@@ -54,13 +54,6 @@ LATENT_DIMS = frozenset({(576, 512)})
 MIN_WORKSPACE_BYTES = 128 * 2**20
 _TILE_QUERIES = 128
 _BLOCKS_PER_SM = 2
-
-
-class FixedSize(NamedTuple):
-    """The most rows and pages of plans that are replayed: their arrays keep their place in memory."""
-
-    num_rows: int
-    num_pages: int
 
 
 @dataclass(frozen=True)
@@ -120,7 +113,6 @@ class FlashInferBackend:
         return FlashInferPlan(self, page_table(rows))
 
     def fixed_plan(self, size: FixedSize, *, single_tokens: bool) -> FlashInferPlan:
-        """A plan without rows yet: `update` gives it as many as `size` says, again and again, in the same memory."""
         return FlashInferPlan(self, None, size, single_tokens=single_tokens)
 
     def wrapper_for(self, plan: FlashInferPlan, table: PageTable, call: _Call, fixed: FixedSize | None) -> _Wrapper:

@@ -15,7 +15,8 @@ from cpinfer.layout.shards import IntArray
 class PagedKVCache:
     """Keys and values of all layers, `[num_blocks * block_size, heads, dim]` each.
 
-    It starts as zeros: attention kernels read whole blocks, and what they mask must at least be finite.
+    It starts as zeros: attention kernels read whole blocks, and what they mask must at least be finite. With
+    `has_spare_block` there is one block more, which no table names: tokens at `spare_slot` are written and never read.
     """
 
     def __init__(
@@ -26,13 +27,16 @@ class PagedKVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        has_spare_block: bool = False,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
-        slots = num_blocks * block_size
+        self.spare_slot = num_blocks * block_size
+        slots = self.spare_slot + (block_size if has_spare_block else 0)
 
         def zeros(dim: int) -> list[Tensor]:
             return [torch.zeros(slots, layout.num_heads, dim, dtype=dtype, device=device) for _ in range(num_layers)]

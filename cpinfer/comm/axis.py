@@ -73,8 +73,8 @@ class ProcessGroupComm:
         # Where each of our places stands in the group, and the way back; None when they agree and no copy is needed.
         to_group = [members.index(r) for r in ranks]
         ordered = to_group == list(range(self.size))
-        self._to_group = None if ordered else torch.tensor(to_group)
-        self._from_group = None if ordered else torch.argsort(torch.tensor(to_group))
+        self._to_group = None if ordered else _Order(torch.tensor(to_group))
+        self._from_group = None if ordered else _Order(torch.argsort(torch.tensor(to_group)))
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(self.size, *x.shape) if out is None else out
@@ -94,8 +94,20 @@ class ProcessGroupComm:
         return out
 
 
-def _reorder(x: Tensor, order: Tensor | None) -> Tensor:
-    return x if order is None else x.index_select(0, order.to(x.device))
+class _Order:
+    """A permutation of places. It stays on the device where it was last used: to copy it there, in every collective of
+    every layer, would stall the stream, and cannot be captured."""
+
+    def __init__(self, order: Tensor) -> None:
+        self._order = order
+
+    def of(self, x: Tensor) -> Tensor:
+        self._order = self._order.to(x.device)
+        return x.index_select(0, self._order)
+
+
+def _reorder(x: Tensor, order: _Order | None) -> Tensor:
+    return x if order is None else order.of(x)
 
 
 @dataclass

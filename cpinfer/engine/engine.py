@@ -88,6 +88,7 @@ class Engine:
             sharding.block_size,
             runner.dtype,
             runner.device,
+            has_spare_block=self._config.cuda_graphs,
         )
         backend = make_backend(self._config.backend, runner.device, self._needs)
         self._steps = StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)

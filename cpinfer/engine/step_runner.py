@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend
+from cpinfer.backends.base import AttentionBackend, FixedSizeBackend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
@@ -27,7 +28,7 @@ from cpinfer.layout.context import (
     plan_query_exchange,
     plan_window_exchange,
 )
-from cpinfer.layout.decode import deal_rows, plan_decode, rows_in_window
+from cpinfer.layout.decode import bucket_of, deal_rows, plan_decode, rows_in_window
 from cpinfer.layout.prefill import (
     PrefillPlan,
     PrefillSplit,
@@ -42,6 +43,7 @@ from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
 from cpinfer.models.attention_steps import AttentionStep, DecodeStep, IdleStep, PrefillStep
 from cpinfer.models.context_attention import ContextAttention, KVContext, QueryContext, WindowContext
+from cpinfer.models.decode_graphs import DecodeGraphs, why_no_graphs
 from cpinfer.models.runner import ModelRunner
 from cpinfer.models.state_exchange import StateExchange
 
@@ -98,6 +100,7 @@ class StepRunner:
             state_return=state_return,
             kv_columns=self._heads.columns,
         )
+        self._graphs = self._decode_graphs() if config.cuda_graphs else None
         self._places = exchange_places(grid, topology.rank)
         self._context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp
         self._context_exchange = StateExchange(
@@ -105,6 +108,16 @@ class StepRunner:
             pcp_size=grid.pcp_size,
             wire_dtype=wire_dtype,
             state_return="a2a" if state_return == "replicate_q" else state_return,
+        )
+
+    def _decode_graphs(self) -> DecodeGraphs | None:
+        why_not = why_no_graphs(self._runner, self._backend)
+        if why_not is not None or not isinstance(self._backend, FixedSizeBackend):
+            warnings.warn(f"decode runs without CUDA graphs: {why_not}", stacklevel=2)
+            return None
+        max_rows = bucket_of(-(-self._config.max_num_seqs // self._row_ranks))
+        return DecodeGraphs(
+            self._runner, self._backend, self._cache, self._decode_exchange, self._heads, self._sharding, max_rows
         )
 
     def run(self, step: Step) -> StepOutput:
@@ -218,6 +231,7 @@ class StepRunner:
             logits = self._forward([], [], IdleStep(), [])
             return self._sample(logits, [], running, [places[id(s)] for s in running])
         positions, shard = [s.next_position for s in here], self._topology.kv_shard
+        rows_per_rank = -(-len(here) // self._row_ranks)
         plan = plan_decode(
             positions,
             [s.blocks for s in here],
@@ -225,14 +239,20 @@ class StepRunner:
             pcp_size=self._row_ranks,
             pcp_rank=self._topology.coords.pcp_rank % self._row_ranks,
             shard=shard,
+            rows_per_rank=rows_per_rank if self._graphs is None else bucket_of(rows_per_rank),
         )
         rows: dict[int | None, AttentionRows] = {None: plan.rows} if self._has_full_layers else {}
         for window in self._windows:
             rows[window] = rows_in_window(plan, positions, self._sharding, shard, window)
-        attention = DecodeStep(plan, rows, self._backend, self._cache, self._decode_exchange, self._heads)
         mine = [here[i] for i in plan.own if i >= 0]
-        padding = [0] * (len(plan.own) - len(mine))
-        logits = self._forward([s.last_token_id for s in mine] + padding, plan.positions, attention, range(len(mine)))
+        tokens = [s.last_token_id for s in mine]
+        if self._graphs is not None:
+            logits = self._graphs.forward(plan, rows, tokens)
+        else:
+            planned = {window: self._backend.plan(r) for window, r in rows.items()}
+            attention = DecodeStep(plan, planned, self._cache, self._decode_exchange, self._heads)
+            padding = [0] * (len(plan.own) - len(mine))
+            logits = self._forward(tokens + padding, plan.positions, attention, range(len(mine)))
         return self._sample(logits, mine, running, [places[id(s)] for s in running])
 
     def _decode_places(self, by_home: ListLike[ListLike[Sequence]]) -> dict[int, TokenPlace]:

@@ -10,7 +10,7 @@ is done once per row; a rank short of rows is padded with dummies (position 0, n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,15 +45,16 @@ def plan_decode(
     pcp_size: int,
     pcp_rank: int,
     shard: int,
+    rows_per_rank: int | None = None,
 ) -> DecodePlan:
     """Plan the step for the rank at `pcp_rank` that holds `shard`.
 
     `positions[i]` is where the new token of sequence i goes (its length before this step) and `block_tables[i]` already
-    covers it. There must be at least one sequence.
+    covers it. There must be at least one sequence. `rows_per_rank`: R, where it should be more than is needed.
     """
     if not positions:
         raise ValueError("a decode step needs at least one sequence")
-    gathered = deal_rows(len(positions), pcp_size)
+    gathered = deal_rows(len(positions), pcp_size, rows_per_rank)
     own = gathered.reshape(pcp_size, -1)[pcp_rank]
     at = np.asarray(positions, dtype=np.int64)
     # Of a new token its owner alone keeps K and V.
@@ -90,12 +91,36 @@ def rows_in_window(
     return plan.rows.above(sharding.local_len(np.maximum(0, at - window + 1), shard))
 
 
-def deal_rows(num_rows: int, pcp_size: int) -> IntArray:
-    """`[pcp * R]` rows in gathered order, -1 for padding.
+def writing_all(plan: DecodePlan, spare_slot: int) -> DecodePlan:
+    """The same plan, in which every gathered row is written: those that others keep to `spare_slot`, which none reads.
+
+    So what is written is as much in every step, and does not decide how much work there is.
+    """
+    slots = np.full(len(plan.gathered), spare_slot, dtype=np.int64)
+    slots[plan.write_src] = plan.write_slots
+    return replace(plan, write_src=np.arange(len(plan.gathered)), write_slots=slots)
+
+
+def bucket_of(rows_per_rank: int) -> int:
+    """The number of rows that a step is padded to, where steps of equal size are replayed: at most half as many again.
+
+    >>> [bucket_of(n) for n in (1, 2, 3, 5, 9, 17, 25, 33, 100)]
+    [1, 2, 4, 6, 12, 24, 32, 48, 128]
+    """
+    power = 1 << max(0, rows_per_rank - 1).bit_length()
+    return power * 3 // 4 if power >= 8 and rows_per_rank <= power * 3 // 4 else power
+
+
+def deal_rows(num_rows: int, pcp_size: int, rows_per_rank: int | None = None) -> IntArray:
+    """`[pcp * R]` rows in gathered order, -1 for padding; R is what is needed, or `rows_per_rank`.
 
     >>> deal_rows(5, 2).tolist()
     [0, 2, 4, 1, 3, -1]
+    >>> deal_rows(2, 2, rows_per_rank=2).tolist()
+    [0, -1, 1, -1]
     """
-    per_rank = -(-num_rows // pcp_size)
+    per_rank = -(-num_rows // pcp_size) if rows_per_rank is None else rows_per_rank
+    if per_rank * pcp_size < num_rows:
+        raise ValueError(f"{num_rows} rows do not fit {per_rank} on each of {pcp_size} ranks")
     dealt = np.arange(per_rank * pcp_size).reshape(per_rank, pcp_size).T.reshape(-1)
     return np.where(dealt < num_rows, dealt, -1)

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend
+from cpinfer.backends.base import AttentionBackend, PlannedAttention
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.axis import AxisComm
 from cpinfer.layout.decode import DecodePlan
@@ -124,19 +124,23 @@ class DecodeStep:
     def __init__(
         self,
         plan: DecodePlan,
-        rows: RowsByWindow,
-        backend: AttentionBackend,
+        planned: Mapping[int | None, PlannedAttention],
         cache: PagedKVCache,
         exchange: StateExchange,
         heads: GroupHeads,
     ) -> None:
         self.num_tokens = int((plan.own >= 0).sum())
-        self._planned = {window: backend.plan(r) for window, r in rows.items()}
+        self._planned = planned
         self._cache = cache
         self._exchange = exchange
         self._heads = heads
         self._write_src = cache.index(plan.write_src)
         self._write_slots = cache.index(plan.write_slots)
+
+    def update(self, plan: DecodePlan) -> None:
+        """Other sequences, in the memory of those before: as many rows, of which as many are written."""
+        self._write_src.copy_(torch.from_numpy(plan.write_src))
+        self._write_slots.copy_(torch.from_numpy(plan.write_slots))
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own_q = q if layer.latent is None else layer.latent.absorb(q)

@@ -81,6 +81,10 @@ class ModelRunner:
         self.device: torch.device = embeddings.device
         self.dtype: torch.dtype = embeddings.dtype
 
+    @property
+    def has_experts(self) -> bool:
+        return any(map(is_mixture_of_experts, self._model.modules()))
+
     @torch.no_grad()
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor) -> Tensor:
         """`[N, vocab]` float32 logits of the packed tokens `keep [N]`; the other tokens never meet the vocabulary.

@@ -256,7 +256,7 @@ def _run_rank(
         rows = {None: decode_plan.rows}
         if case.window is not None:
             rows = {case.window: rows_in_window(decode_plan, positions, sharding, shard, case.window)}
-        decode = DecodeStep(decode_plan, rows, backend, cache, exchange, stored)
+        decode = DecodeStep(decode_plan, {w: backend.plan(r) for w, r in rows.items()}, cache, exchange, stored)
         own = decode_plan.own.tolist()
         # A padding row holds whatever: nothing of it may ever show.
         where = [(here[i], positions[i], positions[i] + 1) if i >= 0 else (0, 0, 1) for i in own]

@@ -162,7 +162,7 @@ def test_the_next_token_sees_all_shards_and_itself_with_each_sink_counted_once(l
         cache32 = PagedKVCache(cache.layout, 1, 8, BLOCK_SIZE, torch.float32, CPU)
         for new, old in zip(cache32.read(0), cache.read(0), strict=True):
             new.copy_(old)
-        step = DecodeStep(plan, rows, TorchBackend(CPU), cache32, exchange, heads)
+        step = DecodeStep(plan, {w: TorchBackend(CPU).plan(r) for w, r in rows.items()}, cache32, exchange, heads)
         own = [int(i) for i in plan.own]
         assert step.num_tokens == sum(i >= 0 for i in own)
         q, k, v = (

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionNeeds, check_choice, make_backend
-from cpinfer.backends.flashinfer_backend import FixedSize, FlashInferBackend, flashinfer_error
+from cpinfer.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
+from cpinfer.backends.flashinfer_backend import FlashInferBackend, flashinfer_error
 from cpinfer.backends.torch_backend import TorchBackend
 from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
 from cpinfer.layout.capacity import KVLayout

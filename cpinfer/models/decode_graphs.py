@@ -1,0 +1,148 @@
+"""Decode steps replayed from CUDA graphs: one graph for each number of rows, captured when a step first has it.
+
+A decode step is thousands of small launches; captured, they are one. A graph repeats what was launched on the memory it
+was launched on, so everything that differs between steps lies where it lay, and is overwritten before a replay:
+
+    token ids, positions [R], slots [pcp * R], page tables    <- load, every step
+    model forward, collectives included                       <- captured once, replayed
+    logits [R, vocab]                                         -> one buffer for all graphs
+
+Steps are padded to a few sizes (`bucket_of`), which all ranks of a home know alike. Padding rows have no keys, and what
+they write goes to a slot that nobody reads. How much is padded does not depend on whether capturing succeeds, so a rank
+whose capture failed still meets the others in every collective: it runs the same padded step, launch by launch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cpinfer.backends.base import AttentionBackend, FixedSize, FixedSizeBackend, ReplannedAttention
+from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.layout.decode import DecodePlan, writing_all
+from cpinfer.layout.heads import GroupHeads
+from cpinfer.layout.shards import KVSharding
+from cpinfer.models.attention_steps import DecodeStep, RowsByWindow
+from cpinfer.models.runner import ModelRunner
+from cpinfer.models.state_exchange import StateExchange
+
+# What captures: given a function that launches work, and gives None, one that launches it again.
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def why_no_graphs(runner: ModelRunner, backend: AttentionBackend) -> str | None:
+    """Why decode of this model cannot be captured, for a reason that all ranks share; None when it can."""
+    if runner.device.type != "cuda":
+        return f"the model is on {runner.device.type}"
+    if not isinstance(backend, FixedSizeBackend):
+        return f"the {backend.name} backend plans steps of any size anew; FlashInfer is wanted"
+    if runner.has_experts:
+        return "padding rows would reach the model's experts"
+    return None
+
+
+class DecodeGraphs:
+    """The graphs of one rank, over one cache, for steps of at most `max_rows` on it."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        backend: FixedSizeBackend,
+        cache: PagedKVCache,
+        exchange: StateExchange,
+        heads: GroupHeads,
+        sharding: KVSharding,
+        max_rows: int,
+        capture: Capture | None = None,
+    ) -> None:
+        self._runner = runner
+        self._backend = backend
+        self._cache = cache
+        self._exchange = exchange
+        self._heads = heads
+        self._capture: Capture | None = capture or capture_on_cuda()
+        self._blocks_per_row = min(cache.num_blocks, sharding.num_blocks(runner.spec.max_positions))
+        self._logits = torch.zeros(max_rows, runner.spec.vocab_size, device=runner.device)
+        self._buckets: dict[int, _Bucket] = {}
+
+    def forward(self, plan: DecodePlan, rows: RowsByWindow, token_ids: Sequence[int]) -> Tensor:
+        """`[len(token_ids), vocab]` logits of this rank's real rows; collective as the step itself.
+
+        The result lies in memory that the next call overwrites.
+        """
+        plan = writing_all(plan, self._cache.spare_slot)
+        bucket = self._buckets.get(len(plan.own))
+        if bucket is None:
+            bucket = self._buckets[len(plan.own)] = self._new_bucket(plan, rows)
+        bucket.load(plan, rows, token_ids)
+        if bucket.replay is None and self._capture is not None:
+            bucket.run()  # compiles kernels, makes plans and communicators: nothing of that can be captured
+            try:
+                bucket.replay = self._capture(bucket.run)
+            except RuntimeError as error:
+                self._capture = None
+                warnings.warn(f"decode runs without CUDA graphs: capturing failed ({error})", stacklevel=2)
+        (bucket.replay or bucket.run)()
+        return bucket.logits[: len(token_ids)]
+
+    def _new_bucket(self, plan: DecodePlan, rows: RowsByWindow) -> _Bucket:
+        num_rows = len(plan.gathered)
+        planned = {
+            window: self._backend.fixed_plan(
+                FixedSize(num_rows, num_rows * (self._blocks_per_row if window is None else window)),
+                single_tokens=window is not None,
+            )
+            for window in rows
+        }
+        step = DecodeStep(plan, planned, self._cache, self._exchange, self._heads)
+        return _Bucket(self._runner, step, planned, self._logits[: len(plan.own)])
+
+
+class _Bucket:
+    """The memory of all steps with as many rows, and the graph over it once there is one."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        step: DecodeStep,
+        planned: Mapping[int | None, ReplannedAttention],
+        logits: Tensor,
+    ) -> None:
+        self._runner = runner
+        self._step = step
+        self._planned = planned
+        self._token_ids = torch.zeros(len(logits), dtype=torch.int64, device=runner.device)
+        self._positions = torch.zeros_like(self._token_ids)
+        self._keep = torch.arange(len(logits), device=runner.device)
+        self.logits = logits
+        self.replay: Callable[[], None] | None = None
+
+    def load(self, plan: DecodePlan, rows: RowsByWindow, token_ids: Sequence[int]) -> None:
+        padded = [*token_ids, *[0] * (len(self._token_ids) - len(token_ids))]
+        self._token_ids.copy_(torch.tensor(padded))
+        self._positions.copy_(torch.from_numpy(plan.positions))
+        self._step.update(plan)
+        for window, planned in self._planned.items():
+            planned.update(rows[window])
+
+    def run(self) -> None:
+        self.logits.copy_(self._runner.forward(self._token_ids, self._positions, self._step, self._keep))
+
+
+def capture_on_cuda() -> Capture:
+    """Captures into CUDA graphs that share one pool of memory: only one of them runs at a time."""
+    pool: list[Any] = []
+
+    def capture(run: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool[0] if pool else None):
+            run()
+        pool[:] = [graph.pool()]
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    return capture
