@@ -93,7 +93,7 @@ def compare(model: Any, results: Sequence[dict[str, Any]], config: Config) -> di
 @torch.no_grad()
 def generate_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What Transformers' `generate` continues a prompt with, at most `num_tokens` tokens."""
-    ids = torch.tensor([list(prompt)])
+    ids = torch.tensor([list(prompt)], device=model.device)
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
@@ -102,9 +102,9 @@ def generate_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[
 @torch.no_grad()
 def score(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
     """`[len(tokens)]` log-probabilities of a continuation, from one forward pass over all of it."""
-    ids = torch.tensor([[*prompt, *tokens]])
+    ids = torch.tensor([[*prompt, *tokens]], device=model.device)
     logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
-    return torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1)
+    return torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).cpu()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from attention_ranks import Case, Tampering, run_case
 from test_engine_parity import TOLERANCE as LOGPROB_TOLERANCE
 from test_engine_parity import generate, grid_name
 
@@ -22,6 +21,7 @@ from cpinfer.backends.flashinfer_backend import FlashInferBackend
 from cpinfer.config import SamplingParams
 from cpinfer.layout.grid import RankGrid
 from fake_flashinfer import VERSIONS, fake_flashinfer
+from gpu.attention_ranks import Case, Tampering, run_case
 from tiny_models import FAMILIES, make_model, prompts_of
 
 CPU = torch.device("cpu")

@@ -10,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,13 +96,44 @@ assert state_kernels.pack_by_place(torch.zeros(0, 2, 8), torch.zeros(0, 2), torc
 print(json.dumps(found))
 """
 
+# The real compiler needs no GPU either, when it is told for which.
+COMPILED = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cpinfer.ops import state_kernels as kernels
+
+def compiled(kernel, pointers, constants):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+
+states = {"out": "*fp32", "lse": "*fp32", "packed": "*bf16", "packed_f32": "*fp32"}
+pair = {"out_a": "*fp32", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16", "lse": "*fp32"}
+found = [
+    compiled(kernels._pack, states, {"BLOCK": 128}),
+    compiled(kernels._merge_packed, states, {"N": 8, "BLOCK": 128}),
+    compiled(kernels._merge_pair, pair, {"BLOCK": 128}),
+]
+assert all(kernel.asm["cubin"] for kernel in found)
+print(json.dumps(["cvt.rn.bf16" in found[0].asm["ptx"], "cvt.rn.bf16" in found[2].asm["ptx"]]))
+"""
+
+
+def output_of(code: str, **environment: str) -> Any:
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_kernels_compile_for_a_gpu_and_round_to_the_nearest(tmp_path: Path) -> None:
+    assert output_of(COMPILED, TRITON_CACHE_DIR=str(tmp_path)) == [True, True]
+
 
 def test_kernels_equal_their_definition() -> None:
-    command = [sys.executable, "-c", CASES]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=100
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = output_of(CASES, TRITON_INTERPRET="1")
     assert len(found) == 12 + 12 + 3 + 3 + 1
     assert max(found.values()) <= 1e-6, found

@@ -52,6 +52,8 @@ class Cpinfer:
     topology: cpinfer.Topology
     shape: ModelShape
     name: str = "cpinfer"
+    dtype: str = "float32"
+    backend: str = "torch"
 
     def config(self, workload: Workload) -> Config:
         """A pool that holds all samples at once."""
@@ -61,7 +63,8 @@ class Cpinfer:
         per_block = BLOCK_SIZE * self.shape.kv_bytes_per_token * heads // self.shape.num_kv_heads
         return parse_config(
             {
-                "dtype": "float32",
+                "dtype": self.dtype,
+                "backend": self.backend,
                 "tensor_parallel": {"tp_size": tp_size},
                 "block_size": BLOCK_SIZE,
                 "kv_cache_gib": (workload.kv_blocks(BLOCK_SIZE) + 1) * per_block / 2**30,
@@ -93,6 +96,7 @@ class Generate:
 
     model: Any
     name: str = "generate"
+    always_static: bool = False
 
     def batch_size(self, workload: Workload) -> int:
         """All samples at once where they are alike, else 8: larger batches pad more, smaller ones batch less."""
@@ -101,7 +105,7 @@ class Generate:
 
     def static_cache(self, workload: Workload) -> bool:
         """The default cache is copied for every token, which a long context notices."""
-        return max(map(len, workload.prompts)) > LONG_PROMPT
+        return self.always_static or max(map(len, workload.prompts)) > LONG_PROMPT
 
     def run(self, workload: Workload) -> Tokens:
         samples = workload.samples()
@@ -111,8 +115,9 @@ class Generate:
         for batch in (order[at : at + size] for at in range(0, len(order), size)):
             longest = max(len(samples[i][0]) for i in batch)
             pads = [longest - len(samples[i][0]) for i in batch]
-            ids = torch.tensor([[0] * pad + list(samples[i][0]) for pad, i in zip(pads, batch, strict=True)])
-            mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+            rows = [[0] * pad + list(samples[i][0]) for pad, i in zip(pads, batch, strict=True)]
+            ids = torch.tensor(rows, device=self.model.device)
+            mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads], device=self.model.device)
             out = self.model.generate(
                 ids,
                 attention_mask=mask,
@@ -143,8 +148,11 @@ class GenerateBatch:
     model: Any
     tp_size: int = 1
     name: str = "generate_batch"
+    batching: ContinuousBatchingConfig | None = None
 
     def config(self, workload: Workload) -> ContinuousBatchingConfig:
+        if self.batching is not None:
+            return self.batching
         longest = max(map(len, workload.prompts))
         # On CPU every query of a step is multiplied with the keys of all requests of the step, so few at a time are
         # best. A long prompt goes in chunks for the same reason: its mask is as large as chunk times context.

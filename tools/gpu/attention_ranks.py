@@ -1,5 +1,7 @@
 """Ranks as threads: prefill and decode of a few sequences on random q, k, v, against dense attention in float64.
 
+The tests run it on CPU, `gpu_check.py` on a GPU, which then plays all ranks.
+
 One "layer" is enough: what a layout can get wrong (ownership, order, masks, merges) does not depend on depth. Query and
 KV heads are those of a whole model; each rank takes the slice that tensor parallelism would give it.
 """
@@ -31,6 +33,7 @@ from cpinfer.layout.decode import plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.attention_steps import DecodeStep, PrefillStep
@@ -65,13 +68,16 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     with_sinks: bool = False
+    # Of queries, keys and values; states travel in float32.
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
 
     @property
     def sinks(self) -> Tensor | None:
         """One logit per query head, of the size of those of keys."""
         if not self.with_sinks:
             return None
-        return 3 * torch.randn(self.num_q_heads, generator=torch.Generator().manual_seed(3))
+        return 3 * torch.randn(self.num_q_heads, generator=torch.Generator().manual_seed(3)).to(self.device)
 
     def home(self, sequence: int) -> int:
         """Sequences are dealt to homes one after another."""
@@ -123,7 +129,7 @@ def run_case(case: Case, tampering: Tampering = Tampering()) -> Outcome:
         wide = (x.double() for x in qkv)
         out, lse = dense_attention(*wide, scale=scale, causal=True, window=truth.window, soft_cap=truth.soft_cap)
         oracle.append(out if truth.sinks is None else merge_states([(out, lse), _sink_states(out, truth.sinks)])[0])
-    seen = [torch.zeros(x.shape[:2]) for x in oracle]
+    seen = [torch.zeros(x.shape[:2], device=case.device) for x in oracle]
     worst = 0.0
     for parts, _, _ in ranks:
         for part in parts:
@@ -161,9 +167,14 @@ def _run_rank(
     sharding = KVSharding(grid.dcp_size, case.interleave, case.block_size)
     shard = tampering.shard(topology)
     cache = PagedKVCache(
-        KVLayout(len(stored.kv_heads), case.head_dim, case.head_dim), 1, num_blocks, case.block_size, torch.float32, CPU
+        KVLayout(len(stored.kv_heads), case.head_dim, case.head_dim),
+        1,
+        num_blocks,
+        case.block_size,
+        case.dtype,
+        case.device,
     )
-    backend = tampering.backend(TorchBackend(CPU))
+    backend = tampering.backend(TorchBackend(case.device))
     pcp, dcp = CountingComm(topology.pcp), CountingComm(topology.dcp)
     prefill_comm = dcp if stored.is_mixed else pcp
     parts: list[_Part] = []
@@ -214,11 +225,14 @@ def _run_rank(
             context_lens=starts,
         )
         plan = tampering.plan(plan)
-        rows = {None: plan.rows} if case.window is None else {case.window: plan.rows.within(case.window)}
-        context, window_contexts = None, {}
+        rows: dict[int | None, AttentionRows] = {None: plan.rows}
+        if case.window is not None:
+            rows = {case.window: plan.rows.within(case.window)}
+        context: ContextAttention | None = None
+        window_contexts: dict[int, WindowContext] = {}
         if any(starts) and case.window is None:
             context = context_of(split, starts, which)
-        elif any(starts):
+        elif any(starts) and case.window is not None:
             seen = plan_window_exchange(
                 split, contexts_of(starts, which), sharding, places, context_comm.index, case.window
             )
@@ -278,6 +292,7 @@ def _inputs(case: Case, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]
     q = q * (3.0 if case.peaked else 0.1)
     if case.peaked:
         k[0] *= 3.0
+    q, k, v = (x.to(case.device, case.dtype) for x in (q, k, v))
     return q, k, v
 
 

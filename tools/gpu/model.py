@@ -1,0 +1,120 @@
+"""Stage model: whole models of a few layers, generated from by played ranks, against Transformers alone.
+
+Every token that the engine sampled is scored again by one forward of the whole model, in the engine's dtype (what a
+trainer would do) and in float32 (what both approach).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DeepseekV3Config
+
+import check_rollout
+import cpinfer
+from bench.workloads import QUICK_SHAPE, ModelShape, make_model, random_prompts
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import SamplingParams, parse_config
+from cpinfer.engine.request import RolloutResult
+from cpinfer.layout.grid import RankGrid
+from gpu.stage import Figure, Found, Setting
+
+GRIDS = (RankGrid(), RankGrid(1, 2, 2), RankGrid(1, 4, 4), RankGrid(1, 4, 2), RankGrid(1, 8, 8))
+# Mean difference of logprobs to a forward of the same dtype: float32 for the smoke run, half precision as designed.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3}
+
+
+def run(setting: Setting) -> Found:
+    """Mean and largest difference of logprobs, for each model and layout."""
+    figures = []
+    for name, model in _models(setting):
+        exact = copy.deepcopy(model).float()
+        for grid in GRIDS[:2] if setting.is_smoke else GRIDS:
+            results = _generate(model, grid, setting)
+            kind = f"{name} pcp={grid.pcp_size} dcp={grid.dcp_size}"
+            own, ideal = _differences(model, results), _differences(exact, results)
+            theirs = torch.cat([_score(model, r) - _score(exact, r) for r in results]).abs()
+            figures += [
+                Figure(
+                    f"{kind}: logprobs beside the forward, mean difference",
+                    float(own.mean()),
+                    "",
+                    target=TOLERANCE[setting.dtype],
+                ),
+                Figure(f"{kind}: logprobs beside the forward, largest", float(own.max()), ""),
+                # Rounding differs between kernels; neither may be further from the truth.
+                Figure(
+                    f"{kind}: logprobs beside float32, mean difference",
+                    float(ideal.mean()),
+                    "",
+                    target=float(1.2 * theirs.mean()) + 1e-5,
+                ),
+            ]
+    return Found(tuple(figures))
+
+
+def _models(setting: Setting) -> Iterator[tuple[str, Any]]:
+    if setting.is_smoke:
+        yield "Qwen2-like", make_model(QUICK_SHAPE)
+        return
+    shape = replace(ModelShape(), num_layers=4, hidden_size=1024, num_q_heads=16, num_kv_heads=4)
+    yield "Qwen2-like", make_model(shape).to(setting.device, setting.dtype)
+    yield "DeepSeek-V3-like", _deepseek().to(setting.device, setting.dtype)
+
+
+def _deepseek() -> Any:
+    """Two layers with latents of the real size, without experts; its logits are made to vary."""
+    config = DeepseekV3Config(
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        q_lora_rank=128,
+        vocab_size=1024,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_b_proj.weight", "kv_a_proj_with_mqa.weight", "lm_head.weight")):
+                weight.mul_(8)
+    return model
+
+
+def _generate(model: Any, grid: RankGrid, setting: Setting) -> list[RolloutResult]:
+    lengths, num_new = ((3, 40), 4) if setting.is_smoke else ((5, 130, 700, 2000), 32)
+    prompts = random_prompts(lengths, model.config.vocab_size, seed=3)
+    config = parse_config(
+        {
+            "dtype": str(setting.dtype).removeprefix("torch."),
+            "backend": setting.backend_name,
+            "prefill_context_parallel_size": grid.pcp_size,
+            "decode_context_parallel_size": grid.dcp_size,
+            "kv_cache_gib": 2**-9 if setting.is_smoke else 0.25,
+            # In chunks, so that prompts meet their own context.
+            "max_num_batched_tokens": 32 if setting.is_smoke else 1024,
+        }
+    )
+
+    def body(topology: cpinfer.Topology) -> list[RolloutResult]:
+        with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
+            return engine.generate([list(p) for p in prompts], SamplingParams(max_new_tokens=num_new, ignore_eos=True))
+
+    return run_ranks(grid, body, timeout_s=400)[0]
+
+
+def _score(model: Any, result: RolloutResult) -> torch.Tensor:
+    return check_rollout.score(model, result.prompt_token_ids, result.token_ids)
+
+
+def _differences(model: Any, results: list[RolloutResult]) -> torch.Tensor:
+    return torch.cat([_score(model, r) - torch.tensor(r.logprobs) for r in results]).abs()
