@@ -269,8 +269,7 @@ class _Wrapper:
                 **dtypes,
             )
         else:
-            if call.soft_cap is not None or table.window_left >= 0:
-                raise ValueError("FlashInfer's latent attention has neither windows nor soft caps")
+            _check_latent(table, call)
             # From 0.7 on a plan says what run will return.
             lse_mode = "lse_mode" in inspect.signature(self._wrapper.plan).parameters
             self._wrapper.plan(
@@ -282,7 +281,7 @@ class _Wrapper:
                 head_dim_ckv=call.v_dim,
                 head_dim_kpe=call.k_dim - call.v_dim,
                 page_size=table.page_size,
-                causal=table.causal,
+                causal=False,
                 sm_scale=call.scale,
                 **dtypes,
                 **({"lse_mode": "base2"} if lse_mode else {}),
@@ -334,6 +333,16 @@ class _Staging:
         if self._is_cuda:
             self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
+
+
+def _check_latent(table: PageTable, call: _Call) -> None:
+    """Latents are attended to in decode and as context, where no mask is needed: prefill expands them."""
+    if call.soft_cap is not None or table.window_left >= 0:
+        raise ValueError("FlashInfer's latent attention has neither windows nor soft caps")
+    # Its causal kernels leave out a key where tiles of queries and keys end together, for some numbers of heads:
+    # 0.7.2 refuses such plans (`_validate_fa_causal_tile_bound`), 0.6.18 runs them.
+    if table.causal and not table.is_decode:
+        raise ValueError("latent attention of several queries per row is not causal here")
 
 
 def _call_of(q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None) -> _Call:

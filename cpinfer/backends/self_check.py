@@ -34,9 +34,7 @@ _NUM_BLOCKS = 8
 def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torch.device) -> None:
     """BackendFaultError, saying what is wrong, when `backend` does not compute attention as everything here expects."""
     for num_q_heads, layout in needs.calls:
-        for name, rows in _cases():
-            if rows.window is not None and (layout.v_is_prefix_of_k or not needs.has_windows):
-                continue
+        for name, rows in _cases(layout.v_is_prefix_of_k, needs.has_windows):
             q, keys, values = _inputs(rows, num_q_heads, layout, needs.dtype, device)
             out, lse = backend.plan(rows).run(q, keys, values, scale=layout.k_dim**-0.5)
             want = _oracle(rows, q, keys, values, layout.k_dim**-0.5)
@@ -49,13 +47,18 @@ def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torc
                 )
 
 
-def _cases() -> Iterator[tuple[str, AttentionRows]]:
+def _cases(is_latent: bool, has_windows: bool) -> Iterator[tuple[str, AttentionRows]]:
+    """What a layout is used for. Latents are never attended to under a mask: prefill expands them."""
+
     def rows(q_lens: list[int], kv_lens: list[int], *, causal: bool) -> AttentionRows:
         tables = [[5, 1], [6, 2, 0], [7]]
         return AttentionRows.build(q_lens, kv_lens, tables[: len(q_lens)], block_size=_BLOCK_SIZE, causal=causal)
 
-    yield "prefill", rows([5, 3, 2], [5, 10, 4], causal=True)
-    yield "prefill in a window", rows([5, 3, 2], [5, 10, 4], causal=True).within(3)
+    yield "context", rows([5, 3, 2], [5, 10, 0], causal=False)
+    if not is_latent:
+        yield "prefill", rows([5, 3, 2], [5, 10, 4], causal=True)
+    if not is_latent and has_windows:
+        yield "prefill in a window", rows([5, 3, 2], [5, 10, 4], causal=True).within(3)
     yield "decode", rows([1, 1, 1], [7, 9, 0], causal=False)
 
 

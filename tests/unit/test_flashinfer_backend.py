@@ -107,7 +107,7 @@ def test_states_equal_dense_attention(library: Any, rows: AttentionRows, layout:
     assert_equal(found, oracle(rows, q, k, v, 0.3, cap))
 
 
-@pytest.mark.parametrize("name", [name for name in ROWS if "window" not in name or "decode" in name])
+@pytest.mark.parametrize("name", [name for name, rows in ROWS.items() if not rows.causal])
 def test_states_over_latents_equal_dense_attention(library: Any, name: str) -> None:
     rows = ROWS[name]
     if rows.num_rows:
@@ -133,7 +133,7 @@ def test_decode_takes_tensor_cores_where_queries_share_kv_heads(library: Any, he
         ("decode", LATENT, "latent"),
         ("context", GQA, "prefill"),
         ("causal prefill", GQA, "prefill"),
-        ("causal prefill", LATENT, "latent"),
+        ("context", LATENT, "latent"),
     ],
 )
 def test_each_kind_of_call_goes_to_its_wrapper(library: Any, name: str, layout: KVLayout, kind: str) -> None:
@@ -186,6 +186,20 @@ def test_a_wrong_number_of_queries_is_an_error(library: Any) -> None:
     k, v = store(GQA)
     with pytest.raises(ValueError, match="3 queries were given to a plan of 11"):
         plan.run(torch.zeros(3, 8, 8), k, v, scale=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "cap", "why"),
+    [
+        ("causal prefill", None, "not causal here"),
+        ("prefill in a window", None, "neither windows nor soft caps"),
+        ("decode", 5.0, "neither windows nor soft caps"),
+    ],
+)
+def test_latents_are_refused_what_their_kernels_do_wrong_or_not_at_all(name: str, cap: float | None, why: str) -> None:
+    q, (k, v) = queries(ROWS[name], LATENT), store(LATENT)
+    with pytest.raises(ValueError, match=why):
+        backend_of(fake_flashinfer()).plan(ROWS[name]).run(q, k, v, scale=0.3, soft_cap=cap)
 
 
 def test_a_nan_comes_through_but_not_into_rows_without_keys(library: Any) -> None:
@@ -248,7 +262,7 @@ def test_an_lse_in_natural_log_is_refused_at_start(layout: KVLayout) -> None:
     assert 'Use backend "torch"' in str(caught.value)
 
 
-@pytest.mark.parametrize("layout", [GQA, LATENT], ids=["gqa", "latents"])
+@pytest.mark.parametrize("layout", [GQA, EXPANDED], ids=["gqa", "expanded latents"])
 def test_a_causal_mask_aligned_to_the_first_key_is_refused_at_start(layout: KVLayout) -> None:
     needs = AttentionNeeds(torch.bfloat16, ((8, layout),))
     with pytest.raises(BackendFaultError, match="causal mask is aligned to the first key, not to the last"):

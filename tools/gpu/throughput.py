@@ -121,6 +121,11 @@ def _prefill(setting: Setting, sizes: Sizes, backend: AttentionBackend, flop_rat
                 yield Figure(
                     f"{name}: emulated efficiency", efficiency, "", bound=1.0, target=target, higher_is_better=True
                 )
+        # Balance wants pages of one token in short prompts; whether larger ones are faster to read, this shows.
+        for page_size in (1, 16):
+            last = sizes.pcp_sizes[-1] - 1
+            took_s, _, _ = _play_prefill(setting, sizes, backend, length, last + 1, last, repeats, page_size)
+            yield Figure(f"prefill {length:,} tokens, last rank, scratch pages of {page_size}", took_s * 1e3, "ms")
 
 
 def _play_prefill(
@@ -131,13 +136,14 @@ def _play_prefill(
     pcp_size: int,
     pcp_rank: int,
     repeats: int,
+    page_size: int = 1,
 ) -> tuple[float, float, int]:
     """Seconds of a layer's attention on one rank, of its kernel alone, and its query-key pairs."""
     grid = RankGrid(1, pcp_size, pcp_size)
     sharding = KVSharding(pcp_size, 16, 16)
     table = list(range(sharding.num_blocks(length)))
     cache = PagedKVCache(sizes.kv, 1, len(table), 16, setting.dtype, setting.device)
-    split = split_prompts([length], pcp_size)
+    split = split_prompts([length], pcp_size, page_size=page_size)
     plan = plan_prefill(split, [table], sharding, pcp_rank=pcp_rank, shard=pcp_rank)
     heads = HeadPlacement(sizes.num_q_heads, sizes.num_kv_heads, 1).in_group(grid, 0)
     axis = PlayedAxis(pcp_size, pcp_rank)
