@@ -103,9 +103,9 @@ def _prefill(setting: Setting, sizes: Sizes, backend: AttentionBackend, flop_rat
         alone_s = 0.0
         for pcp_size in sizes.pcp_sizes:
             ranks = [_play_prefill(setting, sizes, backend, length, pcp_size, r, repeats) for r in range(pcp_size)]
-            slowest_s = max(attend_s for attend_s, _, _ in ranks)
-            share = max((attend_s - kernel_s) / attend_s for attend_s, kernel_s, _ in ranks)
-            rate = min(pairs / attend_s for attend_s, _, pairs in ranks) * 4 * sizes.num_q_heads * sizes.head_dim
+            slowest_s = max(played.attend_s for played in ranks)
+            share = max(played.bookkeeping_s / played.attend_s for played in ranks)
+            rate = min(played.num_pairs / played.attend_s for played in ranks) * 4 * sizes.num_q_heads * sizes.head_dim
             name = f"prefill {length:,} tokens, pcp={pcp_size}"
             yield Figure(f"{name}: slowest rank", rate / 1e12, "TFLOP/s", bound=flop_rate / 1e12, higher_is_better=True)
             # Of attention alone: of a whole layer it is less.
@@ -124,8 +124,24 @@ def _prefill(setting: Setting, sizes: Sizes, backend: AttentionBackend, flop_rat
         # Balance wants pages of one token in short prompts; whether larger ones are faster to read, this shows.
         for page_size in (1, 16):
             last = sizes.pcp_sizes[-1] - 1
-            took_s, _, _ = _play_prefill(setting, sizes, backend, length, last + 1, last, repeats, page_size)
-            yield Figure(f"prefill {length:,} tokens, last rank, scratch pages of {page_size}", took_s * 1e3, "ms")
+            played = _play_prefill(setting, sizes, backend, length, last + 1, last, repeats, page_size)
+            name = f"prefill {length:,} tokens, last rank, scratch pages of {page_size}"
+            yield Figure(name, played.attend_s * 1e3, "ms")
+
+
+@dataclass(frozen=True)
+class _Played:
+    """Seconds of a layer's attention on one rank, and of what is in it whatever the layout: the kernel, and writing as
+    many tokens to the cache. `num_pairs`: query-key pairs of the rank."""
+
+    attend_s: float
+    kernel_s: float
+    write_s: float
+    num_pairs: int
+
+    @property
+    def bookkeeping_s(self) -> float:
+        return self.attend_s - self.kernel_s - self.write_s
 
 
 def _play_prefill(
@@ -137,8 +153,7 @@ def _play_prefill(
     pcp_rank: int,
     repeats: int,
     page_size: int = 1,
-) -> tuple[float, float, int]:
-    """Seconds of a layer's attention on one rank, of its kernel alone, and its query-key pairs."""
+) -> _Played:
     grid = RankGrid(1, pcp_size, pcp_size)
     sharding = KVSharding(pcp_size, 16, 16)
     table = list(range(sharding.num_blocks(length)))
@@ -154,7 +169,14 @@ def _play_prefill(
     gathered = cache.new_rows(pcp_size * split.part_len, sizes.num_kv_heads).normal_()
     planned = backend.plan(plan.rows)
     kernel = partial(planned.run, q, *cache.views(gathered), scale=layer.scale)
-    return attend_s, median_s(kernel, setting.device, repeats), split.pairs_per_rank()[pcp_rank]
+    slots = cache.index(plan.write_slots)
+    write = partial(cache.write, 0, slots, (k[: len(slots)].clone(), v[: len(slots)].clone()))
+    return _Played(
+        attend_s,
+        median_s(kernel, setting.device, repeats),
+        median_s(write, setting.device, repeats),
+        split.pairs_per_rank()[pcp_rank],
+    )
 
 
 def _direct_prefill(setting: Setting, sizes: Sizes, length: int, repeats: int) -> float:
