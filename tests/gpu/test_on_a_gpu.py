@@ -1,0 +1,27 @@
+"""What only a GPU can show: FlashInfer's kernels, Triton's, and captured graphs. Skipped, and said so, without one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import gpu_check
+from cpinfer.backends.base import AttentionNeeds, make_backend
+from cpinfer.layout.capacity import KVLayout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(900),  # kernels compile when they are first used
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_flashinfer_passes_its_own_check(dtype: torch.dtype) -> None:
+    needs = AttentionNeeds(dtype, ((8, KVLayout(2, 128, 128)),), has_windows=True)
+    assert make_backend("auto", torch.device("cuda"), needs).name == "flashinfer"
+
+
+@pytest.mark.parametrize("stage", ["parity", "model", "graphs"])
+def test_a_stage_of_the_gpu_check_reaches_its_targets(stage: str) -> None:
+    assert gpu_check.main(["--only", stage, "--no-card"]) == 0
