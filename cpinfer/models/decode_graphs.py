@@ -139,7 +139,8 @@ def capture_on_cuda() -> Capture:
 
     def capture(run: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool[0] if pool else None):
+        # Other threads (NCCL's watchdog, a progress bar) may go on with what they do.
+        with torch.cuda.graph(graph, pool=pool[0] if pool else None, capture_error_mode="thread_local"):
             run()
         pool[:] = [graph.pool()]
         replay: Callable[[], None] = graph.replay
