@@ -362,6 +362,7 @@ class Tool:
 
     def __call__(self, *argv: str, greedy: bool = True) -> tuple[int, dict[str, Any], str]:
         given = ["--config", str(CONFIG), "--output", str(self.output), "--no-wandb"]
+        given += ["--set", "evaluation.lengths=[256]", "--set", "evaluation.num_samples=1"]
         given += ["--set", "sampling.temperature=0"] if greedy else []
         layouts = [] if "--layouts" in argv else ["--layouts", *self.lines]
         code = compare.main([*given, *layouts, *argv])
@@ -466,6 +467,8 @@ def test_a_layout_that_fails_ends_the_comparison_and_shows_its_log(
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--set", 'evaluation.tasks=["recal_single"]'], 'the nearest is "recall_single"'),
         (["--set", "evaluation.lengths=[999999]"], "more than the model's 32768 positions"),
+        (["--set", "evaluation.lengths=[128]"], "task recall_multikey at length 128"),
+        (["--set", "evaluation.tasks=[]", "--set", "evaluation.task_file=no.jsonl"], "no.jsonl: No such file"),
         (["--set", "comparison.layout=1"], 'nearest known key is "comparison.layouts"'),
         (["--set", "comparison.tolerance=-1"], "tolerance"),
         (["--tolerance", "nan"], "must be at least 0"),
