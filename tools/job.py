@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ import torch.distributed as dist
 import transformers
 
 from cpinfer.comm.bootstrap import (
+    PEER_GRACE_S,
     Launch,
     default_group,
     die,
@@ -129,20 +131,22 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
     with default_group(launch):
         # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
         complaint = first_complaint(launch, complaint)
-        if complaint is not None:
+        if complaint is None:
+            assert job is not None, "without a complaint there is a job"
+            # Each rank has read its own clock for a default name; the first rank's is the one.
+            job = replace(job, output=Path(share_from_first(launch, str(job.output))))
             if launch.rank == 0:
-                print(f"{tool}: {complaint}", file=sys.stderr, flush=True)
-            return EXIT_BAD_INPUT
-        assert job is not None, "without a complaint there is a job"
-        # Each rank has read its own clock for a default name; the first rank's is the one.
-        job = replace(job, output=Path(share_from_first(launch, str(job.output))))
-        if launch.rank == 0:
-            announce(tool, job)
-        if not job.dry_run:
-            work(launch, job)
-        elif launch.rank == 0:
-            print(json.dumps(dry_run_summary(job, launch)), flush=True)
-    return EXIT_DONE
+                announce(tool, job)
+            if not job.dry_run:
+                work(launch, job)
+            elif launch.rank == 0:
+                print(json.dumps(dry_run_summary(job, launch)), flush=True)
+            return EXIT_DONE
+    if launch.rank == 0:
+        print(f"{tool}: {complaint}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(PEER_GRACE_S)  # a launcher ends all ranks with the first that ends, and that one is to speak
+    return EXIT_BAD_INPUT
 
 
 def announce(tool: str, job: Job) -> None:

@@ -517,11 +517,14 @@ def test_past_its_time_a_launch_and_workers_in_sessions_of_their_own_are_ended(t
 
 def test_torchrun_is_asked_for_as_many_processes_and_its_workers_exit_code_is_found(tmp_path: Path) -> None:
     script = tmp_path / "bad.py"
-    script.write_text("raise SystemExit(2)\n")
+    # The first that fails is the one that counts: torchrun ends the other, and lists it before.
+    waits = "import os, time\nif os.environ['RANK'] == '0':\n    time.sleep(60)\n"
+    script.write_text(f"{waits}print('why', flush=True)\nraise SystemExit(2)\n")
     command = launch_command("torchrun", 2, script, [])
     assert "--nproc-per-node 2" in " ".join(command)
     assert "--num_gpus 4" in " ".join(launch_command("deepspeed", 4, script, []))
     assert launch(command, tmp_path / "log", 90, os.environ).returncode == 2
+    assert last_lines(tmp_path / "log") == "why"
 
 
 def test_an_evaluation_replaces_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
