@@ -263,7 +263,8 @@ def test_a_layout_may_be_a_config_of_its_own(tmp_path: Path) -> None:
     [_, layout] = resolve_layouts(["tp2", "wide.json"], base, tmp_path, SPEC)
     assert layout.name == "wide" and layout.sizes == parse_name("pcp4")
     assert layout.config.block_size == 32 and layout.config.interleave == 8, "the rest is the comparison's"
-    assert layout.config.input is None and layout.config.sampling.greedy
+    assert layout.config.input is None
+    assert layout.config.sampling.temperature == 0.4, "answers are compared that are asked for in the same way"
     (tmp_path / "other.json").write_text(json.dumps({"model": "some/other", "prefill_context_parallel_size": 2}))
     with pytest.raises(UserError, match="Layouts of one model"):
         resolve_layouts(["tp2", "other.json"], base, tmp_path, SPEC)
