@@ -90,6 +90,7 @@ def answer(model: Any, job: EvaluationJob, question: Question) -> RolloutResult:
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(params.max_new_tokens, room),
         do_sample=False,
+        repetition_penalty=1.0,  # chat models' own generation_config asks for one even of greedy text
         output_logits=True,
         return_dict_in_generate=True,
         streamer=clock,
