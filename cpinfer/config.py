@@ -144,6 +144,23 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """How a trainer lends its model for a rollout phase."""
+
+    gather: Literal["full", "layerwise", "tp_shards"] = _key(
+        "weights that ZeRO-3 or FSDP has dealt out: all at once, a layer when it is needed, or each rank's slice of "
+        "tensor parallelism over `tp_size` lent ranks",
+        "full",
+    )
+    mismatch_every: int = _key(
+        "compare rollout logprobs with the training forward's in every so many phases; 0 never does", 1
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.mismatch_every >= 0, "mismatch_every", self.mismatch_every, "at least 0")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run needs to know. Sizes left null are worked out from the others and from the world."""
 
@@ -176,6 +193,7 @@ class Config:
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
     evaluation: EvaluationConfig = _key("long-context evaluation", factory=EvaluationConfig)
     comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
+    rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
     wandb: WandbConfig | None = _key("log the summary to W&B: an object with `project`, `name`, `group`, `mode`", None)
 
     def __post_init__(self) -> None:
