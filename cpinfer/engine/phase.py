@@ -27,12 +27,14 @@ class Lent:
     """What a trainer lends: its model, its ranks, and how the weights come to be usable for the length of a block.
 
     `module` is the Hugging Face model inside whatever the trainer wrapped around it. `weights` is entered before the
-    engine attaches and left after it; collective over all ranks of the job.
+    engine attaches and left after it; collective over all ranks of the job. `num_copies` consecutive ranks train on the
+    same data: those of the trainer's own tensor parallelism.
     """
 
     module: Any
     topology: Topology
     weights: Callable[[], AbstractContextManager[Any]] = nullcontext
+    num_copies: int = 1
 
 
 @contextmanager

@@ -43,7 +43,8 @@ def lend(engine: Any, config: Config) -> Lent:
 
     Collective. ValueError when the config's sizes do not fit the job.
     """
-    return Lent(engine.module, topology_from(engine, pcp_size=config.pcp_size, dcp_size=config.dcp_size))
+    topology = topology_from(engine, pcp_size=config.pcp_size, dcp_size=config.dcp_size)
+    return Lent(engine.module, topology, num_copies=topology.grid.tp_size)
 
 
 def init_distributed() -> None:
