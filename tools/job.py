@@ -60,7 +60,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See --help.")
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
+def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True) -> None:
     """Flags of every tool that runs a config: --config, --output, --set, --dry-run, --resume | --overwrite."""
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
     parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
@@ -69,7 +69,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
+    if can_resume:
+        existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
     existing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
 
@@ -135,7 +136,7 @@ def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.dev
 def wanted_output(config: Config, args: argparse.Namespace) -> tuple[Path, Existing]:
     """Where results go, and what becomes of an output that is there. UserError when nobody has said."""
     output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
-    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
+    existing: Existing = "resume" if getattr(args, "resume", False) else "overwrite" if args.overwrite else "refuse"
     check_output(output, existing)
     return output, existing
 

@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from cpinfer.config import SamplingParams
+from cpinfer.engine.request import RolloutResult
+
 # A token further off than this is counted by itself: a mean over many tokens hides a few that are far away.
 FAR = 1e-3
 
@@ -82,6 +85,19 @@ class Mismatch:
             f"{prefix}kl": self.kl,
             f"{prefix}share_above_1e_3": self.share_above_1e_3,
         }
+
+
+def comparable_logprobs(
+    results: Sequence[RolloutResult], sampling: SamplingParams
+) -> tuple[float, list[tuple[float, ...]]]:
+    """A temperature and, for each result, logprobs of the distribution softmax(logits / temperature).
+
+    Those that were sampled from, where temperature alone shapes them. Where tokens were cut off or reweighted, or the
+    likeliest was taken, a training forward knows nothing of that: then the raw ones, of temperature 1.
+    """
+    if sampling.only_temperature:
+        return sampling.temperature, [r.processed_logprobs for r in results]
+    return 1.0, [r.logprobs for r in results]
 
 
 def _flat(samples: Sequence[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:

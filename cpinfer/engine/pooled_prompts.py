@@ -1,7 +1,7 @@
 """Prompts of many owners as one batch: each distinct prompt once, with its samples dealt back to whoever asked.
 
-    owner 0 asks  A A B        prompts  A (3 samples)  B (1)  C (2)
-    owner 1 asks  A C C        owner 0 gets  A0 A1 B0        owner 1 gets  A2 C0 C1
+owner 0 asks  A A B        prompts  A (3 samples)  B (1)  C (2)
+owner 1 asks  A C C        owner 0 gets  A0 A1 B0        owner 1 gets  A2 C0 C1
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from trl.data_utils import is_conversational
 
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.mismatch import Mismatch
+from cpinfer.engine.mismatch import Mismatch, comparable_logprobs
 from cpinfer.engine.phase import Lent, rollout_phase
 from cpinfer.engine.request import RolloutResult
 from cpinfer.models.training_logprobs import training_logprobs
@@ -40,9 +40,10 @@ class PhaseRecord:
     weights_version: int
     num_samples: int
     num_generated_tokens: int
-    phase_s: float
-    generate_s: float
     mismatch: Mismatch | None
+    phase_s: float = 0.0
+    generate_s: float = 0.0
+    mismatch_s: float = 0.0
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log, by name."""
@@ -91,9 +92,7 @@ class RolloutFunc:
         # A name is a function of the training state, not of this process's life: a resumed run draws what an
         # undisturbed one would.
         num_before = sum(record.weights_version == version for record in self.records)
-        with rollout_phase(
-            lent, self._config, tokenizer=trainer.processing_class, weights_version=version
-        ) as engine:
+        with rollout_phase(lent, self._config, tokenizer=trainer.processing_class, weights_version=version) as engine:
             generate_s = time.perf_counter()
             results = engine.generate_pooled(
                 prompt_ids, sampling, name=f"{mode}/{version}/{num_before}", num_copies=lent.num_copies
@@ -101,10 +100,12 @@ class RolloutFunc:
             generate_s = time.perf_counter() - generate_s
         phase_s = time.perf_counter() - start_s
         every = self._config.rollout.mismatch_every
-        measured = None
+        mismatch_s, measured = time.perf_counter(), None
         if every and len(self.records) % every == 0:
             measured = _mismatch(trainer, results, sampling)
-        record = _over_all_ranks(version, results, phase_s, generate_s, measured, lent)
+        mismatch_s = time.perf_counter() - mismatch_s
+        record = _over_all_ranks(version, results, measured, lent.num_copies)
+        record = replace(record, phase_s=phase_s, generate_s=generate_s, mismatch_s=mismatch_s)
         self.records.append(record)
         for key, value in record.metrics().items():
             trainer._metrics[mode][f"rollout/{key}"].append(value)
@@ -177,7 +178,7 @@ def _check_trainer(trainer: Any) -> None:
 
 def _mismatch(trainer: Any, results: Sequence[RolloutResult], sampling: SamplingParams) -> Mismatch:
     """This rank's rollout logprobs against those of the training forward, at a temperature at which both are known."""
-    temperature, of_rollout = sampling.comparable(results)
+    temperature, of_rollout = comparable_logprobs(results, sampling)
     of_training = training_logprobs(
         trainer.model,
         [r.prompt_token_ids for r in results],
@@ -190,12 +191,7 @@ def _mismatch(trainer: Any, results: Sequence[RolloutResult], sampling: Sampling
 
 
 def _over_all_ranks(
-    version: int,
-    results: Sequence[RolloutResult],
-    phase_s: float,
-    generate_s: float,
-    mismatch: Mismatch | None,
-    lent: Lent,
+    version: int, results: Sequence[RolloutResult], mismatch: Mismatch | None, num_copies: int
 ) -> PhaseRecord:
     """Counts and mismatch of the whole job; ranks that train on the same data count once. Collective."""
     own = (len(results), sum(len(r.token_ids) for r in results), mismatch)
@@ -203,13 +199,10 @@ def _over_all_ranks(
     if dist.is_initialized() and dist.get_world_size() > 1:
         told = [own] * dist.get_world_size()
         dist.all_gather_object(told, own)
-        told = told[:: lent.num_copies]
-    measured = [part for _, _, part in told if part is not None]
+    counts, tokens, measured = zip(*told[::num_copies], strict=True)
     return PhaseRecord(
         weights_version=version,
-        num_samples=sum(count for count, _, _ in told),
-        num_generated_tokens=sum(tokens for _, tokens, _ in told),
-        phase_s=phase_s,
-        generate_s=generate_s,
-        mismatch=Mismatch.merge(measured) if measured else None,
+        num_samples=sum(counts),
+        num_generated_tokens=sum(tokens),
+        mismatch=None if mismatch is None else Mismatch.merge(measured),
     )
