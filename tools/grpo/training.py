@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -66,11 +67,16 @@ def train(
         from cpinfer_integrations.deepspeed import init_distributed
 
         init_distributed()
+    warnings.simplefilter("ignore", FutureWarning)  # what TRL and Transformers still call of each other's old names
     arguments = _arguments(config, folder, device)
     # After the arguments: under ZeRO-3 Transformers then deals the weights out while it loads them.
     model = _fresh_model(config) if training.fresh_weights else load_model(str(config.model), _dtype(config))
     rollouts = make_rollout_func(config) if training.generator == "cpinfer" else None
-    with redirect_stdout(io.StringIO()):  # DeepSpeed and TRL print on every rank what nobody asked for
+    with (
+        redirect_stdout(io.StringIO()),  # DeepSpeed and TRL print on every rank what nobody asked for
+        warnings.catch_warnings(),
+    ):
+        warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
         trainer = GRPOTrainer(
             model=model,
             reward_funcs=[reward],
