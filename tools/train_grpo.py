@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -30,44 +29,43 @@ from tqdm import tqdm
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import Config, load_config
 from cpinfer.engine.metrics import format_summary
-from cpinfer.engine.output import Existing, ResultWriter, open_output, summary_path, write_json
+from cpinfer.engine.output import ResultWriter, open_output, summary_path, write_json
 from cpinfer.engine.prompts import check_prompt, read_input
 from cpinfer.errors import UserError
-from cpinfer.layout.explain import draw_grid
-from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_spec, load_tokenizer
-from cpinfer.models.spec import ModelSpec
 from grpo.curves import draw_curves, ends
 from grpo.rewards import Reward, find_reward
 from grpo.training import Line, Trained, train
 from job import (
-    EXIT_DONE,
+    Job,
     Parser,
     add_common_flags,
     check_layout,
     describe_run,
-    headline,
+    log_to_wandb,
+    needed_spec,
+    needed_tokenizer,
     pool_size,
     run_tool,
     wanted_output,
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """A training run that is known to be runnable, as far as that can be known without the weights."""
+@dataclass(frozen=True, kw_only=True)
+class Training(Job):
+    """Rows for TRL, what rewards them, and the steps of other runs to draw `beside`."""
 
-    config: Config
-    spec: ModelSpec
-    grid: RankGrid
-    tokenizer: Any
     reward: Reward
-    prompts: tuple[dict[str, Any], ...]
+    rows: tuple[dict[str, Any], ...]
     beside: dict[str, list[Line]]
-    output: Path
-    existing: Existing
-    meta: dict[str, Any]
-    dry_run: bool
+
+    @property
+    def what(self) -> str:
+        training = self.config.training
+        return f"{training.num_steps} steps over {len(self.rows)} prompts, rollouts by {training.generator}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"num_prompts": len(self.rows), "num_steps": self.config.training.num_steps}
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -79,29 +77,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(
-        "train_grpo",
-        lambda launch: prepare(launch, parse_args(argv)),
-        train_and_write,
-        lambda job, output: replace(job, output=output),
-    )
+    return run_tool("train_grpo", lambda launch: prepare(launch, parse_args(argv)), train_and_write)
 
 
-def prepare(launch: Launch, args: argparse.Namespace) -> Job:
+def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     """Check everything that can be checked without the weights. UserError says what is wrong."""
     config = load_config(args.config, args.set)
     config = replace(config, input=args.input or config.input, output=args.output or config.output)
-    if config.model is None:
-        raise UserError(f'config {args.config}: "model" is missing; a Hugging Face id or a folder was wanted.')
+    spec = needed_spec(config, args.config)
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
-    spec = load_spec(config.model)
     grid = check_layout(launch, config, spec, args.config)
     _check_training(config, launch.world_size)
     reward = find_reward(config.training.reward)
-    tokenizer = load_tokenizer(config.model)
-    if tokenizer is None:
-        raise UserError(f"model {config.model}: it has no tokenizer, which TRL cannot do without.")
+    tokenizer = needed_tokenizer(config)
     pool = pool_size(spec, grid, config, launch.device)
     _, complaints = read_input(
         config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
@@ -110,18 +99,18 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
         more = f" ({len(complaints) - 1} more bad lines)" if len(complaints) > 1 else ""
         raise UserError(f"{complaints[0]}{more} Mend the input.")
     output, existing = wanted_output(config, args)
-    return Job(
+    return Training(
         config=config,
         spec=spec,
         grid=grid,
         tokenizer=tokenizer,
-        reward=reward,
-        prompts=tuple(_read_rows(Path(config.input))),
-        beside={Path(path).parent.name: _read_lines(Path(path)) for path in args.beside},
         output=output,
         existing=existing,
         meta=describe_run(config, grid, launch),
         dry_run=args.dry_run,
+        reward=reward,
+        rows=tuple(_read_rows(Path(config.input))),
+        beside={Path(path).parent.name: _read_lines(Path(path)) for path in args.beside},
     )
 
 
@@ -166,53 +155,23 @@ def _read_lines(path: Path) -> list[Line]:
     return lines
 
 
-def train_and_write(launch: Launch, job: Job) -> int:
+def train_and_write(launch: Launch, job: Training) -> None:
     """Train, a line for each step as it comes, then the summary and the curve. Collective over all ranks."""
-    is_first = launch.rank == 0
-    training = job.config.training
-    if is_first:
-        what = f"{training.num_steps} steps over {len(job.prompts)} prompts, rollouts by {training.generator}"
-        print(
-            headline(job.config, job.grid, what, job.output),
-            draw_grid(job.grid, job.spec.heads(job.grid.tp_size)),
-            sep="\n\n",
-            file=sys.stderr,
-        )
-    if job.dry_run:
-        if is_first:
-            checked = {"num_prompts": len(job.prompts), "layout": job.meta["layout"]}
-            print(json.dumps({"dry_run": True, **checked}), flush=True)
-        return EXIT_DONE
     start_s = time.perf_counter()
     trained = _train(launch, job)
-    if not is_first:
-        return EXIT_DONE
+    if launch.rank > 0:
+        return
     summary = summarize_run(job, trained, time.perf_counter() - start_s)
     write_json(summary_path(job.output), summary)
     curve = job.output.with_suffix(".png")
     draw_curves({job.output.parent.name: trained.lines, **job.beside}, curve)
-    if job.config.wandb is not None:
-        from cpinfer_integrations.wandb import log_run
-
-        has_api_key = "WANDB_API_KEY" in os.environ
-        unlogged = log_run(
-            job.config.wandb,
-            job.meta,
-            summary,
-            job.output,
-            has_api_key=has_api_key,
-            history=trained.lines,
-            images={"curve": curve},
-        )
-        if unlogged is not None:
-            print(f"train_grpo: {unlogged}", file=sys.stderr)
+    log_to_wandb("train_grpo", job, summary, trained.lines, {"curve": curve})
     print(format_summary(summary), file=sys.stderr, flush=True)
     print(json.dumps(summary), flush=True)
-    return EXIT_DONE
 
 
-def _train(launch: Launch, job: Job) -> Trained:
-    arguments = (job.config, job.prompts, job.reward, job.tokenizer, job.output.parent, launch.device)
+def _train(launch: Launch, job: Training) -> Trained:
+    arguments = (job.config, job.rows, job.reward, job.tokenizer, job.output.parent, launch.device)
     if launch.rank > 0:
         return train(*arguments, on_step=lambda line: None)
     open_output(job.output, job.existing, job.meta)
@@ -229,7 +188,7 @@ def _train(launch: Launch, job: Job) -> Trained:
         return train(*arguments, on_step=on_step)
 
 
-def summarize_run(job: Job, trained: Trained, wall_s: float) -> dict[str, Any]:
+def summarize_run(job: Training, trained: Trained, wall_s: float) -> dict[str, Any]:
     """What a run came to, units in the keys; the mismatch only where it was measured."""
     first, last = ends(trained.lines)
     mismatch = trained.mismatch

@@ -58,12 +58,16 @@ def log_run(
     """
     named = replace(config, name=config.name or output.parent.name)
     run, complaint = _start(named, _mode(config, has_api_key), meta, output.parent)
-    for line in history:
-        run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
-    if images:
-        run.log({name: wandb.Image(str(path)) for name, path in images.items()})
-    run.summary.update(_plain(summary))
-    run.finish()
+    assert named.name is not None
+    try:
+        for line in history:
+            run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        if images:
+            run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+        run.summary.update(_plain(summary))
+        run.finish()
+    except (wandb.Error, OSError) as error:  # the network went away in the middle
+        complaint = _not_taken(named.name, error)
     return complaint
 
 
@@ -86,7 +90,7 @@ def log_comparison(
         try:
             _log_layout(run, layout, report, files)
         except (wandb.Error, OSError) as error:  # the network went away in the middle
-            complaint = f"W&B did not take all of {layout.name} ({_first_line(error)}); the local files have it"
+            complaint = _not_taken(layout.name, error)
         said = said or complaint
     return said
 
@@ -133,6 +137,10 @@ def _init(config: WandbConfig, mode: Mode, meta: Mapping[str, Any], folder: Path
         config=dict(meta),
         settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT_S),
     )
+
+
+def _not_taken(name: str, error: BaseException) -> str:
+    return f"W&B did not take all of {name} ({_first_line(error)}); the local files have it"
 
 
 def _first_line(error: BaseException) -> str:
