@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
@@ -158,7 +159,8 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> GRPOConfig
     return GRPOConfig(
         output_dir=str(folder),
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu else None,
+        # Named without a process group, a backend makes Accelerate look for one.
+        ddp_backend="gloo" if on_cpu and dist.is_initialized() else None,
         deepspeed=deepspeed,
         bf16=config.dtype == "bfloat16",
         fp16=config.dtype == "float16",
