@@ -89,7 +89,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See --help.")
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
+def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True) -> None:
     """Flags of every tool that runs a config: --config, --output, --set, --dry-run, --resume | --overwrite."""
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
     parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
@@ -98,7 +98,8 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
+    if can_resume:
+        existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
     existing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
 
@@ -181,7 +182,7 @@ def needed_tokenizer(config: Config) -> Any:
     """The model's own tokenizer. UserError when it has none."""
     tokenizer = None if config.model is None else load_tokenizer(config.model)
     if tokenizer is None:
-        raise UserError(f"model {config.model}: its folder has no tokenizer; questions are texts and need one.")
+        raise UserError(f"model {config.model}: its folder has no tokenizer; prompts are texts and need one.")
     return tokenizer
 
 
@@ -201,7 +202,7 @@ def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.dev
 def wanted_output(config: Config, args: argparse.Namespace) -> tuple[Path, Existing]:
     """Where results go, and what becomes of an output that is there. UserError when nobody has said."""
     output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
-    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
+    existing: Existing = "resume" if getattr(args, "resume", False) else "overwrite" if args.overwrite else "refuse"
     check_output(output, existing)
     return output, existing
 
@@ -234,14 +235,31 @@ def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, An
     }
 
 
-def log_to_wandb(tool: str, job: Job, summary: Mapping[str, Any]) -> None:
-    """The summary to W&B, where the config asks for it. That W&B cannot be reached is said once, and is no failure."""
+def log_to_wandb(
+    tool: str,
+    job: Job,
+    summary: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]] = (),
+    images: Mapping[str, Path] | None = None,
+) -> None:
+    """The summary to W&B, where the config asks for it, with `history` and `images` as `log_run` has them.
+
+    That W&B cannot be reached is said once, and is no failure.
+    """
     if job.config.wandb is None:
         return
     from cpinfer_integrations.wandb import log_run
 
     has_api_key = "WANDB_API_KEY" in os.environ
-    complaint = log_run(job.config.wandb, job.meta, summary, job.output, has_api_key=has_api_key)
+    complaint = log_run(
+        job.config.wandb,
+        job.meta,
+        summary,
+        job.output,
+        has_api_key=has_api_key,
+        history=history,
+        images=images,
+    )
     if complaint is not None:
         print(f"{tool}: {complaint}", file=sys.stderr)
 

@@ -18,6 +18,8 @@ import torch.distributed as dist
 from deepspeed.inference.engine import InferenceEngine
 
 from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.engine.phase import Lent
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
 
@@ -34,6 +36,15 @@ def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | N
     num_replicas = dist.get_world_size() // tp_size if dist.is_initialized() else 1
     grid = RankGrid.lending(tp_size, num_replicas, pcp_size, dcp_size)
     return Topology.from_world(grid, tp_group=tp_group, lent=lent)
+
+
+def lend(engine: Any, config: Config) -> Lent:
+    """What the engine of a training job lends to rollouts: its module, and its data-parallel ranks as pcp ranks.
+
+    Collective. ValueError when the config's sizes do not fit the job.
+    """
+    topology = topology_from(engine, pcp_size=config.pcp_size, dcp_size=config.dcp_size)
+    return Lent(engine.module, topology, num_copies=topology.grid.tp_size)
 
 
 def init_distributed() -> None:

@@ -41,9 +41,18 @@ class LayoutLog:
 
 
 def log_run(
-    config: WandbConfig, meta: Mapping[str, Any], summary: Mapping[str, Any], output: Path, *, has_api_key: bool
+    config: WandbConfig,
+    meta: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    output: Path,
+    *,
+    has_api_key: bool,
+    history: Sequence[Mapping[str, Any]] = (),
+    images: Mapping[str, Path] | None = None,
 ) -> str | None:
     """One W&B run with the resolved config and the summary; its files lie beside `output`.
+
+    `history` are lines with a `step`, which become its curves; `images` are PNG files by the name they get there.
 
     Returns a sentence for people when W&B could not be reached, else None.
     """
@@ -51,6 +60,10 @@ def log_run(
     run, complaint = _start(named, _mode(config, has_api_key), meta, output.parent)
     assert named.name is not None
     try:
+        for line in history:
+            run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        if images:
+            run.log({name: wandb.Image(str(path)) for name, path in images.items()})
         run.summary.update(_plain(summary))
         run.finish()
     except (wandb.Error, OSError) as error:  # the network went away in the middle
