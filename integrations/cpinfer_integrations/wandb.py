@@ -56,9 +56,8 @@ def log_run(
 
     Returns a sentence for people when W&B could not be reached, else None.
     """
-    named = replace(config, name=config.name or output.parent.name)
-    run, complaint = _start(named, _mode(config, has_api_key), meta, output.parent)
-    assert named.name is not None
+    name = config.name or output.parent.name
+    run, complaint = _start(replace(config, name=name), _mode(config, has_api_key), meta, output.parent)
     try:
         for line in history:
             run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
@@ -67,7 +66,7 @@ def log_run(
         run.summary.update(_plain(summary))
         run.finish()
     except (wandb.Error, OSError) as error:  # the network went away in the middle
-        complaint = _not_taken(named.name, error)
+        complaint = _not_taken(name, error)
     return complaint
 
 
