@@ -1,6 +1,13 @@
-"""This rank's slice of a weight, whatever shards it: AutoTP keeps plain tensors, Transformers TP keeps DTensors."""
+"""This rank's slice of a weight, whatever shards it, and what a model's weights take up.
+
+AutoTP keeps plain tensors, Transformers TP keeps DTensors. ZeRO-3 leaves an empty tensor where a weight was that it has
+dealt out, with the whole shape beside it, and FSDP a DTensor: both bring the whole weight when it is used.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor
 
@@ -9,3 +16,22 @@ def local(weight: Tensor) -> Tensor:
     """The values that are here, without a copy."""
     to_local = getattr(weight, "to_local", None)
     return weight if to_local is None else to_local()
+
+
+def shape_in_use(weight: Tensor, *, gathered_by_fsdp: bool = False) -> tuple[int, ...]:
+    """The shape that a weight has on this rank when its module runs."""
+    dealt = getattr(weight, "ds_shape", None)
+    if dealt is not None:
+        return tuple(dealt)
+    return tuple(weight.shape if gathered_by_fsdp else local(weight).shape)
+
+
+def is_fsdp(model: Any) -> bool:
+    """Whether FSDP2's hooks on the outermost module bring the weights."""
+    return hasattr(model, "set_reshard_after_forward")
+
+
+def storage_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of memory behind `tensors`, what several share counted once."""
+    storages = {(local(x).device, local(x).untyped_storage().data_ptr()): local(x).untyped_storage() for x in tensors}
+    return sum(storage.nbytes() for storage in storages.values())
