@@ -75,9 +75,6 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "fsdp1": Refusal("FSDP1 (FullyShardedDataParallel)", "Use FSDP2: fully_shard, or fsdp_version 2 under Accelerate."),
     "fsdp_tp": Refusal("FSDP2 together with tensor parallelism", "Use FSDP2 alone, or tensor parallelism with DDP."),
-    "fsdp_mixed_layerwise": Refusal(
-        'rollout.gather "layerwise" under an FSDP2 policy with a param_dtype', 'Use "full".'
-    ),
     "flashinfer": Refusal('the FlashInfer backend (`"backend": "flashinfer"`)', 'Use "torch", or "auto".'),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,12 +36,24 @@ class Trainer:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies of the whole weights."""
-        with self.whole():
-            return {name: whole_tensor(x).detach().clone() for name, x in self.module.named_parameters()}
+        with self.whole(), torch.random.fork_rng(devices=[]):
+            shapes = {name: x.shape for name, x in make_model(FAMILIES["qwen2"]).named_parameters()}
+            return {name: whole_tensor(x, shapes[name]) for name, x in self.module.named_parameters()}
 
 
-def whole_tensor(x: torch.Tensor) -> torch.Tensor:
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+def whole_tensor(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A copy of a weight with all that FSDP or tensor parallelism keeps of it elsewhere."""
+    if hasattr(x, "full_tensor"):
+        return x.full_tensor().detach().clone()
+    x = x.detach().contiguous()
+    if x.shape == shape:
+        return x.clone()
+    from deepspeed.utils import groups
+
+    tp_group = groups.get_tensor_model_parallel_group()
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(tp_group))]
+    dist.all_gather(parts, x, group=tp_group)
+    return torch.cat(parts, dim=next(dim for dim, size in enumerate(x.shape) if size != shape[dim]))
 
 
 def deepspeed_trainer(stage: int, model: Any = None, autotp: int = 1, micro_steps: int = 2) -> Trainer:
@@ -74,9 +86,9 @@ def deepspeed_trainer(stage: int, model: Any = None, autotp: int = 1, micro_step
     return Trainer(engine, engine.module, optimizer, engine.backward, engine.step, whole)
 
 
-def torch_trainer(trained: Any, module: Any) -> Trainer:
-    """DDP, FSDP2, or a bare model, with Adam on its parameters."""
-    optimizer = torch.optim.Adam(trained.parameters(), lr=1e-2)
+def torch_trainer(trained: Any, module: Any, optimizer: Any = None) -> Trainer:
+    """DDP, FSDP2, or a bare model, with Adam on its parameters, which steps every other time."""
+    optimizer = optimizer or torch.optim.Adam(trained.parameters(), lr=1e-2)
     trained.train()
     calls: list[int] = []
 
@@ -87,6 +99,33 @@ def torch_trainer(trained: Any, module: Any) -> Trainer:
             optimizer.zero_grad()
 
     return Trainer(trained, module, optimizer, lambda loss: loss.backward(), step)
+
+
+def accelerate_trainer(wrapper: str, mixed_precision: str) -> Trainer:
+    """What `Accelerator.prepare` makes of a model: `wrapper` is "ddp" or "fsdp2".
+
+    On CPU Accelerate takes an FSDP plugin and makes DDP, without a word, so it is told that this is an FSDP job.
+    """
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(mixed_precision=mixed_precision)
+    if wrapper == "fsdp2":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+        )
+        if mixed_precision != "no":
+            plugin.set_mixed_precision(mixed_precision)
+        AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    model = make_model(FAMILIES["qwen2"])
+    trained, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2))
+    trainer = torch_trainer(trained, accelerator.unwrap_model(trained), optimizer)
+    trainer.backward = accelerator.backward
+    return trainer
 
 
 def photograph(trainer: Trainer) -> dict[str, Any]:
@@ -174,10 +213,3 @@ def everywhere(found: Any) -> list[Any]:
     all_found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(all_found, found)
     return all_found
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Training tokens differ between ranks, and are the same in every run."""
-    torch.manual_seed(seed * 100 + dist.get_rank())
-    yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -29,6 +30,13 @@ def shape_in_use(weight: Tensor, *, gathered_by_fsdp: bool = False) -> tuple[int
 def is_fsdp(model: Any) -> bool:
     """Whether FSDP2's hooks on the outermost module bring the weights."""
     return hasattr(model, "set_reshard_after_forward")
+
+
+def dtype_in_use(model: Any) -> torch.dtype:
+    """The dtype that a model's weights have when they are used: FSDP may bring them in another than it keeps."""
+    kept: torch.dtype = model.get_input_embeddings().weight.dtype
+    brought = model._get_fsdp_state()._mp_policy.param_dtype if is_fsdp(model) else None
+    return brought or kept
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

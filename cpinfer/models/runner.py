@@ -18,7 +18,7 @@ from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.attention_steps import AttentionStep
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.latent_attention import is_latent_attention, latent_attention
-from cpinfer.models.local_weights import is_fsdp, local, shape_in_use
+from cpinfer.models.local_weights import dtype_in_use, is_fsdp, local, shape_in_use
 from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
 from cpinfer.models.spec import ModelSpec
 from cpinfer.refusals import refuse
@@ -83,9 +83,8 @@ class ModelRunner:
         self._q_heads = q_heads
         self._real_rows = real_rows
         self.spec = spec
-        embeddings = model.get_input_embeddings().weight
-        self.device: torch.device = embeddings.device
-        self.dtype: torch.dtype = cast or embeddings.dtype
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.dtype: torch.dtype = cast or dtype_in_use(model)
 
     def notice_adapters(self) -> bool:
         """Whether other adapters are in effect than when this was last asked."""

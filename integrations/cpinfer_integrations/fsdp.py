@@ -54,16 +54,20 @@ def refuse_unsupported(module: nn.Module, gather: str) -> None:
         raise refuse("fsdp_tp", f"a device mesh with axes {', '.join(sorted(names))}")
     if gather == "tp_shards":
         raise refuse("tp_shards_owner", "an FSDP2 model")
-    casts = {part._get_fsdp_state()._mp_policy.param_dtype for part in sharded_modules(module)} - {None}
-    if gather == "layerwise" and casts:
-        raise refuse("fsdp_mixed_layerwise", f"param_dtype {', '.join(map(str, casts))}")
 
 
 @contextmanager
 def _sharded_again(module: nn.Module) -> Iterator[None]:
-    before = [part for part in sharded_modules(module) if _is_sharded(part)]
+    parts = sharded_modules(module)
+    before = [part for part in parts if _is_sharded(part)]
     try:
         yield
+    except BaseException:
+        # FSDP believes itself in the forward that failed, where its outermost module is not to be sharded again.
+        # (torch before 2.13 has no word for it.)
+        if hasattr(parts[0], "reset_iter_state"):
+            parts[0].reset_iter_state()
+        raise
     finally:
         for part in before:
             part.reshard()
