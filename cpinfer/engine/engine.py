@@ -77,6 +77,14 @@ class Engine:
     def is_awake(self) -> bool:
         return self._steps is not None
 
+    @property
+    def kv_pool_bytes(self) -> int:
+        """What the KV pool takes on this rank while the engine is awake."""
+        per_token = self._kv_layout.bytes_per_token(
+            self._runner.spec.num_layers, str(self._runner.dtype).removeprefix("torch.")
+        )
+        return self._pool_size.num_blocks * self._pool_size.sharding.block_size * per_token
+
     def wake(self) -> None:
         """Allocate the KV pool. Nothing happens when it is there."""
         if self._steps is not None:
@@ -105,6 +113,11 @@ class Engine:
         self.weights_version += 1
         for home in self._homes:
             home.prefixes.clear()
+
+    def _notice_adapters(self) -> None:
+        """Adapters that were switched, merged or scaled since the last call have made the weights new."""
+        if self._runner.notice_adapters():
+            self.weights_changed()
 
     def generate(
         self, prompts: Iterable[PromptLike], sampling: SamplingParams | ListLike[SamplingParams] | None = None
@@ -155,6 +168,7 @@ class Engine:
         if self._steps is None:
             raise RuntimeError("the engine sleeps; call wake() before generating")
         self._refuse_while_streaming("start another stream")
+        self._notice_adapters()
         scheduler = self._submit(list(prompts), sampling or self._config.sampling, skip)
         with closing(self._run(scheduler)) as finished:
             for sequence in finished:
@@ -170,6 +184,7 @@ class Engine:
         if self._steps is None:
             raise RuntimeError("the engine sleeps; call wake() before scoring")
         self._refuse_while_streaming("score")
+        self._notice_adapters()
         sequences = [self._to_score(index, *pair) for index, pair in enumerate(pairs)]
         # The first of those that share a prompt goes ahead, so that the others find it.
         seen: set[tuple[int, ...]] = set()
