@@ -20,8 +20,9 @@ distribution (top_k, top_p, a penalty, greedy decoding, ...), raw ones are, at t
 
 Limits: in float32 the largest difference is at most 1e-4, in half precision the mean at most 1e-3. Exit 1 when a layout
 is over its limit, or fails; 2 for bad config, layout or prompts, found before anything is launched. OUTPUT/report.md,
-report.html and mismatch.json hold the result, OUTPUT/<layout>/ its rollouts, config and log. The same goes to W&B,
-offline without an API key. A table goes to stderr, the last line of stdout is one JSON object.
+report.html and mismatch.json hold the result (the first as a card, with versions and config), OUTPUT/<layout>/ its
+rollouts, config and log. The same goes to W&B, offline without an API key. A table goes to stderr, the last line of
+stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import argparse
 import datetime
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -40,11 +42,12 @@ from typing import Any
 import torch
 import transformers
 
+from bench.harness import Card, machine_name, versions
 from comparison.generated import generate_samples
 from comparison.launches import last_lines, launch, launch_command, sigterm_interrupts
 from comparison.layouts import AxisSizes, Layout, resolve_layouts
 from comparison.mismatches import WHOLE, Compared, Logprobs, Row, Sampled, rows_table, verdict
-from comparison.report import Section, html_report, markdown_report
+from comparison.report import Section, html_report
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import Config, WandbConfig, config_to_dict, load_config
 from cpinfer.engine.output import default_output, meta_path, summary_path, write_json
@@ -74,6 +77,7 @@ class Job:
     compared: Compared
     output: Path
     args: argparse.Namespace
+    argv: tuple[str, ...]
 
     @property
     def tp_sizes(self) -> list[int]:
@@ -112,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse_args(argv)
         if args.forward_worker is not None:
             return run_forward(Path(args.forward_worker))
-        job = prepare(args)
+        job = prepare(args, sys.argv[1:] if argv is None else argv)
     except UserError as error:
         print(f"mismatch: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -126,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return EXIT_FAILURE
 
 
-def prepare(args: argparse.Namespace) -> Job:
+def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
     """Check everything that can be checked before the first launch. UserError says what is wrong."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("it launches processes itself. Start it with python, not under a launcher.")
@@ -154,7 +158,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise UserError(f"output {output} is a file; a folder was wanted.")
     if output.is_dir() and any(output.iterdir()) and not args.overwrite:
         raise UserError(f"output {output} exists. Replace what is in it with --overwrite, or name another.")
-    return Job(config, spec, tuple(layouts), tuple(inputs), Compared.of(config.sampling), output, args)
+    return Job(config, spec, tuple(layouts), tuple(inputs), Compared.of(config.sampling), output, args, tuple(argv))
 
 
 def measure(job: Job) -> int:
@@ -176,7 +180,7 @@ def measure(job: Job) -> int:
         complaint = log_to_wandb(job, rows)
         if complaint is not None:
             print(f"mismatch: {complaint}", file=sys.stderr)
-    print((job.output / "report.md").read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+    print(f"\n{verdict(rows)}\n\n{rows_table(rows)}\n", file=sys.stderr, flush=True)
     print(json.dumps({**summary, "wall_s": time.perf_counter() - started_s, "report": str(job.output)}), flush=True)
     return EXIT_DONE if summary["ok"] else EXIT_FAILURE
 
@@ -268,7 +272,10 @@ def write_results(job: Job, rows: Sequence[Row]) -> dict[str, Any]:
     title = Path(job.args.config).stem
     html = html_report(title, verdict(rows), ok, [section], {})
     (job.output / "report.html").write_text(html, encoding="utf-8")
-    (job.output / "report.md").write_text(markdown_report(title, verdict(rows), [section]), encoding="utf-8")
+    command = "python tools/mismatch.py " + shlex.join(job.argv)
+    told = (section.title, f"{verdict(rows)}\n\n{section.text}\n\n{section.table}")
+    card = Card("mismatch", title, command, (told,), config_to_dict(job.config))
+    (job.output / "report.md").write_text(card.text(machine_name(), versions()), encoding="utf-8")
     summary = {
         "ok": ok,
         "dtype": job.config.dtype,

@@ -181,6 +181,7 @@ def test_a_layout_agrees_and_a_planted_difference_is_found(
     assert (peer["name"], peer["num_samples"], peer["is_judged"]) == ("Transformers generate", 6, False)
     assert ours["mismatch_max_abs"] <= 1e-4 and peer["mismatch_max_abs"] <= 1e-4
     assert "| tp1 | whole | 6 |" in captured.err
+    assert f"Command: `python tools/mismatch.py --config {config}" in (output / "report.md").read_text()
     assert {path.name for path in output.iterdir()} == {"report.md", "report.html", "mismatch.json", "tp1"}
 
     launch_here(monkeypatch, planted=0.01)
@@ -235,8 +236,8 @@ def test_under_tensor_parallelism_half_precision_is_judged_by_the_forward_that_h
 ) -> None:
     """What the framework's own sums round is not the rollout's; in float32 both forwards must agree with it."""
     for dtype, judged in (("float32", [True, True, False, False]), ("bfloat16", [False, True, False, False])):
-        args = mismatch.parse_args(["--config", str(config), "--layouts", "tp2", "--set", f"dtype={dtype}"])
-        job = mismatch.prepare(args)
+        argv = ["--config", str(config), "--layouts", "tp2", "--set", f"dtype={dtype}"]
+        job = mismatch.prepare(mismatch.parse_args(argv), argv)
         assert job.tp_sizes == [2]
         sampled = replace(SAMPLED, prompts=((7, 8), (7, 8), (9,)))
         rows = mismatch.judge(job, {"tp2": sampled}, {2: {"tp2": EXACT}})

@@ -331,7 +331,7 @@ def run_rounds(
             say(f"long_tail: {workload.name}: answers checked")
     runs: dict[str, dict[str, list[Any]]] = {w.name: {name: [] for name in ways} for w in workloads}
     speeds = [measure_speed(shape)]
-    start_s, rounds = time.perf_counter(), 0
+    start_s, rounds, load = time.perf_counter(), 0, os.getloadavg()[0]
     while talk.first(
         not complaints and has_time_for_another(rounds, time.perf_counter() - start_s, task["budget_s"], task["rounds"])
     ):
@@ -359,6 +359,7 @@ def run_rounds(
         "rounds": rounds,
         "num_same_answers": num_same,
         "speed": dataclasses.asdict(speed),
+        "load": [load, os.getloadavg()[0]],
         "floors_s": {w.name: floors_s(w, shape, speed) for w in workloads},
     }
 
@@ -417,14 +418,15 @@ def describe(outcome: Mapping[str, Any], workloads: Sequence[Workload]) -> list[
     header = ["batch", "ranks as", "median (min..max)", "tokens computed, rank 0 / 1", "idle", "in collectives"]
     header += ["bound", "of the bound"]
     same = ", ".join(f"{n} of {NUM_SAMPLES} ({name})" for name, n in outcome["num_same_answers"].items())
-    speed = outcome["speed"]
+    speed, load = outcome["speed"], outcome["load"]
     body = f"{table(header, rows)}\n\n" + "\n".join(verdicts) + "\n\n"
     body += (
         "Idle: outside steps, waiting for the other replica. In collectives: exchanging, or waiting for the other rank "
         f"within a step. Bound: arithmetic and bytes alone at {speed['gflop_per_s']:.0f} GFLOP/s and "
         f"{speed['gbyte_per_s']:.1f} GB/s a rank, both measured here; every rank reads all weights in every step, rows "
         f"and KV are shared in {OURS}. Every token of both ways is the whole model's likeliest, up to near-ties of "
-        f"{NEAR_TIE:g} in its logit; the same answers both ways: {same}."
+        f"{NEAR_TIE:g} in its logit; the same answers both ways: {same}. Load of the machine when the rounds began and "
+        f"ended: {load[0]:.1f}, {load[1]:.1f} (2 are these processes; what is above shared the cores with them)."
     )
     batches = "\n".join(f"- **{w.name}**: {w.described()}" for w in workloads)
     return [("Two ranks of one thread each", body), ("Batches", batches)]
