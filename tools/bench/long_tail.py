@@ -84,7 +84,7 @@ class Size:
     new_tokens: int
 
 
-FULL = Size(ModelShape(), prompt_tokens=512, new_tokens=32)
+FULL = Size(ModelShape(), prompt_tokens=512, new_tokens=16)
 QUICK = Size(QUICK_SHAPE, prompt_tokens=24, new_tokens=3)
 
 
