@@ -22,14 +22,11 @@ import argparse
 import datetime
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from comparison.evaluations import (
     Evaluation,
@@ -37,7 +34,7 @@ from comparison.evaluations import (
     evaluations_of,
     is_complete,
 )
-from comparison.launches import last_lines
+from comparison.launches import last_lines, sigterm_interrupts
 from comparison.layouts import Layout, load_comparison, resolve_layouts
 from comparison.results import Results, log_to_wandb, summarize, write_results
 from comparison.samples import Run, read_run
@@ -98,16 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"compare: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    # An end from outside is to end the processes of a layout too.
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return compare(job)
+        with sigterm_interrupts():
+            return compare(job)
     except UserError as error:
         print(f"compare: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"compare: interrupted. --output {job.output} --reuse goes on with what is missing.", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return EXIT_FAILURE
 
 
@@ -183,10 +177,6 @@ def _failed(name: str, evaluation: Evaluation, returncode: int | None, job: Job)
     print(f"compare: mend it, then --output {job.output} --reuse keeps what is complete.", file=sys.stderr, flush=True)
     # What an evaluation says of its tasks before it loads a model is bad input to us as well.
     return EXIT_BAD_INPUT if returncode == EXIT_BAD_INPUT else EXIT_FAILURE
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _now() -> datetime.datetime:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from types import FrameType
+from typing import IO, Literal, NoReturn
 
 import psutil
 
@@ -106,6 +108,20 @@ def _descendants(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
         return set(psutil.Process(process.pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return set()
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside the block an end from outside is an interrupt, so that it ends the processes of a launch too."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def last_lines(log: Path, count: int = 12) -> str:
