@@ -71,10 +71,18 @@ class SamplingParams:
         return self.temperature == 0
 
     @property
-    def only_temperature(self) -> bool:
-        """Whether tokens are drawn from softmax(logits / temperature), nothing cut off and nothing reweighted."""
-        plain = SamplingParams(temperature=self.temperature, top_logprobs=self.top_logprobs)
-        return not self.greedy and self.min_new_tokens == 0 and self.distribution == plain.distribution
+    def shaped_by(self) -> tuple[str, ...]:
+        """What beside the temperature shapes the distribution of a token, by key."""
+        shapes = {
+            "top_k": self.top_k > 0,
+            "top_p": self.top_p < 1,
+            "min_p": self.min_p > 0,
+            "repetition_penalty": self.repetition_penalty != 1,
+            "logit_bias": bool(self.logit_bias),
+            # An answer has a token at least: nothing may end before it anyway.
+            "min_new_tokens": self.min_new_tokens > 1,
+        }
+        return tuple(key for key, does in shapes.items() if does)
 
     @cached_property
     def distribution(self) -> tuple[object, ...]:

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import RolloutResult
 
 # A token further off than this is counted by itself: a mean over many tokens hides a few that are far away.
 FAR = 1e-3
@@ -87,17 +86,28 @@ class Mismatch:
         }
 
 
-def comparable_logprobs(
-    results: Sequence[RolloutResult], sampling: SamplingParams
-) -> tuple[float, list[tuple[float, ...]]]:
-    """A temperature and, for each result, logprobs of the distribution softmax(logits / temperature).
+@dataclass(frozen=True)
+class Compared:
+    """Which logprobs of a rollout the training forward can be asked about, at which temperature, and why these.
 
-    Those that were sampled from, where temperature alone shapes them. Where tokens were cut off or reweighted, or the
-    likeliest was taken, a training forward knows nothing of that: then the raw ones, of temperature 1.
+    `field` is that of a result, and of a line of the results file.
     """
-    if sampling.only_temperature:
-        return sampling.temperature, [r.processed_logprobs for r in results]
-    return 1.0, [r.logprobs for r in results]
+
+    field: Literal["logprobs", "processed_logprobs"]
+    temperature: float
+    why: str
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> Compared:
+        """Processed ones, unless something beside temperature shaped them: a forward knows nothing of it."""
+        if sampling.greedy:
+            return cls("logprobs", 1.0, "raw logprobs at temperature 1: greedy decoding leaves one token")
+        if sampling.shaped_by:
+            shapes = ", ".join(sampling.shaped_by)
+            told = f"raw logprobs at temperature 1: {shapes} shaped the distribution that was sampled from"
+            return cls("logprobs", 1.0, told)
+        told = f"processed logprobs against the forward at temperature {sampling.temperature:g}"
+        return cls("processed_logprobs", sampling.temperature, told)
 
 
 def _flat(samples: Sequence[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 from trl.data_utils import is_conversational
 
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.mismatch import Mismatch, comparable_logprobs
-from cpinfer.engine.phase import Lent, rollout_phase
+from cpinfer.engine.mismatch import Compared, Mismatch
+from cpinfer.engine.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.engine.request import RolloutResult
 from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_integrations.lending import lend
@@ -33,8 +33,8 @@ from cpinfer_integrations.lending import lend
 class PhaseRecord:
     """One rollout phase: counts and mismatch over all ranks of the job, times of this rank.
 
-    `phase_s` is from the trainer's call to the model's return, of which `generate_s` is the engine's; measuring the
-    mismatch comes after it.
+    `phase_s` is from the trainer's call to the model's return, of which `generate_s` is the engine's and `cost` what
+    lending took; measuring the mismatch comes after it.
     """
 
     weights_version: int
@@ -44,16 +44,19 @@ class PhaseRecord:
     phase_s: float = 0.0
     generate_s: float = 0.0
     mismatch_s: float = 0.0
+    cost: PhaseReport | None = None
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log, by name."""
-        measured = {} if self.mismatch is None else self.mismatch.as_dict()
+        cost = {} if self.cost is None else asdict(self.cost)
+        cost.pop("how", None)  # not a number
         return {
             "weights_version": self.weights_version,
             "phase_s": self.phase_s,
             "generate_s": self.generate_s,
             "tokens_per_s": self.num_generated_tokens / self.phase_s,
-            **measured,
+            **cost,
+            **({} if self.mismatch is None else self.mismatch.as_dict()),
         }
 
 
@@ -92,7 +95,14 @@ class RolloutFunc:
         # A name is a function of the training state, not of this process's life: a resumed run draws what an
         # undisturbed one would.
         num_before = sum(record.weights_version == version for record in self.records)
-        with rollout_phase(lent, self._config, tokenizer=trainer.processing_class, weights_version=version) as engine:
+        costs: list[PhaseReport] = []
+        with rollout_phase(
+            lent,
+            self._config,
+            tokenizer=trainer.processing_class,
+            weights_version=version,
+            report=costs.append,
+        ) as engine:
             generate_s = time.perf_counter()
             results = engine.generate_pooled(
                 prompt_ids, sampling, name=f"{mode}/{version}/{num_before}", num_copies=lent.num_copies
@@ -105,7 +115,7 @@ class RolloutFunc:
             measured = _mismatch(trainer, results, sampling)
         mismatch_s = time.perf_counter() - mismatch_s
         record = _over_all_ranks(version, results, measured, lent.num_copies)
-        record = replace(record, phase_s=phase_s, generate_s=generate_s, mismatch_s=mismatch_s)
+        record = replace(record, phase_s=phase_s, generate_s=generate_s, mismatch_s=mismatch_s, cost=costs[0])
         self.records.append(record)
         for key, value in record.metrics().items():
             trainer._metrics[mode][f"rollout/{key}"].append(value)
@@ -178,16 +188,16 @@ def _check_trainer(trainer: Any) -> None:
 
 def _mismatch(trainer: Any, results: Sequence[RolloutResult], sampling: SamplingParams) -> Mismatch:
     """This rank's rollout logprobs against those of the training forward, at a temperature at which both are known."""
-    temperature, of_rollout = comparable_logprobs(results, sampling)
+    compared = Compared.of(sampling)
     of_training = training_logprobs(
         trainer.model,
         [r.prompt_token_ids for r in results],
         [r.token_ids for r in results],
-        temperature=temperature,
+        temperature=compared.temperature,
         batch_size=trainer.args.per_device_train_batch_size,
         pad_token_id=trainer.processing_class.pad_token_id,
     )
-    return Mismatch.of(of_rollout, of_training)
+    return Mismatch.of([getattr(r, compared.field) for r in results], of_training)
 
 
 def _over_all_ranks(
