@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from trl.data_utils import is_conversational
 
@@ -25,7 +26,6 @@ from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.mismatch import Compared, Mismatch
 from cpinfer.engine.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.engine.request import RolloutResult
-from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_integrations.lending import lend
 
 
@@ -186,18 +186,43 @@ def _check_trainer(trainer: Any) -> None:
         )
 
 
-def _mismatch(trainer: Any, results: Sequence[RolloutResult], sampling: SamplingParams) -> Mismatch:
-    """This rank's rollout logprobs against those of the training forward, at a temperature at which both are known."""
+def _mismatch(trainer: Any, results: Sequence[RolloutResult], sampling: SamplingParams) -> Mismatch | None:
+    """This rank's rollout logprobs against the training forward's, None where the two know no common distribution.
+
+    TRL's forward scales by the trainer's temperature and knows of nothing else that shaped a distribution.
+    """
     compared = Compared.of(sampling)
-    of_training = training_logprobs(
-        trainer.model,
-        [r.prompt_token_ids for r in results],
-        [r.token_ids for r in results],
-        temperature=compared.temperature,
-        batch_size=trainer.args.per_device_train_batch_size,
-        pad_token_id=trainer.processing_class.pad_token_id,
-    )
-    return Mismatch.of([getattr(r, compared.field) for r in results], of_training)
+    if compared.temperature != sampling.temperature:
+        return None
+    return Mismatch.of([getattr(r, compared.field) for r in results], _training_logprobs(trainer, results))
+
+
+def _training_logprobs(trainer: Any, results: Sequence[RolloutResult]) -> list[list[float]]:
+    """What the trainer's own forward says of every sampled token, in the batches that it will train on.
+
+    It has to be that very forward: TRL's reads the weights of `lm_head` without calling it, and ZeRO-3, which writes
+    down in which order modules run, does not survive a forward of another order between two steps.
+    """
+    num_prompt = max(len(r.prompt_token_ids) for r in results)
+    num_answer = max(len(r.token_ids) for r in results)
+    shape = (len(results), num_prompt + num_answer)
+    ids = torch.full(shape, trainer.processing_class.pad_token_id, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, r in enumerate(results):
+        tokens = torch.tensor([*r.prompt_token_ids, *r.token_ids])
+        start = num_prompt - len(r.prompt_token_ids)  # prompts end, and answers begin, at one place
+        ids[row, start : start + len(tokens)] = tokens
+        mask[row, start : start + len(tokens)] = 1
+    device = trainer.accelerator.device
+    with torch.no_grad():
+        logprobs, *_ = trainer._get_per_token_logps_and_entropies(
+            trainer.model,
+            ids.to(device),
+            mask.to(device),
+            num_answer,
+            batch_size=trainer.args.per_device_train_batch_size,
+        )
+    return [row[: len(r.token_ids)].tolist() for row, r in zip(logprobs.float().cpu(), results, strict=True)]
 
 
 def _over_all_ranks(
@@ -214,5 +239,5 @@ def _over_all_ranks(
         weights_version=version,
         num_samples=sum(counts),
         num_generated_tokens=sum(tokens),
-        mismatch=None if mismatch is None else Mismatch.merge(measured),
+        mismatch=None if mismatch is None else Mismatch.merge(part for part in measured if part is not None),
     )

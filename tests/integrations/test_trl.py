@@ -13,7 +13,6 @@ from trl import GRPOConfig, GRPOTrainer
 
 import cpinfer
 from cpinfer.config import SamplingParams, parse_config
-from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_integrations.trl import RolloutFunc, make_rollout_func, sampling_of, tokenize
 from tiny_models import make_model
 
@@ -86,14 +85,17 @@ def test_a_training_forward_of_other_weights_shows_as_mismatch(
 ) -> None:
     """The control: the measure sees a hundredth of one matrix."""
 
-    def of_other_weights(model: Any, *args: Any, **kwargs: Any) -> list[list[float]]:
-        with torch.no_grad():
-            model.lm_head.weight *= 1.01
-            found = training_logprobs(model, *args, **kwargs)
-            model.lm_head.weight /= 1.01
+    training_forward = GRPOTrainer._get_per_token_logps_and_entropies
+
+    def of_other_weights(trainer: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():  # it trains, it does not measure
+            return training_forward(trainer, model, *args, **kwargs)
+        model.lm_head.weight *= 1.01
+        found = training_forward(trainer, model, *args, **kwargs)
+        model.lm_head.weight /= 1.01
         return found
 
-    monkeypatch.setattr("cpinfer_integrations.trl.training_logprobs", of_other_weights)
+    monkeypatch.setattr(GRPOTrainer, "_get_per_token_logps_and_entropies", of_other_weights)
     rollouts = make_rollout_func(CONFIG)
     make_trainer(tokenizer, tmp_path, rollouts, max_steps=1).train()
     mismatch = rollouts.records[0].mismatch
@@ -135,6 +137,25 @@ def test_the_trainers_parameters_win_over_the_configs(tokenizer: Any, tmp_path: 
     sampling = sampling_of(trainer, CONFIG.sampling)
     stops = tuple(sorted({99, *trainer.eos_token_ids}))
     assert sampling == SamplingParams(**options, max_new_tokens=5, seed=3, stop_token_ids=stops)
+
+
+@pytest.mark.parametrize(
+    ("options", "is_measured"),
+    [
+        ({"temperature": 0.7}, True),
+        ({"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.3}, True),
+        ({"temperature": 0.7, "top_k": 5}, False),
+    ],
+)
+def test_mismatch_is_measured_where_both_know_a_distribution_and_left_out_elsewhere(
+    tokenizer: Any, tmp_path: Path, options: dict[str, float], is_measured: bool
+) -> None:
+    rollouts = make_rollout_func(CONFIG)
+    trainer = make_trainer(tokenizer, tmp_path, rollouts, **options)
+    rollouts(["The", *TEXTS], trainer)  # prompts of several lengths
+    mismatch = rollouts.records[0].mismatch
+    assert (mismatch is not None) == is_measured
+    assert mismatch is None or (mismatch.num_tokens > 0 and mismatch.max_abs <= 1e-4)
 
 
 def test_generation_kwargs_are_refused_and_not_dropped(tokenizer: Any, tmp_path: Path) -> None:
