@@ -41,10 +41,9 @@ from comparison.samples import Run, read_run
 from cpinfer.config import Config
 from cpinfer.engine.output import default_output
 from cpinfer.errors import UserError
-from cpinfer.models.loading import load_spec
 from cpinfer.models.spec import ModelSpec
-from evaluation import settled
-from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser
+from evaluation import make_questions, settled
+from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser, needed_spec, needed_tokenizer
 
 # Of a run of one layout, when nobody says otherwise.
 TIMEOUT_S = 6 * 3600.0
@@ -111,14 +110,12 @@ def prepare(args: argparse.Namespace) -> Job:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("it launches processes itself. Start it with python, not under a launcher.")
     config, base = load_comparison(args.config, args.set)
-    if config.model is None:
-        raise UserError(f'config {args.config}: "model" is missing; a Hugging Face id or a folder was wanted.')
-    spec = load_spec(config.model)
-    settled(config, spec.max_positions)  # its tasks and lengths exist
+    spec = needed_spec(config, args.config)
+    asked = settled(config, spec.max_positions)
     wanted = args.layouts or config.comparison.layouts
     layouts = resolve_layouts(wanted, base, Path(args.config).parent, spec)
-    asked = args.tolerance if args.tolerance is not None else config.comparison.tolerance
-    tolerance = TOLERANCE[config.dtype] if asked is None else asked
+    wanted_tolerance = args.tolerance if args.tolerance is not None else config.comparison.tolerance
+    tolerance = TOLERANCE[config.dtype] if wanted_tolerance is None else wanted_tolerance
     if not 0 <= tolerance < float("inf"):
         raise UserError(f"--tolerance {tolerance} must be at least 0 and finite.")
     if not args.timeout_s > 0:
@@ -128,6 +125,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise UserError(f"output {output} is a file; a folder was wanted.")
     if output.is_dir() and any(output.iterdir()) and not (args.reuse or args.overwrite):
         raise UserError(f"output {output} exists. Keep its complete runs with --reuse, or run all with --overwrite.")
+    make_questions(asked, needed_tokenizer(config))  # whatever is wrong with a task shows here, not in the first run
     evaluations = [e for layout in layouts for e in evaluations_of(layout, output)]
     return Job(config, spec, tuple(layouts), tuple(evaluations), tolerance, output, args)
 

@@ -46,10 +46,11 @@ from bench.harness import Card, machine_name, versions
 from comparison.generated import generate_samples
 from comparison.launches import last_lines, launch, launch_command, sigterm_interrupts
 from comparison.layouts import AxisSizes, Layout, resolve_layouts
-from comparison.mismatches import WHOLE, Compared, Logprobs, Row, Sampled, rows_table, verdict
+from comparison.mismatches import WHOLE, Logprobs, Row, Sampled, rows_table, verdict
 from comparison.report import Section, html_report
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import Config, WandbConfig, config_to_dict, load_config
+from cpinfer.engine.mismatch import Compared
 from cpinfer.engine.output import default_output, meta_path, summary_path, write_json
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.errors import UserError

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+from cpinfer.config import SamplingParams
 
 # A token further off than this is counted by itself: a mean over many tokens hides a few that are far away.
 FAR = 1e-3
@@ -82,6 +84,30 @@ class Mismatch:
             f"{prefix}kl": self.kl,
             f"{prefix}share_above_1e_3": self.share_above_1e_3,
         }
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Which logprobs of a rollout the training forward can be asked about, at which temperature, and why these.
+
+    `field` is that of a result, and of a line of the results file.
+    """
+
+    field: Literal["logprobs", "processed_logprobs"]
+    temperature: float
+    why: str
+
+    @classmethod
+    def of(cls, sampling: SamplingParams) -> Compared:
+        """Processed ones, unless something beside temperature shaped them: a forward knows nothing of it."""
+        if sampling.greedy:
+            return cls("logprobs", 1.0, "raw logprobs at temperature 1: greedy decoding leaves one token")
+        if sampling.shaped_by:
+            shapes = ", ".join(sampling.shaped_by)
+            told = f"raw logprobs at temperature 1: {shapes} shaped the distribution that was sampled from"
+            return cls("logprobs", 1.0, told)
+        told = f"processed logprobs against the forward at temperature {sampling.temperature:g}"
+        return cls("processed_logprobs", sampling.temperature, told)
 
 
 def _flat(samples: Sequence[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -14,9 +14,9 @@ import torch
 import mismatch
 import rollout
 from comparison.generated import generate_samples
-from comparison.mismatches import WHOLE, Compared, Row, Sampled, rows_table, verdict
+from comparison.mismatches import WHOLE, Row, Sampled, rows_table, verdict
 from cpinfer.config import SamplingParams
-from cpinfer.engine.mismatch import Mismatch
+from cpinfer.engine.mismatch import Compared, Mismatch
 from cpinfer.engine.request import Prompt
 from cpinfer.models.loading import load_model, load_spec
 from cpinfer.models.training_logprobs import training_logprobs

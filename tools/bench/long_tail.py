@@ -121,6 +121,9 @@ class TimedComm:
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         return self._timed(lambda: self.inner.reduce_scatter(x))
 
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._timed(lambda: self.inner.all_reduce(x))
+
     def _timed(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
         start_s = time.perf_counter()
         try:

@@ -31,7 +31,7 @@ LAYOUT_KEYS = (
     "tensor_parallel", "prefill_context_parallel_size", "decode_context_parallel_size", "data_parallel_size",
 )  # fmt: skip
 # What a layout's own config may not decide: it is the comparison's, and the same for all.
-SHARED_KEYS = ("model", "input", "output", "wandb", "evaluation", "comparison")
+SHARED_KEYS = ("model", "sampling", "input", "output", "wandb", "evaluation", "comparison")
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from comparison.tables import markdown
-from cpinfer.config import SamplingParams
-from cpinfer.engine.mismatch import Mismatch
+from cpinfer.engine.mismatch import Compared, Mismatch
 from cpinfer.errors import UserError
 
 Logprobs = Sequence[Sequence[float]]
@@ -20,36 +19,6 @@ Logprobs = Sequence[Sequence[float]]
 WHOLE = "whole"
 # By dtype: the figure that is judged, and the most it may be. Half precision rounds every token, float32 none that far.
 LIMITS = {"float32": ("max_abs", 1e-4), "bfloat16": ("mean_abs", 1e-3), "float16": ("mean_abs", 1e-3)}
-
-
-@dataclass(frozen=True)
-class Compared:
-    """Which logprobs of a rollout the training forward can be asked about, at which temperature, and why these."""
-
-    field: str
-    temperature: float
-    why: str
-
-    @classmethod
-    def of(cls, sampling: SamplingParams) -> Compared:
-        """Processed ones, unless something beside temperature shaped them: a forward knows nothing of it."""
-        shaping = {
-            "top_k": sampling.top_k > 0,
-            "top_p": sampling.top_p < 1,
-            "min_p": sampling.min_p > 0,
-            "repetition_penalty": sampling.repetition_penalty != 1,
-            "logit_bias": bool(sampling.logit_bias),
-            # Of one token at least, nothing may end before it anyway.
-            "min_new_tokens": sampling.min_new_tokens > 1,
-        }
-        found = [name for name, shapes in shaping.items() if shapes]
-        if sampling.greedy:
-            return cls("logprobs", 1.0, "raw logprobs at temperature 1: greedy decoding leaves one token")
-        if found:
-            told = f"raw logprobs at temperature 1: {', '.join(found)} shaped the distribution that was sampled from"
-            return cls("logprobs", 1.0, told)
-        told = f"processed logprobs against the forward at temperature {sampling.temperature:g}"
-        return cls("processed_logprobs", sampling.temperature, told)
 
 
 @dataclass(frozen=True)
