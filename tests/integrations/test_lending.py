@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from cpinfer.config import Config
+from cpinfer.errors import UnsupportedError
+from cpinfer_integrations import deepspeed as by_deepspeed
 from launching import accelerate, launch, torchrun
 
 WORKER = "tests/integrations/lending_worker.py"
@@ -31,7 +36,7 @@ def outcomes_of(command: list[str], kinds: tuple[str, ...], **env: str) -> Outco
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
     """Of everything that runs by default."""
-    under_torchrun = outcomes_of(torchrun(2, WORKER), DEEPSPEED + DEEPSPEED_COSTS)
+    under_torchrun = outcomes_of(torchrun(2, WORKER), (*DEEPSPEED, *DEEPSPEED_COSTS, "refusals"))
     kinds = PLAIN + PLAIN_COSTS + MIXED
     return under_torchrun | outcomes_of(accelerate(2, WORKER), kinds, ACCELERATE_USE_CPU="true")
 
@@ -96,6 +101,39 @@ def test_mixed_precision_is_that_of_the_training_forward(kind: str, outcomes: Ou
     for outcome in outcomes[kind]:
         # One bfloat16 step at these logits is 3e-2; float32 rollouts would be 2e-2 off on average.
         assert outcome["changed"] == [] and outcome["mean_abs"] < 8e-3, outcome
+
+
+REFUSED = {
+    "layerwise with replicas": r'2 replicas: .*"layerwise" with several replicas',
+    "fsdp2 layerwise with replicas": r'2 replicas: .*"layerwise" with several replicas',
+    "tp_shards of zero2": r"ZeRO stage 2, .*not dealt out by ZeRO-3 alone",
+    "tp_shards of fsdp2": r"an FSDP2 model: .*not dealt out by ZeRO-3 alone",
+    "tp_shards of ddp": r"DistributedDataParallel: .*not dealt out by ZeRO-3 alone",
+    "tp_shards without tp": r"tp_size 1; give",
+    "tp_shards of fused heads": r"gpt_bigcode.*families whose heads",
+    "fsdp1": r"FSDP1 .*Use FSDP2",
+    "fsdp2 with tp": r"axes dp, tp: .*FSDP2 together with tensor parallelism",
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("asked", REFUSED)
+def test_what_cannot_be_lent_is_refused_by_name_on_every_rank(asked: str, outcomes: Outcomes) -> None:
+    for outcome in outcomes["refusals"]:
+        assert re.search(REFUSED[asked], outcome["refused"][asked]), outcome["refused"][asked]
+
+
+@pytest.mark.timeout(300)
+def test_a_photograph_shows_what_deepspeeds_hooks_would_do_in_a_phase(outcomes: Outcomes) -> None:
+    """The control: they write into the trace, and leave other parameters whole than were."""
+    for outcome in outcomes["refusals"]:
+        assert {"parameters", "coordinator"} <= set(outcome["awake"]), outcome
+
+
+def test_autocast_around_an_engines_forward_is_refused_by_name() -> None:
+    engine = SimpleNamespace(torch_autocast_enabled=lambda: True)
+    with pytest.raises(UnsupportedError, match=r"DeepSpeed's torch_autocast"):
+        by_deepspeed.lend(engine, Config())
 
 
 @pytest.mark.slow
