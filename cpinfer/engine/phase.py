@@ -30,13 +30,15 @@ class Lent:
 
     `module` is the Hugging Face model inside whatever the trainer wrapped around it. `weights` is entered before the
     engine attaches and left after it; collective over all ranks of the job. Where weights come and go inside, it yields
-    the most bytes of them that are there at once. `how` is a word for it.
+    the most bytes of them that are there at once. `how` is a word for it. `num_copies` consecutive ranks train on the
+    same data: those of the trainer's own tensor parallelism.
     """
 
     module: Any
     topology: Topology
     weights: Callable[[], AbstractContextManager[int | None]] = nullcontext
     how: str = "in_place"
+    num_copies: int = 1
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -57,14 +57,15 @@ def lend(engine: Any, config: Config) -> Lent:
     if gather == "tp_shards":
         return _lend_tp_shards(engine, config)
     topology = topology_from(engine, pcp_size=config.pcp_size, dcp_size=config.dcp_size)
+    lent = Lent(module, topology, num_copies=topology.grid.tp_size)
     if engine.zero_optimization_stage() < 3:
-        return Lent(module, topology)
+        return lent
     if gather == "full":
-        return Lent(module, topology, partial(zero3.full, module), gather)
+        return replace(lent, weights=partial(zero3.full, module), how=gather)
     if topology.grid.dp_size > 1:
         topology.close()
         raise refuse("layerwise_replicas", f"{topology.grid.dp_size} replicas")
-    return Lent(module, topology, partial(zero3.layerwise, module), gather)
+    return replace(lent, weights=partial(zero3.layerwise, module), how=gather)
 
 
 def _lend_tp_shards(engine: Any, config: Config) -> Lent:
