@@ -6,7 +6,7 @@ A kind is `zero0` to `zero2`, `zero3:GATHER`, `ddp`, `fsdp2:GATHER`, `accelerate
 `+bf16` at its end the job has Accelerate's mixed precision, with `+autotp` DeepSpeed's AutoTP over 2 ranks. Each is run
 with and without phases: before training, and in the middle of accumulating gradients. Mixed precision is compared with
 the training forward instead. "costs KIND" is what lending_costs.py finds of a job, and
-"refusals" what lending_refusals.py does.
+"refusals" and "families" what lending_refusals.py and lending_families.py do.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import lending_costs
+import lending_families
 import lending_refusals
 import torch
 import torch.distributed as dist
@@ -158,6 +159,8 @@ def main(kinds: Sequence[str]) -> list[list[dict[str, Any]]]:
         job = re.sub(r":\w+", "", kind)
         if kind.startswith("costs "):
             outcome = lending_costs.run(kind.removeprefix("costs "), config_of(kind.removeprefix("costs ")))
+        elif kind == "families":
+            outcome = lending_families.run(config_of)
         elif kind == "refusals":
             outcome = lending_refusals.run()
         elif kind.endswith("+bf16"):

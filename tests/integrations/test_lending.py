@@ -149,3 +149,12 @@ def test_other_stages_and_ranks_of_training_autotp_lend_as_well(num_ranks: int, 
     for of_ranks in outcomes_of(torchrun(num_ranks, WORKER), kinds).values():
         for outcome in of_ranks:
             check_training(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_latent_attention_experts_and_adapters_are_gathered_every_way_under_zero3() -> None:
+    for outcome in outcomes_of(torchrun(2, WORKER), ("families",))["families"]:
+        assert len(outcome["cases"]) == 8
+        for case in outcome["cases"]:
+            assert all(case["same_tokens"]) and case["worst"] < 1e-4 and case["changed"] == [], case
