@@ -5,7 +5,8 @@ torchrun --nproc-per-node 2 tests/integrations/lending_worker.py KIND ...
 A kind is `zero0` to `zero2`, `zero3:GATHER`, `ddp`, `fsdp2:GATHER`, `accelerate-ddp`, `accelerate-fsdp2:GATHER`; with
 `+bf16` at its end the job has Accelerate's mixed precision, with `+autotp` DeepSpeed's AutoTP over 2 ranks. Each is run
 with and without phases: before training, and in the middle of accumulating gradients. Mixed precision is compared with
-the training forward instead.
+the training forward instead. "costs KIND" is what lending_costs.py finds of a job, and
+"refusals" and "families" what lending_refusals.py and lending_families.py do.
 """
 
 from __future__ import annotations
@@ -14,27 +15,28 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import lending_costs
+import lending_families
+import lending_refusals
 import torch
 import torch.distributed as dist
+from lending_costs import GREEDY, PROMPTS
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import check_rollout
 from cpinfer.comm.bootstrap import Launch, default_group
-from cpinfer.config import Config, SamplingParams, parse_config
+from cpinfer.config import Config, parse_config
 from cpinfer.engine.phase import PhaseReport, rollout_phase
 from cpinfer_integrations.deepspeed import init_distributed
 from cpinfer_integrations.lending import lend
-from tiny_models import FAMILIES, make_model, prompts_of
+from tiny_models import FAMILIES, make_model
 from trainers import Trainer, accelerate_trainer, changes, deepspeed_trainer, everywhere, photograph, torch_trainer
-
-GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
-PROMPTS = prompts_of((3, 40, 17), vocab_size=128)
 
 
 def trainer_of(kind: str) -> Trainer:
@@ -82,10 +84,23 @@ def train(kind: str, phase: Callable[[Trainer], None]) -> tuple[list[float], dic
     return losses, trainer.weights()
 
 
-def run(kind: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plain:
+    """A job without phases: its weights where others have one, its losses, and what comes out."""
+
+    at_phases: list[dict[str, torch.Tensor]]
+    losses: list[float]
+    weights: dict[str, torch.Tensor]
+
+
+def run_plain(kind: str) -> Plain:
+    at_phases: list[dict[str, torch.Tensor]] = []
+    losses, weights = train(kind, lambda trainer: at_phases.append(trainer.weights()))
+    return Plain(at_phases, losses, weights)
+
+
+def run(kind: str, plain: Plain) -> dict[str, Any]:
     config = config_of(kind)
-    weights: list[dict[str, torch.Tensor]] = []
-    plain_losses, plain_weights = train(kind, lambda trainer: weights.append(trainer.weights()))
     phases: list[dict[str, Any]] = []
     whole = make_model(FAMILIES["qwen2"])
 
@@ -97,7 +112,7 @@ def run(kind: str) -> dict[str, Any]:
             results = engine.generate(PROMPTS, GREEDY)
         lent.topology.close()
         changed = changes(before, photograph(trainer))
-        whole.load_state_dict(weights[len(phases)])
+        whole.load_state_dict(plain.at_phases[len(phases)])
         worst = max(
             (check_rollout.score(whole, r.prompt_token_ids, r.token_ids) - torch.tensor(r.logprobs)).abs().max().item()
             for r in results
@@ -109,8 +124,8 @@ def run(kind: str) -> dict[str, Any]:
     return {
         "kind": kind,
         "phases": phases,
-        "same_losses": losses == plain_losses,
-        "same_weights": all(torch.equal(final[name], plain_weights[name]) for name in plain_weights),
+        "same_losses": losses == plain.losses,
+        "same_weights": all(torch.equal(final[name], weight) for name, weight in plain.weights.items()),
     }
 
 
@@ -136,11 +151,33 @@ def run_mixed(kind: str) -> dict[str, Any]:
     return {"kind": kind, "changed": changed, "mean_abs": torch.cat(differences).mean().item()}
 
 
+def main(kinds: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """For every kind what every rank has found."""
+    plain: dict[str, Plain] = {}  # how weights are gathered in a phase makes no difference to a job without one
+    outcomes = []
+    for kind in kinds:
+        job = re.sub(r":\w+", "", kind)
+        if kind.startswith("costs "):
+            outcome = lending_costs.run(kind.removeprefix("costs "), config_of(kind.removeprefix("costs ")))
+        elif kind == "families":
+            outcome = lending_families.run(config_of)
+        elif kind == "refusals":
+            outcome = lending_refusals.run()
+        elif kind.endswith("+bf16"):
+            outcome = run_mixed(kind)
+        else:
+            if job not in plain:
+                plain[job] = run_plain(kind)
+            outcome = run(kind, plain[job])
+        outcomes.append(everywhere(outcome))
+    return outcomes
+
+
 if __name__ == "__main__":
     launch = Launch.from_environ(os.environ)
     with default_group(launch):
         with redirect_stdout(sys.stderr):
             init_distributed()
-            outcomes = [everywhere(run_mixed(kind) if kind.endswith("+bf16") else run(kind)) for kind in sys.argv[1:]]
+            outcomes = main(sys.argv[1:])
         if launch.rank == 0:
             print(json.dumps({"outcomes": outcomes}), flush=True)

@@ -1,36 +1,31 @@
-"""What a phase costs a job, and what is left of one that fails; rank 0 prints it as one JSON line.
+"""What a phase costs a job, and what is left of one that fails.
 
-torchrun --nproc-per-node 2 tests/integrations/lending_costs_worker.py KIND ...
-
-Kinds are those of lending_worker.py without `accelerate`. The model is large beside what a step needs. FSDP2 resizes
-storages in place, past any operator, so its memory is not measured.
+The model is large beside what a step needs. FSDP2 resizes storages in place, past any operator, so its memory is not
+measured.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from lending_worker import GREEDY, PROMPTS, config_of
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config
 
-from cpinfer.comm.bootstrap import Launch, default_group
+from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.phase import PhaseReport, rollout_phase
 from cpinfer.models.local_weights import storage_bytes
-from cpinfer_integrations.deepspeed import init_distributed
 from cpinfer_integrations.lending import lend
 from live_memory import LiveMemory
-from tiny_models import TINY, make_model
-from trainers import Trainer, changes, deepspeed_trainer, everywhere, photograph, torch_trainer
+from tiny_models import TINY, make_model, prompts_of
+from trainers import Trainer, changes, deepspeed_trainer, photograph, torch_trainer
 
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
+PROMPTS = prompts_of((3, 40, 17), vocab_size=128)
 MODEL = Qwen2Config(**{**TINY, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 512})
 
 
@@ -50,9 +45,9 @@ def trainer_of(kind: str) -> Trainer:
     return torch_trainer(model, model)
 
 
-def phase(kind: str, trainer: Trainer, inside: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+def phase(config: Config, trainer: Trainer, inside: Callable[[], Any] = lambda: None) -> dict[str, Any]:
     """One phase, measured; `inside` runs in it before it generates."""
-    config, reports = config_of(kind), list[PhaseReport]()
+    reports: list[PhaseReport] = []
     lent = lend(trainer.trained, config)
     pointers = {name: local_pointer(x) for name, x in trainer.module.named_parameters()}
     with LiveMemory() as memory:
@@ -92,8 +87,7 @@ def failing(trainer: Trainer, error: type[BaseException]) -> Iterator[None]:
     handle.remove()
 
 
-def after_fault(kind: str, trainer: Trainer, error: type[BaseException]) -> dict[str, Any]:
-    config = config_of(kind)
+def after_fault(config: Config, trainer: Trainer, error: type[BaseException]) -> dict[str, Any]:
     with failing(trainer, error):
         before, raised = photograph(trainer), False
         lent = lend(trainer.trained, config)
@@ -109,13 +103,14 @@ def after_fault(kind: str, trainer: Trainer, error: type[BaseException]) -> dict
     return {"error": error.__name__, "raised": raised, "changed": changed, "trains_on": loss == loss}
 
 
-def run(kind: str) -> dict[str, Any]:
+def run(kind: str, config: Config) -> dict[str, Any]:
+    """Costs and faults of one kind of job; kinds are those of lending_worker.py without `accelerate`."""
     torch.manual_seed(0)
     trainer = trainer_of(kind)
     for _ in range(2):
         trainer.micro_step()
         trainer.step()
-    faults = [after_fault(kind, trainer, error) for error in (StopHereError, KeyboardInterrupt)]
+    faults = [after_fault(config, trainer, error) for error in (StopHereError, KeyboardInterrupt)]
     if kind.startswith("fsdp2"):
         return {"kind": kind, "faults": faults}
 
@@ -125,19 +120,9 @@ def run(kind: str) -> dict[str, Any]:
     whole = make_model(MODEL)
     return {
         "kind": kind,
-        "phase": phase(kind, trainer),
-        "with_a_copy": phase(kind, trainer, second_copy),
+        "phase": phase(config, trainer),
+        "with_a_copy": phase(config, trainer, second_copy),
         "faults": faults,
         "model_bytes": storage_bytes(whole.parameters()),
         "layer_bytes": storage_bytes(whole.model.layers[0].parameters()),
     }
-
-
-if __name__ == "__main__":
-    launch = Launch.from_environ(os.environ)
-    with default_group(launch):
-        with redirect_stdout(sys.stderr):
-            init_distributed()
-            outcomes = [everywhere(run(kind)) for kind in sys.argv[1:]]
-        if launch.rank == 0:
-            print(json.dumps({"outcomes": outcomes}), flush=True)
