@@ -70,6 +70,20 @@ class SamplingParams:
     def greedy(self) -> bool:
         return self.temperature == 0
 
+    @property
+    def shaped_by(self) -> tuple[str, ...]:
+        """What beside the temperature shapes the distribution of a token, by key."""
+        shapes = {
+            "top_k": self.top_k > 0,
+            "top_p": self.top_p < 1,
+            "min_p": self.min_p > 0,
+            "repetition_penalty": self.repetition_penalty != 1,
+            "logit_bias": bool(self.logit_bias),
+            # An answer has a token at least: nothing may end before it anyway.
+            "min_new_tokens": self.min_new_tokens > 1,
+        }
+        return tuple(key for key, does in shapes.items() if does)
+
     @cached_property
     def distribution(self) -> tuple[object, ...]:
         """What shapes the distribution of a token: rows that agree in it are sampled in one pass."""
@@ -144,6 +158,51 @@ class ComparisonConfig:
 
 
 @dataclass(frozen=True)
+class RolloutConfig:
+    """How a trainer lends its model for a rollout phase."""
+
+    gather: Literal["full", "layerwise", "tp_shards"] = _key(
+        "weights that ZeRO-3 or FSDP has dealt out: all at once, a layer when it is needed, or each rank's slice of "
+        "tensor parallelism over `tp_size` lent ranks",
+        "full",
+    )
+    mismatch_every: int = _key(
+        "compare rollout logprobs with the training forward's in every so many phases; 0 never does", 1
+    )
+
+    def __post_init__(self) -> None:
+        _check(self.mismatch_every >= 0, "mismatch_every", self.mismatch_every, "at least 0")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """What `tools/train_grpo.py` trains, and how."""
+
+    reward: str = _key('a reward of the tool, or "FILE.py:FUNCTION" as TRL calls it (relative to the config file)', "")
+    num_steps: int = _key("optimiser steps", 100)
+    learning_rate: float = _key("of AdamW, constant", 1e-6)
+    batch_size: int = _key("samples per process and step", 8)
+    num_generations: int = _key("samples per prompt: the group that rewards are compared in", 8)
+    kl_coef: float = _key("weight of the KL to the model before training; 0 keeps no second model", 0.0)
+    entropy_coef: float = _key("weight of the entropy bonus", 0.0)
+    zero_stage: Literal[0, 1, 2, 3] | None = _key("DeepSpeed ZeRO stage; null trains with DDP, without DeepSpeed", 0)
+    lora_rank: int = _key("train a LoRA adapter of this rank on all linear layers; 0 trains all weights", 0)
+    fresh_weights: bool = _key("start from random weights instead of the model's", False)
+    generator: Literal["cpinfer", "transformers"] = _key("who generates the rollouts", "cpinfer")
+    seed: int = _key("of weights, order of prompts and samples", 0)
+
+    def __post_init__(self) -> None:
+        _check(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
+        _check(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0 and finite")
+        _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _check(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
+        _check(0 <= self.kl_coef < math.inf, "kl_coef", self.kl_coef, "at least 0 and finite")
+        _check(0 <= self.entropy_coef < math.inf, "entropy_coef", self.entropy_coef, "at least 0 and finite")
+        _check(self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0")
+        _check(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run needs to know. Sizes left null are worked out from the others and from the world."""
 
@@ -179,6 +238,8 @@ class Config:
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
     evaluation: EvaluationConfig = _key("long-context evaluation", factory=EvaluationConfig)
     comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
+    rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
+    training: TrainingConfig = _key("reinforcement learning with TRL", factory=TrainingConfig)
     wandb: WandbConfig | None = _key("log the summary to W&B: an object with `project`, `name`, `group`, `mode`", None)
 
     def __post_init__(self) -> None:
@@ -292,16 +353,24 @@ def _over(defaults: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any
 
 
 def _resolve_paths(config: Config, folder: Path) -> Config:
+    def at(path: str) -> str:
+        return str(folder / Path(path).expanduser())
+
     def resolve(path: str | None) -> str | None:
-        return None if path is None else str(folder / Path(path).expanduser())
+        return None if path is None else at(path)
 
     model = config.model
     # A hub id looks like a relative path, so a name counts as a folder when there is one, or when it says so itself.
     if model is not None and ((folder / model).is_dir() or model.startswith((".", "/", "~"))):
         model = resolve(model)
-    evaluation = dataclasses.replace(config.evaluation, task_file=resolve(config.evaluation.task_file))
+    reward = config.training.reward
     return dataclasses.replace(
-        config, model=model, input=resolve(config.input), output=resolve(config.output), evaluation=evaluation
+        config,
+        model=model,
+        input=resolve(config.input),
+        output=resolve(config.output),
+        evaluation=dataclasses.replace(config.evaluation, task_file=resolve(config.evaluation.task_file)),
+        training=dataclasses.replace(config.training, reward=at(reward) if ":" in reward else reward),
     )
 
 

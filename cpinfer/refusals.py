@@ -61,6 +61,32 @@ REFUSALS: dict[str, Refusal] = {
         'Set backend to "flashinfer": it takes its FlashAttention kernels.',
     ),
     "fp8_kv_cache": Refusal("KV caches in another dtype than the model (fp8)", 'Remove the key, or set it to "auto".'),
+    "adapter_outside_modules": Refusal(
+        "adapters that do not sit in the modules they change (prompt learning, X-LoRA, activated LoRA, ...)",
+        "Use LoRA or another kind that changes single modules.",
+    ),
+    "adapter_tp": Refusal(
+        "adapters under tensor parallelism (its slices of weights are not those of adapters)",
+        "Use tp_size 1, or merge the adapter into the weights.",
+    ),
+    "lent_tp": Refusal(
+        'rollout.gather "tp_shards" for families whose heads are not projected by q_proj, k_proj, v_proj and o_proj',
+        'Use "full" or "layerwise".',
+    ),
+    "layerwise_replicas": Refusal(
+        'rollout.gather "layerwise" with several replicas of the model (they would take different steps, and all ranks '
+        "gather together)",
+        'Lend all data-parallel ranks to one replica (prefill_context_parallel_size), or use "full".',
+    ),
+    "tp_shards_owner": Refusal(
+        'rollout.gather "tp_shards" for weights that are not dealt out by ZeRO-3 alone', 'Use "full" or "layerwise".'
+    ),
+    "engine_autocast": Refusal(
+        "DeepSpeed's torch_autocast (it is around the engine's forward, not the model's)",
+        "Use DeepSpeed's \"bf16\", or Accelerate's mixed_precision.",
+    ),
+    "fsdp1": Refusal("FSDP1 (FullyShardedDataParallel)", "Use FSDP2: fully_shard, or fsdp_version 2 under Accelerate."),
+    "fsdp_tp": Refusal("FSDP2 together with tensor parallelism", "Use FSDP2 alone, or tensor parallelism with DDP."),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }
 

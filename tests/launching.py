@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from comparison.launches import end_processes
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +67,7 @@ def accelerate(num_ranks: int, *command: str, route: Sequence[str] = ("--multi_g
 
 
 def launch(command: Sequence[str], timeout_s: float, env: Mapping[str, str] | None = None) -> Finished:
-    """Run a command from the repository's root; past the timeout its whole process group is killed and it fails."""
+    """Run a command from the repository's root; past the timeout all that it started is ended, and it fails."""
     started_s = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -80,9 +81,12 @@ def launch(command: Sequence[str], timeout_s: float, env: Mapping[str, str] | No
     try:
         stdout, stderr = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+        end_processes(process, set())
         stdout, stderr = process.communicate()
         raise AssertionError(
             f"{' '.join(command)} did not end within {timeout_s:g} s\n{stdout[-3000:]}\n{stderr[-3000:]}"
         ) from None
+    finally:
+        if process.poll() is None:  # the test's own time was over first
+            end_processes(process, set())
     return Finished(process.returncode, stdout, stderr, time.perf_counter() - started_s)

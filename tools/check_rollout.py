@@ -94,7 +94,13 @@ def compare(model: Any, results: Sequence[dict[str, Any]], config: Config) -> di
 def generate_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
     """What Transformers' `generate` continues a prompt with, at most `num_tokens` tokens."""
     ids = torch.tensor([list(prompt)], device=model.device)
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        repetition_penalty=1.0,  # chat models' own generation_config asks for one even of greedy text
+    )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
 

@@ -22,14 +22,11 @@ import argparse
 import datetime
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 from comparison.evaluations import (
     Evaluation,
@@ -37,17 +34,16 @@ from comparison.evaluations import (
     evaluations_of,
     is_complete,
 )
-from comparison.launches import last_lines
+from comparison.launches import last_lines, sigterm_interrupts
 from comparison.layouts import Layout, load_comparison, resolve_layouts
 from comparison.results import Results, log_to_wandb, summarize, write_results
 from comparison.samples import Run, read_run
 from cpinfer.config import Config
 from cpinfer.engine.output import default_output
 from cpinfer.errors import UserError
-from cpinfer.models.loading import load_spec
 from cpinfer.models.spec import ModelSpec
-from evaluation import settled
-from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser
+from evaluation import make_questions, settled
+from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser, needed_spec, needed_tokenizer
 
 # Of a run of one layout, when nobody says otherwise.
 TIMEOUT_S = 6 * 3600.0
@@ -99,16 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"compare: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    # An end from outside is to end the processes of a layout too.
-    before = signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return compare(job)
+        with sigterm_interrupts():
+            return compare(job)
     except UserError as error:
         print(f"compare: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"compare: interrupted. --output {job.output} --reuse goes on with what is missing.", file=sys.stderr)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return EXIT_FAILURE
 
 
@@ -117,14 +110,12 @@ def prepare(args: argparse.Namespace) -> Job:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("it launches processes itself. Start it with python, not under a launcher.")
     config, base = load_comparison(args.config, args.set)
-    if config.model is None:
-        raise UserError(f'config {args.config}: "model" is missing; a Hugging Face id or a folder was wanted.')
-    spec = load_spec(config.model)
-    settled(config, spec.max_positions)  # its tasks and lengths exist
+    spec = needed_spec(config, args.config)
+    asked = settled(config, spec.max_positions)
     wanted = args.layouts or config.comparison.layouts
     layouts = resolve_layouts(wanted, base, Path(args.config).parent, spec)
-    asked = args.tolerance if args.tolerance is not None else config.comparison.tolerance
-    tolerance = TOLERANCE[config.dtype] if asked is None else asked
+    wanted_tolerance = args.tolerance if args.tolerance is not None else config.comparison.tolerance
+    tolerance = TOLERANCE[config.dtype] if wanted_tolerance is None else wanted_tolerance
     if not 0 <= tolerance < float("inf"):
         raise UserError(f"--tolerance {tolerance} must be at least 0 and finite.")
     if not args.timeout_s > 0:
@@ -134,6 +125,7 @@ def prepare(args: argparse.Namespace) -> Job:
         raise UserError(f"output {output} is a file; a folder was wanted.")
     if output.is_dir() and any(output.iterdir()) and not (args.reuse or args.overwrite):
         raise UserError(f"output {output} exists. Keep its complete runs with --reuse, or run all with --overwrite.")
+    make_questions(asked, needed_tokenizer(config))  # whatever is wrong with a task shows here, not in the first run
     evaluations = [e for layout in layouts for e in evaluations_of(layout, output)]
     return Job(config, spec, tuple(layouts), tuple(evaluations), tolerance, output, args)
 
@@ -185,10 +177,6 @@ def _failed(name: str, evaluation: Evaluation, returncode: int | None, job: Job)
     print(f"compare: mend it, then --output {job.output} --reuse keeps what is complete.", file=sys.stderr, flush=True)
     # What an evaluation says of its tasks before it loads a model is bad input to us as well.
     return EXIT_BAD_INPUT if returncode == EXIT_BAD_INPUT else EXIT_FAILURE
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _now() -> datetime.datetime:

@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +30,9 @@ from tqdm import tqdm
 
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.config import Config, EvaluationConfig, load_config
+from cpinfer.config import EvaluationConfig, load_config
 from cpinfer.engine.metrics import format_summary
 from cpinfer.engine.output import (
-    Existing,
     ResultWriter,
     join_parts,
     open_output,
@@ -45,10 +43,6 @@ from cpinfer.engine.output import (
 )
 from cpinfer.engine.prompts import check_prompt
 from cpinfer.errors import UserError
-from cpinfer.layout.explain import draw_grid
-from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_spec, load_tokenizer
-from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.launching import launch_inference
 from evaluation import (
     DEFAULTS,
@@ -63,13 +57,15 @@ from evaluation import (
     summarize_lines,
 )
 from job import (
-    EXIT_DONE,
+    Job,
     Parser,
     add_common_flags,
     check_layout,
     describe_run,
     gather,
-    headline,
+    log_to_wandb,
+    needed_spec,
+    needed_tokenizer,
     pool_size,
     run_tool,
     wanted_output,
@@ -77,25 +73,33 @@ from job import (
 from longctx.tasks import TASKS, parse_length
 
 
-@dataclass(frozen=True)
-class Job:
-    """An evaluation that is known to be runnable: all of this is worked out before a model is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob(Job):
+    """Questions to ask; `done` are those that an earlier run has answered."""
 
-    config: Config
-    spec: ModelSpec
-    grid: RankGrid
-    tokenizer: Any
     questions: tuple[Question, ...]
-    output: Path
-    existing: Existing
     done: frozenset[Key]
-    meta: dict[str, Any]
-    dry_run: bool
 
     @property
     def missing(self) -> list[Question]:
         """What no earlier run has answered."""
         return [question for question in self.questions if question.key not in self.done]
+
+    @property
+    def what(self) -> str:
+        evaluation = self.config.evaluation
+        lengths = " ".join(map(str, evaluation.lengths))
+        tasks = evaluation.task_file or f"{' '.join(evaluation.tasks)} at {lengths} tokens"
+        return f"{tasks}: {len(self.questions)} samples, {len(evaluation.seeds)} seed(s)"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"num_samples": len(self.questions)}
+
+    @property
+    def notes(self) -> list[str]:
+        is_repeated = self.config.sampling.greedy and len(self.config.evaluation.seeds) > 1
+        return ["greedy answers are the same under every seed"] if is_repeated else []
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -114,15 +118,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(
-        "eval_longctx",
-        lambda launch: prepare(launch, parse_args(argv)),
-        evaluate,
-        lambda job, output: replace(job, output=output),
-    )
+    return run_tool("eval_longctx", lambda launch: prepare(launch, parse_args(argv)), evaluate)
 
 
-def prepare(launch: Launch, args: argparse.Namespace) -> Job:
+def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
     """Check everything that can be checked without the weights. UserError says what is wrong."""
     config = load_config(args.config, args.set, DEFAULTS)
     config = replace(config, output=args.output or config.output, evaluation=with_flags(config.evaluation, args))
@@ -141,7 +140,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
             check_prompt(question.prompt, question.sampling(config.sampling), spec, pool)
         except UserError as error:
             raise UserError(f"task {question.task.name}, sample {question.sample.sample_index}: {error}") from error
-    return Job(
+    return EvaluationJob(
         config=config,
         spec=spec,
         grid=grid,
@@ -153,21 +152,6 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
         meta=meta,
         dry_run=args.dry_run,
     )
-
-
-def needed_spec(config: Config, config_path: str) -> ModelSpec:
-    """What the config's model is. UserError when it names none."""
-    if config.model is None:
-        raise UserError(f'config {config_path}: "model" is missing; a Hugging Face id or a folder was wanted.')
-    return load_spec(config.model)
-
-
-def needed_tokenizer(config: Config) -> Any:
-    """The model's own tokenizer. UserError when it has none."""
-    tokenizer = None if config.model is None else load_tokenizer(config.model)
-    if tokenizer is None:
-        raise UserError(f"model {config.model}: its folder has no tokenizer; questions are texts and need one.")
-    return tokenizer
 
 
 def with_flags(evaluation: EvaluationConfig, args: argparse.Namespace) -> EvaluationConfig:
@@ -188,26 +172,15 @@ def with_flags(evaluation: EvaluationConfig, args: argparse.Namespace) -> Evalua
     return replace(evaluation, **given)
 
 
-def evaluate(launch: Launch, job: Job) -> int:
+def evaluate(launch: Launch, job: EvaluationJob) -> None:
     """Load, ask, write. Collective over all ranks."""
     is_first = launch.rank == 0
-    config, grid = job.config, job.grid
-    if is_first:
-        print(describe_questions(job), draw_grid(grid, job.spec.heads(grid.tp_size)), sep="\n\n", file=sys.stderr)
-        if config.sampling.greedy and len(config.evaluation.seeds) > 1:
-            print("eval_longctx: greedy answers are the same under every seed", file=sys.stderr)
-    if job.dry_run:
-        pool = pool_size(job.spec, grid, config, launch.device)
-        checked = {"num_samples": len(job.questions), "kv_capacity_tokens": pool.capacity_tokens}
-        if is_first:
-            print(json.dumps({"dry_run": True, **checked, "layout": job.meta["layout"]}), flush=True)
-        return EXIT_DONE
     if is_first:
         open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
-        model, topology = launch_inference(config, grid, launch.device)
+        model, topology = launch_inference(job.config, job.grid, launch.device)
         stack.callback(topology.close)
-        engine = stack.enter_context(cpinfer.attach(model, topology, config, tokenizer=job.tokenizer))
+        engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
         num_generated = _ask(engine, topology, job)
         wall_s = time.perf_counter() - start_s
@@ -222,39 +195,26 @@ def evaluate(launch: Launch, job: Job) -> int:
             "peak_memory_bytes_per_rank": max(peak for _, peak in told),
         }
         summary = conclude(job.output, job.meta, measured, num_resumed=len(job.done))
-        if config.wandb is not None:
-            from cpinfer_integrations.wandb import log_run
-
-            flat = {f"score/{name}": task["score"] for name, task in summary["tasks"].items()}
-            logged, has_api_key = {**summary, **flat}, "WANDB_API_KEY" in os.environ
-            complaint = log_run(config.wandb, job.meta, logged, job.output, has_api_key=has_api_key)
-            if complaint is not None:
-                print(f"eval_longctx: {complaint}", file=sys.stderr)
-    return EXIT_DONE
+        scores = {f"score/{name}": task["score"] for name, task in summary["tasks"].items()}
+        log_to_wandb("eval_longctx", job, {**summary, **scores})
 
 
-def conclude(output: Path, meta: dict[str, Any], measured: dict[str, Any], num_resumed: int) -> dict[str, Any]:
+def conclude(output: Path, meta: Mapping[str, Any], measured: Mapping[str, Any], num_resumed: int) -> dict[str, Any]:
     """Join the results, sum them up in a file and for people, and print the summary as the last line of stdout.
 
     Scores and times of samples are of all lines, also of resumed ones; tokens and wall time are this run's.
     """
     join_parts(output, line_key)
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n") if line]
-    found = summarize_lines(lines)
     wall_s = measured["wall_s"]
     summary = {
-        "tasks": found.pop("tasks"),
-        "num_samples": found.pop("num_samples"),
-        "num_generated_tokens": measured.pop("num_generated_tokens"),
-        "wall_s": measured.pop("wall_s"),
-        "tokens_per_s": None,
-        **found,
+        **summarize_lines(lines),
         **measured,
+        "tokens_per_s": measured["num_generated_tokens"] / wall_s if wall_s > 0 else None,
         "num_samples_resumed": num_resumed,
         "layout": meta["layout"],
         "output": str(output),
     }
-    summary["tokens_per_s"] = summary["num_generated_tokens"] / wall_s if wall_s > 0 else None
     write_json(summary_path(output), summary)
     plain = {key: value for key, value in summary.items() if key != "tasks"}
     print(score_table(summary), format_summary(plain), sep="\n\n", file=sys.stderr, flush=True)
@@ -269,15 +229,7 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def describe_questions(job: Job) -> str:
-    evaluation = job.config.evaluation
-    lengths = " ".join(map(str, evaluation.lengths))
-    tasks = evaluation.task_file or f"{' '.join(evaluation.tasks)} at {lengths} tokens"
-    what = f"{tasks}: {len(job.questions)} samples, {len(evaluation.seeds)} seed(s)"
-    return headline(job.config, job.grid, what, job.output)
-
-
-def _ask(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> int:
+def _ask(engine: cpinfer.Engine, topology: cpinfer.Topology, job: EvaluationJob) -> int:
     """Run this dp replica's share of the questions; its first rank writes each answer as it comes. Tokens generated."""
     dp_rank = topology.coords.dp_rank
     share = job.missing[dp_rank :: job.grid.dp_size]

@@ -1,20 +1,25 @@
 """What every tool that runs on many ranks shares: its life under a launcher, the layout, the model, one voice.
 
-A tool hands `run_tool` two functions: `prepare`, which finds everything that is wrong before weights load, and `work`,
-which every rank enters when nobody has found anything.
+A tool hands `run_tool` two functions: `prepare`, which finds everything that is wrong before weights load and gives a
+`Job`, and `work`, which every rank enters when nobody has found anything. In between the first rank says what will run;
+a dry run ends there.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,6 +27,7 @@ import transformers
 
 from cpinfer.backends.base import check_choice
 from cpinfer.comm.bootstrap import (
+    PEER_GRACE_S,
     Launch,
     default_group,
     die,
@@ -34,7 +40,9 @@ from cpinfer.engine.engine import affordable_pool, attention_needs
 from cpinfer.engine.output import Existing, check_output, default_output
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
+from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
+from cpinfer.models.loading import load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.launching import grid_for
 
@@ -43,12 +51,33 @@ EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 Told = TypeVar("Told")
 
 
-class Job(Protocol):
-    """What `run_tool` needs to know of a tool's job."""
+@dataclass(frozen=True, kw_only=True)
+class Job(ABC):
+    """What a tool is to do, known to be possible: all of this is worked out before a model is loaded."""
+
+    config: Config
+    spec: ModelSpec
+    grid: RankGrid
+    tokenizer: Any  # None where the model's folder has none
+    output: Path
+    existing: Existing
+    meta: Mapping[str, Any]
+    dry_run: bool
 
     @property
-    def output(self) -> Path:
-        """Where results go: of a default name, which has the time in it, the first rank's is the one."""
+    @abstractmethod
+    def what(self) -> str:
+        """What will run, in one line for people."""
+
+    @property
+    @abstractmethod
+    def counts(self) -> Mapping[str, int]:
+        """How much there is to do, for the last line of a dry run."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What people should know beside it."""
+        return ()
 
 
 J = TypeVar("J", bound=Job)
@@ -61,7 +90,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}. See --help.")
 
 
-def add_common_flags(parser: argparse.ArgumentParser) -> None:
+def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True) -> None:
     """Flags of every tool that runs a config: --config, --output, --set, --dry-run, --resume | --overwrite."""
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
     parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
@@ -70,14 +99,13 @@ def add_common_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
+    if can_resume:
+        existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
     existing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
 
 
-def run_tool(
-    tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, J], int], at_output: Callable[[J, Path], J]
-) -> int:
+def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, J], None]) -> int:
     """The life of a tool on one rank; the exit code. A failure of many ranks ends the process here."""
     try:
         launch = Launch.from_environ(os.environ)
@@ -86,7 +114,7 @@ def run_tool(
         return EXIT_BAD_INPUT
     transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
     try:
-        return _run(tool, launch, prepare, work, at_output)
+        return _run(tool, launch, prepare, work)
     except SystemExit:  # --help
         raise
     except BaseException as error:
@@ -95,13 +123,7 @@ def run_tool(
         die(launch, error, program=tool)
 
 
-def _run(
-    tool: str,
-    launch: Launch,
-    prepare: Callable[[Launch], J],
-    work: Callable[[Launch, J], int],
-    at_output: Callable[[J, Path], J],
-) -> int:
+def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callable[[Launch, J], None]) -> int:
     job: J | None = None
     complaint: str | None = None
     try:
@@ -111,13 +133,58 @@ def _run(
     with default_group(launch):
         # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
         complaint = first_complaint(launch, complaint)
-        if complaint is not None:
+        if complaint is None:
+            assert job is not None, "without a complaint there is a job"
+            # Each rank has read its own clock for a default name; the first rank's is the one.
+            job = replace(job, output=Path(share_from_first(launch, str(job.output))))
             if launch.rank == 0:
-                print(f"{tool}: {complaint}", file=sys.stderr, flush=True)
-            return EXIT_BAD_INPUT
-        assert job is not None, "without a complaint there is a job"
-        # Each rank has read its own clock for a default name; the first rank's is the one.
-        return work(launch, at_output(job, Path(share_from_first(launch, str(job.output)))))
+                announce(tool, job)
+            if not job.dry_run:
+                work(launch, job)
+            elif launch.rank == 0:
+                print(json.dumps(dry_run_summary(job, launch)), flush=True)
+            return EXIT_DONE
+    if launch.rank == 0:
+        print(f"{tool}: {complaint}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(PEER_GRACE_S)  # a launcher ends all ranks with the first that ends, and that one is to speak
+    return EXIT_BAD_INPUT
+
+
+def announce(tool: str, job: Job) -> None:
+    """For people: what runs on which layout, the rank table with how to read it, and the job's notes."""
+    grid = job.grid
+    print(
+        f"{job.config.model} ({job.config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
+        f"dcp={grid.dcp_size} dp={grid.dp_size}; {job.what} -> {job.output}\n"
+        "rank: query heads / stored KV heads / KV shard / prefill part\n\n"
+        f"{draw_grid(grid, job.spec.heads(grid.tp_size))}",
+        file=sys.stderr,
+    )
+    for note in job.notes:
+        print(f"{tool}: {note}", file=sys.stderr)
+
+
+def dry_run_summary(job: Job, launch: Launch) -> dict[str, Any]:
+    """What a dry run leaves on stdout."""
+    pool = pool_size(job.spec, job.grid, job.config, launch.device)
+    capacity = {"kv_capacity_tokens": pool.capacity_tokens}
+    return {"dry_run": True, **job.counts, **capacity, "layout": job.meta["layout"]}
+
+
+def needed_spec(config: Config, config_path: str) -> ModelSpec:
+    """What the config's model is. UserError when it names none."""
+    if config.model is None:
+        raise UserError(f'config {config_path}: "model" is missing; a Hugging Face id or a folder was wanted.')
+    return load_spec(config.model)
+
+
+def needed_tokenizer(config: Config) -> Any:
+    """The model's own tokenizer. UserError when it has none."""
+    tokenizer = None if config.model is None else load_tokenizer(config.model)
+    if tokenizer is None:
+        raise UserError(f"model {config.model}: its folder has no tokenizer; prompts are texts and need one.")
+    return tokenizer
 
 
 def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: str) -> RankGrid:
@@ -142,7 +209,7 @@ def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.dev
 def wanted_output(config: Config, args: argparse.Namespace) -> tuple[Path, Existing]:
     """Where results go, and what becomes of an output that is there. UserError when nobody has said."""
     output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
-    existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
+    existing: Existing = "resume" if getattr(args, "resume", False) else "overwrite" if args.overwrite else "refuse"
     check_output(output, existing)
     return output, existing
 
@@ -175,13 +242,33 @@ def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, An
     }
 
 
-def headline(config: Config, grid: RankGrid, what: str, output: Path) -> str:
-    """Two lines for people: what runs on which layout, and how the rank table below it is to be read."""
-    return (
-        f"{config.model} ({config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
-        f"dcp={grid.dcp_size} dp={grid.dp_size}; {what} -> {output}\n"
-        "rank: query heads / stored KV heads / KV shard / prefill part"
+def log_to_wandb(
+    tool: str,
+    job: Job,
+    summary: Mapping[str, Any],
+    history: Sequence[Mapping[str, Any]] = (),
+    images: Mapping[str, Path] | None = None,
+) -> None:
+    """The summary to W&B, where the config asks for it, with `history` and `images` as `log_run` has them.
+
+    That W&B cannot be reached is said once, and is no failure.
+    """
+    if job.config.wandb is None:
+        return
+    from cpinfer_integrations.wandb import log_run
+
+    has_api_key = "WANDB_API_KEY" in os.environ
+    complaint = log_run(
+        job.config.wandb,
+        job.meta,
+        summary,
+        job.output,
+        has_api_key=has_api_key,
+        history=history,
+        images=images,
     )
+    if complaint is not None:
+        print(f"{tool}: {complaint}", file=sys.stderr)
 
 
 def _git_revision() -> str | None:

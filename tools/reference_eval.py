@@ -24,7 +24,7 @@ from cpinfer.engine.output import ResultWriter, open_output
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_model
-from eval_longctx import Job, conclude, parse_args, peak_memory_bytes, prepare
+from eval_longctx import EvaluationJob, conclude, parse_args, peak_memory_bytes, prepare
 from evaluation import Question, result_line
 from job import EXIT_BAD_INPUT, EXIT_DONE
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"reference_eval: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if job.dry_run:
-        print(json.dumps({"dry_run": True, "num_samples": len(job.questions)}), flush=True)
+        print(json.dumps({"dry_run": True, **job.counts}), flush=True)
         return EXIT_DONE
     transformers.utils.logging.disable_progress_bar()
     assert job.config.model is not None
@@ -76,7 +76,7 @@ WHOLE = (
 
 
 @torch.no_grad()
-def answer(model: Any, job: Job, question: Question) -> RolloutResult:
+def answer(model: Any, job: EvaluationJob, question: Question) -> RolloutResult:
     """What `generate` writes after a prompt, with the raw logprob of each token."""
     params = question.sampling(job.config.sampling)
     prompt = torch.tensor([question.sample.prompt_token_ids], device=model.device)
@@ -90,6 +90,7 @@ def answer(model: Any, job: Job, question: Question) -> RolloutResult:
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(params.max_new_tokens, room),
         do_sample=False,
+        repetition_penalty=1.0,  # chat models' own generation_config asks for one even of greedy text
         output_logits=True,
         return_dict_in_generate=True,
         streamer=clock,

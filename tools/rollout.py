@@ -12,23 +12,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.config import Config, load_config
+from cpinfer.config import load_config
 from cpinfer.engine.metrics import SampleMetrics, format_summary, summarize
 from cpinfer.engine.output import (
-    Existing,
     ResultWriter,
     SampleKey,
     join_parts,
@@ -41,40 +37,42 @@ from cpinfer.engine.output import (
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.engine.scheduler import SchedulerStats, sum_stats
 from cpinfer.errors import UserError
-from cpinfer.layout.explain import draw_grid
-from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_spec, load_tokenizer
-from cpinfer.models.spec import ModelSpec
+from cpinfer.models.loading import load_tokenizer
 from cpinfer_integrations.launching import launch_inference
 from job import (
-    EXIT_DONE,
+    Job,
     Parser,
     add_common_flags,
     check_layout,
     describe_run,
     gather,
-    headline,
+    log_to_wandb,
+    needed_spec,
     pool_size,
     run_tool,
     wanted_output,
 )
 
 
-@dataclass(frozen=True)
-class Job:
-    """A rollout that is known to be runnable: all of this is worked out before a model is loaded."""
+@dataclass(frozen=True, kw_only=True)
+class Rollout(Job):
+    """Prompts to answer; `done` are the samples that an earlier run has left."""
 
-    config: Config
-    spec: ModelSpec
-    grid: RankGrid
-    tokenizer: Any | None
     inputs: tuple[InputLine, ...]
     skipped: tuple[str, ...]
-    output: Path
-    existing: Existing
     done: frozenset[SampleKey]
-    meta: dict[str, Any]
-    dry_run: bool
+
+    @property
+    def what(self) -> str:
+        return f"{len(self.inputs)} prompts x {self.config.sampling.n}"
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"num_prompts": len(self.inputs)}
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"skipped: {complaint}" for complaint in self.skipped]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,23 +84,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool(
-        "rollout",
-        lambda launch: prepare(launch, parse_args(argv)),
-        rollout,
-        lambda job, output: replace(job, output=output),
-    )
+    return run_tool("rollout", lambda launch: prepare(launch, parse_args(argv)), rollout)
 
 
-def prepare(launch: Launch, args: argparse.Namespace) -> Job:
+def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
     """Check everything that can be checked without the weights. UserError says what is wrong."""
     config = load_config(args.config, args.set)
     config = replace(config, input=args.input or config.input, output=args.output or config.output)
-    if config.model is None:
-        raise UserError(f'config {args.config}: "model" is missing; a Hugging Face id or a folder was wanted.')
+    spec = needed_spec(config, args.config)
+    assert config.model is not None
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
-    spec = load_spec(config.model)
     grid = check_layout(launch, config, spec, args.config)
     tokenizer = load_tokenizer(config.model)
     if config.sampling.stop and tokenizer is None:
@@ -119,7 +111,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     output, existing = wanted_output(config, args)
     meta = describe_run(config, grid, launch)
     done = read_finished(output, meta) if existing == "resume" else frozenset[SampleKey]()
-    return Job(
+    return Rollout(
         config=config,
         spec=spec,
         grid=grid,
@@ -134,25 +126,9 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Job:
     )
 
 
-def rollout(launch: Launch, job: Job) -> int:
+def rollout(launch: Launch, job: Rollout) -> None:
     """Load, generate, write. Collective over all ranks."""
     is_first = launch.rank == 0
-    if is_first:
-        what = f"{len(job.inputs)} prompts x {job.config.sampling.n}"
-        print(
-            headline(job.config, job.grid, what, job.output),
-            draw_grid(job.grid, job.spec.heads(job.grid.tp_size)),
-            sep="\n\n",
-            file=sys.stderr,
-        )
-        for complaint in job.skipped:
-            print(f"rollout: skipped: {complaint}", file=sys.stderr)
-    if job.dry_run:
-        pool = pool_size(job.spec, job.grid, job.config, launch.device)
-        checked = {"num_prompts": len(job.inputs), "kv_capacity_tokens": pool.capacity_tokens}
-        if is_first:
-            print(json.dumps({"dry_run": True, **checked, "layout": job.meta["layout"]}), flush=True)
-        return EXIT_DONE
     if is_first:
         open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
@@ -177,19 +153,12 @@ def rollout(launch: Launch, job: Job) -> int:
     if is_first:
         join_parts(job.output)
         write_json(summary_path(job.output), summary)
-        if job.config.wandb is not None:
-            from cpinfer_integrations.wandb import log_run
-
-            has_api_key = "WANDB_API_KEY" in os.environ
-            unlogged = log_run(job.config.wandb, job.meta, summary, job.output, has_api_key=has_api_key)
-            if unlogged is not None:
-                print(f"rollout: {unlogged}", file=sys.stderr)
+        log_to_wandb("rollout", job, summary)
         print(format_summary(summary), file=sys.stderr, flush=True)
         print(json.dumps(summary), flush=True)
-    return EXIT_DONE
 
 
-def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Job) -> list[SampleMetrics]:
+def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Rollout) -> list[SampleMetrics]:
     """Run this dp replica's share of the prompts; its first rank writes each sample as it finishes."""
     dp_rank = topology.coords.dp_rank
     share = job.inputs[dp_rank :: job.grid.dp_size]

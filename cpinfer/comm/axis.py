@@ -42,6 +42,10 @@ class AxisComm(Protocol):
         """`x [size, ...]` holds one term per place; the result `[...]` is the sum of all terms for this one."""
         ...
 
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of what all places gave, of the shape of `x`; the same bits on each. `x` may be used to hold it."""
+        ...
+
 
 @dataclass(frozen=True)
 class SoloComm:
@@ -58,6 +62,9 @@ class SoloComm:
 
     def reduce_scatter(self, x: Tensor) -> Tensor:
         return x[0]
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
 
 
 class ProcessGroupComm:
@@ -93,6 +100,11 @@ class ProcessGroupComm:
         _reduce_scatter(out.view(-1), x.view(-1), group=self.group)
         return out
 
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        dist.all_reduce(x, group=self.group)
+        return x
+
 
 class _Order:
     """A permutation of places. It stays on the device where it was last used: to copy it there, in every collective of
@@ -117,11 +129,12 @@ class Traffic:
     num_all_gather: int = 0
     num_all_to_all: int = 0
     num_reduce_scatter: int = 0
+    num_all_reduce: int = 0
     received_bytes: int = 0
 
     @property
     def num_collectives(self) -> int:
-        return self.num_all_gather + self.num_all_to_all + self.num_reduce_scatter
+        return self.num_all_gather + self.num_all_to_all + self.num_reduce_scatter + self.num_all_reduce
 
 
 @dataclass
@@ -156,3 +169,10 @@ class CountingComm:
             self.traffic.num_reduce_scatter += 1
             self.traffic.received_bytes += (self.size - 1) * x.nbytes // self.size
         return self.inner.reduce_scatter(x)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        if self.size > 1:
+            self.traffic.num_all_reduce += 1
+            # As a reduce-scatter and an all-gather, which is what bandwidth asks for.
+            self.traffic.received_bytes += 2 * (self.size - 1) * x.nbytes // self.size
+        return self.inner.all_reduce(x)

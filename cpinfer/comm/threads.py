@@ -55,6 +55,9 @@ class ThreadComm:
     def reduce_scatter(self, x: Tensor) -> Tensor:
         return self.all_to_all(x).sum(dim=0)
 
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return self.all_gather(x).sum(dim=0)
+
 
 def run_ranks(grid: RankGrid, body: Callable[[Topology], T], timeout_s: float = 60.0) -> list[T]:
     """Run `body(topology)` as every rank of `grid`, each in a thread of its own; the results in rank order.
@@ -62,7 +65,7 @@ def run_ranks(grid: RankGrid, body: Callable[[Topology], T], timeout_s: float = 
     The first rank that fails breaks all meetings, so that no other waits for it, and its error is raised.
     """
     meetings: dict[Group, _Meeting] = {}
-    for group in grid.pcp_groups + grid.dcp_groups + grid.replica_groups:
+    for group in grid.pcp_groups + grid.dcp_groups + grid.replica_groups + grid.tp_groups:
         meetings.setdefault(group, _Meeting(len(group), timeout_s))
 
     def comm(groups: Sequence[Group], rank: int) -> AxisComm:
@@ -71,7 +74,12 @@ def run_ranks(grid: RankGrid, body: Callable[[Topology], T], timeout_s: float = 
 
     def run(rank: int) -> T:
         topology = Topology(
-            grid, rank, comm(grid.pcp_groups, rank), comm(grid.dcp_groups, rank), comm(grid.replica_groups, rank)
+            grid,
+            rank,
+            comm(grid.pcp_groups, rank),
+            comm(grid.dcp_groups, rank),
+            comm(grid.replica_groups, rank),
+            tp=comm(grid.tp_groups, rank),
         )
         try:
             return body(topology)

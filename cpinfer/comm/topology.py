@@ -19,7 +19,8 @@ class Topology:
 
     `pcp`: the ranks that share a prefill. `dcp`: the KV shards of a sequence, in shard order. `replica`: the (pcp, tp)
     ranks of this dp replica in rank order, which agree on every step. `tp_group` is the framework's own object, or None
-    at tp_size=1; cpinfer hands it on and never communicates on it. `owned_groups` are those made here.
+    where no framework shards weights; cpinfer hands it on and never communicates on it. `tp` is the same axis where
+    cpinfer slices the weights itself, for a phase. `owned_groups` are those made here.
     """
 
     grid: RankGrid
@@ -29,6 +30,7 @@ class Topology:
     replica: AxisComm
     tp_group: Any = None
     owned_groups: tuple[Any, ...] = ()
+    tp: AxisComm = SoloComm()
 
     @classmethod
     def single(cls) -> Topology:
@@ -37,13 +39,18 @@ class Topology:
 
     @classmethod
     def from_world(
-        cls, grid: RankGrid, *, tp_group: dist.ProcessGroup | None = None, lent: Sequence[dist.ProcessGroup] = ()
+        cls,
+        grid: RankGrid,
+        *,
+        tp_group: dist.ProcessGroup | None = None,
+        lent: Sequence[dist.ProcessGroup] = (),
+        slices_weights: bool = False,
     ) -> Topology:
         """Carve the groups of `grid` out of the initialised default process group. Collective over all ranks.
 
         `tp_group` and the `lent` groups are the job's own; one with the ranks that an axis needs is used as it is, and
-        only what is missing is created. Each rank must lend groups of the same kinds. ValueError when the world or the
-        tp group does not fit the grid.
+        only what is missing is created. Each rank must lend groups of the same kinds. `slices_weights` makes the tp
+        axis one that cpinfer communicates on. ValueError when the world or the tp group does not fit the grid.
         """
         if grid.world_size == 1:
             return dataclasses.replace(cls.single(), tp_group=tp_group)
@@ -70,7 +77,8 @@ class Topology:
             return ProcessGroupComm(existing[frozenset(mine)], mine, rank)
 
         pcp, dcp, replica = comm(grid.pcp_groups), comm(grid.dcp_groups), comm(grid.replica_groups)
-        return cls(grid, rank, pcp, dcp, replica, tp_group, tuple(owned))
+        tp = comm(grid.tp_groups) if slices_weights else SoloComm()
+        return cls(grid, rank, pcp, dcp, replica, tp_group, tuple(owned), tp)
 
     @property
     def coords(self) -> Coords:

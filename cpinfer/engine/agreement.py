@@ -7,6 +7,7 @@ logits are not numbers says so in the record, and all ranks raise the same error
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 import torch
@@ -81,3 +82,23 @@ def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken:
 def smallest(replica: AxisComm, value: int, device: torch.device) -> int:
     """The smallest `value` of all ranks: what they can all afford."""
     return int(replica.all_gather(torch.tensor([value], device=device)).min())
+
+
+def gather_token_lists(
+    replica: AxisComm, own: Sequence[Sequence[int]], device: torch.device
+) -> list[list[tuple[int, ...]]]:
+    """What every rank gave, in rank order: lists of token ids, of any number and length. Two collectives."""
+    lens = [len(tokens) for tokens in own]
+    packed = np.array([len(lens), *lens, *chain.from_iterable(own)], dtype=np.int64)
+    longest = int(replica.all_gather(torch.tensor([len(packed)], device=device)).max())
+    padded = np.zeros(longest, dtype=np.int64)
+    padded[: len(packed)] = packed
+    gathered = replica.all_gather(torch.from_numpy(padded).to(device)).cpu().tolist()
+    return [_unpack(numbers) for numbers in gathered]
+
+
+def _unpack(numbers: list[int]) -> list[tuple[int, ...]]:
+    """The lists behind their number and their lengths; what follows them is padding."""
+    num_lists = numbers[0]
+    ends = list(accumulate(numbers[1 : 1 + num_lists], initial=1 + num_lists))
+    return [tuple(numbers[start:end]) for start, end in pairwise(ends)]

@@ -12,6 +12,7 @@ from cpinfer.engine.engine import Engine
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.models.adapters import unwrapped
 from cpinfer.models.families import FAMILIES
 from cpinfer.models.runner import attached
 from cpinfer.models.spec import ModelSpec
@@ -24,7 +25,8 @@ def attach(
 ) -> Iterator[Engine]:
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
-    `model` is a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`). `topology`
+    `model` is a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
+    whose active adapters are then in effect). `topology`
     defaults to one process, `config` to the defaults at the model's dtype. Collective over the ranks of the topology.
     UserError when model, topology and config do not fit together.
     """
@@ -38,6 +40,7 @@ def attach(
 
 def model_spec(model: Any) -> ModelSpec:
     """What a loaded model is. UserError when it is no Hugging Face model, or one that is refused."""
+    model = unwrapped(model)
     if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
         raise UserError(
             f"attach was given a {type(model).__name__}; a Hugging Face model was wanted. "

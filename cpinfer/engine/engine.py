@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Generator, Iterable, Iterator
 from collections.abc import Sequence as ListLike
@@ -14,10 +15,11 @@ from cpinfer.backends.base import AttentionNeeds, make_backend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.agreement import smallest
+from cpinfer.engine.agreement import gather_token_lists, smallest
 from cpinfer.engine.kv_home import KVHome
+from cpinfer.engine.pooled_prompts import PooledPrompts
 from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt, check_scored_length, check_tokens
-from cpinfer.engine.request import RolloutResult, ScoreResult, Sequence
+from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
@@ -76,6 +78,14 @@ class Engine:
     def is_awake(self) -> bool:
         return self._steps is not None
 
+    @property
+    def kv_pool_bytes(self) -> int:
+        """What the KV pool takes on this rank while the engine is awake."""
+        per_token = self._kv_layout.bytes_per_token(
+            self._runner.spec.num_layers, str(self._runner.dtype).removeprefix("torch.")
+        )
+        return self._pool_size.num_blocks * self._pool_size.sharding.block_size * per_token
+
     def wake(self) -> None:
         """Allocate the KV pool, and what attention kernels work in. Nothing happens when it is there."""
         if self._steps is not None:
@@ -104,8 +114,15 @@ class Engine:
         """Tell the engine that the weights are new: `weights_version` rises, remembered prefixes are dropped."""
         self._refuse_while_streaming("change weights")
         self.weights_version += 1
+        if self._steps is not None:
+            self._steps.weights_changed()
         for home in self._homes:
             home.prefixes.clear()
+
+    def _notice_adapters(self) -> None:
+        """Adapters that were switched, merged or scaled since the last call have made the weights new."""
+        if self._runner.notice_adapters():
+            self.weights_changed()
 
     def generate(
         self, prompts: Iterable[PromptLike], sampling: SamplingParams | ListLike[SamplingParams] | None = None
@@ -113,6 +130,32 @@ class Engine:
         """All samples of all prompts, in order of prompt and sample. An empty list of prompts gives an empty list."""
         results = list(self.stream(prompts, sampling))
         return sorted(results, key=lambda r: (r.prompt_index, r.sample_index))
+
+    def generate_pooled(
+        self,
+        own_prompts: ListLike[ListLike[int]],
+        sampling: SamplingParams | None = None,
+        *,
+        name: str = "",
+        num_copies: int = 1,
+    ) -> list[RolloutResult]:
+        """One sample for each of *this rank's* prompts, in their order; a prompt that stands n times gets n samples.
+
+        The prompts of all ranks of the replica become one batch, in which each distinct prompt is prefilled once, and
+        every rank takes part in all of it; each then keeps its own. Ranks may bring different numbers of prompts, none
+        included. `num_copies` consecutive ranks that train on the same data (tensor parallelism) bring the same prompts
+        and get the same samples. `name` sets this batch apart from others of the same seed: batches of one name, layout
+        and seed draw the same random numbers. UserError as `stream` has it. Collective over the replica.
+        """
+        sampling = sampling or self._config.sampling
+        replica = self._topology.replica
+        asked = gather_token_lists(replica, own_prompts, self._runner.device)
+        pooled = PooledPrompts.of(asked[::num_copies])
+        dp_rank = self._topology.coords.dp_rank
+        prompts = [Prompt(i, f"{name}/{dp_rank}/{i}", tokens) for i, tokens in enumerate(pooled.prompts)]
+        each = [dataclasses.replace(sampling, n=count) for count in pooled.counts]
+        results = {(r.prompt_index, r.sample_index): r for r in self.stream(prompts, each)}
+        return [results[place] for place in pooled.places[replica.index // num_copies]]
 
     def stream(
         self,
@@ -130,6 +173,7 @@ class Engine:
         if self._steps is None:
             raise RuntimeError("the engine sleeps; call wake() before generating")
         self._refuse_while_streaming("start another stream")
+        self._notice_adapters()
         scheduler = self._submit(list(prompts), sampling or self._config.sampling, skip)
         with closing(self._run(scheduler)) as finished:
             for sequence in finished:
@@ -145,6 +189,7 @@ class Engine:
         if self._steps is None:
             raise RuntimeError("the engine sleeps; call wake() before scoring")
         self._refuse_while_streaming("score")
+        self._notice_adapters()
         sequences = [self._to_score(index, *pair) for index, pair in enumerate(pairs)]
         # The first of those that share a prompt goes ahead, so that the others find it.
         seen: set[tuple[int, ...]] = set()
@@ -183,6 +228,7 @@ class Engine:
         assert self._steps is not None
         self.stats = scheduler.stats
         self._is_streaming = True
+        self._steps.begin()
         try:
             while (step := scheduler.schedule()) is not None:
                 output = self._steps.run(step)

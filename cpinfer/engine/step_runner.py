@@ -15,7 +15,7 @@ from cpinfer.backends.base import AttentionBackend, FixedSizeBackend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
-from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens
+from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
 from cpinfer.engine.request import SampledToken, Sequence, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.scheduler import Chunk, Step
@@ -111,7 +111,8 @@ class StepRunner:
         )
 
     def _decode_graphs(self) -> DecodeGraphs | None:
-        why_not = why_no_graphs(self._runner, self._backend)
+        layerwise = self._config.rollout.gather == "layerwise"
+        why_not = why_no_graphs(self._runner, self._backend, layerwise=layerwise)
         if why_not is not None or not isinstance(self._backend, FixedSizeBackend):
             warnings.warn(f"decode runs without CUDA graphs: {why_not}", stacklevel=2)
             return None
@@ -119,6 +120,18 @@ class StepRunner:
         return DecodeGraphs(
             self._runner, self._backend, self._cache, self._decode_exchange, self._heads, self._sharding, max_rows
         )
+
+    def begin(self) -> None:
+        """Before the first of many steps. Graphs of weights that have moved, on any rank, are forgotten by all."""
+        if self._graphs is not None:
+            moved, topology = self._graphs.weights_moved(), self._topology
+            if smallest(topology.replica, -int(moved), self._runner.device) < 0:
+                self._graphs.forget()
+
+    def weights_changed(self) -> None:
+        """Other adapters may be other modules: what was captured without them says nothing of them."""
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def run(self, step: Step) -> StepOutput:
         """What `step` samples and scores, the same on every rank."""

@@ -8,8 +8,11 @@ was launched on, so everything that differs between steps lies where it lay, and
     logits [R, vocab]                                         -> one buffer for all graphs
 
 Steps are padded to a few sizes (`bucket_of`), which all ranks of a home know alike. Padding rows have no keys, and what
-they write goes to a slot that nobody reads. How much is padded does not depend on whether capturing succeeds, so a rank
-whose capture failed still meets the others in every collective: it runs the same padded step, launch by launch.
+they write goes to a slot that nobody reads. Nothing that the others notice depends on whether capturing succeeds: not
+how much is padded, nor how often a step runs before it is captured. So a rank whose capture failed still meets the
+others in every collective: it runs the same steps, launch by launch.
+
+Graphs read weights where they were. When those have moved, or are others, all ranks forget their graphs together.
 """
 
 from __future__ import annotations
@@ -34,12 +37,14 @@ from cpinfer.models.state_exchange import StateExchange
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def why_no_graphs(runner: ModelRunner, backend: AttentionBackend) -> str | None:
+def why_no_graphs(runner: ModelRunner, backend: AttentionBackend, *, layerwise: bool) -> str | None:
     """Why decode of this model cannot be captured, for a reason that all ranks share; None when it can."""
     if runner.device.type != "cuda":
         return f"the model is on {runner.device.type}"
     if not isinstance(backend, FixedSizeBackend):
         return f"the {backend.name} backend plans steps of any size anew; FlashInfer is wanted"
+    if layerwise or runner.is_fsdp:
+        return "weights are gathered while the model runs"
     if runner.has_experts:
         return "padding rows would reach the model's experts"
     return None
@@ -68,6 +73,16 @@ class DecodeGraphs:
         self._blocks_per_row = min(cache.num_blocks, sharding.num_blocks(runner.spec.max_positions))
         self._logits = torch.zeros(max_rows, runner.spec.vocab_size, device=runner.device)
         self._buckets: dict[int, _Bucket] = {}
+        self._weights = runner.weight_places()
+
+    def weights_moved(self) -> bool:
+        """Whether the weights lie elsewhere than when this was last asked; on this rank."""
+        before, self._weights = self._weights, self._runner.weight_places()
+        return before != self._weights
+
+    def forget(self) -> None:
+        """Capture anew what comes. All ranks must, or none: capturing begins with steps that have collectives."""
+        self._buckets.clear()
 
     def forward(self, plan: DecodePlan, rows: RowsByWindow, token_ids: Sequence[int]) -> Tensor:
         """`[len(token_ids), vocab]` logits of this rank's real rows; collective as the step itself.
@@ -76,18 +91,25 @@ class DecodeGraphs:
         """
         plan = writing_all(plan, self._cache.spare_slot)
         bucket = self._buckets.get(len(plan.own))
-        if bucket is None:
+        if bucket is not None:
+            bucket.load(plan, rows, token_ids)
+        else:
             bucket = self._buckets[len(plan.own)] = self._new_bucket(plan, rows)
-        bucket.load(plan, rows, token_ids)
-        if bucket.replay is None and self._capture is not None:
+            bucket.load(plan, rows, token_ids)
             bucket.run()  # compiles kernels, makes plans and communicators: nothing of that can be captured
-            try:
-                bucket.replay = self._capture(bucket.run)
-            except RuntimeError as error:
-                self._capture = None
-                warnings.warn(f"decode runs without CUDA graphs: capturing failed ({error})", stacklevel=2)
+            bucket.replay = self._captured(bucket)
         (bucket.replay or bucket.run)()
         return bucket.logits[: len(token_ids)]
+
+    def _captured(self, bucket: _Bucket) -> Callable[[], None] | None:
+        if self._capture is None:
+            return None
+        try:
+            return self._capture(bucket.run)
+        except RuntimeError as error:
+            self._capture = None
+            warnings.warn(f"decode runs without CUDA graphs: capturing failed ({error})", stacklevel=2)
+            return None
 
     def _new_bucket(self, plan: DecodePlan, rows: RowsByWindow) -> _Bucket:
         num_rows = len(plan.gathered)

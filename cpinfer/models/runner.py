@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,10 +13,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cpinfer.errors import UserError
+from cpinfer.models.adapters import adapter_state, refuse_adapters_under_tp, unwrapped
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.attention_steps import AttentionStep
+from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.latent_attention import is_latent_attention, latent_attention
-from cpinfer.models.local_weights import local
+from cpinfer.models.local_weights import dtype_in_use, is_fsdp, local, shape_in_use
 from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
 from cpinfer.models.spec import ModelSpec
 from cpinfer.refusals import refuse
@@ -72,18 +74,34 @@ def _wanted(cp_step: RankStep | None) -> RankStep:
 class ModelRunner:
     """Runs steps of an attached model. Made by `attached`."""
 
-    def __init__(self, model: Any, spec: ModelSpec, q_heads: range, real_rows: RealRows) -> None:
+    def __init__(
+        self, model: Any, spec: ModelSpec, q_heads: range, real_rows: RealRows, cast: torch.dtype | None
+    ) -> None:
         self._model = model
+        self._cast = cast
+        self._adapters = adapter_state(model)
         self._q_heads = q_heads
         self._real_rows = real_rows
         self.spec = spec
-        embeddings = model.get_input_embeddings().weight
-        self.device: torch.device = embeddings.device
-        self.dtype: torch.dtype = embeddings.dtype
+        self.device: torch.device = model.get_input_embeddings().weight.device
+        self.dtype: torch.dtype = cast or dtype_in_use(model)
+
+    def notice_adapters(self) -> bool:
+        """Whether other adapters are in effect than when this was last asked."""
+        before, self._adapters = self._adapters, adapter_state(self._model)
+        return before != self._adapters
 
     @property
     def has_experts(self) -> bool:
         return any(map(is_mixture_of_experts, self._model.modules()))
+
+    @property
+    def is_fsdp(self) -> bool:
+        return is_fsdp(self._model)
+
+    def weight_places(self) -> tuple[int, ...]:
+        """Where the weights lie in memory: what was captured reads them there."""
+        return tuple(local(weight).data_ptr() for weight in self._model.parameters())
 
     @torch.no_grad()
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor) -> Tensor:
@@ -94,25 +112,32 @@ class ModelRunner:
         self._real_rows.count = step.num_tokens
         # `forward`, not a call: hooks on the outermost module belong to training. DeepSpeed's AutoTP has one that
         # pickles the arguments of the first batch to compare them between ranks, once. FSDP's bring the weights.
-        is_fsdp = hasattr(self._model, "set_reshard_after_forward")
-        run = self._model if is_fsdp else self._model.forward
-        output = run(
-            input_ids=token_ids.unsqueeze(0),
-            position_ids=positions.unsqueeze(0),
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=keep,
-            cp_step=RankStep(step, self._q_heads),
-        )
+        run = self._model if is_fsdp(self._model) else self._model.forward
+        precision: AbstractContextManager[Any] = nullcontext()
+        if self._cast is not None:
+            step, precision = CastStep(step, self._cast), torch.autocast(self.device.type, self._cast)
+        with precision:
+            output = run(
+                input_ids=token_ids.unsqueeze(0),
+                position_ids=positions.unsqueeze(0),
+                attention_mask=None,
+                use_cache=False,
+                logits_to_keep=keep,
+                cp_step=RankStep(step, self._q_heads),
+            )
         return output.logits[0].float()
 
 
 @contextmanager
-def attached(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) -> Iterator[ModelRunner]:
-    """Put our attention into `model` for the length of the block; on the way out everything is as it was.
+def attached(outermost: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) -> Iterator[ModelRunner]:
+    """Put our attention into a model for the length of the block; on the way out everything is as it was.
 
-    UserError when the model holds other heads than tensor parallelism of `tp_size` gives it.
+    `outermost` is the model, or a PeftModel around it. UserError when the model holds other heads than tensor
+    parallelism of `tp_size` gives it, or adapters that cannot be in effect.
     """
+    model = unwrapped(outermost)
+    if tp_size > 1:
+        refuse_adapters_under_tp(model)
     _check_heads(model, spec, tp_size)
     _check_latent_projections(model)
     AttentionInterface.register(ATTENTION_NAME, attend_by_step)
@@ -134,7 +159,8 @@ def attached(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) -> Ite
         config._attn_implementation = ATTENTION_NAME
         model.eval()
         try:
-            yield ModelRunner(model, spec, spec.heads(tp_size).q_heads(tp_rank), real_rows)
+            cast = autocast_dtype(outermost, model)
+            yield ModelRunner(model, spec, spec.heads(tp_size).q_heads(tp_rank), real_rows, cast)
         finally:
             config._attn_implementation = before
             for module, mode in training.items():
@@ -183,12 +209,14 @@ def _check_heads(model: Any, spec: ModelSpec, tp_size: int) -> None:
     else:
         rows["k_proj"] = rows["v_proj"] = kv_heads * spec.head_dim
         rows["c_attn"] = (q_heads + 2 * kv_heads) * spec.head_dim
+    gathered_by_fsdp = is_fsdp(model)
     for name, module in model.named_modules():
         for projection, want in rows.items():
             weight = getattr(getattr(module, projection, None), "weight", None)
-            if weight is None or weight.dim() != 2:
+            shape = () if weight is None else shape_in_use(weight, gathered_by_fsdp=gathered_by_fsdp)
+            if len(shape) != 2:
                 continue
-            have = len(local(weight))
+            have = shape[0]
             if have != want:
                 raise UserError(
                     f"{name}.{projection} has {have} rows on this rank, {have / spec.head_dim:g} heads; with "

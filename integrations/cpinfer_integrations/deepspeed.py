@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -18,8 +19,15 @@ import torch.distributed as dist
 from deepspeed.inference.engine import InferenceEngine
 
 from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.engine.attach import config_errors, model_spec
+from cpinfer.engine.phase import Lent
+from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
+from cpinfer.models.tensor_parallel import cuts
+from cpinfer.refusals import refuse
+from cpinfer_integrations import deepspeed_zero3 as zero3
 
 
 def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
@@ -34,6 +42,49 @@ def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | N
     num_replicas = dist.get_world_size() // tp_size if dist.is_initialized() else 1
     grid = RankGrid.lending(tp_size, num_replicas, pcp_size, dcp_size)
     return Topology.from_world(grid, tp_group=tp_group, lent=lent)
+
+
+def lend(engine: Any, config: Config) -> Lent:
+    """What the engine of a training job lends to rollouts: its module, and its data-parallel ranks as pcp ranks.
+
+    Under ZeRO 0, 1 and 2 the weights are where they are used. Under ZeRO-3 they come as `rollout.gather` says; with
+    "tp_shards" the data-parallel ranks serve as tp x pcp. Collective. ValueError when the config's sizes do not fit the
+    job, UnsupportedError for what the table of refusals names.
+    """
+    if engine.torch_autocast_enabled():
+        raise refuse("engine_autocast", "the engine's config has torch_autocast enabled")
+    module, gather = engine.module, config.rollout.gather
+    if gather == "tp_shards":
+        return _lend_tp_shards(engine, config)
+    topology = topology_from(engine, pcp_size=config.pcp_size, dcp_size=config.dcp_size)
+    lent = Lent(module, topology, num_copies=topology.grid.tp_size)
+    if engine.zero_optimization_stage() < 3:
+        return lent
+    if gather == "full":
+        return replace(lent, weights=partial(zero3.full, module), how=gather)
+    if topology.grid.dp_size > 1:
+        topology.close()
+        raise refuse("layerwise_replicas", f"{topology.grid.dp_size} replicas")
+    return replace(lent, weights=partial(zero3.layerwise, module), how=gather)
+
+
+def _lend_tp_shards(engine: Any, config: Config) -> Lent:
+    if engine.zero_optimization_stage() < 3 or engine.autotp_size() > 1:
+        found = f"ZeRO stage {engine.zero_optimization_stage()}, autotp_size {engine.autotp_size()}"
+        raise refuse("tp_shards_owner", found)
+    if config.tp_size == 1:
+        raise UserError('rollout.gather is "tp_shards" and tp_size 1; give tensor_parallel.tp_size above 1.')
+    module, spec = engine.module, model_spec(engine.module)
+    check = config_errors(spec, config)
+    if check:
+        raise UserError(" ".join(check))
+    if dist.get_world_size() % config.tp_size:
+        raise ValueError(f"tp={config.tp_size} does not divide the job's {dist.get_world_size()} ranks")
+    num_replicas = dist.get_world_size() // config.tp_size
+    grid = RankGrid.lending(config.tp_size, num_replicas, config.pcp_size, config.dcp_size)
+    cuts(module, spec, config.tp_size, 0)  # what cannot be sliced is refused now
+    topology = Topology.from_world(grid, slices_weights=True)
+    return Lent(module, topology, partial(zero3.tp_shards, module, spec, topology.tp), "tp_shards")
 
 
 def init_distributed() -> None:

@@ -41,16 +41,32 @@ class LayoutLog:
 
 
 def log_run(
-    config: WandbConfig, meta: Mapping[str, Any], summary: Mapping[str, Any], output: Path, *, has_api_key: bool
+    config: WandbConfig,
+    meta: Mapping[str, Any],
+    summary: Mapping[str, Any],
+    output: Path,
+    *,
+    has_api_key: bool,
+    history: Sequence[Mapping[str, Any]] = (),
+    images: Mapping[str, Path] | None = None,
 ) -> str | None:
     """One W&B run with the resolved config and the summary; its files lie beside `output`.
 
+    `history` are lines with a `step`, which become its curves; `images` are PNG files by the name they get there.
+
     Returns a sentence for people when W&B could not be reached, else None.
     """
-    named = replace(config, name=config.name or output.parent.name)
-    run, complaint = _start(named, _mode(config, has_api_key), meta, output.parent)
-    run.summary.update(_plain(summary))
-    run.finish()
+    name = config.name or output.parent.name
+    run, complaint = _start(replace(config, name=name), _mode(config, has_api_key), meta, output.parent)
+    try:
+        for line in history:
+            run.log({key: value for key, value in line.items() if key != "step"}, step=line["step"])
+        if images:
+            run.log({name: wandb.Image(str(path)) for name, path in images.items()})
+        run.summary.update(_plain(summary))
+        run.finish()
+    except (wandb.Error, OSError) as error:  # the network went away in the middle
+        complaint = _not_taken(name, error)
     return complaint
 
 
@@ -73,7 +89,7 @@ def log_comparison(
         try:
             _log_layout(run, layout, report, files)
         except (wandb.Error, OSError) as error:  # the network went away in the middle
-            complaint = f"W&B did not take all of {layout.name} ({_first_line(error)}); the local files have it"
+            complaint = _not_taken(layout.name, error)
         said = said or complaint
     return said
 
@@ -120,6 +136,10 @@ def _init(config: WandbConfig, mode: Mode, meta: Mapping[str, Any], folder: Path
         config=dict(meta),
         settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT_S),
     )
+
+
+def _not_taken(name: str, error: BaseException) -> str:
+    return f"W&B did not take all of {name} ({_first_line(error)}); the local files have it"
 
 
 def _first_line(error: BaseException) -> str:

@@ -30,7 +30,8 @@ def test_an_existing_engine_generates_on_its_own_weights_and_groups(
     outcome = outcome_of(kind, num_ranks, tp_size)
     assert outcome["grid"] == grid
     assert all(outcome["same_tokens"]), outcome
-    assert outcome["weights_untouched"] and outcome["modes_restored"] and outcome["hooks_untouched"], outcome
+    assert outcome["weights_untouched"] and outcome["modes_restored"], outcome
+    assert outcome["hooks_untouched"] and outcome["attention_restored"], outcome
     assert outcome["tp_group_is_the_engines"], outcome
     # Data-parallel ranks become the pcp axis on the engine's own group, so there is nothing to create at all.
     assert outcome["created"] == [], outcome

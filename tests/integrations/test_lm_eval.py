@@ -18,7 +18,10 @@ import datasets
 import lm_eval
 import pytest
 import torch
+import yaml
 from lm_eval.api.instance import Instance
+from lm_eval.api.metrics import exact_match_fn
+from lm_eval.filters.extraction import RegexFilter
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
@@ -32,11 +35,14 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer_integrations.lm_eval import CpinferLM
 from launching import accelerate, deepspeed, launch, torchrun
+from longctx.local_files import GSM8K_STOP
+from longctx.metrics import METRICS, strict_answer
 
 TASKS = ["recall_choice", "recall_generate", "recall_perplexity"]
 INCLUDE = "tests/integrations/lm_eval_tasks"
 MODEL = "configs/recall-tiny"
 MODULE = "cpinfer_integrations.lm_eval"
+GSM8K = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
 # Shorter than the texts of recall_perplexity, so that they are read in windows, and than no question.
 MAX_LENGTH = 256
 TOLERANCE = 1e-4
@@ -254,6 +260,29 @@ def test_ranks_that_are_asked_for_different_things_say_so_instead_of_waiting() -
             return str(caught.value)
 
     assert all("on rank" in complaint for complaint in run_ranks(RankGrid(1, 2, 2), body))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "7 + 5 = 12. #### 12", "#### 12.", "#### 12..", "#### 1,200", "#### -3 or #### 12", "#### 12\nNo, 13.",
+        "####12", "It is $1,200.", "It is 12", "It is 12...", "It is 12..", "so 5, then 12 .. ", "12$", "-12", "--12",
+        "3-12", "1/12", "12 , 13", "12.0", "$.12", "..", "none", "", "12\n",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("truth", ["so 10 + 2 = <<10+2=12>>12\n#### 12", "#### 1,200"])
+def test_gsm8k_is_scored_as_lm_eval_scores_it(answer: str, truth: str) -> None:
+    settings = yaml.safe_load(GSM8K.read_text(encoding="utf-8"))
+    [match] = settings["metric_list"]
+    options = {key: match[key] for key in ("regexes_to_ignore", "ignore_case", "ignore_punctuation")}
+    reference = strict_answer(truth)
+    assert reference is not None
+    for filters, metric in zip(settings["filter_list"], ("exact_match_strict", "exact_match_flexible"), strict=True):
+        extract = {key: value for key, value in filters["filter"][0].items() if key != "function"}
+        [[found]] = RegexFilter(**extract).apply([[answer]], [{}])
+        wanted = exact_match_fn(predictions=[found], references=[truth], **options)["exact_match"]
+        assert METRICS[metric](answer, [reference]) == wanted, (metric, found)
+    assert set(settings["generation_kwargs"]["until"]) == set(GSM8K_STOP)
 
 
 def arguments(model_args: str, output: Path) -> list[str]:

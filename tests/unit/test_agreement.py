@@ -7,7 +7,7 @@ import torch
 
 from cpinfer.comm.axis import CountingComm, SoloComm
 from cpinfer.comm.threads import run_ranks
-from cpinfer.engine.agreement import agree_on_tokens, smallest
+from cpinfer.engine.agreement import agree_on_tokens, gather_token_lists, smallest
 from cpinfer.engine.request import SampledToken
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.grid import RankGrid
@@ -112,3 +112,11 @@ def test_agreement_is_one_collective_however_many_rows():
 def test_the_smallest_value_of_all_ranks_is_found_by_all():
     assert run_ranks(GRID, lambda t: smallest(t.replica, [7, 5, 9, 2**40][t.rank], CPU)) == [5] * 4
     assert smallest(SoloComm(), 3, CPU) == 3
+
+
+def test_token_lists_of_all_lengths_arrive_in_rank_order_on_every_rank():
+    given = [[[1, 2, 3], []], [], [[4]], [[5], [6, 7], [8, 9, 10, 11, 12]]]
+    grid = RankGrid(pcp_size=4, dcp_size=4)
+    results = run_ranks(grid, lambda topology: gather_token_lists(topology.replica, given[topology.rank], CPU))
+    want = [[tuple(tokens) for tokens in lists] for lists in given]
+    assert all(result == want for result in results)

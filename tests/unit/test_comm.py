@@ -160,11 +160,22 @@ def test_bytes_counted_are_those_received_from_others():
     assert run_ranks(TP2_PCP2_DCP4, body) == [want] * 4
 
 
+def test_an_all_reduce_gives_every_place_the_same_sum_and_counts_what_bandwidth_asks_for():
+    def body(topology):
+        comm = CountingComm(topology.tp)
+        total = comm.all_reduce(torch.full((8,), 10.0**topology.rank))
+        return total.tolist(), comm.traffic.num_all_reduce, comm.traffic.num_collectives, comm.traffic.received_bytes
+
+    low, high = ([11.0] * 8, 1, 1, 32), ([1100.0] * 8, 1, 1, 32)
+    assert run_ranks(TP2_PCP2_DCP4, body) == [low, low, high, high]
+
+
 def test_a_solo_axis_counts_nothing():
     comm = CountingComm(SoloComm())
     comm.all_gather(torch.zeros(8))
     comm.all_to_all(torch.zeros(1, 8))
     comm.reduce_scatter(torch.zeros(1, 8))
+    comm.all_reduce(torch.zeros(8))
     assert (comm.traffic.num_collectives, comm.traffic.received_bytes) == (0, 0)
 
 

@@ -263,7 +263,8 @@ def test_a_layout_may_be_a_config_of_its_own(tmp_path: Path) -> None:
     [_, layout] = resolve_layouts(["tp2", "wide.json"], base, tmp_path, SPEC)
     assert layout.name == "wide" and layout.sizes == parse_name("pcp4")
     assert layout.config.block_size == 32 and layout.config.interleave == 8, "the rest is the comparison's"
-    assert layout.config.input is None and layout.config.sampling.greedy
+    assert layout.config.input is None
+    assert layout.config.sampling.temperature == 0.4, "answers are compared that are asked for in the same way"
     (tmp_path / "other.json").write_text(json.dumps({"model": "some/other", "prefill_context_parallel_size": 2}))
     with pytest.raises(UserError, match="Layouts of one model"):
         resolve_layouts(["tp2", "other.json"], base, tmp_path, SPEC)
@@ -362,6 +363,7 @@ class Tool:
 
     def __call__(self, *argv: str, greedy: bool = True) -> tuple[int, dict[str, Any], str]:
         given = ["--config", str(CONFIG), "--output", str(self.output), "--no-wandb"]
+        given += ["--set", "evaluation.lengths=[256]", "--set", "evaluation.num_samples=1"]
         given += ["--set", "sampling.temperature=0"] if greedy else []
         layouts = [] if "--layouts" in argv else ["--layouts", *self.lines]
         code = compare.main([*given, *layouts, *argv])
@@ -466,6 +468,8 @@ def test_a_layout_that_fails_ends_the_comparison_and_shows_its_log(
         (["--config", "nowhere.json"], "nowhere.json"),
         (["--set", 'evaluation.tasks=["recal_single"]'], 'the nearest is "recall_single"'),
         (["--set", "evaluation.lengths=[999999]"], "more than the model's 32768 positions"),
+        (["--set", "evaluation.lengths=[128]"], "task recall_multikey at length 128"),
+        (["--set", "evaluation.tasks=[]", "--set", "evaluation.task_file=no.jsonl"], "no.jsonl: No such file"),
         (["--set", "comparison.layout=1"], 'nearest known key is "comparison.layouts"'),
         (["--set", "comparison.tolerance=-1"], "tolerance"),
         (["--tolerance", "nan"], "must be at least 0"),
@@ -514,11 +518,14 @@ def test_past_its_time_a_launch_and_workers_in_sessions_of_their_own_are_ended(t
 
 def test_torchrun_is_asked_for_as_many_processes_and_its_workers_exit_code_is_found(tmp_path: Path) -> None:
     script = tmp_path / "bad.py"
-    script.write_text("raise SystemExit(2)\n")
+    # The first that fails is the one that counts: torchrun ends the other, and lists it before.
+    waits = "import os, time\nif os.environ['RANK'] == '0':\n    time.sleep(60)\n"
+    script.write_text(f"{waits}print('why', flush=True)\nraise SystemExit(2)\n")
     command = launch_command("torchrun", 2, script, [])
     assert "--nproc-per-node 2" in " ".join(command)
     assert "--num_gpus 4" in " ".join(launch_command("deepspeed", 4, script, []))
     assert launch(command, tmp_path / "log", 90, os.environ).returncode == 2
+    assert last_lines(tmp_path / "log") == "why"
 
 
 def test_an_evaluation_replaces_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,7 @@ def on_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
             "cpinfer.engine.engine.make_backend",
             lambda name, device, needs: FlashInferBackend(device, needs, fake_flashinfer()),
         )
-        monkeypatch.setattr("cpinfer.engine.step_runner.why_no_graphs", lambda runner, backend: None)
+        monkeypatch.setattr("cpinfer.engine.step_runner.why_no_graphs", lambda runner, backend, layerwise: None)
         monkeypatch.setattr("cpinfer.models.decode_graphs.capture_on_cuda", lambda: capture)
 
     return use
@@ -167,6 +167,58 @@ def test_a_rank_that_cannot_capture_meets_the_others_and_says_so_once(
     assert len([w for w in caught if "CUDA graphs" in str(w.message)]) == 1
 
 
+def test_a_rank_that_cannot_capture_beside_one_that_can_is_no_hang(
+    on_fake_cuda: Callable[[Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks that ran a step a different number of times would meet in the wrong collectives, or never."""
+    graphs = Graphs()
+    on_fake_cuda(None)
+    captures = iter([refuse_to_capture, graphs.capture])
+    monkeypatch.setattr("cpinfer.models.decode_graphs.capture_on_cuda", lambda: next(captures))
+    with pytest.warns(UserWarning, match="capturing failed"):
+        assert_right(*generate("qwen2", RankGrid(pcp_size=2, dcp_size=2), (5, 33, 17, 2, 9), cuda_graphs=True))
+    assert graphs.num_captured >= 2
+
+
+@pytest.mark.parametrize("change", ["moved", "said"])
+def test_graphs_of_weights_that_are_no_more_are_forgotten_by_all_ranks(
+    on_fake_cuda: Callable[[Any], None], change: str
+) -> None:
+    graphs = Graphs()
+    on_fake_cuda(graphs.capture)
+    model, other = make_model(FAMILIES["qwen2"]), make_model(FAMILIES["qwen2"])
+    with torch.no_grad():
+        other.lm_head.weight.neg_()
+    config = parse_config(
+        {"dtype": "float32", "prefill_context_parallel_size": 2, "kv_cache_gib": 2**-9, "cuda_graphs": True}
+    )
+    prompts, sampling = prompts_of((5, 17, 9), vocab_size=128), SamplingParams(temperature=0, max_new_tokens=4)
+    captured: list[int] = []
+
+    def body(topology: cpinfer.Topology) -> Any:
+        own = copy.deepcopy(model)
+        with cpinfer.attach(own, topology, config) as engine:
+            engine.generate(prompts, sampling)
+            engine.generate(prompts, sampling)
+            captured.append(graphs.num_captured)
+            if change == "said":
+                with torch.no_grad():
+                    own.lm_head.weight.copy_(other.lm_head.weight)
+            elif topology.rank == 0:  # on one rank alone they lie elsewhere
+                own.lm_head.weight.data = other.lm_head.weight.data.clone()
+            else:
+                own.lm_head.weight.data.copy_(other.lm_head.weight)
+            if change == "said":
+                engine.weights_changed()
+            return engine.generate([[*p, 1] for p in prompts], sampling)
+
+    ranks = run_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+    assert graphs.num_captured == 2 * max(captured) > 0
+    for result in ranks[0]:
+        expected = check_rollout.score(other, result.prompt_token_ids, result.token_ids)
+        assert (expected - torch.tensor(result.logprobs)).abs().max() <= 1e-4
+
+
 def test_by_default_nothing_is_captured(on_fake_cuda: Callable[[Any], None]) -> None:
     on_fake_cuda(refuse_to_capture)
     with warnings.catch_warnings():
@@ -194,5 +246,7 @@ def test_what_keeps_a_model_from_graphs_is_known_before_any_step(family: str, ba
     with attached(model, model_spec(model), 1) as runner:
         runner.device = torch.device("cuda")  # nothing is run
         backend = backend or FlashInferBackend(CPU, AttentionNeeds(torch.float32, ()), fake_flashinfer())
-        found = why_no_graphs(runner, backend)
+        found = why_no_graphs(runner, backend, layerwise=False)
+        layerwise = why_no_graphs(runner, backend, layerwise=True)
     assert found is None if why is None else found is not None and why in found
+    assert layerwise is not None and ("gathered while the model runs" in layerwise or layerwise == found)

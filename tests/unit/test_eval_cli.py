@@ -10,6 +10,8 @@ import pytest
 
 import eval_longctx
 import reference_eval
+import tool_folder
+from tool_folder import ToolFolder, summary_of
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "recall-tiny"
@@ -51,43 +53,22 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-class Folder:
-    """A folder with a config and whatever a run leaves there."""
+class Folder(ToolFolder):
+    """Of the evaluation, whose own keys a test may change one by one too."""
 
-    def __init__(self, path, capsys):
-        self.path, self.capsys = path, capsys
-        self.data = {
-            "model": str(MODEL),
-            "dtype": "float32",
-            "kv_cache_gib": 0.01,
-            "output": "out.jsonl",
-            "evaluation": {"tasks": ["recall_single"], "lengths": [64, 96], "num_samples": 3},
-        }
-
-    @property
-    def output(self):
-        return self.path / "out.jsonl"
-
-    def run(self, *argv, tool=eval_longctx, evaluation=None, **config):
-        """(exit code, stdout, stderr) of the tool on this config; a key set to None is taken away."""
-        data = {**self.data, **config, "evaluation": {**self.data["evaluation"], **(evaluation or {})}}
-        data = {key: value for key, value in data.items() if value is not None}
-        (self.path / "run.json").write_text(json.dumps(data), encoding="utf-8")
-        code = tool.main(["--config", str(self.path / "run.json"), *argv])
-        return code, *self.capsys.readouterr()
-
-    def lines(self, path=None):
-        return [json.loads(line) for line in (path or self.output).read_text(encoding="utf-8").splitlines()]
-
-    def file(self, *lines, name="mine.jsonl"):
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (self.path / name).write_text(text, encoding="utf-8")
-        return name
+    def run(self, *argv, evaluation=None, **config):
+        return super().run(*argv, evaluation={**self.data["evaluation"], **(evaluation or {})}, **config)
 
 
 @pytest.fixture
 def folder(tmp_path, capsys):
-    return Folder(tmp_path, capsys)
+    data = {
+        "model": str(MODEL),
+        "dtype": "float32",
+        "kv_cache_gib": 0.01,
+        "evaluation": {"tasks": ["recall_single"], "lengths": [64, 96], "num_samples": 3},
+    }
+    return Folder(tmp_path, capsys, eval_longctx, data)
 
 
 @pytest.fixture
@@ -97,10 +78,6 @@ def no_loading(monkeypatch):
 
     monkeypatch.setattr(eval_longctx, "launch_inference", load_model)
     monkeypatch.setattr(reference_eval, "load_model", load_model)
-
-
-def summary_of(out):
-    return json.loads(out.splitlines()[-1])
 
 
 def keys(lines):
@@ -135,7 +112,7 @@ def test_a_run_writes_a_line_per_sample_and_sums_them_up(folder):
     assert task["by_depth"] == {d: {"score": 1.0, "num_samples": 2} for d in ("0.0", "0.25", "0.5")}
     assert summary["num_samples"] == 6 and summary["num_generated_tokens"] == 18
     assert summary["peak_memory_bytes_per_rank"] > 10**8
-    meta = json.loads((folder.path / "out.jsonl.meta.json").read_text())
+    meta = folder.meta()
     assert meta["evaluation"]["tasks"] == ["recall_single"] and meta["config"]["sampling"]["temperature"] == 0
     assert "recall_single  string_match_all  1.000" in err
 
@@ -151,7 +128,9 @@ def test_flags_win_over_the_config(folder):
 
 def test_seeds_are_runs_of_their_own_when_sampling(folder):
     """A template that the model cannot follow: what it samples is noise, and differs with the seed."""
-    question = folder.file({"prompt": "It was", "references": ["river"]}, {"prompt": "The", "references": ["a"]})
+    question = folder.file(
+        "mine.jsonl", {"prompt": "It was", "references": ["river"]}, {"prompt": "The", "references": ["a"]}
+    )
     sampling = {"temperature": 5.0, "max_new_tokens": 4, "ignore_eos": True}
     evaluation = {"tasks": [], "task_file": question, "seeds": [0, 1, 2], "num_samples": None}
     code, out, err = folder.run(evaluation=evaluation, sampling=sampling)
@@ -166,7 +145,7 @@ def test_seeds_are_runs_of_their_own_when_sampling(folder):
 
 
 def test_gsm8k_has_a_row_for_each_of_its_metrics(folder):
-    name = folder.file(*({"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)))
+    name = folder.file("mine.jsonl", *({"question": f"{i}?", "answer": f"#### {i}"} for i in range(3)))
     code, out, err = folder.run(
         "--task-file", str(folder.path / name), "--num-shots", "1", sampling={"max_new_tokens": 4}
     )
@@ -215,13 +194,7 @@ def test_the_reference_gives_the_same_tokens_scores_and_logprobs(folder):
 
 
 def assert_refused(outcome, *words, tool="eval_longctx"):
-    """Exit 2, nothing on stdout, and on stderr one complaint that holds the words."""
-    code, out, err = outcome
-    assert code == 2
-    assert out == ""
-    assert err.startswith(f"{tool}: ") and len(err.strip().splitlines()) == 1
-    for word in words:
-        assert word in err
+    tool_folder.assert_refused(outcome, *words, tool=tool)
 
 
 @pytest.mark.parametrize(

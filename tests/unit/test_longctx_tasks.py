@@ -3,6 +3,7 @@
 import collections
 import doctest
 import importlib
+import random
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from cpinfer.errors import UserError
 from longctx import haystack
 from longctx.local_files import read_task_file
 from longctx.recall_text import DOES, NAMES, THINGS, filler_sentence
+from longctx.ruler import frequent_words
 from longctx.tasks import TASKS, find_task, make_sample, make_samples, parse_length
 from longctx.words import distinct_pairs, distinct_words
 
@@ -152,6 +154,16 @@ def test_common_words_are_the_commonest_of_the_list():
     assert {counted[word] for word in sample.references} == {30}
 
 
+@pytest.mark.parametrize("num_units", range(40))
+def test_frequent_words_can_be_told_apart_however_short_the_text(num_units):
+    draft = frequent_words(random.Random(0), 1024)
+    words = draft.render(num_units, "").partition("coded words. ")[2].partition("\n")[0].split()
+    counts = collections.Counter(word for word in words if word != "...")
+    first, second, third, fourth, *_ = *(count for _, count in counts.most_common(4)), 0
+    assert first > second > third > fourth
+    assert [word for word, _ in counts.most_common(3)] == list(draft.references)
+
+
 def test_frequent_words_are_the_commonest_but_for_dots():
     sample = make_sample(TASKS["fwe"], 8192, 0, DEPTHS, Pieces())
     text = sample.prompt.partition("coded words. ")[2].partition("\n")[0]
@@ -245,7 +257,7 @@ GSM8K = [f'{{"question": "What is {i} + 1?", "answer": "One more. #### {i + 1}"}
 
 def test_gsm8k_is_asked_with_worked_examples_from_the_same_file(file):
     task, samples = read_task_file(file(*GSM8K), Pieces(), 64, num_shots=2)
-    assert task.metrics == ("exact_match_flexible", "exact_match_strict") and task.stop == ("Question:",)
+    assert task.metrics == ("exact_match_flexible", "exact_match_strict") and "Question:" in task.stop
     assert [sample.references for sample in samples] == [("3",), ("4",)]
     assert samples[0].prompt == (
         "Question: What is 0 + 1?\nAnswer: One more. #### 1\n\n"

@@ -13,7 +13,9 @@ import pytest
 
 import job
 import rollout
+import tool_folder
 from cpinfer.layout.grid import RankGrid
+from tool_folder import ToolFolder, summary_of
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "recall-tiny"
@@ -40,44 +42,19 @@ def no_launcher(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-class Folder:
-    """A folder with a config, an input, and whatever a run leaves there."""
-
-    def __init__(self, path, capsys):
-        self.path, self.capsys = path, capsys
-        self.data = {
-            "model": str(MODEL),
-            "dtype": "float32",
-            "kv_cache_gib": 0.01,
-            "max_num_batched_tokens": 10**6,
-            "input": "in.jsonl",
-            "output": "out.jsonl",
-            "sampling": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
-        }
-        self.input(*PROMPTS)
-
-    @property
-    def output(self):
-        return self.path / "out.jsonl"
-
-    def input(self, *lines, name="in.jsonl"):
-        text = "".join((x if isinstance(x, str) else json.dumps(x)) + "\n" for x in lines)
-        (self.path / name).write_text(text, encoding="utf-8")
-
-    def run(self, *argv, **config):
-        """(exit code, stdout, stderr) of the tool on this config; a key set to None is taken away."""
-        data = {key: value for key, value in {**self.data, **config}.items() if value is not None}
-        (self.path / "run.json").write_text(json.dumps(data), encoding="utf-8")
-        code = rollout.main(["--config", str(self.path / "run.json"), *argv])
-        return code, *self.capsys.readouterr()
-
-    def results(self, path=None):
-        return [json.loads(line) for line in (path or self.output).read_text(encoding="utf-8").splitlines()]
-
-
 @pytest.fixture
 def folder(tmp_path, capsys):
-    return Folder(tmp_path, capsys)
+    data = {
+        "model": str(MODEL),
+        "dtype": "float32",
+        "kv_cache_gib": 0.01,
+        "max_num_batched_tokens": 10**6,
+        "input": "in.jsonl",
+        "sampling": {"temperature": 0, "max_new_tokens": 4, "ignore_eos": True},
+    }
+    folder = ToolFolder(tmp_path, capsys, rollout, data)
+    folder.file("in.jsonl", *PROMPTS)
+    return folder
 
 
 @pytest.fixture
@@ -89,14 +66,7 @@ def no_loading(monkeypatch):
 
 
 def assert_refused(outcome, *words):
-    """Exit 2, nothing on stdout, and on stderr one complaint that holds the words."""
-    code, out, err = outcome
-    assert code == 2
-    assert out == ""
-    assert "Traceback" not in err
-    assert err.startswith("rollout: ") and err.count("rollout: ") == 1 and len(err.strip().splitlines()) == 1
-    for word in words:
-        assert word in err
+    tool_folder.assert_refused(outcome, *words, tool="rollout")
 
 
 SAMPLING = {"temperature": 0, "max_new_tokens": 4}
@@ -176,23 +146,23 @@ def test_a_bad_config_is_refused_before_loading(folder, no_loading, config, word
     ids=lambda x: str(x)[:40] if isinstance(x, (str, dict)) else "",
 )
 def test_a_bad_line_is_refused_before_loading_with_its_number(folder, no_loading, line, config, words):
-    folder.input(PROMPTS[0], PROMPTS[1], "", line)
+    folder.file("in.jsonl", PROMPTS[0], PROMPTS[1], "", line)
     assert_refused(folder.run(**config), "in.jsonl, line 4: ", "--skip-bad-prompts", *words)
     assert not folder.output.exists()
 
 
 def test_the_first_bad_line_is_shown_and_the_others_are_counted(folder, no_loading):
-    folder.input({"prompt_token_ids": [9999]}, PROMPTS[0], "{", '{"prompt": ""}')
+    folder.file("in.jsonl", {"prompt_token_ids": [9999]}, PROMPTS[0], "{", '{"prompt": ""}')
     assert_refused(folder.run(), "in.jsonl, line 1: ", "token id 9999", "(2 more bad lines)")
 
 
 def test_an_empty_input_is_refused(folder, no_loading):
-    folder.input("", "  ")
+    folder.file("in.jsonl", "", "  ")
     assert_refused(folder.run(), "in.jsonl: the file is empty; one JSON object per line was wanted")
 
 
 def test_an_input_of_bad_lines_alone_is_refused_even_when_they_are_skipped(folder, no_loading):
-    folder.input("{", '{"prompt": ""}')
+    folder.file("in.jsonl", "{", '{"prompt": ""}')
     assert_refused(folder.run("--skip-bad-prompts"), "no line can be run", "line 1: ")
 
 
@@ -253,7 +223,7 @@ def test_resuming_another_run_or_a_foreign_file_is_refused_before_loading(folder
 def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):
     code, out, err = folder.run("--set", "sampling.n=2", "--local_rank=0")
     assert code == 0 and "Traceback" not in err
-    results = folder.results()
+    results = folder.lines()
     assert all(list(line) == RESULT_KEYS for line in results)
     assert sorted((x["prompt_index"], x["sample_index"]) for x in results) == [(p, s) for p in range(3) for s in (0, 1)]
     assert {x["id"] for x in results} == {"0", "mine", "2"}
@@ -264,7 +234,7 @@ def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):
         assert line["ttft_s"] > 0 and line["tpot_s"] > 0 and line["weights_version"] == 0
     assert [x["prompt_token_ids"] for x in results if x["id"] == "mine"] == [[70, 71, 72]] * 2
 
-    summary = json.loads(out.splitlines()[-1])
+    summary = summary_of(out)
     assert json.loads((folder.path / "out.jsonl.summary.json").read_text()) == summary
     assert (summary["num_prompts"], summary["num_samples"], summary["num_generated_tokens"]) == (3, 6, 24)
     for key in ("wall_s", "tokens_per_s", "ttft_s_p50", "tpot_s_p50", "kv_capacity_tokens", "kv_capacity_tokens_total"):
@@ -272,7 +242,7 @@ def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):
     assert summary["output"] == str(folder.output)
     assert summary["layout"] == {"tp": 1, "pcp": 1, "dcp": 1, "dp": 1, "world_size": 1}
 
-    meta = json.loads((folder.path / "out.jsonl.meta.json").read_text())
+    meta = folder.meta()
     assert set(meta) == {"config", "versions", "git_revision", "layout", "device"}
     assert meta["config"]["sampling"]["n"] == 2 and meta["config"]["model"] == str(MODEL)
     assert {"python", "torch", "transformers"} <= set(meta["versions"])
@@ -283,27 +253,27 @@ def test_flags_win_over_the_config_and_start_where_the_user_is(folder, tmp_path,
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    folder.input({"prompt": "One"}, name="elsewhere/other.jsonl")
+    folder.file("elsewhere/other.jsonl", {"prompt": "One"})
     argv = ["--input", "other.jsonl", "--output", "deep/mine.jsonl", "--set", "sampling.max_new_tokens=2"]
     assert folder.run(*argv, "--local_rank", "0", input="nowhere.jsonl")[0] == 0
-    (line,) = folder.results(elsewhere / "deep" / "mine.jsonl")
+    (line,) = folder.lines(elsewhere / "deep" / "mine.jsonl")
     assert len(line["token_ids"]) == 2
     assert not folder.output.exists()
 
 
 def test_bad_lines_are_skipped_on_request_and_keep_their_place(folder):
-    folder.input(PROMPTS[0], "{", {"prompt_token_ids": [768]}, "", PROMPTS[2])
+    folder.file("in.jsonl", PROMPTS[0], "{", {"prompt_token_ids": [768]}, "", PROMPTS[2])
     code, out, err = folder.run("--skip-bad-prompts")
     assert code == 0
-    assert sorted((x["prompt_index"], x["id"]) for x in folder.results()) == [(0, "0"), (3, "3")]
+    assert sorted((x["prompt_index"], x["id"]) for x in folder.lines()) == [(0, "0"), (3, "3")]
     assert "skipped: " in err and "line 2: not valid JSON" in err and "line 3: token id 768" in err
-    assert json.loads(out.splitlines()[-1])["num_prompts"] == 2
+    assert summary_of(out)["num_prompts"] == 2
 
 
 def test_a_dry_run_loads_and_writes_nothing(folder, no_loading):
     code, out, _ = folder.run("--dry-run")
     assert code == 0
-    summary = json.loads(out.splitlines()[-1])
+    summary = summary_of(out)
     assert summary["dry_run"] is True and summary["num_prompts"] == 3 and summary["kv_capacity_tokens"] > 0
     assert sorted(p.name for p in folder.path.iterdir()) == ["in.jsonl", "run.json"]
 
@@ -323,8 +293,8 @@ def test_a_run_without_an_output_makes_a_folder_of_its_own(folder, monkeypatch):
         "results.jsonl.meta.json",
         "results.jsonl.summary.json",
     ]
-    assert len(folder.results(made / "results.jsonl")) == 3
-    assert json.loads(out.splitlines()[-1])["output"] == str(Path("runs") / made.name / "results.jsonl")
+    assert len(folder.lines(made / "results.jsonl")) == 3
+    assert summary_of(out)["output"] == str(Path("runs") / made.name / "results.jsonl")
 
 
 def test_a_command_may_be_repeated_within_a_second(folder, monkeypatch):
@@ -340,12 +310,12 @@ def test_a_command_may_be_repeated_within_a_second(folder, monkeypatch):
 
 def test_overwriting_replaces_and_greedy_text_is_repeated(folder):
     def texts():
-        return {x["prompt_index"]: x["token_ids"] for x in folder.results()}
+        return {x["prompt_index"]: x["token_ids"] for x in folder.lines()}
 
     assert folder.run()[0] == 0
     first = texts()
     assert folder.run("--overwrite")[0] == 0
-    assert len(folder.results()) == 3 and texts() == first
+    assert len(folder.lines()) == 3 and texts() == first
 
 
 def sampled(results):
@@ -355,7 +325,7 @@ def sampled(results):
 def test_a_resumed_run_computes_what_is_missing_and_equals_an_undisturbed_one(folder):
     sampling = {"temperature": 1, "n": 2, "max_new_tokens": 4, "seed": 7, "ignore_eos": True}
     assert folder.run(sampling=sampling)[0] == 0
-    undisturbed = folder.results()
+    undisturbed = folder.lines()
     assert len({tuple(x["token_ids"]) for x in undisturbed}) > 3  # sampled, and not all alike
     lines = folder.output.read_bytes().splitlines(keepends=True)
     kept = b"".join(lines[:2])
@@ -363,24 +333,24 @@ def test_a_resumed_run_computes_what_is_missing_and_equals_an_undisturbed_one(fo
 
     code, out, _ = folder.run("--resume", sampling=sampling)
     assert code == 0
-    summary = json.loads(out.splitlines()[-1])
+    summary = summary_of(out)
     assert (summary["num_samples_resumed"], summary["num_samples"]) == (2, 4)
     assert folder.output.read_bytes().startswith(kept)
-    assert len(folder.results()) == 6
-    assert sampled(folder.results()) == sampled(undisturbed)
+    assert len(folder.lines()) == 6
+    assert sampled(folder.lines()) == sampled(undisturbed)
 
     code, out, _ = folder.run("--resume", sampling=sampling)  # nothing is missing now
-    assert code == 0 and json.loads(out.splitlines()[-1])["num_samples"] == 0
-    assert sampled(folder.results()) == sampled(undisturbed)
+    assert code == 0 and summary_of(out)["num_samples"] == 0
+    assert sampled(folder.lines()) == sampled(undisturbed)
 
 
 def test_another_seed_samples_another_text(folder):
     """The control of the test above."""
     sampling = {"temperature": 1, "max_new_tokens": 4, "ignore_eos": True}
     assert folder.run(sampling={**sampling, "seed": 1})[0] == 0
-    first = sampled(folder.results())
+    first = sampled(folder.lines())
     assert folder.run("--overwrite", sampling={**sampling, "seed": 2})[0] == 0
-    assert sampled(folder.results()) != first
+    assert sampled(folder.lines()) != first
 
 
 @pytest.fixture
@@ -390,22 +360,22 @@ def bare_model(tmp_path):
 
 
 def test_a_model_without_tokenizer_works_with_token_ids_and_gives_no_text(folder, bare_model):
-    folder.input(PROMPTS[1])
+    folder.file("in.jsonl", PROMPTS[1])
     assert folder.run(model=str(bare_model))[0] == 0
-    (line,) = folder.results()
+    (line,) = folder.lines()
     assert line["text"] is None and len(line["token_ids"]) == 4
 
 
 def test_what_needs_a_tokenizer_is_refused_without_one(folder, bare_model, no_loading):
     assert_refused(folder.run(model=str(bare_model)), "line 1: ", 'needs a tokenizer, the model folder has none. Use "')
-    folder.input(PROMPTS[1])
+    folder.file("in.jsonl", PROMPTS[1])
     stop = {**SAMPLING, "stop": ["x"]}
     assert_refused(folder.run(model=str(bare_model), sampling=stop), '"sampling.stop" needs a tokenizer')
 
 
 def test_answers_of_the_input_are_judged(folder):
-    folder.input({"prompt": "It was", "answer": "no such text"}, {"prompt": "The"})
+    folder.file("in.jsonl", {"prompt": "It was", "answer": "no such text"}, {"prompt": "The"})
     code, out, _ = folder.run()
     assert code == 0
-    summary = json.loads(out.splitlines()[-1])
+    summary = summary_of(out)
     assert (summary["num_answers"], summary["num_answers_retrieved"]) == (1, 0)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from types import FrameType
+from typing import IO, Literal, NoReturn
 
 import psutil
 
@@ -21,6 +24,10 @@ Launcher = Literal["torchrun", "deepspeed"]
 GRACE_S = 10.0
 # Launch variables of a job that we may have been started in; a job of our own must not inherit them.
 _LAUNCH_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# What launchers say themselves: torchrun from the first failure on, DeepSpeed line by line.
+_TORCHRUNS_END = re.compile(r"[WE]\d{4} \S+ \d+ .*torch/distributed/elastic")
+_DEEPSPEEDS = re.compile(r"\[\S+ \S+\] \[\w+\] \[\w+\.py:\d+:")
 
 
 @dataclass(frozen=True)
@@ -103,10 +110,27 @@ def _descendants(process: subprocess.Popen[bytes]) -> set[psutil.Process]:
         return set()
 
 
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Inside the block an end from outside is an interrupt, so that it ends the processes of a launch too."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def last_lines(log: Path, count: int = 12) -> str:
-    """The end of a log, for people."""
+    """The end of a log, for people: of what our processes said, where they said anything, else of the launcher's."""
     lines = [line.rpartition("\r")[2].rstrip() for line in log.read_text(errors="replace").split("\n")]
-    return "\n".join([line for line in lines if line][-count:])
+    lines = [line for line in lines if line]
+    ours = list(itertools.takewhile(lambda line: not _TORCHRUNS_END.match(line), lines))
+    ours = [line for line in ours if not _DEEPSPEEDS.match(line)]
+    return "\n".join((ours or lines)[-count:])
 
 
 def _copy(source: IO[bytes], log: Path) -> None:
@@ -118,9 +142,10 @@ def _copy(source: IO[bytes], log: Path) -> None:
 
 
 def _own_returncode(log: Path) -> int | None:
-    """torchrun exits with 1 whatever its workers exited with, but says it."""
-    found = re.findall(r"^\s*exitcode\s*:\s*(-?\d+)", log.read_text(errors="replace"), re.MULTILINE)
-    return int(found[0]) if found else None
+    """torchrun exits with 1 whatever its workers exited with, but says what the first that failed exited with."""
+    _, _, cause = log.read_text(errors="replace").rpartition("Root Cause (first observed failure):")
+    found = re.search(r"^\s*exitcode\s*:\s*(-?\d+)", cause, re.MULTILINE)
+    return int(found[1]) if found else None
 
 
 def _free_port() -> int:

@@ -31,7 +31,7 @@ LAYOUT_KEYS = (
     "tensor_parallel", "prefill_context_parallel_size", "decode_context_parallel_size", "data_parallel_size",
 )  # fmt: skip
 # What a layout's own config may not decide: it is the comparison's, and the same for all.
-SHARED_KEYS = ("model", "input", "output", "wandb", "evaluation", "comparison")
+SHARED_KEYS = ("model", "sampling", "input", "output", "wandb", "evaluation", "comparison")
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,16 @@ def legal_names(spec: ModelSpec, max_ranks: int = MAX_RANKS_NAMED) -> list[str]:
     return [AxisSizes(s.tp_size, s.pcp_size, s.dcp_size, s.dp_size).name for s in sizes]
 
 
-def resolve_layouts(wanted: Sequence[str], base: Mapping[str, Any], folder: Path, spec: ModelSpec) -> list[Layout]:
+def resolve_layouts(
+    wanted: Sequence[str], base: Mapping[str, Any], folder: Path, spec: ModelSpec, at_least: int = 2
+) -> list[Layout]:
     """The layouts of a comparison, in the order they are `wanted`: names, or paths of configs (relative to `folder`).
 
     `base` is the comparison's config as plain data, without the keys that are its own. A name changes the sizes in it,
     a config file everything but the shared keys. UserError, before anything runs, for a layout that does not exist,
     that this model does not allow, or that comes twice.
     """
-    if len(wanted) < 2:
+    if len(wanted) < at_least:
         raise UserError(f"{len(wanted)} layout(s) to compare; the reference and at least one other were wanted.")
     layouts: list[Layout] = []
     for name in wanted:

@@ -194,7 +194,6 @@ def log_to_wandb(
 
 
 def _sections(results: Results) -> list[Section]:
-    evaluation = results.config.evaluation
     seeds = len({sample.key.seed for run in runs_of(results.runs, results.scored) for sample in run.samples})
     how = "greedy" if results.scored == "greedy" else f"sampled at temperature {results.config.sampling.temperature:g}"
     disagreements = tuple(str(d) for d in results.disagreements[:100])
@@ -220,7 +219,7 @@ def _sections(results: Results) -> list[Section]:
             figures_table(results.figures, results.names),
         ),
     ]
-    if evaluation is not None and len({row.length for row in results.by_length}) > 1:
+    if len({row.length for row in results.by_length}) > 1:
         sections.append(
             Section("Accuracy by length", "The same scores, by tokens of prompt and answer.",
                     accuracy_table(results.by_length, results.names))

@@ -80,6 +80,9 @@ class PlayedAxis:
     def reduce_scatter(self, x: Tensor) -> Tensor:
         return x[0]
 
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
 
 def run(setting: Setting) -> Found:
     """Prefill, decode and merge, each with its bound."""

@@ -4,7 +4,7 @@
     {"question": "...", "answer": "... #### 12"}                 gsm8k: the first `num_shots` lines are the examples
 
 gsm8k is asked as lm-eval asks it ("Question: ...\\nAnswer:", examples with their worked answers before it, the answer
-ends at the next "Question:"); lm-eval draws its examples from the training split, here they come from the same file.
+ends at the same texts); lm-eval draws its examples from the training split, here they come from the same file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longctx.metrics import METRICS, strict_answer
 from longctx.tasks import Sample, Task
 
 GSM8K_METRICS = ("exact_match_flexible", "exact_match_strict")
-GSM8K_STOP = ("Question:",)
+GSM8K_STOP = ("Question:", "</s>", "<|im_end|>")
 
 
 def read_task_file(

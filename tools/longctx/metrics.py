@@ -1,8 +1,8 @@
 """What an answer is worth, in [0, 1].
 
 `string_match_all` and `string_match_part` are RULER's (NVIDIA/RULER, `scripts/eval/synthetic/constants.py`), which are
-case-insensitive; lm-eval's functions of the same names differ. The exact matches are gsm8k's, as lm-eval names them:
-strict wants `#### x`, flexible takes the last number.
+case-insensitive; lm-eval's functions of the same names differ. The exact matches are gsm8k's, to the letter as lm-eval
+has them (`tasks/gsm8k/gsm8k.yaml`), whims included: strict wants `#### x`, flexible takes the last number.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def strict_answer(text: str) -> str | None:
 
 
 def flexible_answer(text: str) -> str | None:
-    """The last number of a text, as it stands there; None without one."""
-    found = re.findall(r"-?[$0-9.,]*[0-9][0-9.,]*", text)
+    """The last number of a text, as it stands there; None without one. `..` counts as one, as it does for lm-eval."""
+    found = re.findall(r"-?[$0-9.,]{2,}|-?[0-9]+", text)
     return found[-1] if found else None
 
 
@@ -81,5 +81,5 @@ def _same_number(found: str | None, references: Sequence[str]) -> float:
 
 
 def _plain(number: str) -> str:
-    """Without thousands separators, currency and a full stop behind it."""
-    return re.sub(r"[,$]", "", number).rstrip(".")
+    """Without thousands separators, currency and one full stop behind it."""
+    return re.sub(r"[,$]", "", number).removesuffix(".")

@@ -22,6 +22,8 @@ Haystack = Literal["noise", "synthetic", "needles"]
 Kind = Literal["words", "numbers", "uuids"]
 # RULER hides several needles at different ones of 40 depths.
 DEPTHS = tuple(i / 39 for i in range(40))
+# With fewer tens of coded words two of the four commonest are equally common, and the question has no answer.
+LEAST_TENS = 6
 
 
 def niah(
@@ -123,7 +125,7 @@ def frequent_words(rng: random.Random, length: int, alpha: float = 2.0) -> Draft
 
     def render(n: int, filler: str) -> str:
         # Ten more for each unit: the counts of single words change the length by jumps.
-        counts = (int(10 * n * k**-alpha / zeta) for k in count(1))
+        counts = (int(10 * (LEAST_TENS + n) * k**-alpha / zeta) for k in count(1))
         words = [word for word, times in zip(coded, counts, strict=False) for _ in range(times)]
         text = " ".join(_shuffled(words, f"{order} {n}")) + filler
         return (

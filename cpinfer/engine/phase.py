@@ -1,0 +1,104 @@
+"""A rollout phase: the time in which a trainer lends its model, and gets it back bit for bit.
+
+    trainer --lends--> Lent(module, topology, weights) --rollout_phase--> Engine --generate--> results
+            <---------------------- everything as it was ----------------------  (and a PhaseReport, who wants it)
+
+Who trains decides what lending takes. Data-parallel ranks have the weights already; ZeRO-3 and FSDP gather them first.
+That is `Lent.weights`, which the adapters in `cpinfer_integrations` fill in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.engine.attach import attach
+from cpinfer.engine.engine import Engine
+from cpinfer.models.local_weights import storage_bytes
+
+
+@dataclass(frozen=True)
+class Lent:
+    """What a trainer lends: its model, its ranks, and how the weights come to be usable for the length of a block.
+
+    `module` is the Hugging Face model inside whatever the trainer wrapped around it. `weights` is entered before the
+    engine attaches and left after it; collective over all ranks of the job. Where weights come and go inside, it yields
+    the most bytes of them that are there at once. `how` is a word for it. `num_copies` consecutive ranks train on the
+    same data: those of the trainer's own tensor parallelism.
+    """
+
+    module: Any
+    topology: Topology
+    weights: Callable[[], AbstractContextManager[int | None]] = nullcontext
+    how: str = "in_place"
+    num_copies: int = 1
+
+
+@dataclass(frozen=True)
+class PhaseReport:
+    """What a phase cost this rank beside its rollouts: seconds to bring the weights and to give them back, and bytes.
+
+    `weights_bytes` counts the parameters that the forward uses, those of the trainer that it uses in place included;
+    what the trainer keeps beside them (its partitions, optimiser state) is not in it.
+    """
+
+    how: str
+    gather_s: float
+    release_s: float
+    weights_bytes: int
+    kv_pool_bytes: int
+
+
+@contextmanager
+def rollout_phase(
+    lent: Lent,
+    config: Config,
+    *,
+    tokenizer: Any | None = None,
+    weights_version: int = 0,
+    report: Callable[[PhaseReport], Any] | None = None,
+) -> Iterator[Engine]:
+    """An engine on a trainer's own weights, its KV pool there for the length of the block only.
+
+    `weights_version` is what results will say: count it up with every optimiser step. Afterwards parameters, gradients,
+    optimiser state, random states, hooks and modes are those from before, also after an error or an interrupt.
+    `report` is called with what the phase cost, after one that did not fail. RuntimeError when an optimiser steps
+    inside the block. Collective over all ranks of the job.
+    """
+    started = time.perf_counter()
+    with no_optimizer_steps(), lent.weights() as most_bytes:
+        gather_s = time.perf_counter() - started
+        with attach(lent.module, lent.topology, config, tokenizer=tokenizer) as engine:
+            engine.weights_version = weights_version
+            weights_bytes = storage_bytes(lent.module.parameters()) if most_bytes is None else most_bytes
+            kv_pool_bytes = engine.kv_pool_bytes
+            yield engine
+            engine.sleep()
+        started = time.perf_counter()
+    release_s = time.perf_counter() - started
+    if report is not None:
+        report(PhaseReport(lent.how, gather_s, release_s, weights_bytes, kv_pool_bytes))
+
+
+@contextmanager
+def no_optimizer_steps() -> Iterator[None]:
+    """Inside the block every torch optimiser of this process refuses to step."""
+
+    def refuse_step(optimizer: Any, args: Any, kwargs: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{type(optimizer).__name__}.step() was called inside a rollout phase, whose samples would then come from "
+            "two models; leave the phase first"
+        )
+
+    handle = register_optimizer_step_pre_hook(refuse_step)
+    try:
+        yield
+    finally:
+        handle.remove()

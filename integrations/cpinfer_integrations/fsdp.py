@@ -1,0 +1,89 @@
+"""FSDP2 (`fully_shard`): weights that every rank holds a part of, made whole for a phase in one of two ways.
+
+    full        all at once, FSDP's hooks asleep
+    layerwise   FSDP's own hooks, which bring a module's weights when it runs
+
+Afterwards what was sharded is sharded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from cpinfer.models.decoder_layers import decoder_layers
+from cpinfer.models.hooks import hooks_asleep
+from cpinfer.refusals import refuse
+
+_OWNER = "torch.distributed"
+
+
+def sharded_modules(module: nn.Module) -> list[Any]:
+    """The modules on which `fully_shard` was called, from the outside in: `nn.Module` and `FSDPModule` both."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+@contextmanager
+def full(module: nn.Module) -> Iterator[None]:
+    """All parameters are whole for the length of the block. Collective."""
+    with _sharded_again(module), hooks_asleep(module, _OWNER):
+        for part in sharded_modules(module):
+            part.unshard()
+        yield
+
+
+@contextmanager
+def layerwise(module: nn.Module) -> Iterator[int]:
+    """A module's parameters are whole while it runs. Yields the most bytes of weights there at once, as a bound.
+
+    Each step inside the block is collective, and all ranks must run the same ones.
+    """
+    with _sharded_again(module):
+        yield _most_bytes(module)
+
+
+def refuse_unsupported(module: nn.Module, gather: str) -> None:
+    """UnsupportedError for what the table of refusals says of FSDP2."""
+    names = {name for x in module.parameters() if isinstance(x, DTensor) for name in x.device_mesh.mesh_dim_names or ()}
+    if "tp" in names:
+        raise refuse("fsdp_tp", f"a device mesh with axes {', '.join(sorted(names))}")
+    if gather == "tp_shards":
+        raise refuse("tp_shards_owner", "an FSDP2 model")
+
+
+@contextmanager
+def _sharded_again(module: nn.Module) -> Iterator[None]:
+    parts = sharded_modules(module)
+    before = [part for part in parts if _is_sharded(part)]
+    try:
+        yield
+    except BaseException:
+        # FSDP believes itself in the forward that failed, where its outermost module is not to be sharded again.
+        # (torch before 2.13 has no word for it.)
+        if hasattr(parts[0], "reset_iter_state"):
+            parts[0].reset_iter_state()
+        raise
+    finally:
+        for part in before:
+            part.reshard()
+
+
+def _is_sharded(part: nn.Module) -> bool:
+    """Whether the parameters that belong to this call of `fully_shard` are dealt out now."""
+    nested = {id(x) for other in sharded_modules(part) if other is not part for x in other.parameters()}
+    return any(isinstance(x, DTensor) for x in part.parameters() if id(x) not in nested)
+
+
+def _most_bytes(module: Any) -> int:
+    """All that is outside the layers, and two layers: one runs, the next is on its way."""
+    layers = [_whole_bytes(layer) for layer in decoder_layers(module)]
+    return _whole_bytes(module) - sum(layers) + sum(sorted(layers)[-2:])
+
+
+def _whole_bytes(module: nn.Module) -> int:
+    return sum(x.numel() * x.element_size() for x in module.parameters())

@@ -1,0 +1,81 @@
+"""Rollout phases: the model is lent for the length of a block and comes back as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config, SamplingParams
+from cpinfer.engine.phase import Lent, rollout_phase
+from cpinfer.models.hooks import hooks_asleep
+from tiny_models import FAMILIES, make_model
+
+CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=4))
+
+
+def lent() -> Lent:
+    return Lent(make_model(FAMILIES["qwen2"]), Topology.single())
+
+
+def test_results_say_the_version_of_the_weights_and_the_pool_is_gone_after_the_phase():
+    with rollout_phase(lent(), CONFIG, weights_version=7) as engine:
+        assert [r.weights_version for r in engine.generate([[1, 2, 3]])] == [7]
+        assert engine.is_awake
+    assert not engine.is_awake
+
+
+def test_an_optimizer_step_inside_a_phase_is_refused_and_allowed_after_it():
+    given = lent()
+    optimizer = torch.optim.SGD(given.module.parameters(), lr=0.1)
+    before = given.module.lm_head.weight.clone()
+    given.module.lm_head.weight.grad = torch.ones_like(before)
+    with rollout_phase(given, CONFIG), pytest.raises(RuntimeError, match="inside a rollout phase"):
+        optimizer.step()
+    assert torch.equal(given.module.lm_head.weight, before)
+    optimizer.step()
+    assert not torch.equal(given.module.lm_head.weight, before)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
+def test_an_interrupt_in_the_middle_of_a_stream_leaves_the_model_restored(stop):
+    given = lent()
+    given.module.train()
+    attention = given.module.config._attn_implementation
+    with pytest.raises(stop), rollout_phase(given, CONFIG) as engine:
+        for _ in engine.stream([[1, 2], [3, 4, 5]]):
+            raise stop
+    assert given.module.config._attn_implementation == attention
+    assert all(module.training for module in given.module.modules())
+    torch.optim.SGD(given.module.parameters(), lr=0.1).step()
+
+
+def test_a_phase_draws_no_random_numbers_of_the_trainers():
+    given = lent()
+    before = torch.get_rng_state()
+    with rollout_phase(given, CONFIG) as engine:
+        engine.generate([[1, 2, 3]], SamplingParams(temperature=1, n=3))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_only_the_hooks_of_the_named_package_sleep_and_all_come_back_in_order():
+    calls = []
+
+    def foreign(*_):
+        calls.append("foreign")
+
+    def trainers(*_):
+        calls.append("trainers")
+
+    trainers.__module__ = "trainer.zero.hooks"
+    model = nn.Linear(2, 2)
+    handle = model.register_forward_pre_hook(trainers)
+    model.register_forward_pre_hook(foreign)
+    model.register_forward_hook(trainers)
+    with hooks_asleep(model, "trainer"):
+        model(torch.ones(1, 2))
+    assert calls == ["foreign"]
+    model(torch.ones(1, 2))
+    assert calls == ["foreign", "trainers", "foreign", "trainers"]
+    handle.remove()
+    model(torch.ones(1, 2))
+    assert calls[4:] == ["foreign", "trainers"]

@@ -1,0 +1,473 @@
+"""The long tail of a rollout batch: one sample 16 times longer than the rest, over two ranks.
+
+    python tools/bench/long_tail.py             # minutes; writes a card to tools/bench/results/
+    python tools/bench/long_tail.py --quick     # seconds; tiny, no card: only shows that it works
+
+Two ways to use two ranks that hold the same weights: plain data parallelism (each replica has half of the samples, and
+one of them waits for the other's long one) and pcp=2 dcp=2 (both ranks work on every sample). Three batches of eight:
+one answer is 16 times as long as the others, one prompt is, or both are.
+
+One thread per process, float32, greedy, the same random model. The ways take turns within a round. Before any time is
+printed, every token of every answer must be the whole model's likeliest (one forward over prompt and answer), or within
+a near-tie of it, and both ways' answers must be the same in every round. Exit 1 when they are not.
+
+Told for each rank: tokens it computed, the share of the wall time outside steps (it has nothing to do, and waits), and
+the share inside collectives (it exchanges, or waits for the other within a step). Ratios are data parallelism's median
+over ours: above 1, pcp=2 dcp=2 is ahead. A table goes to stderr, the last stdout line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.harness import (
+    RESULTS,
+    Card,
+    Timing,
+    WorkersFailedError,
+    has_time_for_another,
+    read_task,
+    rotated,
+    run_workers,
+    say,
+    table,
+    timed,
+)
+from bench.workloads import (
+    FLOAT32_BYTES,
+    QUICK_SHAPE,
+    ModelShape,
+    Speed,
+    Workload,
+    make_model,
+    measure_speed,
+    random_prompts,
+    shape_as_dict,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    import cpinfer
+    from bench.talk import Talk
+    from cpinfer.comm.axis import AxisComm
+
+NUM_RANKS = 2
+NUM_SAMPLES = 8
+TIMES_LONGER = 16
+BLOCK_SIZE = 16
+STEP_TOKENS = 2048
+OURS, PLAIN = "pcp=2 dcp=2", "dp=2"
+SIZES = {OURS: {"pcp_size": 2, "dcp_size": 2}, PLAIN: {"dp_size": 2}}
+# Of logits: answers that part here are both right.
+NEAR_TIE = 1e-3
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large the measured work is: the short samples' prompt and answer."""
+
+    shape: ModelShape
+    prompt_tokens: int
+    new_tokens: int
+
+
+FULL = Size(ModelShape(), prompt_tokens=512, new_tokens=16)
+QUICK = Size(QUICK_SHAPE, prompt_tokens=24, new_tokens=3)
+
+
+@dataclass
+class Watch:
+    """What one rank did in one run."""
+
+    num_tokens: int = 0
+    busy_s: float = 0.0
+    collective_s: float = 0.0
+
+
+@dataclass
+class TimedComm:
+    """An axis whose time is taken. Of a solo axis there is next to none."""
+
+    inner: AxisComm
+    watch: Watch = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        return self.inner.size
+
+    @property
+    def index(self) -> int:
+        return self.inner.index
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._timed(lambda: self.inner.all_gather(x, out))
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        return self._timed(lambda: self.inner.all_to_all(x))
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        return self._timed(lambda: self.inner.reduce_scatter(x))
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return self._timed(lambda: self.inner.all_reduce(x))
+
+    def _timed(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
+        start_s = time.perf_counter()
+        try:
+            return call()
+        finally:
+            self.watch.collective_s += time.perf_counter() - start_s
+
+
+class Way:
+    """One way to use the ranks: an engine that stays attached, and a watch on its steps and collectives.
+
+    `own` are the indices of the samples that this rank's replica generates.
+    """
+
+    def __init__(self, name: str, topology: cpinfer.Topology, model: Any, shape: ModelShape) -> None:
+        self.name = name
+        self.watch = Watch()
+        pcp, dcp, replica = (TimedComm(axis, self.watch) for axis in (topology.pcp, topology.dcp, topology.replica))
+        self._topology = dataclasses.replace(topology, pcp=pcp, dcp=dcp, replica=replica)
+        self._model, self._shape = model, shape
+        grid = topology.grid
+        self.own = list(range(topology.coords.dp_rank, NUM_SAMPLES, grid.dp_size))
+
+    def run(self, workload: Workload, talk: Talk) -> tuple[list[list[int]], float, Watch]:
+        """The tokens of its own samples, the seconds until both ranks had theirs, and what this rank did."""
+        import cpinfer
+        from cpinfer.config import SamplingParams, parse_config
+
+        grid = self._topology.grid
+        blocks = workload.kv_blocks(BLOCK_SIZE) + NUM_SAMPLES + 1
+        config = parse_config(
+            {
+                "dtype": "float32",
+                "prefill_context_parallel_size": grid.pcp_size,
+                "decode_context_parallel_size": grid.dcp_size,
+                "data_parallel_size": grid.dp_size,
+                "block_size": BLOCK_SIZE,
+                "kv_cache_gib": blocks * BLOCK_SIZE * self._shape.kv_bytes_per_token / 2**30,
+                "max_num_batched_tokens": STEP_TOKENS,
+                # The same prompts come again in every round.
+                "enable_prefix_caching": False,
+            }
+        )
+        prompts = [list(workload.prompts[i]) for i in self.own]
+        sampling = [
+            SamplingParams(temperature=0, max_new_tokens=workload.max_new_tokens[i], ignore_eos=True) for i in self.own
+        ]
+        with cpinfer.attach(self._model, self._topology, config) as engine:
+            self._take_time_of(engine)
+            self.watch.num_tokens, self.watch.busy_s, self.watch.collective_s = 0, 0.0, 0.0
+            results, taken_s = timed(lambda: engine.generate(prompts, sampling), talk.barrier)
+        return [list(result.token_ids) for result in results], taken_s, dataclasses.replace(self.watch)
+
+    def _take_time_of(self, engine: Any) -> None:
+        """From outside: the engine has no use for these figures."""
+        steps, watch = engine._steps, self.watch
+        run, forward = steps.run, steps._forward
+
+        def timed_run(step: Any) -> Any:
+            start_s = time.perf_counter()
+            try:
+                return run(step)
+            finally:
+                watch.busy_s += time.perf_counter() - start_s
+
+        def counted_forward(token_ids: Sequence[int], *rest: Any) -> Any:
+            watch.num_tokens += len(token_ids)  # a rank without tokens computes a dummy, which is none
+            return forward(token_ids, *rest)
+
+        vars(steps).update(run=timed_run, _forward=counted_forward)
+
+
+def long_tail_workloads(size: Size) -> list[Workload]:
+    """Eight samples each, the first 16 times longer: in its answer, in its prompt, in both."""
+    prompt, new = size.prompt_tokens, size.new_tokens
+    found = []
+    for name, prompt_times, new_times in (
+        ("long answer", 1, TIMES_LONGER),
+        ("long prompt", TIMES_LONGER, 1),
+        ("long prompt and answer", TIMES_LONGER, TIMES_LONGER),
+    ):
+        lens = [prompt * prompt_times, *[prompt] * (NUM_SAMPLES - 1)]
+        news = (new * new_times, *[new] * (NUM_SAMPLES - 1))
+        found.append(Workload(name, random_prompts(lens, size.shape.vocab_size, 21), news))
+    return found
+
+
+def floor_s(samples: Sequence[tuple[int, int]], shape: ModelShape, speed: Speed, num_ranks: int) -> float:
+    """The least time for samples of (prompt, new) tokens whose work `num_ranks` ranks share, each with all weights.
+
+    Prefill is bound by arithmetic; a decode step by arithmetic or bytes, whichever is more. Rows, query-key pairs and
+    KV are shared; weights are read by every rank. Communication, sampling and all between kernels are free.
+    """
+    params = shape.params_per_token + shape.vocab_params
+    flops = sum(2.0 * shape.params_per_token * p + shape.flops_per_pair * p * (p + 1) / 2 for p, _ in samples)
+    seconds = flops / num_ranks / (speed.gflop_per_s * 1e9)
+    for step in range(1, max(new for _, new in samples)):
+        contexts = [p + step for p, new in samples if new > step]
+        flops = (2.0 * params * len(contexts) + shape.flops_per_pair * sum(contexts)) / num_ranks
+        num_bytes = params * FLOAT32_BYTES + shape.kv_bytes_per_token * sum(contexts) / num_ranks
+        seconds += max(flops / (speed.gflop_per_s * 1e9), num_bytes / (speed.gbyte_per_s * 1e9))
+    return seconds
+
+
+def floors_s(workload: Workload, shape: ModelShape, speed: Speed) -> dict[str, float]:
+    """The bound of each way; under data parallelism that of the slower replica."""
+    samples = [(len(p), n) for p, n in workload.samples()]
+    return {
+        OURS: floor_s(samples, shape, speed, NUM_RANKS),
+        PLAIN: max(floor_s(samples[rank::NUM_RANKS], shape, speed, 1) for rank in range(NUM_RANKS)),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    if args.worker:
+        return work(read_task(args.worker))
+    try:
+        return bench(args, sys.argv[1:] if argv is None else argv)
+    except WorkersFailedError as error:
+        say(f"long_tail: {error}")
+        return 1
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny model and prompts, two rounds, no card")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds at most (default: 5)")
+    parser.add_argument("--budget-s", type=float, default=300, help="seconds of rounds, all together (default: 300)")
+    parser.add_argument("--results", metavar="DIR", help="where the card goes (default: tools/bench/results)")
+    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Start the workers, then tell: table, card, summary."""
+    size = QUICK if args.quick else FULL
+    task = {"quick": args.quick, "rounds": 2 if args.quick else args.rounds, "budget_s": args.budget_s}
+    outcome = run_workers(Path(__file__).resolve(), NUM_RANKS, task, timeout_s=300 + 2 * args.budget_s)
+    workloads = long_tail_workloads(size)
+    complaints, card = outcome["complaints"], None
+    if complaints:
+        say("long_tail: no times, the answers are wrong:\n" + "\n".join(complaints))
+    else:
+        sections = describe(outcome, workloads)
+        say("\n\n".join(f"{heading}\n\n{body}" for heading, body in sections))
+        if args.results or not args.quick:
+            command = "python tools/bench/long_tail.py" + "".join(f" {a}" for a in argv)
+            resolved = {"model": shape_as_dict(size.shape), "seed_of_prompts": 21, "block_size": BLOCK_SIZE}
+            resolved |= {"prompt_tokens": size.prompt_tokens, "new_tokens": size.new_tokens}
+            resolved |= {"num_samples": NUM_SAMPLES, "times_longer": TIMES_LONGER}
+            resolved |= {"max_num_batched_tokens": STEP_TOKENS, "rounds": task["rounds"], "budget_s": args.budget_s}
+            resolved |= {"threads_per_process": 1, "dtype": "float32"}
+            theme, title = "long_tail", "One sample 16 times longer than the rest: pcp=2 dcp=2 beside data parallelism"
+            if args.quick:
+                theme, title = "long_tail_quick", f"{title} (quick: a smoke run, not a result)"
+            card = Card(theme, title, command, tuple(sections), resolved).write(Path(args.results or RESULTS))
+            say(f"long_tail: wrote {card}")
+    print(json.dumps(summarize(outcome, workloads, card)), flush=True)
+    return 1 if complaints else 0
+
+
+def work(task: Mapping[str, Any]) -> int:
+    """One rank: run all rounds; rank 0 checks the answers and writes what came of them."""
+    import torch
+    import transformers
+
+    import cpinfer
+    from bench.talk import Talk
+    from cpinfer.comm.bootstrap import Launch, default_group
+    from cpinfer.layout.grid import RankGrid
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    launch = Launch.from_environ(os.environ)
+    size = QUICK if task["quick"] else FULL
+    workloads = long_tail_workloads(size)
+    with default_group(launch):
+        model = make_model(size.shape)
+        topologies = {name: cpinfer.Topology.from_world(RankGrid(**sizes)) for name, sizes in SIZES.items()}
+        ways = {name: Way(name, topology, model, size.shape) for name, topology in topologies.items()}
+        outcome = run_rounds(task, workloads, ways, Talk(launch.rank, launch.world_size), size.shape, model)
+        for topology in topologies.values():
+            topology.close()
+    if launch.rank == 0:
+        Path(task["output"]).write_text(json.dumps(outcome), encoding="utf-8")
+    return 0
+
+
+def run_rounds(
+    task: Mapping[str, Any],
+    workloads: Sequence[Workload],
+    ways: Mapping[str, Way],
+    talk: Talk,
+    shape: ModelShape,
+    model: Any,
+) -> dict[str, Any]:
+    """Warm up and check, then let both ways take turns; seconds and watches of everything that was timed."""
+    complaints: list[str] = []
+    answers: dict[tuple[str, str], list[list[int]]] = {}
+    for workload in workloads:
+        for way in ways.values():
+            answers[workload.name, way.name] = gathered(way, way.run(workload, talk)[0], talk)
+        if talk.rank == 0:
+            for way in ways.values():
+                complaints += unlikely(model, workload, way.name, answers[workload.name, way.name])
+            say(f"long_tail: {workload.name}: answers checked")
+    runs: dict[str, dict[str, list[Any]]] = {w.name: {name: [] for name in ways} for w in workloads}
+    speeds = [measure_speed(shape)]
+    start_s, rounds, load = time.perf_counter(), 0, os.getloadavg()[0]
+    while talk.first(
+        not complaints and has_time_for_another(rounds, time.perf_counter() - start_s, task["budget_s"], task["rounds"])
+    ):
+        for workload in workloads:
+            for name in rotated(list(ways), rounds):
+                tokens, taken_s, watch = ways[name].run(workload, talk)
+                watches = talk.all(dataclasses.asdict(watch))
+                if gathered(ways[name], tokens, talk) != answers[workload.name, name]:
+                    complaints.append(f"{workload.name}, {name}: round {rounds + 1} gave other tokens than the first")
+                runs[workload.name][name].append({"taken_s": taken_s, "watches": watches})
+                if talk.rank == 0:
+                    say(f"long_tail: round {rounds + 1}, {workload.name}, {name}: {taken_s:.2f} s")
+        talk.barrier()
+        speeds.append(measure_speed(shape))
+        rounds += 1
+    # The best of all rounds, of the slower rank: a bound is what the machine can do.
+    best = talk.all((max(s.gflop_per_s for s in speeds), max(s.gbyte_per_s for s in speeds)))
+    speed = Speed(*(min(each) for each in zip(*best, strict=True)))
+    num_same = {
+        w.name: sum(a == b for a, b in zip(*(answers[w.name, n] for n in ways), strict=True)) for w in workloads
+    }
+    return {
+        "complaints": complaints,
+        "runs": runs,
+        "rounds": rounds,
+        "num_same_answers": num_same,
+        "speed": dataclasses.asdict(speed),
+        "load": [load, os.getloadavg()[0]],
+        "floors_s": {w.name: floors_s(w, shape, speed) for w in workloads},
+    }
+
+
+def gathered(way: Way, tokens: list[list[int]], talk: Talk) -> list[list[int]]:
+    """The answers to all samples, in their order, from the ranks that have them."""
+    told = talk.all(dict(zip(way.own, tokens, strict=True)))
+    merged = {index: answer for part in told for index, answer in part.items()}
+    return [merged[index] for index in range(NUM_SAMPLES)]
+
+
+def unlikely(model: Any, workload: Workload, way: str, answers: Sequence[list[int]]) -> list[str]:
+    """A sentence for each answer with a token that the whole model, in this process, does not find the likeliest."""
+    import torch
+
+    complaints = []
+    for i, ((prompt, num_new), answer) in enumerate(zip(workload.samples(), answers, strict=True)):
+        if len(answer) != num_new:
+            complaints.append(f"{workload.name}, {way}: sample {i} has {len(answer)} tokens, {num_new} were wanted")
+            continue
+        with torch.no_grad():
+            ids = torch.tensor([[*prompt, *answer[:-1]]])
+            logits = model(ids, use_cache=False, logits_to_keep=num_new).logits[0]
+        given = logits.gather(-1, torch.tensor(answer).unsqueeze(-1)).squeeze(-1)
+        behind = float((logits.amax(dim=-1) - given).max())
+        if not behind <= NEAR_TIE:
+            complaints.append(f"{workload.name}, {way}: a token of sample {i} is {behind:.3g} behind the likeliest")
+    return complaints
+
+
+def describe(outcome: Mapping[str, Any], workloads: Sequence[Workload]) -> list[tuple[str, str]]:
+    """The card's sections."""
+    rows, verdicts = [], []
+    for workload in workloads:
+        runs, floors = outcome["runs"][workload.name], outcome["floors_s"][workload.name]
+        timings = {name: _timing(each) for name, each in runs.items()}
+        for name, each in runs.items():
+            shares = [_shares(each, rank) for rank in range(NUM_RANKS)]
+            timing = timings[name]
+            rows.append(
+                [
+                    workload.name,
+                    name,
+                    str(timing),
+                    " / ".join(f"{share['num_tokens']:,}" for share in shares),
+                    " / ".join(f"{share['idle']:.0%}" for share in shares),
+                    " / ".join(f"{share['collective']:.0%}" for share in shares),
+                    f"{floors[name]:.2f} s",
+                    f"{floors[name] / timing.median_s:.0%}",
+                ]
+            )
+        ratio = timings[PLAIN].median_s / timings[OURS].median_s
+        on_paper = floors[PLAIN] / floors[OURS]
+        told = f"**{ratio:.2f}** times as fast as" if ratio >= 1 else f"**behind**, {ratio:.2f} times as fast as"
+        verdicts.append(f"- {workload.name}: {OURS} is {told} {PLAIN}; the bounds allow {on_paper:.2f}.")
+    header = ["batch", "ranks as", "median (min..max)", "tokens computed, rank 0 / 1", "idle", "in collectives"]
+    header += ["bound", "of the bound"]
+    same = ", ".join(f"{n} of {NUM_SAMPLES} ({name})" for name, n in outcome["num_same_answers"].items())
+    speed, load = outcome["speed"], outcome["load"]
+    body = f"{table(header, rows)}\n\n" + "\n".join(verdicts) + "\n\n"
+    body += (
+        "Idle: outside steps, waiting for the other replica. In collectives: exchanging, or waiting for the other rank "
+        f"within a step. Bound: arithmetic and bytes alone at {speed['gflop_per_s']:.0f} GFLOP/s and "
+        f"{speed['gbyte_per_s']:.1f} GB/s a rank, both measured here; every rank reads all weights in every step, rows "
+        f"and KV are shared in {OURS}. Every token of both ways is the whole model's likeliest, up to near-ties of "
+        f"{NEAR_TIE:g} in its logit; the same answers both ways: {same}. Load of the machine when the rounds began and "
+        f"ended: {load[0]:.1f}, {load[1]:.1f} (2 are these processes; what is above shared the cores with them)."
+    )
+    batches = "\n".join(f"- **{w.name}**: {w.described()}" for w in workloads)
+    return [("Two ranks of one thread each", body), ("Batches", batches)]
+
+
+def summarize(outcome: Mapping[str, Any], workloads: Sequence[Workload], card: Path | None) -> dict[str, Any]:
+    """The last line of stdout."""
+    summary: dict[str, Any] = {"benchmark": "long_tail", "ok": not outcome["complaints"], "rounds": outcome["rounds"]}
+    for workload in workloads if not outcome["complaints"] else ():
+        of_ways = {}
+        for name, runs in outcome["runs"][workload.name].items():
+            shares = [_shares(runs, rank) for rank in range(NUM_RANKS)]
+            of_ways[name] = {
+                "wall_s": _timing(runs).as_json(),
+                "bound_s": outcome["floors_s"][workload.name][name],
+                "num_tokens_per_rank": [share["num_tokens"] for share in shares],
+                "idle_share_per_rank": [share["idle"] for share in shares],
+                "collective_share_per_rank": [share["collective"] for share in shares],
+            }
+        speedup = of_ways[PLAIN]["wall_s"]["median_s"] / of_ways[OURS]["wall_s"]["median_s"]
+        summary[workload.name] = {**of_ways, "speedup": speedup}
+    return {**summary, "card": None if card is None else str(card)}
+
+
+def _timing(runs: Sequence[Mapping[str, Any]]) -> Timing:
+    return Timing(tuple(run["taken_s"] for run in runs))
+
+
+def _shares(runs: Sequence[Mapping[str, Any]], rank: int) -> dict[str, Any]:
+    """What a rank did, over all rounds together."""
+    wall_s = sum(run["taken_s"] for run in runs)
+    watches = [run["watches"][rank] for run in runs]
+    return {
+        "num_tokens": watches[0]["num_tokens"],
+        "idle": 1 - sum(w["busy_s"] for w in watches) / wall_s,
+        "collective": sum(w["collective_s"] for w in watches) / wall_s,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
