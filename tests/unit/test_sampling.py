@@ -11,7 +11,7 @@ import torch
 from cpinfer.config import SamplingParams
 from cpinfer.engine import sampling
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
-from cpinfer.engine.sampling import uniform
+from cpinfer.engine.sampling import uniforms
 from cpinfer.engine.stopping import Stopping
 
 VOCAB = 24
@@ -133,13 +133,16 @@ def test_no_rows_give_no_tokens():
 
 def test_the_random_number_is_the_philox_of_its_counter():
     """A known answer, exact in every bit: text sampled once must be sampled again by later versions."""
+    sequences, want = [], []
     for id in map(str, range(20)):  # about half of the keys have their highest bit set
         for seed, sample_index, index in ((0, 0, 0), (2**64 - 1, 3, 7)):
             key = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest())
             counter = np.array([index, sample_index, key, 0], dtype=np.uint64)
-            want = int(np.random.Philox(key=seed, counter=counter).random_raw() >> np.uint64(11)) / 2**53
-            sequence = make_sequence(SamplingParams(seed=seed), id, sample_index, so_far=range(index))
-            assert uniform(sequence) == want
+            want.append(int(np.random.Philox(key=seed, counter=counter).random_raw() >> np.uint64(11)) / 2**53)
+            sequences.append(make_sequence(SamplingParams(seed=seed), id, sample_index, so_far=range(index)))
+    assert uniforms(sequences) == want
+    assert uniforms(sequences[::-1]) == want[::-1]
+    assert uniforms([]) == []
 
 
 def test_the_random_number_differs_when_anything_of_it_does():
@@ -150,7 +153,7 @@ def test_the_random_number_differs_when_anything_of_it_does():
         for sample_index in range(3)
         for index in range(4)
     ]
-    numbers = [uniform(s) for s in sequences]
+    numbers = uniforms(sequences)
     assert len(set(numbers)) == len(numbers)
     assert all(0 <= u < 1 for u in numbers)
     assert abs(float(np.mean(numbers)) - 0.5) < 0.1
@@ -160,11 +163,11 @@ def test_the_random_number_depends_on_nothing_else():
     one = make_sequence(SamplingParams(seed=4), "id", 2, prompt=(1,), so_far=(5, 6))
     other = make_sequence(SamplingParams(seed=4, temperature=0.3, n=9), "id", 2, prompt=(8, 8), so_far=(7, 7))
     other.blocks = [1, 2]
-    assert uniform(one) == uniform(other) == uniform(one)
+    assert uniforms([one]) == uniforms([other]) == uniforms([one])
 
 
 def test_the_random_numbers_of_similar_counters_are_uncorrelated():
-    numbers = np.array([[uniform(make_sequence(id=str(i), sample_index=s)) for s in range(8)] for i in range(50)])
+    numbers = np.array([uniforms([make_sequence(id=str(i), sample_index=s) for s in range(8)]) for i in range(50)])
     assert abs(np.corrcoef(numbers[:, :-1].ravel(), numbers[:, 1:].ravel())[0, 1]) < 0.15
     assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.15
 
@@ -209,7 +212,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
 @pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("dead", [[0, 1], [VOCAB - 1, VOCAB - 2], list(range(1, VOCAB - 1))])
 def test_a_token_without_probability_is_never_drawn(monkeypatch, u, dead):
-    monkeypatch.setattr(sampling, "uniform", lambda sequence: u)
+    monkeypatch.setattr(sampling, "uniforms", lambda sequences: [u] * len(sequences))
     for seed in range(20):
         logits = make_logits(1, seed)
         logits[0, dead] = -torch.inf
@@ -221,7 +224,7 @@ def test_a_token_without_probability_is_never_drawn(monkeypatch, u, dead):
 @pytest.mark.parametrize("u, want", [(0.0, 0), (1 - 2**-53, VOCAB - 1)])
 def test_the_ends_of_the_unit_interval_draw_the_ends_of_the_vocabulary(monkeypatch, u, want):
     """The control: with all tokens alive the random number does decide."""
-    monkeypatch.setattr(sampling, "uniform", lambda sequence: u)
+    monkeypatch.setattr(sampling, "uniforms", lambda sequences: [u] * len(sequences))
     assert sample_tokens(make_logits(1), [make_sequence()])[0].token_id == want
 
 
