@@ -4,6 +4,9 @@ Keys are read in place. Blocks that are neighbours in the cache form a *run*, a 
 is; a row of several runs is one kernel call per run and a merge of their states. Only a table too scattered for that is
 gathered into a copy.
 
+Rows of one query over few keys are another matter, since a call costs as much as they do: those of like length are
+copied side by side and share a call.
+
 A row with a window is cut into tiles of queries, each over its own keys, so those are one view or one copy. A soft cap
 has no kernel on CPU: its layers take the plain products, too.
 
@@ -20,12 +23,21 @@ import torch
 from torch import Tensor
 
 from cpinfer.layout.rows import AttentionRows
-from cpinfer.ops.attention import dense_attention, flash_attention_cpu
+from cpinfer.ops.attention import (
+    dense_attention,
+    dense_single_queries,
+    flash_attention_cpu,
+    flash_single_queries_cpu,
+)
 from cpinfer.ops.states import State, merge_states
 
 # Shorter runs than this, on average, and copying the keys is cheaper than another kernel call and merge: a call costs
 # about 10 us however few its keys are, in which a core copies a few hundred keys of a few heads.
 MIN_RUN_TOKENS = 256
+
+# Rows of one query over at most so many keys share a call, with others whose number of keys has the same power of two
+# above it. More keys take longer to copy than a call.
+MAX_SHARED_KEYS, MIN_SHARED_KEYS, MIN_SHARED_ROWS = 64, 8, 4
 
 # Slots [lo, hi) of the flattened store.
 Run = tuple[int, int]
@@ -42,6 +54,18 @@ class _Segment:
         return store[self.keys] if isinstance(self.keys, slice) else store.index_select(0, self.keys)
 
 
+@dataclass(frozen=True)
+class _SharedCall:
+    """Rows of one query each: which `queries [B]`, the slots of their keys `[B, S]`, and how many of those `[B]`.
+
+    A row with less than S keys repeats its last, which is as finite as its others.
+    """
+
+    queries: Tensor
+    slots: Tensor
+    num_keys: Tensor
+
+
 class TorchBackend:
     """Plans rows into kernel calls; holds no state, so any number of plans are valid at once."""
 
@@ -51,10 +75,11 @@ class TorchBackend:
         self._device = device
 
     def plan(self, rows: AttentionRows) -> TorchPlan:
-        ends = np.cumsum(rows.q_lens).tolist()
+        shared = _rows_to_share(rows)
         calls = []
-        for end, q_len, runs in zip(ends, rows.q_lens.tolist(), runs_of(rows), strict=True):
-            if not runs or q_len == 0:
+        each = zip(np.cumsum(rows.q_lens).tolist(), rows.q_lens.tolist(), runs_of(rows), strict=True)
+        for row, (end, q_len, runs) in enumerate(each):
+            if not runs or q_len == 0 or row in shared:
                 continue
             segments = []
             if rows.window is not None:
@@ -66,7 +91,16 @@ class TorchBackend:
             else:
                 segments = self._segments(runs, causal=False)
             calls.append((slice(end - q_len, end), segments))
-        return TorchPlan(calls, rows.num_queries, rows.window, self._device)
+        shared_calls = [self._shared_call(rows, some) for some in _alike(rows, shared)]
+        return TorchPlan(calls, shared_calls, rows.num_queries, rows.window, self._device)
+
+    def _shared_call(self, rows: AttentionRows, some: list[int]) -> _SharedCall:
+        queries = np.cumsum(rows.q_lens, dtype=np.int64)[some] - 1
+        num_keys = (rows.kv_hi - rows.kv_lo)[some].astype(np.int64)
+        index = rows.kv_lo[some, None] + np.minimum(np.arange(num_keys.max()), num_keys[:, None] - 1)
+        block, offset = np.divmod(index, rows.block_size)
+        slots = rows.block_ids[rows.block_indptr[:-1][some, None] + block].astype(np.int64) * rows.block_size + offset
+        return _SharedCall(*(torch.from_numpy(array).to(self._device) for array in (queries, slots, num_keys)))
 
     def _segments(self, runs: list[Run], *, causal: bool) -> list[_Segment]:
         # A causal square is one call or a copy: split by keys it would no longer be a triangle.
@@ -85,11 +119,13 @@ class TorchPlan:
     def __init__(
         self,
         calls: list[tuple[slice, list[_Segment]]],
+        shared_calls: list[_SharedCall],
         num_queries: int,
         window: int | None,
         device: torch.device,
     ) -> None:
         self._calls = calls
+        self._shared_calls = shared_calls
         self._window = window
         self._num_queries = num_queries
         self._results: State | None = None
@@ -114,6 +150,14 @@ class TorchPlan:
                 v = k[..., : values.shape[-1]] if is_prefix else segment.take(values)
                 states.append(attend(q[queries], k, v, causal=segment.causal, window=self._window))
             out[queries], lse[queries] = merge_states(states)
+        for shared in self._shared_calls:
+            k = keys[shared.slots]
+            v = k[..., : values.shape[-1]] if is_prefix else values[shared.slots]
+            if self._has_flash and soft_cap is None:
+                state = flash_single_queries_cpu(q[shared.queries], k, v, shared.num_keys, scale=scale)
+            else:
+                state = dense_single_queries(q[shared.queries], k, v, shared.num_keys, scale=scale, soft_cap=soft_cap)
+            out[shared.queries], lse[shared.queries] = state
         return out, lse
 
     def _room(self, q: Tensor, v_dim: int) -> State:
@@ -123,6 +167,23 @@ class TorchPlan:
             wide = torch.float64 if q.dtype == torch.float64 else torch.float32
             self._results = q.new_zeros(T, H, v_dim), torch.full((T, H), -torch.inf, dtype=wide, device=q.device)
         return self._results
+
+
+def _rows_to_share(rows: AttentionRows) -> frozenset[int]:
+    """Rows whose keys cost less than a call; none under a window, which is another number of keys."""
+    kv_lens = rows.kv_hi - rows.kv_lo
+    few = (rows.q_lens == 1) & (kv_lens > 0) & (kv_lens <= MAX_SHARED_KEYS)
+    found = np.flatnonzero(few).tolist() if rows.window is None else []
+    return frozenset(found if len(found) >= MIN_SHARED_ROWS else [])
+
+
+def _alike(rows: AttentionRows, shared: frozenset[int]) -> list[list[int]]:
+    """Rows of like lengths together: padded to the longest, none is padded to more than twice its own."""
+    groups: dict[int, list[int]] = {}
+    for row in sorted(shared):
+        num_keys = int(rows.kv_hi[row] - rows.kv_lo[row])
+        groups.setdefault(max(MIN_SHARED_KEYS, 1 << (num_keys - 1).bit_length()), []).append(row)
+    return list(groups.values())
 
 
 def runs_of(rows: AttentionRows) -> list[list[Run]]:

@@ -79,6 +79,26 @@ def _dense_tile(
     return out.reshape(T, H, V).to(q.dtype), lse.reshape(T, H)
 
 
+def dense_single_queries(
+    q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor, *, scale: float, soft_cap: float | None = None
+) -> State:
+    """`dense_attention` of many rows of one query: row b sees the first `num_keys[b]` of its keys, at least one.
+
+    q `[B, H, D]`, k `[B, S, K, D]`, v `[B, S, K, V]` with finite numbers everywhere; `out [B, H, V]`, `lse [B, H]`.
+    """
+    (B, H, D), (S, K, V) = q.shape, v.shape[1:]
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.to(wide).reshape(B, K, H // K, D)
+    scores = torch.einsum("bkgd,bskd->bkgs", grouped, k.to(wide)) * scale
+    if soft_cap is not None:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    hidden = torch.arange(S, device=q.device) >= num_keys[:, None]
+    scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1)
+    out = torch.einsum("bkgs,bskv->bkgv", torch.exp(scores - lse[..., None]), v.to(wide))
+    return out.reshape(B, H, V).to(q.dtype), lse.reshape(B, H)
+
+
 def hidden_keys(num_queries: int, num_keys: int, at: int, window: int | None, device: torch.device) -> Tensor:
     """`[T, S]` bool, True where a causal query does not see a key; query i stands at key `at + i`.
 
@@ -120,6 +140,23 @@ def flash_attention_cpu(
     return merge_states([context, square])
 
 
+def flash_single_queries_cpu(q: Tensor, k: Tensor, v: Tensor, num_keys: Tensor, *, scale: float) -> State:
+    """Many rows of one query in one call of the kernel: row b sees the first `num_keys[b]` of its keys, at least one.
+
+    q `[B, H, D]`, k `[B, S, K, D]`, v `[B, S, K, V]` with finite numbers everywhere; `out [B, H, V]`, `lse [B, H]`.
+    """
+    (B, H, _), (S, K, V) = q.shape, v.shape[1:]
+    hidden = torch.arange(S, device=q.device) >= num_keys[:, None]
+    mask = torch.zeros(B, 1, 1, S, dtype=q.dtype, device=q.device)
+    mask.masked_fill_(hidden[:, None, None, :], -torch.inf)
+    q, k, v = _equal_head_dims(q, k, v)
+    # The heads that share a KV head are the query rows of that head.
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q.reshape(B, K, H // K, -1), k.transpose(1, 2), v.transpose(1, 2), 0.0, False, attn_mask=mask, scale=scale
+    )
+    return out.reshape(B, H, -1)[..., :V], lse.reshape(B, H)
+
+
 def _flash_in_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> State:
     """The kernel knows no windows: tiles of queries, each over the keys it sees at all, under a mask."""
     T, S = len(q), len(k)
@@ -136,14 +173,9 @@ def _flash_in_window(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = False, mask: Tensor | None = None) -> State:
-    T, H, D = q.shape
+    T, H, _ = q.shape
     K, V = v.shape[1:]
-    if v.data_ptr() == k.data_ptr() and v.stride() == k.stride():
-        v = k  # values that are the first of the keys' columns: the kernel's other columns of output are dropped below
-    elif V < D:  # equal head dims are all it takes; zero columns change nothing
-        v = F.pad(v, (0, D - V))
-    elif V > D:
-        q, k = F.pad(q, (0, V - D)), F.pad(k, (0, V - D))
+    q, k, v = _equal_head_dims(q, k, v)
     # One query: its heads that share a KV head become the query rows of that head, one pass over the keys for all.
     # (Under a mask as well: with one query it hides no key that is passed here.)
     single = T == 1
@@ -160,6 +192,18 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = Fals
     if heads_first.shape[0] != H or single:
         return out.reshape(1, H, -1)[..., :V], lse.reshape(1, H)
     return out[0].transpose(0, 1)[..., :V], lse[0].transpose(0, 1)
+
+
+def _equal_head_dims(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel takes nothing else; zero columns change nothing, and columns of output that are too many are cut."""
+    D, V = q.shape[-1], v.shape[-1]
+    if v.data_ptr() == k.data_ptr() and v.stride() == k.stride():
+        return q, k, k  # values that are the first of the keys' columns
+    if V < D:
+        return q, k, F.pad(v, (0, D - V))
+    if V > D:
+        return F.pad(q, (0, V - D)), F.pad(k, (0, V - D)), v
+    return q, k, v
 
 
 def _empty_lse(q: Tensor) -> Tensor:

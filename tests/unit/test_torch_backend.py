@@ -317,3 +317,56 @@ def test_auto_and_torch_name_this_backend_on_cpu_and_nothing_else_does():
     assert make_backend("auto", CPU, needs).name == make_backend("torch", CPU, needs).name == "torch"
     with pytest.raises(UserError, match='backend "cudnn" is unknown'):
         make_backend("cudnn", CPU, needs)
+
+
+def short_rows(num_keys, block_size=4, lo=0):
+    """Rows of one query over scattered blocks, each with its own."""
+    g = np.random.default_rng(0)
+    tables, free = [], g.permutation(4096)
+    for n in num_keys:
+        tables.append(free[: -(-(lo + n) // block_size)].tolist())
+        free = free[len(tables[-1]) :]
+    return make_rows([1] * len(num_keys), [(lo, lo + n) for n in num_keys], tables, block_size, causal=False)
+
+
+@pytest.mark.parametrize("soft_cap", [None, 3.0])
+@pytest.mark.parametrize("lo", [0, 3])
+def test_short_rows_that_share_a_call_see_their_own_keys_alone(lo, soft_cap):
+    num_keys = [1, 2, 8, 9, 16, 17, 33, 63, 64, 65, 200, 5, 5]
+    check(short_rows(num_keys, lo=lo), 4 * 4096, soft_cap=soft_cap)
+
+
+def test_short_rows_stand_between_long_empty_and_many_query_ones():
+    rows = make_rows(
+        [1, 1, 3, 1, 1, 0, 1, 1],
+        [(0, 5), (0, 0), (0, 40), (2, 6), (0, 80), (0, 0), (0, 7), (1, 2)],
+        [[1, 0], [], list(range(10, 20)), [3, 4], list(range(20, 40)), [], [41, 40], [9]],
+        4,
+        causal=True,
+    )
+    check(rows, 200)
+
+
+def test_rows_of_like_lengths_share_a_call_and_few_rows_do_not(monkeypatch):
+    """What sharing is for: the kernel is called once for 40 rows."""
+    shapes = []
+    kernel = attention.flash_single_queries_cpu
+    monkeypatch.setattr(
+        "cpinfer.backends.torch_backend.flash_single_queries_cpu",
+        lambda q, k, v, n, **options: shapes.append(tuple(k.shape[:2])) or kernel(q, k, v, n, **options),
+    )
+    keys, values = make_store(4 * 4096, torch.float32)
+    for num_keys in ([6] * 40, [6] * 3, [6, 40] * 20):
+        rows = short_rows(num_keys)
+        TorchBackend(CPU).plan(rows).run(queries(len(num_keys), torch.float32), keys, values, scale=SCALE)
+    assert shapes == [(40, 6), (20, 6), (20, 40)]
+
+
+def test_values_that_are_columns_of_the_keys_stay_such_in_a_shared_call():
+    store, _ = make_store(4 * 4096)
+    rows = short_rows([3, 9, 20, 21, 50])
+    q = queries(5)
+    out, lse = TorchBackend(CPU).plan(rows).run(q, store, store[..., :V], scale=SCALE)
+    want = oracle(rows, q, store, store[..., :V])
+    torch.testing.assert_close(out, want[0], atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(lse, want[1], atol=TOLERANCE, rtol=0)
