@@ -19,12 +19,19 @@ def local(weight: Tensor) -> Tensor:
     return weight if to_local is None else to_local()
 
 
-def shape_in_use(weight: Tensor, *, gathered_by_fsdp: bool = False) -> tuple[int, ...]:
+def shape_in_use(weight: Any, *, gathered_by_fsdp: bool = False) -> tuple[int, ...]:
     """The shape that a weight has on this rank when its module runs."""
     dealt = getattr(weight, "ds_shape", None)
     if dealt is not None:
         return tuple(dealt)
-    return tuple(weight.shape if gathered_by_fsdp else local(weight).shape)
+    if not gathered_by_fsdp or not hasattr(weight, "device_mesh"):
+        return tuple(local(weight).shape)
+    # FSDP makes whole what it has dealt out itself; what tensor parallelism has cut stays cut.
+    shape, mesh = list(weight.shape), weight.device_mesh
+    for name, size, placement in zip(mesh.mesh_dim_names or (), mesh.shape, weight.placements, strict=False):
+        if name == "tp" and placement.is_shard():
+            shape[placement.dim] //= size
+    return tuple(shape)
 
 
 def is_fsdp(model: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -141,12 +142,14 @@ def attached(outermost: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) ->
     _check_heads(model, spec, tp_size)
     _check_latent_projections(model)
     AttentionInterface.register(ATTENTION_NAME, attend_by_step)
-    config = model.config
-    before = config._attn_implementation
+    # A config of its own for the block: other models, a frozen reference say, may have been made from the same object.
+    original, config = model.config, copy.copy(model.config)
     training = {module: module.training for module in model.modules()}
     real_rows = RealRows()
     with ExitStack() as stack:
         for module in model.modules():
+            if vars(module).get("config") is original:
+                stack.enter_context(_replaced(module, "config", config))
             if is_latent_attention(module):
                 stack.enter_context(_replaced(module, "forward", partial(_latent_forward, module)))
             elif is_mixture_of_experts(module):
@@ -162,7 +165,6 @@ def attached(outermost: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) ->
             cast = autocast_dtype(outermost, model)
             yield ModelRunner(model, spec, spec.heads(tp_size).q_heads(tp_rank), real_rows, cast)
         finally:
-            config._attn_implementation = before
             for module, mode in training.items():
                 module.training = mode
 

@@ -73,6 +73,18 @@ def assert_same(before, after):
     assert before == after
 
 
+def test_a_model_made_from_the_same_config_object_runs_on_beside_an_attached_one(model):
+    reference = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    assert reference.config is model.config
+    with torch.no_grad():
+        before = reference(input_ids=IDS, use_cache=False).logits
+        with attach(model, config=CONFIG):
+            assert torch.equal(reference(input_ids=IDS, use_cache=False).logits, before)
+            with pytest.raises(RuntimeError, match="attached to a cpinfer engine"):
+                model(input_ids=IDS, use_cache=False)
+    assert reference.config is model.config
+
+
 def test_the_model_is_bit_by_bit_what_it_was(model):
     before = photograph(model)
     with attach(model, config=CONFIG) as engine:

@@ -21,6 +21,7 @@ A table goes to stderr, the last stdout line is one JSON object.
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import os
@@ -357,7 +358,7 @@ def capacities(size: Size, dcp_sizes: Sequence[int] = (1, 2, 4)) -> dict[int, in
     from cpinfer.errors import UserError
     from cpinfer.layout.grid import RankGrid
 
-    # The smallest model: only the bytes of its KV count. Its attention is switched once, for all threads.
+    # The smallest model: only the bytes of its KV count.
     model = make_model(QUICK_SHAPE)
     longest = {}
     for dcp in dcp_sizes:
@@ -372,7 +373,7 @@ def capacities(size: Size, dcp_sizes: Sequence[int] = (1, 2, 4)) -> dict[int, in
         )
 
         def ask(topology: cpinfer.Topology, config: Any = config) -> int:
-            with cpinfer.attach(model, topology, config) as engine:
+            with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
                 # The last token of an answer is never cached, so two new tokens take one place.
                 params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
                 full = engine.kv_capacity_tokens
