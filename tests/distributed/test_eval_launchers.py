@@ -47,6 +47,7 @@ def test_accelerate_launch_gives_the_answers_of_one_process(alone: dict[Any, Any
     assert finished.summary["tasks"]["recall_single"]["score"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_run_of_two_replicas_killed_midway_resumes_with_exactly_what_is_missing(
     alone: dict[Any, Any], tmp_path: Path
 ) -> None:

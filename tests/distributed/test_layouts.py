@@ -63,7 +63,7 @@ EVERY_FAMILY: dict[int, list[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("num_ranks", LAYOUTS)
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_real_processes_give_the_tokens_and_logprobs_of_transformers(num_ranks: int, tmp_path: Path) -> None:
     check(num_ranks, LAYOUTS[num_ranks], tmp_path, timeout_s=110)
 

@@ -40,6 +40,7 @@ def test_deepspeed_on_8_processes_gives_the_answers_of_the_unsharded_model(tmp_p
     assert finished.summary["layout"] == {"tp": 4, "pcp": 2, "dcp": 2, "dp": 1, "world_size": 8}
 
 
+@pytest.mark.slow
 def test_accelerate_launch_on_2_processes(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     arguments = ["--config", "configs/pcp2.json", "--input", few_prompts(tmp_path / "in.jsonl")]

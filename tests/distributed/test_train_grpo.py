@@ -52,6 +52,7 @@ def end_of(tmp_path: Path, command: list[str]) -> Finished:
     return finished
 
 
+@pytest.mark.slow
 def test_a_reward_that_raises_on_one_rank_ends_all_and_is_heard(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY_REWARD)
     arguments = ["--set", f"training.reward={tmp_path}/faulty.py:reward", "--output", str(tmp_path / "output.jsonl")]

@@ -20,7 +20,7 @@ def outcome_of(kind: str, num_ranks: int, tp_size: int) -> dict[str, Any]:
     ("kind", "num_ranks", "tp_size", "grid"),
     [
         ("inference", 2, 2, [2, 1, 1, 1]),
-        ("training", 2, 1, [1, 2, 2, 1]),
+        pytest.param("training", 2, 1, [1, 2, 2, 1], marks=pytest.mark.slow),
         ("training", 4, 2, [2, 2, 2, 1]),
     ],
 )

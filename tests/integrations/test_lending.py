@@ -76,6 +76,8 @@ def test_a_phase_takes_the_weights_in_use_the_kv_pool_and_bounded_scratch(kind: 
             bound += layer_bytes  # one layer is whole while it is cut
             assert phase["weights_bytes"] < 0.6 * model_bytes, outcome
         elif phase["how"] == "layerwise":
+            # gloo's thread lets go of what it has gathered a moment after it has said so, in one of three times late.
+            bound += layer_bytes
             assert phase["weights_bytes"] < 0.4 * model_bytes, outcome
         else:
             assert phase["weights_bytes"] == model_bytes, outcome

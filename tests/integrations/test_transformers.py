@@ -47,6 +47,7 @@ def test_every_family_that_transformers_shards_gives_the_answers_of_the_whole_on
     check(tmp_path, 2, cases, timeout_s=300)
 
 
+@pytest.mark.slow
 def test_its_replicas_are_lent_to_prefill(tmp_path: Path) -> None:
     cases = [
         {"family": "llama", "tp": 2, "pcp": 2, "dcp": 4},

@@ -23,6 +23,17 @@ def test_without_a_key_the_summary_is_logged_offline(tmp_path: Path, monkeypatch
     assert_logged(run, b"tokens_per_s", b"num_prompts")
 
 
+def test_the_steps_of_a_training_run_become_curves_beside_its_picture(tmp_path: Path) -> None:
+    steps = [{"step": 1, "reward": 0.0625}, {"step": 2, "reward": 0.8125}]
+    picture = tmp_path / "curve.png"
+    Figure(figsize=(1, 1)).savefig(picture)
+    output = tmp_path / "output.jsonl"
+    log_run(WandbConfig(project="p"), {}, {}, output, has_api_key=False, history=steps, images={"curve": picture})
+    [run] = offline_runs(tmp_path)
+    assert_logged(run, b"0.0625", b"0.8125")
+    assert list(run.glob("files/media/images/curve_*.png"))
+
+
 @pytest.fixture
 def unreachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A key, and a server that nobody listens for."""
