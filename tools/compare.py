@@ -34,7 +34,7 @@ from comparison.evaluations import (
     evaluations_of,
     is_complete,
 )
-from comparison.launches import last_lines, sigterm_interrupts
+from comparison.launches import check_can_launch, last_lines, sigterm_interrupts
 from comparison.layouts import Layout, load_comparison, resolve_layouts
 from comparison.results import Results, log_to_wandb, summarize, write_results
 from comparison.samples import Run, read_run
@@ -107,8 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace) -> Job:
     """Check everything that can be checked before the first launch. UserError says what is wrong."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("it launches processes itself. Start it with python, not under a launcher.")
+    output = Path(args.output) if args.output else default_output(args.config, _now()).parent
+    instead = "Keep its complete runs with --reuse, or run all with --overwrite."
+    check_can_launch(os.environ, output, args.timeout_s, may_exist=args.reuse or args.overwrite, instead=instead)
     config, base = load_comparison(args.config, args.set)
     spec = needed_spec(config, args.config)
     asked = settled(config, spec.max_positions)
@@ -118,13 +119,6 @@ def prepare(args: argparse.Namespace) -> Job:
     tolerance = TOLERANCE[config.dtype] if wanted_tolerance is None else wanted_tolerance
     if not 0 <= tolerance < float("inf"):
         raise UserError(f"--tolerance {tolerance} must be at least 0 and finite.")
-    if not args.timeout_s > 0:
-        raise UserError(f"--timeout-s {args.timeout_s} must be above 0.")
-    output = Path(args.output) if args.output else default_output(args.config, _now()).parent
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file; a folder was wanted.")
-    if output.is_dir() and any(output.iterdir()) and not (args.reuse or args.overwrite):
-        raise UserError(f"output {output} exists. Keep its complete runs with --reuse, or run all with --overwrite.")
     make_questions(asked, needed_tokenizer(config))  # whatever is wrong with a task shows here, not in the first run
     evaluations = [e for layout in layouts for e in evaluations_of(layout, output)]
     return Job(config, spec, tuple(layouts), tuple(evaluations), tolerance, output, args)

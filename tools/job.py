@@ -187,6 +187,13 @@ def needed_tokenizer(config: Config) -> Any:
     return tokenizer
 
 
+def refuse_bad_lines(complaints: Sequence[str], instead: str) -> None:
+    """UserError when an input has bad lines: the first, how many more, and what to do `instead`."""
+    if complaints:
+        more = f" ({len(complaints) - 1} more bad lines)" if len(complaints) > 1 else ""
+        raise UserError(f"{complaints[0]}{more} {instead}")
+
+
 def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: str) -> RankGrid:
     """The rank grid of a config in this world. UserError when the model or the world does not fit it."""
     errors = config_errors(spec, config, config.data_parallel_size or 1)

@@ -44,7 +44,7 @@ import transformers
 
 from bench.harness import Card, machine_name, versions
 from comparison.generated import generate_samples
-from comparison.launches import last_lines, launch, launch_command, sigterm_interrupts
+from comparison.launches import check_can_launch, last_lines, launch, launch_command, sigterm_interrupts
 from comparison.layouts import AxisSizes, Layout, resolve_layouts
 from comparison.mismatches import WHOLE, Logprobs, Row, Sampled, rows_table, verdict
 from comparison.report import Section, html_report
@@ -55,11 +55,11 @@ from cpinfer.engine.output import default_output, meta_path, summary_path, write
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_model, load_spec, load_tokenizer
+from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_integrations.launching import grid_for, launch_inference
-from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser, pool_size
+from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser, needed_spec, pool_size
 
 ROLLOUT = Path(__file__).resolve().parent / "rollout.py"
 GENERATE = "Transformers generate"
@@ -133,18 +133,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
     """Check everything that can be checked before the first launch. UserError says what is wrong."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("it launches processes itself. Start it with python, not under a launcher.")
+    output = Path(args.output) if args.output else default_output(args.config, _now()).parent
+    instead = "Replace what is in it with --overwrite, or name another."
+    check_can_launch(os.environ, output, args.timeout_s, may_exist=args.overwrite, instead=instead)
     config = load_config(args.config, args.set)
-    if config.model is None:
-        raise UserError(f'config {args.config}: "model" is missing; a Hugging Face id or a folder was wanted.')
+    spec = needed_spec(config, args.config)
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --set input=FILE.')
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1.")
-    if not args.timeout_s > 0:
-        raise UserError(f"--timeout-s {args.timeout_s} must be above 0.")
-    spec = load_spec(config.model)
     own = AxisSizes(config.tp_size, config.pcp_size, config.dcp_size, config.data_parallel_size or 1)
     layouts = resolve_layouts(args.layouts or [own.name], _shared(config), Path(args.config).parent, spec, at_least=1)
     for layout in layouts:
@@ -154,11 +151,6 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
                 "Take the keys out of its config."
             )
     inputs = _read_input(config, spec, layouts)
-    output = Path(args.output) if args.output else default_output(args.config, _now()).parent
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output {output} is a file; a folder was wanted.")
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
-        raise UserError(f"output {output} exists. Replace what is in it with --overwrite, or name another.")
     return Job(config, spec, tuple(layouts), tuple(inputs), Compared.of(config.sampling), output, args, tuple(argv))
 
 

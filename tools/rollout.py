@@ -49,6 +49,7 @@ from job import (
     log_to_wandb,
     needed_spec,
     pool_size,
+    refuse_bad_lines,
     run_tool,
     wanted_output,
 )
@@ -103,9 +104,8 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
     inputs, complaints = read_input(
         config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
     )
-    if complaints and not args.skip_bad_prompts:
-        more = f" ({len(complaints) - 1} more bad lines)" if len(complaints) > 1 else ""
-        raise UserError(f"{complaints[0]}{more} Mend the input, or pass --skip-bad-prompts to run the rest.")
+    if not args.skip_bad_prompts:
+        refuse_bad_lines(complaints, "Mend the input, or pass --skip-bad-prompts to run the rest.")
     if not inputs:
         raise UserError(f"input {config.input}: no line can be run. {complaints[0]}")
     output, existing = wanted_output(config, args)

@@ -45,6 +45,7 @@ from job import (
     needed_spec,
     needed_tokenizer,
     pool_size,
+    refuse_bad_lines,
     run_tool,
     wanted_output,
 )
@@ -95,9 +96,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     _, complaints = read_input(
         config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
     )
-    if complaints:
-        more = f" ({len(complaints) - 1} more bad lines)" if len(complaints) > 1 else ""
-        raise UserError(f"{complaints[0]}{more} Mend the input.")
+    refuse_bad_lines(complaints, "Mend the input.")
     output, existing = wanted_output(config, args)
     return Training(
         config=config,

@@ -81,9 +81,7 @@ class Engine:
     @property
     def kv_pool_bytes(self) -> int:
         """What the KV pool takes on this rank while the engine is awake."""
-        per_token = self._kv_layout.bytes_per_token(
-            self._runner.spec.num_layers, str(self._runner.dtype).removeprefix("torch.")
-        )
+        per_token = self._kv_layout.bytes_per_token(self._runner.spec.num_layers, self._dtype_name)
         return self._pool_size.num_blocks * self._pool_size.sharding.block_size * per_token
 
     def wake(self) -> None:
@@ -300,9 +298,13 @@ class Engine:
     def _agree_on_pool(self) -> PoolSize:
         """The KV pool that every rank can afford: memory, or the heads it stores, may differ, block ids may not."""
         runner = self._runner
-        dtype = str(runner.dtype).removeprefix("torch.")
-        pool = affordable_pool(runner.spec, self._kv_layout.num_heads, self._config, dtype, runner.device)
+        num_heads, dtype = self._kv_layout.num_heads, self._dtype_name
+        pool = affordable_pool(runner.spec, num_heads, self._config, dtype, runner.device)
         return PoolSize(smallest(self._topology.replica, pool.num_blocks, runner.device), pool.sharding)
+
+    @property
+    def _dtype_name(self) -> str:
+        return str(self._runner.dtype).removeprefix("torch.")
 
     def _refuse_while_streaming(self, what: str) -> None:
         if self._is_streaming:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpinfer.comm.axis import AxisComm
+from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.adapters import refuse_adapters_under_tp
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.local_weights import shape_in_use
@@ -81,8 +82,7 @@ def cuts(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int) -> list[list[C
     """For each layer, what tensor parallelism slices of it. UnsupportedError where that cannot be done."""
     heads = spec.heads(tp_size)
     refuse_adapters_under_tp(model)
-    mine = heads.q_heads(tp_rank), heads.kv_heads(tp_rank)
-    found = [list(_cuts_of(layer, *mine, spec)) for layer in decoder_layers(model)]
+    found = [list(_cuts_of(layer, heads, tp_rank)) for layer in decoder_layers(model)]
     for index, layer in enumerate(found):
         names = {cut.name for cut in layer}
         if not {"o_proj"} < names or not names & {"q_proj", "q_b_proj"}:
@@ -90,18 +90,18 @@ def cuts(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int) -> list[list[C
     return found
 
 
-def _cuts_of(layer: nn.Module, q_heads: range, kv_heads: range, spec: ModelSpec) -> Iterator[Cut]:
+def _cuts_of(layer: nn.Module, heads: HeadPlacement, tp_rank: int) -> Iterator[Cut]:
+    q_heads, kv_heads, tp_size = heads.q_heads(tp_rank), heads.kv_heads(tp_rank), heads.tp_size
     for parent in layer.modules():
         linears = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
         if "o_proj" in linears:
             for name in linears:
                 if name in _QUERIES:
-                    yield Cut(parent, name, _part(linears[name], 0, q_heads, spec.num_q_heads), False)
+                    yield Cut(parent, name, _part(linears[name], 0, q_heads, heads.num_q_heads), False)
                 elif name in _KEYS:
-                    yield Cut(parent, name, _part(linears[name], 0, kv_heads, spec.num_kv_heads), False)
-            yield Cut(parent, "o_proj", _part(linears["o_proj"], 1, q_heads, spec.num_q_heads), True)
+                    yield Cut(parent, name, _part(linears[name], 0, kv_heads, heads.num_kv_heads), False)
+            yield Cut(parent, "o_proj", _part(linears["o_proj"], 1, q_heads, heads.num_q_heads), True)
         elif all(name in linears for name in _MLP):
-            tp_size, tp_rank = spec.num_q_heads // len(q_heads), q_heads.start // len(q_heads)
             inner = shape_in_use(linears["down_proj"].weight)[1]
             if inner % tp_size == 0:  # else whole on every rank, which is right as well
                 for name in _MLP:

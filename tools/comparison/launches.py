@@ -19,6 +19,8 @@ from typing import IO, Literal, NoReturn
 
 import psutil
 
+from cpinfer.errors import UserError
+
 Launcher = Literal["torchrun", "deepspeed"]
 # How long a launcher may take to end its processes when it is asked to, before they are killed.
 GRACE_S = 10.0
@@ -36,6 +38,21 @@ class Ended:
 
     returncode: int | None
     wall_s: float
+
+
+def check_can_launch(
+    environ: Mapping[str, str], output: Path, timeout_s: float, *, may_exist: bool, instead: str
+) -> None:
+    """UserError for a tool that was started under a launcher itself, for a time limit that is none, and for an `output`
+    folder that holds something it may not; `instead` says what to do then."""
+    if int(environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("it launches processes itself. Start it with python, not under a launcher.")
+    if not timeout_s > 0:
+        raise UserError(f"--timeout-s {timeout_s} must be above 0.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output {output} is a file; a folder was wanted.")
+    if output.is_dir() and any(output.iterdir()) and not may_exist:
+        raise UserError(f"output {output} exists. {instead}")
 
 
 def launch_command(launcher: Launcher, num_ranks: int, script: Path, arguments: Sequence[str]) -> list[str]:
