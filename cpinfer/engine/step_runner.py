@@ -244,7 +244,6 @@ class StepRunner:
             logits = self._forward([], [], IdleStep(), [])
             return self._sample(logits, [], running, [places[id(s)] for s in running])
         positions, shard = [s.next_position for s in here], self._topology.kv_shard
-        rows_per_rank = -(-len(here) // self._row_ranks)
         plan = plan_decode(
             positions,
             [s.blocks for s in here],
@@ -252,7 +251,7 @@ class StepRunner:
             pcp_size=self._row_ranks,
             pcp_rank=self._topology.coords.pcp_rank % self._row_ranks,
             shard=shard,
-            rows_per_rank=rows_per_rank if self._graphs is None else bucket_of(rows_per_rank),
+            rows_per_rank=self._rows_per_rank(len(here)),
         )
         rows: dict[int | None, AttentionRows] = {None: plan.rows} if self._has_full_layers else {}
         for window in self._windows:
@@ -272,13 +271,17 @@ class StepRunner:
         """Who computes each running sequence, by `id`."""
         places = {}
         for home, sequences in enumerate(by_home):
-            gathered = deal_rows(len(sequences), self._row_ranks)
-            rows_per_rank = len(gathered) // self._row_ranks
-            for place, row in enumerate(gathered.tolist()):
+            rows_per_rank = self._rows_per_rank(len(sequences))
+            for place, row in enumerate(deal_rows(len(sequences), self._row_ranks, rows_per_rank).tolist()):
                 if row >= 0:
                     pcp_rank, record = divmod(place, rows_per_rank)
                     places[id(sequences[row])] = (home * self._topology.grid.row_ranks + pcp_rank, record)
         return places
+
+    def _rows_per_rank(self, num_rows: int) -> int:
+        """As few as hold them; where steps are replayed, as many as a step that is captured."""
+        needed = -(-num_rows // self._row_ranks)
+        return needed if self._graphs is None else bucket_of(needed)
 
     def _forward(
         self,

@@ -1,10 +1,11 @@
 """One decode step: every running sequence computes its next token.
 
-Rows (sequences) are dealt over the pcp ranks like cards, `R = ceil(rows / pcp)` each, so that everything but attention
-is done once per row; a rank short of rows is padded with dummies (position 0, no keys, nothing written).
+Rows (sequences) are dealt over the pcp ranks, `R = ceil(rows / pcp)` to each, so that everything but attention is done
+once per row; a rank short of rows is padded with dummies (position 0, no keys, nothing written). Each rank takes
+neighbours, so that a gather has all rows in their own order, where samples of one prompt stay side by side.
 
-    5 rows over pcp=2:      pcp0 | row 0 | row 2 | row 4 |        after the gather over pcp, in place order:
-                            pcp1 | row 1 | row 3 |   -   |        0 2 4 1 3 -
+    5 rows over pcp=2:      pcp0 | row 0 | row 1 | row 2 |        after the gather over pcp, in place order:
+                            pcp1 | row 3 | row 4 |   -   |        0 1 2 3 4 -
 """
 
 from __future__ import annotations
@@ -115,12 +116,12 @@ def deal_rows(num_rows: int, pcp_size: int, rows_per_rank: int | None = None) ->
     """`[pcp * R]` rows in gathered order, -1 for padding; R is what is needed, or `rows_per_rank`.
 
     >>> deal_rows(5, 2).tolist()
-    [0, 2, 4, 1, 3, -1]
+    [0, 1, 2, 3, 4, -1]
     >>> deal_rows(2, 2, rows_per_rank=2).tolist()
-    [0, -1, 1, -1]
+    [0, 1, -1, -1]
     """
     per_rank = -(-num_rows // pcp_size) if rows_per_rank is None else rows_per_rank
     if per_rank * pcp_size < num_rows:
         raise ValueError(f"{num_rows} rows do not fit {per_rank} on each of {pcp_size} ranks")
-    dealt = np.arange(per_rank * pcp_size).reshape(per_rank, pcp_size).T.reshape(-1)
-    return np.where(dealt < num_rows, dealt, -1)
+    place = np.arange(per_rank * pcp_size)
+    return np.where(place < num_rows, place, -1)

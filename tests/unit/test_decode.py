@@ -16,20 +16,18 @@ def plan(positions, tables, pcp_rank=0, shard=0, pcp_size=2):
 def test_the_drawn_example_deals_five_rows_over_two_ranks():
     tables = [[i] for i in range(5)]
     plans = [plan([0, 1, 2, 3, 4], tables, pcp_rank=r, shard=r) for r in range(2)]
-    assert [p.own.tolist() for p in plans] == [[0, 2, 4], [1, 3, -1]]
-    assert [p.positions.tolist() for p in plans] == [[0, 2, 4], [1, 3, 0]]
+    assert [p.own.tolist() for p in plans] == [[0, 1, 2], [3, 4, -1]]
+    assert [p.positions.tolist() for p in plans] == [[0, 1, 2], [3, 4, 0]]
     for p in plans:
-        assert p.gathered.tolist() == [0, 2, 4, 1, 3, -1]
+        assert p.gathered.tolist() == [0, 1, 2, 3, 4, -1]
 
 
 @pytest.mark.parametrize("num_rows", range(1, 12))
 @pytest.mark.parametrize("pcp", [1, 2, 3, 8])
-def test_rows_are_dealt_like_cards_and_every_rank_gets_as_many(num_rows, pcp):
-    dealt = deal_rows(num_rows, pcp).reshape(pcp, -1)
-    assert dealt.shape[1] == -(-num_rows // pcp)
-    for rank, row in enumerate(dealt):
-        expected = list(range(rank, num_rows, pcp))
-        assert row.tolist() == expected + [-1] * (len(row) - len(expected))
+def test_every_rank_takes_as_many_neighbours_and_padding_comes_last(num_rows, pcp):
+    dealt = deal_rows(num_rows, pcp)
+    assert len(dealt) == pcp * -(-num_rows // pcp)
+    assert dealt[:num_rows].tolist() == list(range(num_rows)) and (dealt[num_rows:] == -1).all()
 
 
 def test_the_new_token_is_among_the_keys_its_query_sees():
@@ -53,8 +51,8 @@ def test_a_padding_row_sees_nothing_and_writes_nothing():
         (padding,) = np.flatnonzero(p.gathered < 0)
         assert p.rows.kv_hi[padding] == 0
         assert padding not in p.write_src
-        assert p.own.tolist() == [1, -1]
-        assert p.positions.tolist() == [9, 0]
+        assert p.own.tolist() == [2, -1]
+        assert p.positions.tolist() == [7, 0]
 
 
 def test_a_decode_row_is_one_query_without_a_mask():
