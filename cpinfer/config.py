@@ -230,6 +230,10 @@ class Config:
         "how partial attention comes back: all-to-all, all-gather and reduce-scatter, or all rows on all ranks",
         "a2a",
     )
+    cascade_attention: Literal["auto", "on", "off"] = _key(
+        "samples of one prompt attend to it together in decode; auto where that is known to be faster (so far on CPU)",
+        "auto",
+    )
     cuda_graphs: bool = _key(
         "replay decode steps from CUDA graphs, by number of sequences (FlashInfer, models without experts)", False
     )
@@ -251,6 +255,10 @@ class Config:
             _check(value is None or value >= 1, name, value, "at least 1")
         gib = self.kv_cache_gib
         _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
+        ok = self.cascade_attention != "on" or not self.cuda_graphs
+        _check(
+            ok, "cascade_attention", self.cascade_attention, '"auto" or "off" with cuda_graphs, whose rows are fixed'
+        )
         if self.backend == "flashinfer" and self.dtype == "float32":
             raise refuse("flashinfer_dtype", 'backend="flashinfer" with dtype="float32"')
 

@@ -30,9 +30,13 @@ class PlannedAttention(Protocol):
 
 
 class AttentionBackend(Protocol):
-    """A family of kernels on one kind of device."""
+    """A family of kernels on one kind of device.
+
+    `min_saved_keys`: keys per query that attending to a shared prefix once has to save, to be faster; None: not known.
+    """
 
     name: str
+    min_saved_keys: int | None
 
     def plan(self, rows: AttentionRows) -> PlannedAttention:
         """Prepare the rows of one step. Planning again leaves earlier plans valid or says otherwise."""

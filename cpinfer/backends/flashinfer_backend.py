@@ -99,6 +99,7 @@ class FlashInferBackend:
     """Plans for one device. Earlier plans stay valid, for as long as they are held. Not for several threads at once."""
 
     name = "flashinfer"
+    min_saved_keys: int | None = None  # what a second launch and a merge cost beside keys has not been measured
 
     def __init__(self, device: torch.device, needs: AttentionNeeds, library: Any = None) -> None:
         self._device = device

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.backends.base import AttentionBackend, FixedSizeBackend
+from cpinfer.backends.cascade import plan_sharing
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
@@ -100,6 +101,7 @@ class StepRunner:
             state_return=state_return,
             kv_columns=self._heads.columns,
         )
+        self._min_saved_keys = {"auto": backend.min_saved_keys, "on": 0, "off": None}[config.cascade_attention]
         self._graphs = self._decode_graphs() if config.cuda_graphs else None
         self._places = exchange_places(grid, topology.rank)
         self._context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp
@@ -261,7 +263,10 @@ class StepRunner:
         if self._graphs is not None:
             logits = self._graphs.forward(plan, rows, tokens)
         else:
-            planned = {window: self._backend.plan(r) for window, r in rows.items()}
+            planned = {
+                window: plan_sharing(self._backend, r, self._min_saved_keys if window is None else None)
+                for window, r in rows.items()
+            }
             attention = DecodeStep(plan, planned, self._cache, self._decode_exchange, self._heads)
             padding = [0] * (len(plan.own) - len(mine))
             logits = self._forward(tokens + padding, plan.positions, attention, range(len(mine)))

@@ -25,6 +25,8 @@ DENSE_TILE_SCORES = 2**24
 # Queries of a windowed row that share one kernel call. With fewer there are more calls, with more there are more masked
 # keys; as many as the window is wide, a call computes at most twice what is seen.
 MIN_WINDOW_TILE, MAX_WINDOW_TILE = 64, 512
+# With more queries the kernel is as fast head by head.
+MAX_FOLDED_QUERIES = 8
 
 
 def dense_attention(
@@ -176,21 +178,29 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = Fals
     T, H, _ = q.shape
     K, V = v.shape[1:]
     q, k, v = _equal_head_dims(q, k, v)
-    # One query: its heads that share a KV head become the query rows of that head, one pass over the keys for all.
-    # (Under a mask as well: with one query it hides no key that is passed here.)
-    single = T == 1
-    heads_first = q.view(K, H // K, -1) if single and q.is_contiguous() else q.transpose(0, 1)
+    # Few queries: heads that share a KV head become query rows of that head, one pass over the keys for all of them.
+    # (One query may come under a mask as well: it hides no key that is passed here.)
+    is_folded = T == 1 or (T <= MAX_FOLDED_QUERIES and not causal and mask is None)
+    if T == 1:
+        heads_first = q.reshape(K, H // K, -1)
+    elif is_folded:
+        heads_first = q.view(T, K, H // K, -1).transpose(0, 1).flatten(1, 2)
+    else:
+        heads_first = q.transpose(0, 1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         heads_first[None],
         k.transpose(0, 1)[None],
         v.transpose(0, 1)[None],
         0.0,
         causal,
-        attn_mask=None if single else mask,
+        attn_mask=None if is_folded else mask,
         scale=scale,
     )
-    if heads_first.shape[0] != H or single:
+    if T == 1:
         return out.reshape(1, H, -1)[..., :V], lse.reshape(1, H)
+    if is_folded:
+        out, lse = (x.view(K, T, H // K, -1).transpose(0, 1).reshape(T, H, -1) for x in (out, lse))
+        return out[..., :V], lse[..., 0]
     return out[0].transpose(0, 1)[..., :V], lse[0].transpose(0, 1)
 
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import check_rollout
 import cpinfer
+from cpinfer.backends.cascade import CascadePlan
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import RolloutResult
@@ -221,8 +222,9 @@ def texts(results: Sequence[RolloutResult]) -> dict[tuple[str, int], tuple[int, 
         {"max_num_batched_tokens": 33, "context_exchange": "queries", "decode_exchange": "ag_rs"},
         {"max_num_seqs": 5, "block_size": 4, "decode_exchange": "replicate_q", "enable_prefix_caching": False},
         {"kv_cache_gib": 40 * 8 * 256 / 2**30, "block_size": 8, "context_workspace_tokens": 20},
+        {"cascade_attention": "on", "block_size": 4},
     ],
-    ids=["default", "chunks16", "chunks50_kv", "chunks33_ag_rs", "replicate_q", "tight_pool"],
+    ids=["default", "chunks16", "chunks50_kv", "chunks33_ag_rs", "replicate_q", "tight_pool", "cascade"],
 )
 def test_text_does_not_depend_on_chunks_prefixes_homes_or_preemption(
     llama: Any, expected: dict[tuple[str, int], tuple[int, ...]], grid: RankGrid, config: dict[str, Any]
@@ -254,6 +256,26 @@ def stats_of(model: Any, grid: RankGrid, prompts: Sequence[Any], sampling: Sampl
 def test_samples_of_one_prompt_prefill_it_once(llama: Any, grid: RankGrid) -> None:
     stats = stats_of(llama, grid, [SHARED], SamplingParams(max_new_tokens=4, n=8), enable_prefix_caching=False)
     assert (stats.num_computed_prefill_tokens, stats.num_cached_prefill_tokens) == (96, 0)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "option", "expected"),
+    [(96, "on", True), (450, "auto", True), (96, "auto", False), (450, "off", False)],
+)
+def test_samples_of_one_prompt_attend_to_it_together_where_it_is_long(
+    llama: Any, monkeypatch: pytest.MonkeyPatch, num_tokens: int, option: str, expected: bool
+) -> None:
+    cuts = []
+
+    def counted(*plans: Any) -> CascadePlan:
+        cuts.append(plans)
+        return CascadePlan(*plans)
+
+    monkeypatch.setattr("cpinfer.backends.cascade.CascadePlan", counted)
+    prompts, sampling = prompts_of((num_tokens,), vocab_size=128), SamplingParams(max_new_tokens=4, n=8)
+    found = generate(llama, RankGrid(), prompts, sampling, cascade_attention=option)
+    assert bool(cuts) == expected
+    assert texts(found) == texts(generate(llama, RankGrid(), prompts, sampling, cascade_attention="off"))
 
 
 def test_a_prefix_seen_before_is_not_computed_again(llama: Any) -> None:

@@ -116,3 +116,12 @@ def test_greedy_tokens_and_logprobs_equal_transformers(
         assert list(result.token_ids) == check_rollout.generate_greedy(model, result.prompt_token_ids, 8)
         expected = check_rollout.score(model, result.prompt_token_ids, result.token_ids)
         assert (expected - torch.tensor(result.logprobs)).abs().max() <= LOGPROB_TOLERANCE
+
+
+def test_samples_that_share_a_prefix_are_those_of_a_process_without(on_flashinfer: Callable[[str], None]) -> None:
+    model, prompts = make_model(FAMILIES["qwen2"]), prompts_of((60, 5, 33), vocab_size=128)
+    sampling = SamplingParams(temperature=1.0, max_new_tokens=8, n=3, seed=4)
+    expected = generate(model, RankGrid(), prompts, sampling)
+    on_flashinfer(VERSIONS[0])
+    found = generate(model, RankGrid(pcp_size=2, dcp_size=2), prompts, sampling, cascade_attention="on", block_size=4)
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]

@@ -52,6 +52,7 @@ def test_a_key_like_no_other_is_still_an_error():
         ({"kv_cache_gib": True}, "kv_cache_gib", "a number"),
         ({"enable_prefix_caching": 0}, "enable_prefix_caching", "true or false"),
         ({"context_exchange": "keys"}, "context_exchange", 'one of "auto", "queries", "kv"'),
+        ({"cascade_attention": "on", "cuda_graphs": True}, "cascade_attention", "with cuda_graphs"),
         ({"decode_exchange": "ring"}, "decode_exchange", 'one of "a2a", "ag_rs", "replicate_q"'),
         ({"model": 3}, "model", "a text"),
         ({"dtype": "fp8"}, "dtype", 'one of "float32", "bfloat16", "float16"'),
@@ -139,6 +140,7 @@ def test_a_size_that_is_no_finite_number_is_refused(tmp_path, text):
     [
         ("enable_prefix_caching", (True, False), True),
         ("context_exchange", ("auto", "queries", "kv"), "auto"),
+        ("cascade_attention", ("auto", "on", "off"), "auto"),
         ("decode_exchange", ("a2a", "ag_rs", "replicate_q"), "a2a"),
     ],
 )
