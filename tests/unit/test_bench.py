@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from bench import engine, scaling
+from bench import cascade, engine, scaling
 from bench.harness import Card, Timing, has_time_for_another, machine_name, rotated, slug, table
 from bench.workloads import (
     QUICK_SHAPE,
     ModelShape,
     Speed,
     Workload,
+    decode_floor_s,
     engine_workloads,
     floor_s,
     make_model,
@@ -126,6 +127,26 @@ def test_floor_computes_a_prompt_once_for_all_its_samples():
     one, many = (Workload("w", (prompt,), (1,), num_samples=n) for n in (1, 8))
     speed = Speed(1.0, 1.0)
     assert floor_s(one, SHAPE, speed) == floor_s(many, SHAPE, speed)
+
+
+def test_a_decode_step_reads_a_prompt_once_for_all_its_samples_or_as_often_as_it_is_said_to():
+    group = Workload("w", ((1,) * 100,), (3,), num_samples=4)
+    speed = Speed(gflop_per_s=1e12, gbyte_per_s=1.0)
+    weights = 4 * (SHAPE.params_per_token + SHAPE.vocab_params)
+    for reads, num_keys in ((None, 100 + 4), (4, 4 * 101)):
+        found = decode_floor_s(group, SHAPE, speed, 1, prompt_reads=reads)
+        assert found == pytest.approx((weights + num_keys * SHAPE.kv_bytes_per_token) / 1e9)
+
+
+def test_ways_that_part_other_than_at_a_near_tie_are_told_and_not_timed():
+    workload = Workload("w", ((1, 2),), (2,), num_samples=2)
+    model = make_model(QUICK_SHAPE)
+    same, other = cascade.Run([[5, 6], [7, 8]], 1.0, 1.0), cascade.Run([[5, 6], [7, 9]], 1.0, 1.0)
+    assert cascade.disagreements(model, workload, {"on": [same], "off": [same]}) == []
+    (told,) = cascade.disagreements(model, workload, {"on": [same], "off": [other]})
+    assert "sample 1 parts" in told
+    summary = cascade.summarize({"w": {"on": [same], "off": [other]}}, [told], None)
+    assert not summary["tokens_agree"] and set(summary["batches"]["w"].values()) == {None}
 
 
 def scaling_of(alone, copies, split):
@@ -241,7 +262,7 @@ def test_launchers_local_rank_is_accepted():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["engine", "scaling"])
+@pytest.mark.parametrize("tool", ["cascade", "engine", "scaling"])
 def test_quick_runs_and_ends_with_one_json_object(tool, tmp_path):
     command = [sys.executable, str(BENCH / f"{tool}.py"), "--quick", "--results", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)

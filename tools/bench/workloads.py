@@ -199,22 +199,32 @@ class Speed:
 def floor_s(workload: Workload, shape: ModelShape, speed: Speed, tp_size: int = 1) -> float:
     """The least time a workload can take at this speed, when every prompt is computed once and all samples at once.
 
-    Prefill is bound by arithmetic. A decode step is bound by arithmetic or by bytes, whichever is more: weights once,
-    the KV of every sample once. Communication, sampling and everything between kernels are free.
+    Prefill is bound by arithmetic, decode steps as `decode_floor_s` has them.
     """
     pairs = sum(len(p) * (len(p) + 1) // 2 for p in workload.prompts)
     flops = 2.0 * shape.params_per_token * workload.num_prompt_tokens + shape.flops_per_pair * pairs
     flops += 2.0 * shape.vocab_params * len(workload.prompts)
     seconds = flops / (tp_size * speed.gflop_per_s * 1e9)
-    weights = (shape.params_per_token + shape.vocab_params) * FLOAT32_BYTES
-    for step in range(1, max(workload.max_new_tokens)):
-        contexts = [len(p) + step for p, n in workload.samples() if n > step]
-        flops = 2.0 * (shape.params_per_token + shape.vocab_params) * len(contexts) + shape.flops_per_pair * sum(
-            contexts
-        )
-        num_bytes = weights + shape.kv_bytes_per_token * sum(contexts)
-        seconds += max(flops / (speed.gflop_per_s * 1e9), num_bytes / (speed.gbyte_per_s * 1e9)) / tp_size
-    return seconds
+    steps = range(1, max(workload.max_new_tokens))
+    return seconds + sum(decode_floor_s(workload, shape, speed, step) for step in steps) / tp_size
+
+
+def decode_floor_s(
+    workload: Workload, shape: ModelShape, speed: Speed, step: int, *, prompt_reads: int | None = None
+) -> float:
+    """The least time of decode step `step`, of all samples that want more tokens than that.
+
+    It is bound by arithmetic or by bytes, whichever is more: weights once, the KV of every sample's own tokens once,
+    and that of a prompt once for all of its samples, or `prompt_reads` times. Communication, sampling and everything
+    between kernels are free.
+    """
+    params = shape.params_per_token + shape.vocab_params
+    prompts = [len(p) for p, n in zip(workload.prompts, workload.max_new_tokens, strict=True) if n > step]
+    num_rows, num_reads = len(prompts) * workload.num_samples, 1 if prompt_reads is None else prompt_reads
+    num_keys = sum(prompts) * workload.num_samples + step * num_rows
+    flops = 2.0 * params * num_rows + shape.flops_per_pair * num_keys
+    num_bytes = params * FLOAT32_BYTES + shape.kv_bytes_per_token * (sum(prompts) * num_reads + step * num_rows)
+    return max(flops / (speed.gflop_per_s * 1e9), num_bytes / (speed.gbyte_per_s * 1e9))
 
 
 def measure_speed(shape: ModelShape) -> Speed:
