@@ -72,7 +72,7 @@ def fake_flashinfer(
             given = bound(f"{self.name}.__init__", self, args, kwargs)
             log.made.append({"name": self.kind, **given})
             assert given.get("backend") in ("fa2", "fa3"), "a family that returns lse must be pinned"
-            self.fixed = None
+            self.family, self.fixed = given["backend"], None
             if given.get("use_cuda_graph"):
                 self.fixed = {name: given[name] for name in self.buffers}
             self.planned: dict[str, Any] = {}
@@ -158,6 +158,10 @@ def fake_flashinfer(
                 last_page_len=p["paged_kv_last_page_len"],
             )
             self.planned = {"causal": False, "window_left": -1, "head_dim_vo": p["head_dim_qk"], **p}
+            # Over pages, of keys and values of different dims it has none: cudaErrorNotSupported.
+            is_square = self.planned["head_dim_qk"] == self.planned["head_dim_vo"]
+            if self.family == "fa3" and not is_square:
+                raise RuntimeError("BatchPrefillWithPagedKVCacheSM90Run failed: operation not supported")
 
         def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             r = bound(f"{self.name}.run", self, args, kwargs)

@@ -15,8 +15,8 @@ Host arrays are staged in pinned memory that belongs to the wrapper, as FlashInf
 both, so that no plan overwrites what the copies of the last one still read. Within a step nothing waits: a wrapper is
 planned once in it. All wrappers share one workspace, which is right as long as they run on one stream.
 
-Kernels: paged prefill and latent attention in FlashAttention-3 style on Hopper, else FlashAttention-2 style; decode in
-the latter (with small pages the former is slow), on tensor cores where query heads share KV heads. Both return lse.
+Kernels: paged prefill of many queries, and latent attention, in FlashAttention-3 style on Hopper; all else in
+FlashAttention-2 style, decode on tensor cores where query heads share KV heads. Both return lse.
 Other families (trtllm-gen, cudnn, ...) either do not or need more than a page table, and are never chosen.
 
 Letters: T queries, H query heads, K KV heads, D head dim of keys, V of values.
@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.backends.base import AttentionNeeds, FixedSize
+from cpinfer.backends.flashinfer_limits import has_latent_room, replayed_workspace_bytes, workspace_bytes
 from cpinfer.backends.page_table import PageTable, page_table
 from cpinfer.backends.self_check import check_backend
 from cpinfer.errors import UserError
@@ -49,11 +50,9 @@ LN_2 = math.log(2)
 # Head dims (keys, values) that kernels exist for; of latent layouts (latent and rotated key, latent).
 HEAD_DIMS = frozenset({(64, 64), (128, 128), (256, 256), (192, 128)})
 LATENT_DIMS = frozenset({(576, 512)})
-# Where its kernels split the keys of a row, partial results wait in the workspace: for every query head of a group one
-# tile per resident block, in float32. FlashInfer recommends 128 MiB, which groups of 8 fill.
-MIN_WORKSPACE_BYTES = 128 * 2**20
-_TILE_QUERIES = 128
-_BLOCKS_PER_SM = 2
+# FlashAttention-3 style gives each head a tile of so many queries of a row, and splits no keys: with fewer queries most
+# of a tile, or of the SMs, has nothing to do. FlashAttention-2 style fills tiles with the heads of a group.
+FA3_TILE_QUERIES = 128
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,12 @@ class FlashInferBackend:
     def __init__(self, device: torch.device, needs: AttentionNeeds, library: Any = None) -> None:
         self._device = device
         self._library = importlib.import_module("flashinfer") if library is None else library
-        is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-        self._family = "fa3" if is_hopper else "fa2"
-        self._workspace = torch.zeros(_workspace_bytes(needs, device), dtype=torch.uint8, device=device)
+        self._is_hopper, self._num_sms = False, 0
+        if device.type == "cuda":
+            _check_is_current(device)
+            properties = torch.cuda.get_device_properties(device)
+            self._is_hopper, self._num_sms = properties.major == 9, properties.multi_processor_count
+        self._workspace = self._new_workspace(workspace_bytes(needs, self._num_sms) if self._num_sms else 1024)
         self._free: dict[_Kind, list[_Wrapper]] = {}
         check_backend(self, needs, device)
 
@@ -120,21 +122,35 @@ class FlashInferBackend:
         """A wrapper of the right kind, `plan`'s until it is gone."""
         kind = self._kind(table, call)
         if fixed is not None:
-            return _Wrapper(self._library, kind, self._workspace, fixed)
+            return _Wrapper(self._library, kind, self._workspace_for(kind, call, fixed), fixed)
         free = self._free.setdefault(kind, [])
         wrapper = free.pop() if free else _Wrapper(self._library, kind, self._workspace)
         weakref.finalize(plan, free.append, wrapper).atexit = False
         return wrapper
 
     def on_device(self, array: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(array).to(self._device)
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+    def _workspace_for(self, kind: _Kind, call: _Call, fixed: FixedSize) -> Tensor:
+        """Graphs keep what they were captured with, so a plan of many rows brings memory of its own."""
+        if kind.name == "latent" or not kind.tensor_cores or not self._num_sms:
+            return self._workspace
+        shape = (call.num_q_heads, call.num_kv_heads, call.v_dim, fixed.num_rows)
+        needed = replayed_workspace_bytes(*shape, num_sms=self._num_sms)
+        return self._workspace if needed <= len(self._workspace) else self._new_workspace(needed)
+
+    def _new_workspace(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
 
     def _kind(self, table: PageTable, call: _Call) -> _Kind:
         if call.is_latent:
-            return _Kind("latent", self._family)
-        if table.is_decode and call.k_dim == call.v_dim:
+            return _Kind("latent", "fa3" if self._is_hopper else "fa2")
+        # Kernels for one query per row, and FlashAttention-3 over pages, exist for equal head dims alone.
+        is_square = call.k_dim == call.v_dim
+        if table.is_decode and is_square:
             return _Kind("decode", "fa2", tensor_cores=call.num_q_heads > call.num_kv_heads)
-        return _Kind("prefill", self._family)
+        is_wide = table.num_queries > FA3_TILE_QUERIES * table.num_rows
+        return _Kind("prefill", "fa3" if self._is_hopper and is_square and is_wide else "fa2")
 
 
 class FlashInferPlan:
@@ -336,10 +352,25 @@ class _Staging:
             self._copied.record()
 
 
+def _check_is_current(device: torch.device) -> None:
+    """Kernels run on the current device, whatever their tensors are on."""
+    current = torch.cuda.current_device()
+    if device.index not in (None, current):
+        raise UserError(
+            f"the model is on {device}, and the current device is cuda:{current}. "
+            f"Call torch.cuda.set_device({device.index}) first, as launchers' local ranks do."
+        )
+
+
 def _check_latent(table: PageTable, call: _Call) -> None:
     """Latents are attended to in decode and as context, where no mask is needed: prefill expands them."""
     if call.soft_cap is not None or table.window_left >= 0:
         raise ValueError("FlashInfer's latent attention has neither windows nor soft caps")
+    if not has_latent_room(table.qo_indptr, call.num_q_heads):
+        raise ValueError(
+            f"{table.num_queries} queries of {call.num_q_heads} heads are more than a plan of FlashInfer's latent "
+            "attention has room for. Lower max_num_batched_tokens."
+        )
     # Its causal kernels leave out a key where tiles of queries and keys end together, for some numbers of heads:
     # 0.7.2 refuses such plans (`_validate_fa_causal_tile_bound`), 0.6.18 runs them.
     if table.causal and not table.is_decode:
@@ -360,14 +391,3 @@ def _graph_buffers(fixed: FixedSize, device: torch.device) -> list[Tensor]:
 def _named(buffers: list[Tensor] | None, *names: str) -> dict[str, Any]:
     """Arguments of a wrapper's constructor that fix its memory; none where it may move."""
     return {} if buffers is None else {"use_cuda_graph": True, **dict(zip(names, buffers, strict=False))}
-
-
-def _workspace_bytes(needs: AttentionNeeds, device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1024
-    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = _BLOCKS_PER_SM * num_sms * _TILE_QUERIES * 4
-    # Latent attention has kernels of its own, for which the least is enough.
-    plain = [(num_q_heads, layout) for num_q_heads, layout in needs.calls if not layout.v_is_prefix_of_k]
-    groups = [num_q_heads // layout.num_heads * layout.v_dim for num_q_heads, layout in plain]
-    return max(MIN_WORKSPACE_BYTES, tiles * max(groups, default=0))

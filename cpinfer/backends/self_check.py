@@ -26,20 +26,19 @@ from cpinfer.ops.states import State
 MAX_OUT_ERROR = 5e-2
 MAX_LSE_ERROR = 2e-2
 
-# Store of 8 blocks of 4 tokens; neighbours in a table are no neighbours in it.
+# Neighbours in a table are no neighbours in the store.
 _BLOCK_SIZE = 4
-_NUM_BLOCKS = 8
+_NUM_BLOCKS = 97
+_SHORT_TABLES = [[5, 1], [6, 2, 0], [7]]
+_LONG_TABLE = [block * 5 % _NUM_BLOCKS for block in range(_NUM_BLOCKS)]
 
 
 def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torch.device) -> None:
     """BackendFaultError, saying what is wrong, when `backend` does not compute attention as everything here expects."""
     for num_q_heads, layout in needs.calls:
         for name, rows in _cases(layout.v_is_prefix_of_k, needs.has_windows):
-            q, keys, values = _inputs(rows, num_q_heads, layout, needs.dtype, device)
-            out, lse = backend.plan(rows).run(q, keys, values, scale=layout.k_dim**-0.5)
-            want = _oracle(rows, q, keys, values, layout.k_dim**-0.5)
-            if not _equal((out, lse), want):
-                what = _diagnosis(rows, q, keys, values, layout.k_dim**-0.5, (out, lse), want)
+            what = _fault(backend, rows, _inputs(rows, num_q_heads, layout, needs.dtype, device), layout.k_dim**-0.5)
+            if what is not None:
                 raise BackendFaultError(
                     f"the {backend.name} backend fails its check ({name}, {num_q_heads} heads over {layout}, "
                     f'{needs.dtype}): {what}. Nothing was computed with it. Use backend "torch", or another version '
@@ -47,18 +46,36 @@ def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torc
                 )
 
 
+def _fault(
+    backend: AttentionBackend, rows: AttentionRows, inputs: tuple[Tensor, Tensor, Tensor], scale: float
+) -> str | None:
+    """What `backend` does wrong with these rows; None when nothing."""
+    try:
+        found = backend.plan(rows).run(*inputs, scale=scale)
+    except RuntimeError as error:  # what libraries raise: no such kernel, compilation failed, out of memory
+        return f"it raised {type(error).__name__}: {error}"
+    want = _oracle(rows, *inputs, scale)
+    return None if _equal(found, want) else _diagnosis(rows, *inputs, scale, found, want)
+
+
 def _cases(is_latent: bool, has_windows: bool) -> Iterator[tuple[str, AttentionRows]]:
-    """What a layout is used for. Latents are never attended to under a mask: prefill expands them."""
+    """What a layout is used for, with few queries and with several tiles of them, which may be other kernels.
+
+    Latents are never attended to under a mask: prefill expands them.
+    """
 
     def rows(q_lens: list[int], kv_lens: list[int], *, causal: bool) -> AttentionRows:
-        tables = [[5, 1], [6, 2, 0], [7]]
-        return AttentionRows.build(q_lens, kv_lens, tables[: len(q_lens)], block_size=_BLOCK_SIZE, causal=causal)
+        tables = _SHORT_TABLES if len(q_lens) > 1 else [_LONG_TABLE]
+        return AttentionRows.build(q_lens, kv_lens, tables, block_size=_BLOCK_SIZE, causal=causal)
 
     yield "context", rows([5, 3, 2], [5, 10, 0], causal=False)
+    yield "long context", rows([300], [387], causal=False)
     if not is_latent:
         yield "prefill", rows([5, 3, 2], [5, 10, 4], causal=True)
+        yield "long prefill", rows([300], [387], causal=True)
     if not is_latent and has_windows:
         yield "prefill in a window", rows([5, 3, 2], [5, 10, 4], causal=True).within(3)
+        yield "long prefill in a window", rows([300], [387], causal=True).within(100)
     yield "decode", rows([1, 1, 1], [7, 9, 0], causal=False)
 
 

@@ -48,7 +48,7 @@ class PagedKVCache:
 
     def index(self, array: IntArray) -> Tensor:
         """Row numbers that a plan has made, where the cache can use them."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """The whole store of a layer, keys and values, without a copy; block tables say what is whose."""

@@ -18,6 +18,7 @@ Graphs read weights where they were. When those have moved, or are others, all r
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -157,14 +158,19 @@ class _Bucket:
 
 def capture_on_cuda() -> Capture:
     """Captures into CUDA graphs that share one pool of memory: only one of them runs at a time."""
-    pool: list[Any] = []
+    # A pool whose graphs are all gone cannot be captured into again (cuBLAS keeps its workspace in it).
+    graphs: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def capture(run: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog, a progress bar) may go on with what they do.
-        with torch.cuda.graph(graph, pool=pool[0] if pool else None, capture_error_mode="thread_local"):
-            run()
-        pool[:] = [graph.pool()]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        pool = next((other.pool() for other in graphs), None)
+        try:
+            # Other threads (NCCL's watchdog, a progress bar) may go on with what they do.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                run()
+        finally:
+            torch.cuda.set_stream(stream)  # a capture that failed leaves its own behind
+        graphs.add(graph)
         replay: Callable[[], None] = graph.replay
         return replay
 

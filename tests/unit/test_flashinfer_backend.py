@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cpinfer.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
 from cpinfer.backends.flashinfer_backend import FlashInferBackend, flashinfer_error
+from cpinfer.backends.flashinfer_limits import replayed_workspace_bytes
 from cpinfer.backends.torch_backend import TorchBackend
 from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
 from cpinfer.layout.capacity import KVLayout
@@ -143,6 +144,38 @@ def test_each_kind_of_call_goes_to_its_wrapper(library: Any, name: str, layout: 
     assert [name for name, _ in library.log.plans] == [kind]
 
 
+@pytest.mark.parametrize(
+    ("q_len", "layout", "family"),
+    [(200, GQA, "fa3"), (128, GQA, "fa2"), (200, EXPANDED, "fa2"), (200, LATENT, "fa3"), (2, LATENT, "fa3")],
+    ids=str,
+)
+def test_on_hopper_many_queries_over_equal_head_dims_take_its_own_kernels(
+    library: Any, q_len: int, layout: KVLayout, family: str
+) -> None:
+    """The library has none for keys and values of different dims, and says so only when it runs."""
+    backend = backend_of(library)
+    backend._is_hopper = True
+    rows = AttentionRows.build([q_len], [18], BLOCKS[4][:1], block_size=4, causal=False)
+    q, (k, v) = queries(rows, layout), store(layout)
+    assert_equal(backend.plan(rows).run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
+    assert library.log.made[0]["backend"] == family
+
+
+def test_replayed_plans_of_many_rows_bring_a_workspace_of_their_own(library: Any) -> None:
+    """Splitting keys, they want room for every row; those of few rows share what all have."""
+    backend = backend_of(library)
+    backend._num_sms, backend._workspace = 4, torch.zeros(20_000, dtype=torch.uint8)
+    k, v = store(GQA)
+    for num_rows in (2, 8):
+        plan = backend.fixed_plan(FixedSize(num_rows, 24), single_tokens=False)
+        rows = AttentionRows.build([1] * num_rows, [3] * num_rows, [[7]] * num_rows, block_size=4, causal=False)
+        plan.update(rows)
+        plan.run(queries(rows, GQA), k, v, scale=0.3)
+    few, many = (made["float_workspace_buffer"] for made in library.log.made)
+    assert few is backend._workspace
+    assert len(many) == replayed_workspace_bytes(8, 2, 8, 8, num_sms=4) > len(few)
+
+
 def test_all_layers_share_one_plan_and_one_place_for_results(library: Any) -> None:
     rows = ROWS["causal prefill"]
     plan = backend_of(library).plan(rows)
@@ -200,6 +233,14 @@ def test_latents_are_refused_what_their_kernels_do_wrong_or_not_at_all(name: str
     q, (k, v) = queries(ROWS[name], LATENT), store(LATENT)
     with pytest.raises(ValueError, match=why):
         backend_of(fake_flashinfer()).plan(ROWS[name]).run(q, k, v, scale=0.3, soft_cap=cap)
+
+
+def test_more_latent_queries_than_a_plan_has_room_for_are_refused() -> None:
+    """The library would write beyond its arrays. 128 heads: a token is a tile."""
+    rows = AttentionRows.build([16200], [1], [[0]], block_size=1, causal=False)
+    k, v = store(LATENT)
+    with pytest.raises(ValueError, match=r"16200 queries of 128 heads .* Lower max_num_batched_tokens"):
+        backend_of(fake_flashinfer()).plan(rows).run(torch.zeros(16200, 128, 12), k, v, scale=0.3)
 
 
 def test_a_nan_comes_through_but_not_into_rows_without_keys(library: Any) -> None:
@@ -272,6 +313,17 @@ def test_a_causal_mask_aligned_to_the_first_key_is_refused_at_start(layout: KVLa
 def test_any_other_mistake_is_refused_with_its_size() -> None:
     with pytest.raises(BackendFaultError, match=r"out differs by .* and lse by"):
         FlashInferBackend(CPU, NEEDS, fake_flashinfer(lse_base=3.0))
+
+
+def test_a_library_that_raises_is_refused_with_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_flashinfer()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("nvcc not found")
+
+    monkeypatch.setattr(library.BatchPrefillWithPagedKVCacheWrapper, "plan", fail)
+    with pytest.raises(BackendFaultError, match="it raised RuntimeError: nvcc not found"):
+        FlashInferBackend(CPU, NEEDS, library)
 
 
 def test_the_check_does_not_pass_a_backend_of_ours_in_base_2() -> None:

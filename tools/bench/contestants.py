@@ -54,6 +54,8 @@ class Cpinfer:
     name: str = "cpinfer"
     dtype: str = "float32"
     backend: str = "torch"
+    step_tokens: int = STEP_TOKENS
+    cuda_graphs: bool = False
 
     def config(self, workload: Workload) -> Config:
         """A pool that holds all samples at once."""
@@ -68,7 +70,8 @@ class Cpinfer:
                 "tensor_parallel": {"tp_size": tp_size},
                 "block_size": BLOCK_SIZE,
                 "kv_cache_gib": (workload.kv_blocks(BLOCK_SIZE) + 1) * per_block / 2**30,
-                "max_num_batched_tokens": STEP_TOKENS,
+                "max_num_batched_tokens": self.step_tokens,
+                "cuda_graphs": self.cuda_graphs,
             }
         )
 

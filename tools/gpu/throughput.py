@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from cpinfer.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.backends.cascade import plan_sharing
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import plan_prefill, split_prompts
+from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.attention_steps import PrefillStep
@@ -45,6 +47,9 @@ class Sizes:
     pcp_sizes: tuple[int, ...] = (1, 2, 4, 8)
     decodes: tuple[tuple[int, int], ...] = ((16, 32768), (4, 131072))  # sequences, keys of each on a rank
     block_sizes: tuple[int, ...] = (16, 64)
+    groups: tuple[tuple[int, int], ...] = ((4, 16), (16, 8))  # of samples that share a prompt
+    shared_keys: tuple[int, ...] = (512, 2048, 8192)
+    own_keys: int = 512
     merged_rows: int = 256
     repeats: int = 10
 
@@ -56,7 +61,7 @@ class Sizes:
         return AttentionNeeds(dtype, ((self.num_q_heads, self.kv),))
 
 
-SMOKE = Sizes(4, 2, 8, (64, 128), (1, 2), ((2, 64),), (16,), 4, 2)
+SMOKE = Sizes(4, 2, 8, (64, 128), (1, 2), ((2, 64),), (16,), ((2, 2),), (32,), 16, 4, 2)
 
 
 class PlayedAxis:
@@ -95,6 +100,7 @@ def run(setting: Setting) -> Found:
             Figure("matrix product", flop_rate / 1e12, "TFLOP/s", higher_is_better=True),
             *_prefill(setting, sizes, backend, flop_rate),
             *_decode(setting, sizes, backend, copy_rate),
+            *_cascade(setting, sizes, backend, copy_rate),
             *_merge(setting, sizes, copy_rate),
         )
     )
@@ -225,6 +231,36 @@ def _decode(setting: Setting, sizes: Sizes, backend: AttentionBackend, copy_rate
             must = block_size == sizes.block_sizes[-1] and not setting.is_smoke
             target = DECODE_TARGET * copy_rate / 1e9 if must else None
             yield Figure(name, rate / 1e9, "GB/s", bound=copy_rate / 1e9, target=target, higher_is_better=True)
+
+
+def _cascade(setting: Setting, sizes: Sizes, backend: AttentionBackend, copy_rate: float) -> Iterator[Figure]:
+    """Decode of groups: their prompts attended to together, and by each sample alone."""
+    block_size, scale = 16, sizes.head_dim**-0.5
+    for num_groups, num_samples in sizes.groups:
+        for shared in sizes.shared_keys:
+            num_shared, num_own = shared // block_size, sizes.own_keys // block_size
+            num_blocks = num_groups * (num_shared + num_samples * num_own)
+            blocks = iter(np.random.default_rng(0).permutation(num_blocks).tolist())
+            tables = []
+            for _ in range(num_groups):
+                prompt = [next(blocks) for _ in range(num_shared)]
+                tables += [prompt + [next(blocks) for _ in range(num_own)] for _ in range(num_samples)]
+            lens = [shared + sizes.own_keys] * len(tables)
+            rows = AttentionRows.build([1] * len(tables), lens, tables, block_size=block_size, causal=False)
+            cache = PagedKVCache(sizes.kv, 1, num_blocks, block_size, setting.dtype, setting.device)
+            keys, values = (x.normal_() for x in cache.read(0))
+            q, _, _ = _qkv(setting, sizes, len(tables))
+            name = f"decode {num_groups} x {num_samples} samples of {shared:,} shared and {sizes.own_keys} own keys"
+            seconds = {}
+            for way, min_saved_keys in (("together", 0), ("each alone", None)):
+                planned = plan_sharing(backend, rows, min_saved_keys)
+                seconds[way] = median_s(
+                    partial(planned.run, q, keys, values, scale=scale), setting.device, sizes.repeats
+                )
+                yield Figure(
+                    f"{name}: {way}", seconds[way] * 1e6, "us", bound=(keys.nbytes + values.nbytes) / copy_rate * 1e6
+                )
+            yield Figure(f"{name}: gain", seconds["each alone"] / seconds["together"], "x", higher_is_better=True)
 
 
 def _merge(setting: Setting, sizes: Sizes, copy_rate: float) -> Iterator[Figure]:
