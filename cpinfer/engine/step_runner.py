@@ -217,9 +217,10 @@ class StepRunner:
         )
 
     def _full_context(self, split: PrefillSplit, contexts: ListLike[Context]) -> ContextAttention:
-        """Attention to all that is cached, by whatever moves fewer bytes."""
+        """Attention to all that is cached, by whatever moves fewer bytes, or computes less."""
         exchange = self._config.context_exchange
         if exchange == "auto":
+            latent = self._runner.spec.latent
             exchange = choose_exchange(
                 split,
                 contexts,
@@ -228,6 +229,7 @@ class StepRunner:
                 q_heads=self._heads.num_q_heads,
                 kv=self._cache.layout,
                 dtype_bytes=self._runner.dtype.itemsize,
+                max_absorbed_queries=None if latent is None else latent.max_absorbed_queries,
             )
         index = self._context_comm.index
         if exchange == "queries":

@@ -6,8 +6,9 @@ for its own tokens, and the answers merge. Either the queries travel to the KV, 
     queries   all_gather of q; every rank attends to its own shard for all of them; (out, lse) back by all_to_all
     kv        all_gather of the cached k, v, a window at a time; every rank attends for its own queries
 
-`choose_exchange` takes what moves fewer bytes. Layers with a window see little of the context and always have it travel
-as KV: its last `window - 1` tokens, gathered once and put in sequence order before the new ones.
+`choose_exchange` takes what moves fewer bytes, or computes less where nothing moves. Layers with a window see little of
+the context and always have it travel as KV: its last `window - 1` tokens, gathered once and put in sequence order before
+the new ones.
 
 The exchange runs along an axis that reaches every shard of the home from every rank that computes tokens: the pcp axis
 when `dcp <= pcp`, else the DCP group.
@@ -126,8 +127,19 @@ def choose_exchange(
     q_heads: int,
     kv: KVLayout,
     dtype_bytes: int,
+    max_absorbed_queries: int | None = None,
 ) -> Exchange:
-    """What moves fewer bytes, queries when equal: to first order they win when `T / P <= kvl / (k * hq)`, k columns."""
+    """What moves fewer bytes, queries when equal: to first order they win when `T / P <= kvl / (k * hq)`, k columns.
+
+    At one place nothing moves. There latents are expanded ("kv") for prompts of more new tokens than
+    `max_absorbed_queries`, weighted by what each has cached; None where nothing is expanded.
+    """
+    if len(places) == 1 and max_absorbed_queries is not None:
+        saved = sum(
+            contexts[pieces[0].prompt].num_tokens * (sum(p.num_tokens for p in pieces) - max_absorbed_queries)
+            for pieces in split.by_prompt
+        )
+        return "kv" if saved > 0 else "queries"
     queries, cached = (
         exchange_bytes(exchange, split, contexts, sharding, places, q_heads, kv, dtype_bytes)
         for exchange in ("queries", "kv")

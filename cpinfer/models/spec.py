@@ -43,6 +43,16 @@ class LatentDims:
     qk_nope_head_dim: int
     v_head_dim: int
 
+    @property
+    def max_absorbed_queries(self) -> int | None:
+        """Queries up to which attending to a latent as it is costs less than expanding it for them; None is always.
+
+        Multiplications per head: `2 C + R` for each query, against `C (N + V)` once and `N + R + V` for each query.
+        """
+        expanded = self.qk_nope_head_dim + self.v_head_dim
+        more_per_query = 2 * self.kv_lora_rank - expanded
+        return self.kv_lora_rank * expanded // more_per_query if more_per_query > 0 else None
+
 
 @dataclass(frozen=True)
 class ModelSpec:

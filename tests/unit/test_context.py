@@ -293,6 +293,24 @@ def test_queries_travel_when_both_cost_the_same_and_nothing_is_to_be_exchanged_a
     assert choice(RankGrid(1, 1, 1), 100, 1, 4, 4) == "queries"
 
 
+@pytest.mark.parametrize("cached", [1, 5000])
+@pytest.mark.parametrize(("num_new", "expected"), [(1, "queries"), (170, "queries"), (171, "kv"), (4000, "kv")])
+def test_alone_latents_are_expanded_for_many_queries(num_new, expected, cached):
+    sharding, split = KVSharding(1, 16, 16), split_prompts([num_new], 1)
+    contexts = [Context(cached, 0, range(sharding.num_blocks(cached)))]
+    kv, places = KVLayout(1, 576, 512, v_is_prefix_of_k=True), exchange_places(RankGrid(), 0)
+    found = choose_exchange(split, contexts, sharding, places, 128, kv, 2, max_absorbed_queries=170)
+    assert found == expected
+
+
+def test_of_several_prompts_what_is_cached_weighs():
+    sharding, split = KVSharding(1, 16, 16), split_prompts([1000, 10], 1)
+    kv, places = KVLayout(1, 576, 512, v_is_prefix_of_k=True), exchange_places(RankGrid(), 0)
+    for cached, expected in (((100, 100), "kv"), ((100, 1000), "queries"), ((0, 0), "queries")):
+        contexts = [Context(n, 0, range(sharding.num_blocks(n))) for n in cached]
+        assert choose_exchange(split, contexts, sharding, places, 128, kv, 2, max_absorbed_queries=170) == expected
+
+
 def test_homes_share_their_axis_with_ranks_that_hold_nothing_of_a_prompt():
     """Two homes: the context is denser on its ranks, so queries win twice as long."""
     one, two = RankGrid(1, 4, 4), RankGrid(1, 4, 2)

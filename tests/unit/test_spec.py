@@ -307,3 +307,9 @@ def test_the_shipped_model_is_read_from_its_files():
     spec = ModelSpec.from_config(data, generation)
     assert (spec.family, spec.num_q_heads, spec.num_kv_heads, spec.head_dim) == ("qwen2", 8, 2, 32)
     assert (spec.max_positions, spec.eos_token_ids) == (32768, (26,))
+
+
+def test_deepseek_absorbs_up_to_170_queries():
+    """512 * 256 multiplications to expand a latent, 1,088 against 320 for each query of it."""
+    assert LatentDims(512, 64, 128, 128).max_absorbed_queries == 170
+    assert LatentDims(8, 4, 12, 6).max_absorbed_queries is None, "a latent as small as what it expands to"
