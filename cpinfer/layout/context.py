@@ -7,8 +7,8 @@ for its own tokens, and the answers merge. Either the queries travel to the KV, 
     kv        all_gather of the cached k, v, a window at a time; every rank attends for its own queries
 
 `choose_exchange` takes what moves fewer bytes, or computes less where nothing moves. Layers with a window see little of
-the context and always have it travel as KV: its last `window - 1` tokens, gathered once and put in sequence order before
-the new ones.
+the context and always have it travel as KV: its last `window - 1` tokens, gathered once and put in sequence order
+before the new ones.
 
 The exchange runs along an axis that reaches every shard of the home from every rank that computes tokens: the pcp axis
 when `dcp <= pcp`, else the DCP group.
