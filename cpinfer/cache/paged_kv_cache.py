@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.shards import IntArray
+from cpinfer.ops.row_copies import copy_rows
 
 
 class PagedKVCache:
@@ -54,10 +55,20 @@ class PagedKVCache:
         """The whole store of a layer, keys and values, without a copy; block tables say what is whose."""
         return self._keys[layer], self._values[layer]
 
-    def write(self, layer: int, slots: Tensor, parts: Sequence[Tensor]) -> None:
-        """Store `parts` at `slots [W]`, which are distinct: k `[W, heads, k_dim]`, and v where it is not part of k."""
-        for store, part in zip((self._keys[layer], self._values[layer]), parts, strict=False):
-            store.index_copy_(0, slots, part)
+    def write(
+        self,
+        layer: int,
+        slots: Tensor,
+        parts: Sequence[Tensor],
+        rows: Tensor | None = None,
+        heads: slice = slice(None),
+    ) -> None:
+        """Store `parts` at `slots [W]`, which are distinct: k `[W, heads, k_dim]`, and v where it is not part of k.
+
+        Or of longer parts the `rows [W]`; or of all stored heads these alone.
+        """
+        stores = (self._keys[layer][:, heads], self._values[layer][:, heads])
+        copy_rows(list(zip(parts, stores, strict=False)), rows, slots)
 
     def parts(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """What of k and v has to be sent and stored: both, or k alone where v is part of it."""
@@ -80,7 +91,7 @@ class PagedKVCache:
             for blocks in index.unbind(dim=1)
         )
         for layer in range(len(self._keys)):
-            self.write(layer, dst, [part.index_select(0, src) for part in self.parts(*self.read(layer))])
+            self.write(layer, dst, self.parts(*self.read(layer)), src)
 
     def new_rows(self, n: int, num_heads: int) -> Tensor:
         """Zeros `[n, num_heads, width]`: room for the parts of n tokens, side by side, as they travel."""

@@ -25,6 +25,7 @@ from cpinfer.layout.rows import AttentionRows
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.context_attention import ContextAttention, WindowContext, room_for_all, run_stored_heads
 from cpinfer.models.state_exchange import StateExchange
+from cpinfer.ops.row_copies import copy_rows
 from cpinfer.ops.states import State, count_sinks, merge_states
 
 RowsByWindow = Mapping[int | None, AttentionRows]
@@ -98,15 +99,17 @@ class PrefillStep:
 
     def _gather(self, k: Tensor, v: Tensor) -> Tensor:
         """K and V of all ranks' tokens, `[C, pcp * part_len, K, W]`."""
-        for into, part in zip(self._cache.views(self._send), self._cache.parts(k, v), strict=False):
-            into.index_copy_(0, self._send_rows, part)
+        copies = zip(self._cache.parts(k, v), self._cache.views(self._send), strict=False)
+        copy_rows(list(copies), None, self._send_rows)
         gathered = self._comm.all_gather(self._send, self._gathered)
         return gathered.view(self._num_columns, -1, *gathered.shape[2:])
 
     def _write(self, layer: int, gathered: Tensor) -> None:
-        own = [gathered[column].index_select(0, self._write_src) for column in self._heads.columns]
-        stored = own[0] if len(own) == 1 else torch.cat(own, dim=1)
-        self._cache.write(layer, self._write_slots, self._cache.parts(*self._cache.views(stored)))
+        num_heads = gathered.shape[2]
+        for i, column in enumerate(self._heads.columns):
+            parts = self._cache.parts(*self._cache.views(gathered[column]))
+            heads = slice(i * num_heads, (i + 1) * num_heads)
+            self._cache.write(layer, self._write_slots, parts, self._write_src, heads)
 
 
 class DecodeStep:
@@ -145,7 +148,7 @@ class DecodeStep:
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own_q = q if layer.latent is None else layer.latent.absorb(q)
         q_rows, new_kv = self._exchange.gather_qkv(own_q, self._cache.parts(k, v))
-        self._cache.write(layer.index, self._write_slots, [x.index_select(0, self._write_src) for x in new_kv])
+        self._cache.write(layer.index, self._write_slots, new_kv, self._write_src)
         planned = self._planned[layer.window]
         state = run_stored_heads(planned, q_rows, *self._cache.read(layer.index), self._heads, layer)
         out = _output(layer, self._exchange.return_partials(state), q.dtype)

@@ -17,6 +17,7 @@ from cpinfer.layout.context import KVExchange, QueryExchange, WindowExchange
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.state_exchange import StateExchange
+from cpinfer.ops.row_copies import copy_rows
 from cpinfer.ops.states import State, merge_states
 
 
@@ -104,8 +105,8 @@ class CachedRowsGather:
         """`[places * length, K, W]`: what is at `slots` of each place, padded, in the heads of this rank's queries."""
         send = self._send[:length]
         # Rows beyond this rank's own are padding, which nobody attends to.
-        for into, part in zip(self._cache.views(send), self._cache.parts(*self._cache.read(layer)), strict=False):
-            into[: len(slots)] = part.index_select(0, slots)
+        copies = zip(self._cache.parts(*self._cache.read(layer)), self._cache.views(send), strict=False)
+        copy_rows(list(copies), slots, None)
         # A shorter window fits into the front of the flat buffer.
         room = self._gathered.view(-1)[: self._comm.size * send.numel()].view(self._comm.size, *send.shape)
         return self._comm.all_gather(send, room).flatten(0, 1)[:, self._own]

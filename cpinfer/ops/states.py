@@ -14,14 +14,13 @@ packed row.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cpinfer.ops.triton_modules import triton_module
 
 State = tuple[Tensor, Tensor]
 
@@ -121,12 +120,4 @@ def _kernels_for(*tensors: Tensor) -> Any:
     """The kernels, where these tensors are on CUDA and of a dtype that they know; else None."""
     if not all(x.is_cuda and x.dtype != torch.float64 for x in tensors):
         return None
-    return _state_kernels()
-
-
-@functools.cache
-def _state_kernels() -> Any:
-    """The module of Triton kernels, None where Triton is not installed."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    return importlib.import_module("cpinfer.ops.state_kernels")
+    return triton_module("state_kernels")

@@ -6,14 +6,11 @@ Triton reads `TRITON_INTERPRET` when it is imported, so the comparisons run in a
 from __future__ import annotations
 
 import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from triton_runs import output_of
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -112,16 +109,8 @@ print(json.dumps(found))
 # The real compiler needs no GPU either, when it is told for which.
 COMPILED = """
 import json
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from cpinfer.ops import state_kernels as kernels
-
-def compiled(kernel, pointers, constants):
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1})
+from triton_runs import compiled
 
 states = {"out": "*fp32", "lse": "*fp32", "packed": "*bf16", "packed_f32": "*fp32"}
 pair = {"out_a": "*fp32", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16", "lse": "*fp32"}
@@ -133,13 +122,6 @@ found = [
 assert all(kernel.asm["cubin"] for kernel in found)
 print(json.dumps(["cvt.rn.bf16" in found[0].asm["ptx"], "cvt.rn.bf16" in found[2].asm["ptx"]]))
 """
-
-
-def output_of(code: str, **environment: str) -> Any:
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_kernels_compile_for_a_gpu_and_round_to_the_nearest(tmp_path: Path) -> None:

@@ -1,0 +1,45 @@
+"""Copies of rows from place to place: new K and V into send buffers, and from there into the cache.
+
+On CUDA K and V are one Triton kernel, which reads and writes each value once, where Triton is installed; what is
+written here in torch is its definition, and what runs elsewhere.
+
+Letters: N rows, K KV heads, D dim of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cpinfer.ops.triton_modules import triton_module
+
+# From where, to where.
+Copy = tuple[Tensor, Tensor]
+
+
+def copy_rows(copies: Sequence[Copy], src_rows: Tensor | None, dst_rows: Tensor | None) -> None:
+    """For each (src, dst) of `copies`, `[*, K, D]` each: `dst[dst_rows] = src[src_rows]`.
+
+    `src_rows`, `dst_rows` `[N]` int64, the latter distinct; None is the first N, of all of src where both are. The
+    copies agree in their rows and heads, D and strides are their own; values are cast where dtypes differ.
+    """
+    kernels = _kernels_for(copies)
+    if kernels is not None:
+        kernels.copy_rows(copies, src_rows, dst_rows)
+        return
+    for src, dst in copies:
+        rows = src if src_rows is None else src.index_select(0, src_rows)
+        if dst_rows is None:
+            dst[: len(rows)] = rows
+        else:
+            dst.index_copy_(0, dst_rows, rows.to(dst.dtype))
+
+
+def _kernels_for(copies: Sequence[Copy]) -> Any:
+    """The kernel, for one or two copies on CUDA whose values lie side by side and keep their dtype; else None."""
+    fits = len(copies) <= 2 and all(
+        src.is_cuda and src.dtype == dst.dtype and src.stride(-1) == dst.stride(-1) == 1 for src, dst in copies
+    )
+    return triton_module("copy_kernels") if fits else None
