@@ -65,20 +65,8 @@ def _dense_tile(
     soft_cap: float | None,
 ) -> State:
     """Queries from the `first` on, of `num_queries` in the row."""
-    T, H, _ = q.shape
-    S, K, V = v.shape
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = q.to(wide).reshape(T, K, H // K, q.shape[-1])
-    scores = torch.einsum("tkgd,skd->tkgs", grouped, k.to(wide)) * scale
-    if soft_cap is not None:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    if causal:
-        hidden = hidden_keys(T, S, S - num_queries + first, window, q.device)
-        scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1) if S else scores.new_full(scores.shape[:-1], -torch.inf)
-    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
-    out = torch.einsum("tkgs,skv->tkgv", weights, v.to(wide))
-    return out.reshape(T, H, V).to(q.dtype), lse.reshape(T, H)
+    hidden = hidden_keys(len(q), len(k), len(k) - num_queries + first, window, q.device) if causal else None
+    return _attend(q, k, v, hidden, scale, soft_cap)
 
 
 def dense_single_queries(
@@ -88,17 +76,26 @@ def dense_single_queries(
 
     q `[B, H, D]`, k `[B, S, K, D]`, v `[B, S, K, V]` with finite numbers everywhere; `out [B, H, V]`, `lse [B, H]`.
     """
-    (B, H, D), (S, K, V) = q.shape, v.shape[1:]
+    hidden = torch.arange(k.shape[1], device=q.device) >= num_keys[:, None]
+    return _attend(q, k, v, hidden, scale, soft_cap)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, scale: float, soft_cap: float | None) -> State:
+    """Of q `[T, H, D]` to k `[S, K, D]`, v `[S, K, V]`, or to k and v of each query, `[T, S, ...]`; `hidden [T, S]`."""
+    T, H, D = q.shape
+    S, K, V = v.shape[-3:]
+    own = "t" if k.dim() == 4 else ""
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    grouped = q.to(wide).reshape(B, K, H // K, D)
-    scores = torch.einsum("bkgd,bskd->bkgs", grouped, k.to(wide)) * scale
+    grouped = q.to(wide).reshape(T, K, H // K, D)
+    scores = torch.einsum(f"tkgd,{own}skd->tkgs", grouped, k.to(wide)) * scale
     if soft_cap is not None:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    hidden = torch.arange(S, device=q.device) >= num_keys[:, None]
-    scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
-    lse = torch.logsumexp(scores, dim=-1)
-    out = torch.einsum("bkgs,bskv->bkgv", torch.exp(scores - lse[..., None]), v.to(wide))
-    return out.reshape(B, H, V).to(q.dtype), lse.reshape(B, H)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden[:, None, None, :], -torch.inf)
+    lse = torch.logsumexp(scores, dim=-1) if S else scores.new_full(scores.shape[:-1], -torch.inf)
+    weights = torch.exp(scores - torch.where(lse == -torch.inf, 0.0, lse)[..., None])
+    out = torch.einsum(f"tkgs,{own}skv->tkgv", weights, v.to(wide))
+    return out.reshape(T, H, V).to(q.dtype), lse.reshape(T, H)
 
 
 def hidden_keys(num_queries: int, num_keys: int, at: int, window: int | None, device: torch.device) -> Tensor:
