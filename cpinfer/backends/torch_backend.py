@@ -10,6 +10,9 @@ copied side by side and share a call.
 A row with a window is cut into tiles of queries, each over its own keys, so those are one view or one copy. A soft cap
 has no kernel on CPU: its layers take the plain products, too.
 
+Keys of a smaller dtype than the queries' (fp8 caches) are cast to it before a call, as much as the call takes: each
+layer then copies what it attends to once, and holds the longest run at a time in the larger dtype.
+
     block table  7 8 9 2 3        runs  [7, 10) [2, 4)        two views, two calls, one merge
 """
 
@@ -29,6 +32,7 @@ from cpinfer.ops.attention import (
     flash_attention_cpu,
     flash_single_queries_cpu,
 )
+from cpinfer.ops.float8 import take_rows
 from cpinfer.ops.states import State, merge_states
 
 # Shorter runs than this, on average, and copying the keys is cheaper than another kernel call and merge: a call costs
@@ -53,8 +57,9 @@ class _Segment:
     keys: slice | Tensor
     causal: bool
 
-    def take(self, store: Tensor) -> Tensor:
-        return store[self.keys] if isinstance(self.keys, slice) else store.index_select(0, self.keys)
+    def take(self, store: Tensor, dtype: torch.dtype) -> Tensor:
+        """A view where it can be one."""
+        return (store[self.keys] if isinstance(self.keys, slice) else take_rows(store, self.keys)).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -150,13 +155,13 @@ class TorchPlan:
         for queries, segments in self._calls:
             states = []
             for segment in segments:
-                k = segment.take(keys)
-                v = k[..., : values.shape[-1]] if is_prefix else segment.take(values)
+                k = segment.take(keys, q.dtype)
+                v = k[..., : values.shape[-1]] if is_prefix else segment.take(values, q.dtype)
                 states.append(attend(q[queries], k, v, causal=segment.causal, window=self._window))
             out[queries], lse[queries] = merge_states(states)
         for shared in self._shared_calls:
-            k = keys[shared.slots]
-            v = k[..., : values.shape[-1]] if is_prefix else values[shared.slots]
+            k = take_rows(keys, shared.slots).to(q.dtype)
+            v = k[..., : values.shape[-1]] if is_prefix else take_rows(values, shared.slots).to(q.dtype)
             if self._has_flash and soft_cap is None:
                 state = flash_single_queries_cpu(q[shared.queries], k, v, shared.num_keys, scale=scale)
             else:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.shards import IntArray
+from cpinfer.ops.float8 import rounded_through
 from cpinfer.ops.row_copies import copy_rows
+from cpinfer.ops.states import State
 
 
 class PagedKVCache:
@@ -18,6 +20,14 @@ class PagedKVCache:
 
     It starts as zeros: attention kernels read whole blocks, and what they mask must at least be finite. With
     `has_spare_block` there is one block more, which no table names: tokens at `spare_slot` are written and never read.
+
+    `dtype` is the model's, in which K and V are computed and travel. In `store_dtype` they are kept; where it is
+    smaller, K and V are rounded through it when they are made (`rounded`), before anyone reads them:
+
+        k, v -- rounded --> what everyone attends to, and sends: numbers of the store, in the model's dtype
+               -- write --> the same numbers, in the store's
+
+    So what a token's K and V are does not depend on who reads them from where, nor on when.
     """
 
     def __init__(
@@ -30,22 +40,60 @@ class PagedKVCache:
         device: torch.device,
         *,
         has_spare_block: bool = False,
+        store_dtype: torch.dtype | None = None,
     ) -> None:
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.dtype = dtype
+        self.store_dtype = store_dtype or dtype
         self.device = device
         self.spare_slot = num_blocks * block_size
         slots = self.spare_slot + (block_size if has_spare_block else 0)
 
         def zeros(dim: int) -> list[Tensor]:
-            return [torch.zeros(slots, layout.num_heads, dim, dtype=dtype, device=device) for _ in range(num_layers)]
+            shape = (slots, layout.num_heads, dim)
+            return [torch.zeros(shape, dtype=self.store_dtype, device=device) for _ in range(num_layers)]
 
         self._keys = zeros(layout.k_dim)
         self._values = (
             [keys[..., : layout.v_dim] for keys in self._keys] if layout.v_is_prefix_of_k else zeros(layout.v_dim)
         )
+
+        # 0, or NaN since something was written that is not finite.
+        self._fault = torch.zeros((), dtype=torch.float32, device=device)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether K and V are stored in fewer bits than they are computed in."""
+        return self.store_dtype != self.dtype
+
+    def rounded(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k and v of new tokens as the store will give them back, in the model's dtype; as they are where it keeps all.
+
+        Of latents `[T, 1, k_dim]` k is the whole row, and v stays the first columns of it.
+        """
+        if not self.rounds:
+            return k, v
+        k = rounded_through(k, self.store_dtype)
+        if self.layout.v_is_prefix_of_k:
+            return k, k[..., : self.layout.v_dim]
+        return k, rounded_through(v, self.store_dtype)
+
+    def with_faults(self, state: State) -> State:
+        """A state of attention over the store: NaN once anything was stored that is not finite.
+
+        FlashInfer widens fp8 by shifting bits (`fast_dequant_f8f16x4`), which makes the NaN of e4m3 480: a fault would
+        pass for a large key.
+        """
+        if not self.rounds:
+            return state
+        out, lse = state
+        return out + self._fault.to(out.dtype), lse
+
+    def forget_faults(self) -> None:
+        """What comes is computed with other weights, and nothing of what is stored will be read."""
+        self._fault.zero_()
 
     def index(self, array: IntArray) -> Tensor:
         """Row numbers that a plan has made, where the cache can use them."""
@@ -65,10 +113,15 @@ class PagedKVCache:
     ) -> None:
         """Store `parts` at `slots [W]`, which are distinct: k `[W, heads, k_dim]`, and v where it is not part of k.
 
-        Or of longer parts the `rows [W]`; or of all stored heads these alone.
+        Or of longer parts the `rows [W]`; or of all stored heads these alone. They are in the model's dtype, `rounded`.
         """
+        if self.rounds and rows is not None:  # of others' faults this store knows nothing
+            parts, rows = [part.index_select(0, rows) for part in parts], None
         stores = (self._keys[layer][:, heads], self._values[layer][:, heads])
         copy_rows(list(zip(parts, stores, strict=False)), rows, slots)
+        if self.rounds:
+            for part in parts:
+                self._fault += (part - part).sum(dtype=torch.float32)
 
     def parts(self, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """What of k and v has to be sent and stored: both, or k alone where v is part of it."""
@@ -91,7 +144,7 @@ class PagedKVCache:
             for blocks in index.unbind(dim=1)
         )
         for layer in range(len(self._keys)):
-            self.write(layer, dst, self.parts(*self.read(layer)), src)
+            copy_rows([(store, store) for store in self.parts(*self.read(layer))], src, dst)
 
     def new_rows(self, n: int, num_heads: int) -> Tensor:
         """Zeros `[n, num_heads, width]`: room for the parts of n tokens, side by side, as they travel."""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from cpinfer.layout.shards import KVSharding
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# A cache may have smaller ones than the model that fills it.
+CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class KVLayout:
         return self.num_heads * self.width
 
     def bytes_per_token(self, num_layers: int, dtype: str) -> int:
-        """Bytes of one token on one rank that owns it, all layers."""
-        return num_layers * self.values_per_token * DTYPE_BYTES[dtype]
+        """Bytes of one token on one rank that owns it, all layers; `dtype` is the cache's."""
+        return num_layers * self.values_per_token * CACHE_DTYPE_BYTES[dtype]
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ class AttentionStep(Protocol):
 class PrefillStep:
     """New tokens of prompts, split over the pcp axis: one gather of K and V per layer, then one backend call.
 
-        own k, v [T, K, D] -> send buffer [part_len, K, W] -> all_gather over pcp -> [pcp * part_len, K, W]
+        own k, v [T, K, D], rounded as the cache rounds
+          -> send buffer [part_len, K, W] -> all_gather over pcp -> [pcp * part_len, K, W]
           -> the tokens of this shard go to the cache
           -> every piece attends to the gathered buffer through its page table, and to its `context` if there is any
 
@@ -83,7 +84,7 @@ class PrefillStep:
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         T = self.num_tokens
-        gathered = self._gather(k[:T], v[:T])
+        gathered = self._gather(*self._cache.rounded(k[:T], v[:T]))
         self._write(layer.index, gathered)
         rows = gathered[self._column]
         if layer.window in self._window_contexts:
@@ -115,7 +116,8 @@ class PrefillStep:
 class DecodeStep:
     """One new token for every running sequence: two collectives per layer over the DCP group, none at dcp=1.
 
-        q, k, v of own rows [R, ...] -> all_gather -> q [pcp * R, C * H, D], k and v [pcp * R, G, D]
+        q, k, v of own rows [R, ...], k and v rounded as the cache rounds
+          -> all_gather -> q [pcp * R, C * H, D], k and v [pcp * R, G, D]
           -> the owner of a token writes it
           -> all rows and heads attend to the keys of this shard: (out, lse) [pcp * R, C * H, V + 1]
           -> each rank gets the S partial states of its own rows and heads, merged in shard order
@@ -147,11 +149,11 @@ class DecodeStep:
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         own_q = q if layer.latent is None else layer.latent.absorb(q)
-        q_rows, new_kv = self._exchange.gather_qkv(own_q, self._cache.parts(k, v))
+        q_rows, new_kv = self._exchange.gather_qkv(own_q, self._cache.parts(*self._cache.rounded(k, v)))
         self._cache.write(layer.index, self._write_slots, new_kv, self._write_src)
         planned = self._planned[layer.window]
         state = run_stored_heads(planned, q_rows, *self._cache.read(layer.index), self._heads, layer)
-        out = _output(layer, self._exchange.return_partials(state), q.dtype)
+        out = _output(layer, self._exchange.return_partials(self._cache.with_faults(state)), q.dtype)
         return out if layer.latent is None else layer.latent.project(out)
 
 

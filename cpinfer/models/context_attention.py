@@ -52,7 +52,7 @@ class QueryContext:
         padded = q if self._part_len == T else torch.cat([q, q.new_zeros(self._part_len - T, H, D)])
         gathered = self._exchange.gather_rows(padded)
         state = run_stored_heads(self._planned, gathered, *self._cache.read(layer.index), self._heads, layer)
-        out, lse = self._exchange.return_partials(state)
+        out, lse = self._exchange.return_partials(self._cache.with_faults(state))
         return out[:T] if layer.latent is None else layer.latent.project(out[:T]), lse[:T]
 
 
@@ -106,7 +106,7 @@ class CachedRowsGather:
         send = self._send[:length]
         # Rows beyond this rank's own are padding, which nobody attends to.
         copies = zip(self._cache.parts(*self._cache.read(layer)), self._cache.views(send), strict=False)
-        copy_rows(list(copies), slots, None)
+        copy_rows(list(copies), slots, None)  # in the model's dtype, in which it travels
         # A shorter window fits into the front of the flat buffer.
         room = self._gathered.view(-1)[: self._comm.size * send.numel()].view(self._comm.size, *send.shape)
         return self._comm.all_gather(send, room).flatten(0, 1)[:, self._own]

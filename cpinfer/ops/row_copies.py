@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cpinfer.ops.float8 import movable, put_rows, take_rows
 from cpinfer.ops.triton_modules import triton_module
 
 # From where, to where.
@@ -27,14 +28,14 @@ def copy_rows(copies: Sequence[Copy], src_rows: Tensor | None, dst_rows: Tensor 
     """
     kernels = _kernels_for(copies)
     if kernels is not None:
-        kernels.copy_rows(copies, src_rows, dst_rows)
+        kernels.copy_rows([(movable(src), movable(dst)) for src, dst in copies], src_rows, dst_rows)
         return
     for src, dst in copies:
-        rows = src if src_rows is None else src.index_select(0, src_rows)
+        rows = src if src_rows is None else take_rows(src, src_rows)
         if dst_rows is None:
             dst[: len(rows)] = rows
         else:
-            dst.index_copy_(0, dst_rows, rows.to(dst.dtype))
+            put_rows(dst, dst_rows, rows)
 
 
 def _kernels_for(copies: Sequence[Copy]) -> Any:

@@ -46,6 +46,15 @@ def test_mla_pays_for_its_latent_once():
     assert KVLayout(num_heads=2, k_dim=576, v_dim=512).width == 576 + 512
 
 
+def test_in_fp8_a_budget_holds_twice_as_many_tokens_as_in_half_precision():
+    kv, sharding = KVLayout(8, 128, 128), KVSharding(4, 16, 16)
+    tokens = {
+        dtype: PoolSize.from_bytes(2**30, kv.bytes_per_token(32, dtype), sharding).capacity_tokens
+        for dtype in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+    }
+    assert tokens["float8_e4m3fn"] == tokens["float8_e5m2"] == 2 * tokens["bfloat16"] > 0
+
+
 @pytest.mark.parametrize("dtype", DTYPE_BYTES)
 def test_bytes_per_token_are_layers_times_heads_times_both_dims_times_width(dtype):
     assert KVLayout(4, 128, 64).bytes_per_token(3, dtype) == 3 * 4 * (128 + 64) * DTYPE_BYTES[dtype]

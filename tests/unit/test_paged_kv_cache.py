@@ -8,6 +8,8 @@ from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout
 
 LAYERS, BLOCKS, BLOCK_SIZE = 2, 3, 4
+LATENT = KVLayout(1, 12, 8, v_is_prefix_of_k=True)
+FP8 = [torch.float8_e4m3fn, torch.float8_e5m2]
 SLOTS = BLOCKS * BLOCK_SIZE
 
 
@@ -181,3 +183,73 @@ def test_row_numbers_of_a_plan_become_an_index_whatever_their_strides(array):
     index = make_cache().index(array)
     assert index.dtype == torch.int64 and index.tolist() == array.tolist()
     torch.zeros(20, 2).index_select(0, index)
+
+
+# --- stores of fewer bits than the model computes in ---
+
+
+def fp8_cache(layout=KVLayout(2, 8, 6), dtype=torch.float32, store_dtype=torch.float8_e4m3fn):
+    return PagedKVCache(layout, LAYERS, BLOCKS, BLOCK_SIZE, dtype, torch.device("cpu"), store_dtype=store_dtype)
+
+
+@pytest.mark.parametrize("store_dtype", FP8, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", [KVLayout(2, 8, 6), LATENT], ids=str)
+def test_what_is_rounded_is_stored_and_read_as_it_is(layout, dtype, store_dtype):
+    cache = fp8_cache(layout, dtype, store_dtype)
+    k, v = tokens(3, layout, dtype)
+    k, v = cache.rounded(k, k[..., : layout.v_dim] if layout.v_is_prefix_of_k else v)
+    assert k.dtype == v.dtype == dtype and cache.new_rows(3, 1).dtype == dtype
+    slots = torch.tensor([11, 0, 5])
+    cache.write(1, slots, cache.parts(k, v))
+    keys, values = cache.read(1)
+    assert keys.dtype == values.dtype == store_dtype
+    assert torch.equal(keys[slots].to(dtype), k) and torch.equal(values[slots].to(dtype), v)
+    assert layout.v_is_prefix_of_k == (values.data_ptr() == keys.data_ptr())
+
+
+def test_a_store_of_the_models_dtype_rounds_nothing_and_costs_nothing():
+    cache, (k, v) = make_cache(), tokens(3)
+    same = cache.rounded(k, v)
+    state = torch.zeros(3, 2, 6), torch.zeros(3, 2)
+    assert same[0] is k and same[1] is v and not cache.rounds and cache.with_faults(state) is state
+
+
+@pytest.mark.parametrize("layout", [KVLayout(2, 8, 6), LATENT], ids=str)
+def test_a_store_in_fp8_has_the_bytes_that_capacity_counts(layout):
+    cache = fp8_cache(layout, torch.bfloat16)
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for n in (0, 1) for x in cache.read(n)}
+    assert sum(storages.values()) == SLOTS * layout.bytes_per_token(LAYERS, "float8_e4m3fn")
+    assert 2 * sum(storages.values()) == SLOTS * layout.bytes_per_token(LAYERS, "bfloat16")
+
+
+@pytest.mark.parametrize("layout", [KVLayout(2, 8, 6), LATENT], ids=str)
+def test_blocks_of_fp8_are_copied_bit_for_bit_nan_included(layout):
+    cache = fp8_cache(layout)
+    for layer in range(LAYERS):
+        k, v = tokens(SLOTS, layout)
+        k[2, 0, 1] = torch.nan
+        cache.write(layer, torch.arange(SLOTS), cache.parts(*cache.rounded(k, v)))
+    before = [[x.view(torch.uint8).clone() for x in cache.read(layer)] for layer in range(LAYERS)]
+    cache.copy_blocks([(0, 2)])
+    slots = [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]
+    for layer in range(LAYERS):
+        for old, new in zip(before[layer], cache.read(layer), strict=True):
+            assert torch.equal(new.view(torch.uint8), old[slots])
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1])
+def test_once_a_fault_is_stored_all_that_is_read_is_nan_until_it_is_forgotten(which, wrong):
+    cache = fp8_cache()
+    state = torch.ones(3, 2, 6), torch.zeros(3, 2)
+    cache.write(0, torch.tensor([3, 4]), cache.rounded(*tokens(2)))
+    assert torch.equal(cache.with_faults(state)[0], state[0])
+    bad = tokens(2)
+    bad[which][1, 0, 0] = wrong
+    cache.write(1, torch.tensor([5, 6]), cache.rounded(*bad))
+    cache.write(0, torch.tensor([7, 8]), cache.rounded(*tokens(2)))
+    out, lse = cache.with_faults(state)
+    assert out.isnan().all() and torch.equal(lse, state[1])
+    cache.forget_faults()
+    assert torch.equal(cache.with_faults(state)[0], state[0])

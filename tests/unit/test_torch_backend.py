@@ -312,6 +312,47 @@ def test_queries_of_any_strides_are_accepted():
     )
 
 
+@pytest.mark.parametrize("soft_cap", [None, 4.0])
+@pytest.mark.parametrize("is_latent", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize(
+    "rows",
+    [
+        make_rows([5, 3], [(0, 40), (2, 30)], [list(range(10)), [15, 3, 9, 1, 20, 11, 8, 2]], 4, True),
+        make_rows([5, 3], [(0, 40), (2, 30)], [list(range(10)), [15, 3, 9, 1, 20, 11, 8, 2]], 4, True).within(6),
+        make_rows([2, 4], [(0, 600), (0, 7)], [[*range(20, 30), *range(5, 15)], [2]], 32, False),
+        make_rows([1] * 6, [(0, n) for n in (3, 9, 17, 0, 64, 30)], [[i, i + 8, i + 16] for i in range(6)], 32, False),
+    ],
+    ids=["causal", "window", "runs", "shared calls"],
+)
+def test_keys_in_fp8_are_the_numbers_they_say(rows, dtype, is_latent, soft_cap):
+    keys, values = (x.to(dtype) for x in make_store(32 * 32, torch.float32))
+    if is_latent:
+        values = keys[..., :V]
+    plan, q = TorchBackend(CPU).plan(rows), queries(rows.num_queries, torch.float32)
+    found = plan.run(q, keys, values, scale=SCALE, soft_cap=soft_cap)
+    found = [x.clone() for x in found]
+    wide = keys.float()
+    want = plan.run(q, wide, wide[..., :V] if is_latent else values.float(), scale=SCALE, soft_cap=soft_cap)
+    assert found[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+def test_of_a_store_in_fp8_no_more_is_cast_than_a_call_takes(monkeypatch):
+    rows = make_rows([2], [(0, 12)], [[5, 2, 8]], 4, False)
+    keys, values = (x.to(torch.float8_e4m3fn) for x in make_store(4096, torch.float32))
+    cast = []
+    to = torch.Tensor.to
+
+    def noted(x, *args, **kwargs):
+        cast.append(x.numel())
+        return to(x, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", noted)
+    TorchBackend(CPU).plan(rows).run(queries(2, torch.float32), keys, values, scale=SCALE)
+    assert 0 < max(cast) <= 12 * K * D
+
+
 def test_auto_and_torch_name_this_backend_on_cpu_and_nothing_else_does():
     needs = AttentionNeeds(torch.float32, ())
     assert make_backend("auto", CPU, needs).name == make_backend("torch", CPU, needs).name == "torch"
