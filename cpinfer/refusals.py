@@ -56,6 +56,10 @@ REFUSALS: dict[str, Refusal] = {
     "flashinfer_head_dim": Refusal(
         "FlashInfer with head dims other than 64, 128, 256 and DeepSeek's", 'Set backend to "torch", or "auto".'
     ),
+    "flashinfer_fp8_latents": Refusal(
+        "FlashInfer over latents in fp8, but for e4m3 under bfloat16 on Hopper",
+        'Set backend to "torch", or kv_cache_dtype to "auto".',
+    ),
     "flashinfer_family": Refusal(
         "kernel families that return no lse or read no page table (trtllm-gen, cudnn, cutlass, cute-dsl)",
         'Set backend to "flashinfer": it takes its FlashAttention kernels.',

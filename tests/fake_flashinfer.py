@@ -66,6 +66,7 @@ def fake_flashinfer(
 
         kind = ""
         name = ""
+        is_mla = False
         buffers: tuple[str, ...] = ()
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -118,7 +119,11 @@ def fake_flashinfer(
             assert k_cache.shape[1] == plan["page_size"]
             assert out.shape == (T, H, v_cache.shape[-1]) and out.dtype == q.dtype and out.is_contiguous()
             assert lse.shape == (T, H) and lse.dtype == torch.float32 and lse.is_contiguous()
-            assert q.dtype == k_cache.dtype == v_cache.dtype == plan["q_data_type"] == plan["kv_data_type"]
+            assert q.dtype == plan["q_data_type"] and k_cache.dtype == v_cache.dtype == plan["kv_data_type"]
+            if k_cache.dtype != q.dtype:
+                assert k_cache.dtype == torch.float8_e4m3fn or (k_cache.dtype == torch.float8_e5m2 and not self.is_mla)
+                assert self.family == "fa2" or self.is_mla, "FA3 takes fp8 keys with fp8 queries alone"
+                k_cache, v_cache = _widened(k_cache), _widened(v_cache)
             assert (H, k_cache.shape[2]) == (plan["num_qo_heads"], plan["num_kv_heads"])
             assert (q.shape[-1], v_cache.shape[-1]) == (plan["head_dim_qk"], plan["head_dim_vo"])
             group = H // k_cache.shape[2]
@@ -184,6 +189,7 @@ def fake_flashinfer(
 
     class Latent(Wrapper):
         kind, name = "latent", "BatchMLAPagedAttentionWrapper"
+        is_mla = True
         buffers = ("qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr")
 
         def plan(self, *args: Any, **kwargs: Any) -> None:
@@ -206,6 +212,8 @@ def fake_flashinfer(
             r = bound(f"{self.name}.run", self, args, kwargs)
             assert r["return_lse"]
             assert r["ckv_cache"].dim() == r["kpe_cache"].dim() == 3
+            scales = {r[name] for name in ("ckv_scale", "kpe_scale") if r.get(name) is not None}
+            assert scales == ({1.0} if r["ckv_cache"].dtype == torch.float8_e4m3fn else set())
             q = torch.cat([r["q_nope"], r["q_pe"]], dim=-1)
             keys = torch.cat([r["ckv_cache"], r["kpe_cache"]], dim=-1).unsqueeze(2)
             self.attend(q, keys, r["ckv_cache"].unsqueeze(2), r["out"], r["lse"])
@@ -220,6 +228,12 @@ def fake_flashinfer(
         BatchDecodeWithPagedKVCacheWrapper=Decode,
         BatchMLAPagedAttentionWrapper=Latent,
     )
+
+
+def _widened(pages: Tensor) -> Tensor:
+    """fp8 as it is widened by shifting bits: what stands for NaN is read as the number that would be next."""
+    wide = pages.double()
+    return wide.nan_to_num(480.0 if pages.dtype == torch.float8_e4m3fn else 114688.0)
 
 
 def _copy(method: Any, sig: inspect.Signature) -> Any:

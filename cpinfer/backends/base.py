@@ -23,8 +23,8 @@ class PlannedAttention(Protocol):
         """`out [T, H, V]` in q's dtype and `lse [T, H]`, natural log, float32; a row without keys gives `(0, -inf)`.
 
         q `[T, H, D]`: the packed queries of all rows. keys `[slots, K, D]`, values `[slots, K, V]`: the paged store
-        flattened, last dim contiguous, otherwise of any strides; values may be a view of the first columns of keys. The
-        result may lie in memory of the plan: it is valid until this plan runs again.
+        flattened, in q's dtype or the cache's, last dim contiguous, otherwise of any strides; values may be a view of
+        the first columns of keys. The result may lie in memory of the plan: it is valid until this plan runs again.
         """
         ...
 
@@ -72,12 +72,26 @@ class AttentionNeeds:
     """What a rank will ask of its backend: the dtype, and for each kind of call its query heads and KV layout.
 
     GQA has the heads of a rank and those of its DCP group; latent attention the layout of its cache, and the expanded
-    one of prefill. `has_windows`: some layer sees the last so many tokens only.
+    one of prefill. `has_windows`: some layer sees the last so many tokens only. `cache_dtype`: that of cached keys and
+    values where it is not `dtype`.
     """
 
     dtype: torch.dtype
     calls: tuple[tuple[int, KVLayout], ...]
     has_windows: bool = False
+    cache_dtype: torch.dtype | None = None
+
+    def key_dtypes(self, layout: KVLayout) -> tuple[torch.dtype, ...]:
+        """What keys of this layout come in: new tokens in `dtype`, cached ones in the cache's.
+
+        Latents are attended to in the cache alone, and what they are expanded to is never cached.
+        """
+        if self.cache_dtype in (None, self.dtype):
+            return (self.dtype,)
+        if layout.v_is_prefix_of_k:
+            return (self.cache_dtype,)
+        is_expanded = any(other.v_is_prefix_of_k for _, other in self.calls)
+        return (self.dtype,) if is_expanded else (self.dtype, self.cache_dtype)
 
 
 def check_choice(name: str, device: torch.device, needs: AttentionNeeds) -> None:
@@ -90,7 +104,7 @@ def check_choice(name: str, device: torch.device, needs: AttentionNeeds) -> None
         return
     if device.type != "cuda":
         raise refuse("flashinfer_device", f'backend="flashinfer" on {device.type}')
-    error = flashinfer_error(needs)
+    error = flashinfer_error(needs, device)
     if error is not None:
         raise error
 
@@ -107,7 +121,7 @@ def make_backend(name: str, device: torch.device, needs: AttentionNeeds) -> Atte
     check_choice(name, device, needs)
     if name == "torch" or device.type != "cuda":
         return TorchBackend(device)
-    error = flashinfer_error(needs)
+    error = flashinfer_error(needs, device)
     if error is None:
         return FlashInferBackend(device, needs)
     warnings.warn(f"attention runs on torch alone, which is slow on CUDA: {error}", stacklevel=2)

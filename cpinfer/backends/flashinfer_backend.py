@@ -19,6 +19,9 @@ Kernels: paged prefill of many queries, and latent attention, in FlashAttention-
 FlashAttention-2 style, decode on tensor cores where query heads share KV heads. Both return lse.
 Other families (trtllm-gen, cudnn, ...) either do not or need more than a page table, and are never chosen.
 
+Pages in fp8 are widened to the queries' dtype as they are read, so they weigh as what they say. The FlashAttention-3
+family would want queries in fp8 as well, but for latents, whose kernels widen e4m3 to bfloat16 on Hopper.
+
 Letters: T queries, H query heads, K KV heads, D head dim of keys, V of values.
 """
 
@@ -64,6 +67,7 @@ class _Call:
     k_dim: int
     v_dim: int
     dtype: torch.dtype
+    kv_dtype: torch.dtype
     scale: float
     soft_cap: float | None
     is_latent: bool
@@ -78,14 +82,20 @@ class _Kind:
     tensor_cores: bool = False
 
 
-def flashinfer_error(needs: AttentionNeeds) -> UserError | None:
+def flashinfer_error(needs: AttentionNeeds, device: torch.device) -> UserError | None:
     """Why FlashInfer cannot do what is needed, on a CUDA device; None when it can."""
     if needs.dtype not in (torch.bfloat16, torch.float16):
-        return refuse("flashinfer_dtype", f'backend="flashinfer" with {str(needs.dtype).removeprefix("torch.")}')
+        return refuse("flashinfer_dtype", f'backend="flashinfer" with {_name(needs.dtype)}')
     for _, layout in needs.calls:
         known = LATENT_DIMS if layout.v_is_prefix_of_k else HEAD_DIMS
         if (layout.k_dim, layout.v_dim) not in known:
             return refuse("flashinfer_head_dim", f"keys of {layout.k_dim} and values of {layout.v_dim} per head")
+        cached = needs.cache_dtype or needs.dtype
+        if layout.v_is_prefix_of_k and cached != needs.dtype:
+            has_kernel = (cached, needs.dtype) == (torch.float8_e4m3fn, torch.bfloat16)
+            if not has_kernel or torch.cuda.get_device_capability(device)[0] != 9:
+                what = f"latents cached in {_name(cached)} under {_name(needs.dtype)}"
+                return refuse("flashinfer_fp8_latents", f"{what} on {torch.cuda.get_device_name(device)}")
     if importlib.util.find_spec("flashinfer") is None:
         return UserError(
             'backend="flashinfer" needs the package flashinfer-python. '
@@ -149,8 +159,9 @@ class FlashInferBackend:
         is_square = call.k_dim == call.v_dim
         if table.is_decode and is_square:
             return _Kind("decode", "fa2", tensor_cores=call.num_q_heads > call.num_kv_heads)
+        takes_fa3 = self._is_hopper and is_square and call.kv_dtype == call.dtype
         is_wide = table.num_queries > FA3_TILE_QUERIES * table.num_rows
-        return _Kind("prefill", "fa3" if self._is_hopper and is_square and is_wide else "fa2")
+        return _Kind("prefill", "fa3" if takes_fa3 and is_wide else "fa2")
 
 
 class FlashInferPlan:
@@ -254,7 +265,7 @@ class _Wrapper:
         arrays = (table.kv_indices, table.kv_indptr, table.qo_indptr, table.last_page_len, table.kv_lens)
         staged, kv_indptr, qo_indptr, last_page_len, kv_lens = self._staging.hold(arrays)
         kv_indices = staged.to(self._staging.device, non_blocking=True)
-        dtypes = {"q_data_type": call.dtype, "kv_data_type": call.dtype}
+        dtypes = {"q_data_type": call.dtype, "kv_data_type": call.kv_dtype}
         if self._kind.name == "prefill":
             self._wrapper.plan(
                 qo_indptr,
@@ -313,6 +324,7 @@ class _Wrapper:
         if self._kind.name != "latent":
             self._wrapper.run(q, (paged_keys, paged_values), out=out, lse=lse, return_lse=True)
             return
+        scales = {} if call.kv_dtype == call.dtype else {"ckv_scale": 1.0, "kpe_scale": 1.0}
         self._wrapper.run(
             q_nope=q[..., : call.v_dim],
             q_pe=q[..., call.v_dim :],
@@ -321,6 +333,7 @@ class _Wrapper:
             out=out,
             lse=lse,
             return_lse=True,
+            **scales,
         )
 
 
@@ -379,7 +392,12 @@ def _check_latent(table: PageTable, call: _Call) -> None:
 
 def _call_of(q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None) -> _Call:
     is_latent = values.data_ptr() == keys.data_ptr() and values.shape[-1] < keys.shape[-1]
-    return _Call(q.shape[1], keys.shape[1], keys.shape[2], values.shape[2], q.dtype, scale, soft_cap, is_latent)
+    heads_and_dims = (q.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
+    return _Call(*heads_and_dims, q.dtype, keys.dtype, scale, soft_cap, is_latent)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _graph_buffers(fixed: FixedSize, device: torch.device) -> list[Tensor]:

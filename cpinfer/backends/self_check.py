@@ -20,6 +20,7 @@ from cpinfer.errors import BackendFaultError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.attention import dense_attention
+from cpinfer.ops.float8 import take_rows
 from cpinfer.ops.states import State
 
 # Half precision keeps 8 bits of an output of size 1, and lse is float32 sums of products that are exact.
@@ -35,14 +36,17 @@ _LONG_TABLE = [block * 5 % _NUM_BLOCKS for block in range(_NUM_BLOCKS)]
 
 def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torch.device) -> None:
     """BackendFaultError, saying what is wrong, when `backend` does not compute attention as everything here expects."""
-    for num_q_heads, layout in needs.calls:
-        for name, rows in _cases(layout.v_is_prefix_of_k, needs.has_windows):
-            what = _fault(backend, rows, _inputs(rows, num_q_heads, layout, needs.dtype, device), layout.k_dim**-0.5)
+    each = [(heads, layout, dtype) for heads, layout in needs.calls for dtype in needs.key_dtypes(layout)]
+    for num_q_heads, layout, key_dtype in each:
+        only_cached = layout.v_is_prefix_of_k or key_dtype != needs.dtype
+        for name, rows in _cases(only_cached, needs.has_windows):
+            inputs = _inputs(rows, num_q_heads, layout, needs.dtype, key_dtype, device)
+            what = _fault(backend, rows, inputs, layout.k_dim**-0.5)
             if what is not None:
                 raise BackendFaultError(
                     f"the {backend.name} backend fails its check ({name}, {num_q_heads} heads over {layout}, "
-                    f'{needs.dtype}): {what}. Nothing was computed with it. Use backend "torch", or another version '
-                    "of its library."
+                    f'{needs.dtype} over {key_dtype}): {what}. Nothing was computed with it. Use backend "torch", or '
+                    "another version of its library."
                 )
 
 
@@ -52,16 +56,16 @@ def _fault(
     """What `backend` does wrong with these rows; None when nothing."""
     try:
         found = backend.plan(rows).run(*inputs, scale=scale)
-    except RuntimeError as error:  # what libraries raise: no such kernel, compilation failed, out of memory
+    except (RuntimeError, ValueError) as error:  # of libraries: no such kernel, compilation failed, out of memory
         return f"it raised {type(error).__name__}: {error}"
     want = _oracle(rows, *inputs, scale)
     return None if _equal(found, want) else _diagnosis(rows, *inputs, scale, found, want)
 
 
-def _cases(is_latent: bool, has_windows: bool) -> Iterator[tuple[str, AttentionRows]]:
+def _cases(only_cached: bool, has_windows: bool) -> Iterator[tuple[str, AttentionRows]]:
     """What a layout is used for, with few queries and with several tiles of them, which may be other kernels.
 
-    Latents are never attended to under a mask: prefill expands them.
+    What is cached alone, as latents and fp8 are, is never attended to under a mask.
     """
 
     def rows(q_lens: list[int], kv_lens: list[int], *, causal: bool) -> AttentionRows:
@@ -70,26 +74,32 @@ def _cases(is_latent: bool, has_windows: bool) -> Iterator[tuple[str, AttentionR
 
     yield "context", rows([5, 3, 2], [5, 10, 0], causal=False)
     yield "long context", rows([300], [387], causal=False)
-    if not is_latent:
+    if not only_cached:
         yield "prefill", rows([5, 3, 2], [5, 10, 4], causal=True)
         yield "long prefill", rows([300], [387], causal=True)
-    if not is_latent and has_windows:
+    if not only_cached and has_windows:
         yield "prefill in a window", rows([5, 3, 2], [5, 10, 4], causal=True).within(3)
         yield "long prefill in a window", rows([300], [387], causal=True).within(100)
     yield "decode", rows([1, 1, 1], [7, 9, 0], causal=False)
 
 
 def _inputs(
-    rows: AttentionRows, num_q_heads: int, layout: KVLayout, dtype: torch.dtype, device: torch.device
+    rows: AttentionRows,
+    num_q_heads: int,
+    layout: KVLayout,
+    dtype: torch.dtype,
+    key_dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q `[T, H, D]` as a model's attention has it (heads first in memory), keys and values of a store."""
     generator = torch.Generator().manual_seed(0)
     slots = _NUM_BLOCKS * _BLOCK_SIZE
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
+        return torch.randn(*shape, generator=generator).to(device, key_dtype)
 
-    q = (3 * normal(num_q_heads, rows.num_queries, layout.k_dim)).transpose(0, 1)  # peaked logits: of std 3
+    q = 3 * torch.randn(num_q_heads, rows.num_queries, layout.k_dim, generator=generator)  # peaked logits: of std 3
+    q = q.to(device, dtype).transpose(0, 1)
     keys = normal(slots, layout.num_heads, layout.k_dim)
     if layout.v_is_prefix_of_k:
         return q, keys, keys[..., : layout.v_dim]
@@ -110,7 +120,7 @@ def _oracle(
         if top_left and rows.causal:
             slots = slots[:q_len]
         part = q[first : first + q_len].float()
-        k, v = keys[slots].float(), values[slots].float()
+        k, v = take_rows(keys, slots).float(), take_rows(values, slots).float()
         out, lse = dense_attention(part, k, v, scale=scale, causal=rows.causal, window=rows.window)
         outs.append(out)
         lses.append(lse)

@@ -16,9 +16,10 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_flashinfer_passes_its_own_check(dtype: torch.dtype) -> None:
-    needs = AttentionNeeds(dtype, ((8, KVLayout(2, 128, 128)),), has_windows=True)
+def test_flashinfer_passes_its_own_check(dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
+    needs = AttentionNeeds(dtype, ((8, KVLayout(2, 128, 128)),), has_windows=True, cache_dtype=cache_dtype)
     assert make_backend("auto", torch.device("cuda"), needs).name == "flashinfer"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
-from cpinfer.backends.flashinfer_backend import FlashInferBackend, flashinfer_error
+from cpinfer.backends.flashinfer_backend import FA3_TILE_QUERIES, FlashInferBackend, flashinfer_error
 from cpinfer.backends.flashinfer_limits import replayed_workspace_bytes
 from cpinfer.backends.torch_backend import TorchBackend
 from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
@@ -22,7 +22,7 @@ from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.states import State
 from fake_flashinfer import VERSIONS, fake_flashinfer
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GQA = KVLayout(2, 8, 8)
 LATENT = KVLayout(1, 12, 8, v_is_prefix_of_k=True)
 EXPANDED = KVLayout(8, 12, 8)
@@ -286,6 +286,68 @@ def test_windows_of_a_fixed_plan_are_pages_of_one_token(library: Any) -> None:
         assert_equal(plan.run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
 
 
+# --- fp8 pages ---
+
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def rounded_store(layout: KVLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A store in fp8, as the cache has it."""
+    k, v = store(layout)
+    keys = k.to(dtype)
+    return (keys, keys[..., : layout.v_dim]) if layout.v_is_prefix_of_k else (keys, v.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", FP8, ids=str)
+@pytest.mark.parametrize("name", ["context", "decode", "decode in a window", "only empty rows"])
+def test_states_over_fp8_pages_equal_dense_attention_over_the_numbers_in_them(
+    library: Any, name: str, dtype: torch.dtype
+) -> None:
+    rows = ROWS[name]
+    q, (k, v) = queries(rows, GQA), rounded_store(GQA, dtype)
+    found = backend_of(library).plan(rows).run(q, k, v, scale=0.3, soft_cap=5.0)
+    assert_equal(found, oracle(rows, q, k.float(), v.float(), 0.3, 5.0))
+
+
+def test_states_over_fp8_latents_equal_dense_attention_over_the_numbers_in_them(library: Any) -> None:
+    for rows in (ROWS["context"], ROWS["decode"]):
+        q, (k, v) = queries(rows, LATENT), rounded_store(LATENT, torch.float8_e4m3fn)
+        assert_equal(
+            backend_of(library).plan(rows).run(q, k, v, scale=0.3), oracle(rows, q, k.float(), v.float(), 0.3, None)
+        )
+
+
+@pytest.mark.parametrize(
+    ("layout", "key_dtype", "family"),
+    [
+        (GQA, torch.float8_e4m3fn, "fa2"),
+        (GQA, torch.float8_e5m2, "fa2"),
+        (GQA, torch.float32, "fa3"),
+        (LATENT, torch.float8_e4m3fn, "fa3"),
+    ],
+    ids=str,
+)
+def test_on_hopper_fp8_pages_of_heads_take_the_older_family(
+    library: Any, layout: KVLayout, key_dtype: torch.dtype, family: str
+) -> None:
+    backend = backend_of(library)
+    backend._is_hopper = True
+    rows = AttentionRows.build([FA3_TILE_QUERIES + 1], [18], [BLOCKS[4][0]], block_size=4, causal=False)
+    k, v = rounded_store(layout, key_dtype)
+    backend.plan(rows).run(queries(rows, layout), k, v, scale=0.3)
+    [made], [(_, plan)] = library.log.made, library.log.plans
+    assert made["backend"] == family and plan["kv_data_type"] == key_dtype and plan["q_data_type"] == torch.float32
+
+
+def test_new_and_cached_keys_of_one_plan_are_calls_of_their_own(library: Any) -> None:
+    rows = ROWS["context"]
+    plan = backend_of(library).plan(rows)
+    q, exact, rounded = queries(rows, GQA), store(GQA), rounded_store(GQA, torch.float8_e4m3fn)
+    for k, v in (exact, rounded, exact):
+        assert_equal(plan.run(q, k, v, scale=0.3), oracle(rows, q, k.float(), v.float(), 0.3, None))
+    assert len(library.log.plans) == 2
+
+
 # --- the self-check: what others have shipped wrong is refused at start ---
 
 
@@ -293,6 +355,17 @@ def test_windows_of_a_fixed_plan_are_pages_of_one_token(library: Any) -> None:
 def test_a_right_library_passes_in_every_dtype(library: Any, needs: AttentionNeeds) -> None:
     FlashInferBackend(CPU, needs, library)
     assert {name for name, _ in library.log.plans} == {"prefill", "decode", "latent"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "dtype"), [(GQA, torch.float8_e4m3fn), (GQA, torch.float8_e5m2), (LATENT, torch.float8_e4m3fn)], ids=str
+)
+def test_the_check_asks_for_every_dtype_that_keys_come_in(library: Any, layout: KVLayout, dtype: torch.dtype) -> None:
+    calls = ((8, layout), (8, EXPANDED)) if layout == LATENT else ((8, layout),)
+    FlashInferBackend(CPU, AttentionNeeds(torch.bfloat16, calls, has_windows=True, cache_dtype=dtype), library)
+    asked = {(kind, plan["kv_data_type"]) for kind, plan in library.log.plans}
+    new = {(kind, torch.bfloat16) for kind in (["prefill"] if layout == LATENT else ["prefill", "decode"])}
+    assert asked == new | {(kind, dtype) for kind in (["latent"] if layout == LATENT else ["prefill", "decode"])}
 
 
 @pytest.mark.parametrize("layout", [GQA, LATENT], ids=["gqa", "latents"])
@@ -367,33 +440,68 @@ def test_on_cpu_it_is_refused_by_name() -> None:
     ],
 )
 def test_what_no_kernel_exists_for_is_refused_by_name(needs: AttentionNeeds, words: str) -> None:
-    error = flashinfer_error(needs)
+    error = flashinfer_error(needs, CUDA)
     assert isinstance(error, UnsupportedError) and words in str(error) and "Set backend" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "capability", "is_refused"),
+    [
+        (torch.bfloat16, torch.float8_e4m3fn, (9, 0), False),
+        (torch.bfloat16, torch.float8_e4m3fn, (8, 0), True),
+        (torch.bfloat16, torch.float8_e4m3fn, (10, 0), True),
+        (torch.bfloat16, torch.float8_e5m2, (9, 0), True),
+        (torch.float16, torch.float8_e4m3fn, (9, 0), True),
+        (torch.float16, torch.float16, (8, 0), False),
+    ],
+    ids=str,
+)
+def test_latents_in_fp8_are_refused_where_no_kernel_widens_them(
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    capability: tuple[int, int],
+    is_refused: bool,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    latents = ((128, KVLayout(1, 576, 512, v_is_prefix_of_k=True)), (16, KVLayout(16, 192, 128)))
+    needs = AttentionNeeds(dtype, latents, cache_dtype=cache_dtype)
+    error = flashinfer_error(needs, CUDA)
+    assert (error is not None) == is_refused
+    if is_refused:
+        assert isinstance(error, UnsupportedError) and "latents cached in float8" in str(error)
+        with pytest.raises(UnsupportedError, match="Hopper"):
+            check_choice("flashinfer", CUDA, needs)
+        with pytest.warns(UserWarning, match="torch alone, which is slow on CUDA: latents cached in"):
+            assert make_backend("auto", CUDA, needs).name == "torch"
+    # Heads have kernels everywhere.
+    assert flashinfer_error(replace(HALF, dtype=dtype, cache_dtype=cache_dtype), CUDA) is None
 
 
 def test_known_shapes_want_the_package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     latent = (128, KVLayout(1, 576, 512, v_is_prefix_of_k=True))
     for calls in (HALF.calls, (latent, (16, KVLayout(16, 192, 128))), ((8, KVLayout(1, 64, 64)),)):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        error = flashinfer_error(AttentionNeeds(torch.bfloat16, calls))
+        error = flashinfer_error(AttentionNeeds(torch.bfloat16, calls), CUDA)
         assert error is not None and not isinstance(error, UnsupportedError) and "cpinfer[flashinfer]" in str(error)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-        assert flashinfer_error(AttentionNeeds(torch.bfloat16, calls)) is None
+        assert flashinfer_error(AttentionNeeds(torch.bfloat16, calls), CUDA) is None
 
 
 def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device is needed to choose: the backends themselves are stand-ins."""
     module = "cpinfer.backends.flashinfer_backend"
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs: None)
-    cuda = torch.device("cuda")
-    assert make_backend("auto", cuda, HALF) == make_backend("flashinfer", cuda, HALF) == ("flashinfer", "cuda")
-    assert make_backend("torch", cuda, HALF).name == "torch"
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs: UserError("it is not there."))
+    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
+    assert make_backend("auto", CUDA, HALF) == make_backend("flashinfer", CUDA, HALF) == ("flashinfer", "cuda")
+    assert make_backend("torch", CUDA, HALF).name == "torch"
+    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: UserError("it is not there."))
     with pytest.warns(UserWarning, match="torch alone, which is slow on CUDA: it is not there"):
-        assert make_backend("auto", cuda, HALF).name == "torch"
+        assert make_backend("auto", CUDA, HALF).name == "torch"
     with pytest.raises(UserError, match="it is not there"):
-        make_backend("flashinfer", cuda, HALF)
+        make_backend("flashinfer", CUDA, HALF)
 
 
 def test_an_unknown_name_is_refused() -> None:

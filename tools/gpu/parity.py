@@ -1,7 +1,7 @@
 """Stage parity: kernels and layouts against attention as it is defined, on the same inputs.
 
 - every kind of call (GQA, latents, expanded latents) on ragged rows, some without keys, some sharing keys: out and lse
-  against float32
+  against float32, over keys in fp8 too, where such are attended to
 - every legal layout of up to 8 ranks, played by threads, through prefill, context, decode and the exchanges
 - packing and merging of states, the Triton kernels against torch
 """
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from cpinfer.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.backends.cascade import plan_sharing
-from cpinfer.backends.flashinfer_backend import FlashInferBackend
+from cpinfer.backends.flashinfer_backend import FlashInferBackend, flashinfer_error
 from cpinfer.layout.advice import legal_layouts
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.attention import dense_attention
+from cpinfer.ops.float8 import take_rows
 from cpinfer.ops.states import merge_packed, pack_by_place
 from gpu.attention_ranks import Case, Tampering, run_case
 from gpu.stage import Figure, Found, Setting
@@ -33,6 +34,7 @@ LSE_TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 5e-3, torch.float32: 1e-4}
 # Of the largest error of an output of size 1, through a whole layout.
 LAYOUT_TOLERANCE = {torch.bfloat16: 5e-2, torch.float32: 1e-5}
 BLOCK_SIZE = 16
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 # name, query heads, layout
 Kernel = tuple[str, int, KVLayout]
@@ -64,18 +66,30 @@ def _kernel_errors(setting: Setting) -> Iterator[Figure]:
         # Every dtype is minutes of compilation: one kernel shows that both are right.
         half = (torch.bfloat16, torch.float16) if name == KERNELS[0][0] else (torch.bfloat16,)
         for dtype in (torch.float32,) if setting.is_smoke else half:
-            needs = AttentionNeeds(dtype, ((num_q_heads, layout),), has_windows=True)
-            backend = setting.backend(needs)
-            outs, lses = [], []
-            for rows, num_slots in _rows(setting.is_smoke):
-                if rows.causal and layout.v_is_prefix_of_k:
-                    continue  # prefill expands latents
-                out_error, lse_error = _error(backend, rows, num_slots, num_q_heads, layout, dtype, setting.device)
-                outs.append(out_error)
-                lses.append(lse_error)
-            kind = f"{name} {str(dtype).removeprefix('torch.')}"
-            yield Figure(f"{kind}: out, relative", _worst(outs), "", target=OUT_TOLERANCE[dtype])
-            yield Figure(f"{kind}: lse", _worst(lses), "", target=LSE_TOLERANCE[dtype])
+            for key_dtype in (dtype, *FP8):
+                needs = AttentionNeeds(dtype, ((num_q_heads, layout),), has_windows=True, cache_dtype=key_dtype)
+                if not _is_asked(needs, layout, setting):
+                    continue
+                backend = setting.backend(needs)
+                outs, lses = [], []
+                for rows, num_slots in _rows(setting.is_smoke):
+                    if rows.causal and (layout.v_is_prefix_of_k or key_dtype != dtype):
+                        continue  # prefill expands latents, and has its keys before they are cached
+                    out_error, lse_error = _error(backend, rows, num_slots, num_q_heads, layout, needs, setting.device)
+                    outs.append(out_error)
+                    lses.append(lse_error)
+                over = "" if key_dtype == dtype else f" over {str(key_dtype).removeprefix('torch.')}"
+                kind = f"{name} {str(dtype).removeprefix('torch.')}{over}"
+                yield Figure(f"{kind}: out, relative", _worst(outs), "", target=OUT_TOLERANCE[dtype])
+                yield Figure(f"{kind}: lse", _worst(lses), "", target=LSE_TOLERANCE[dtype])
+
+
+def _is_asked(needs: AttentionNeeds, layout: KVLayout, setting: Setting) -> bool:
+    """Not over fp8 what is expanded, which is never cached, nor what is refused by name."""
+    if needs.cache_dtype == needs.dtype:
+        return True
+    is_expanded = layout.k_dim != layout.v_dim and not layout.v_is_prefix_of_k
+    return not is_expanded and (setting.is_smoke or flashinfer_error(needs, setting.device) is None)
 
 
 def _rows(is_smoke: bool) -> Iterator[tuple[AttentionRows, int]]:
@@ -116,14 +130,14 @@ def _error(
     num_slots: int,
     num_q_heads: int,
     layout: KVLayout,
-    dtype: torch.dtype,
+    needs: AttentionNeeds,
     device: torch.device,
 ) -> tuple[float, float]:
     """Relative error of out, largest error of lse, against float32 on the same rounded inputs."""
     generator = torch.Generator().manual_seed(rows.num_queries)
     q = 3 * torch.randn(num_q_heads, rows.num_queries, layout.k_dim, generator=generator)
-    q = q.to(device, dtype).transpose(0, 1)
-    store = torch.randn(num_slots, layout.num_heads, layout.width, generator=generator).to(device, dtype)
+    q = q.to(device, needs.dtype).transpose(0, 1)
+    store = torch.randn(num_slots, layout.num_heads, layout.width, generator=generator).to(device, needs.cache_dtype)
     keys, values = store[..., : layout.k_dim], store[..., -layout.v_dim :]
     if layout.v_is_prefix_of_k:
         values = keys[..., : layout.v_dim]
@@ -133,7 +147,7 @@ def _error(
     first, want_out, want_lse = 0, [], []
     for row, q_len in enumerate(rows.q_lens.tolist()):
         slots = torch.from_numpy(rows.slots(row)).to(device)
-        part, k, v = (x.float() for x in (q[first : first + q_len], keys[slots], values[slots]))
+        part, k, v = (x.float() for x in (q[first : first + q_len], take_rows(keys, slots), take_rows(values, slots)))
         state = dense_attention(part, k, v, scale=scale, causal=rows.causal, window=rows.window)
         want_out.append(state[0])
         want_lse.append(state[1])
