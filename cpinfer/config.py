@@ -208,6 +208,10 @@ class Config:
 
     model: str | None = _key("Hugging Face id, or folder (relative to the config file)", None)
     dtype: Literal["float32", "bfloat16", "float16"] = _key("of weights, activations and KV cache", "bfloat16")
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = _key(
+        "auto is `dtype`; else K and V are rounded to fp8 when they are made, so more tokens fit. fp8 is fp8_e4m3",
+        "auto",
+    )
     backend: Literal["auto", "torch", "flashinfer"] = _key("attention kernels", "auto")
     tensor_parallel: TensorParallel = _key("tensor parallelism", factory=TensorParallel)
     prefill_context_parallel_size: int = _key("ranks that share the prefill of a prompt (pcp)", 1)
@@ -278,6 +282,13 @@ class Config:
     def interleave(self) -> int:
         return self.cp_kv_cache_interleave_size or self.block_size
 
+    def cache_dtype(self, dtype: str) -> str:
+        """What the KV cache of a model in `dtype` has, both as torch calls them."""
+        return _FLOAT8.get(self.kv_cache_dtype, dtype)
+
+
+_FLOAT8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+
 
 # Keys that other engines know and this one refuses by name, with the row of the table that says why.
 _REFUSED_KEYS = {
@@ -288,14 +299,15 @@ _REFUSED_KEYS = {
     "pipeline_parallel_size": "pipeline_parallel",
     "limit_mm_per_prompt": "multimodal",
     "quantization": "quantized_weights",
-    "kv_cache_dtype": "fp8_kv_cache",
 }
 # Values of known keys, likewise.
 _REFUSED_VALUES = {
     ("backend", value): "flashinfer_family" for value in ("trtllm", "trtllm-gen", "cudnn", "cutlass", "cute-dsl")
 }
 # What asks for nothing may stand in a config that was written for another engine.
-_ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1"), "kv_cache_dtype": ("null", '"auto"')}
+_ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1")}
+# Keys whose null is their default, in such a config.
+_MAY_BE_NULL = ("kv_cache_dtype",)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Config:
@@ -393,7 +405,8 @@ def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         if key not in hints and key not in _REFUSED_KEYS:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
             raise UserError(f'unknown key "{where}{key}"; the nearest known key is "{where}{near[0]}".')
-    return cls(**{k: _parse_value(hints[k], v, where + k) for k, v in data.items() if k in hints})
+    given = {k: v for k, v in data.items() if k in hints and not (v is None and where + k in _MAY_BE_NULL)}
+    return cls(**{k: _parse_value(hints[k], v, where + k) for k, v in given.items()})
 
 
 def _parse_value(hint: Any, value: Any, where: str) -> Any:

@@ -64,7 +64,6 @@ REFUSALS: dict[str, Refusal] = {
         "kernel families that return no lse or read no page table (trtllm-gen, cudnn, cutlass, cute-dsl)",
         'Set backend to "flashinfer": it takes its FlashAttention kernels.',
     ),
-    "fp8_kv_cache": Refusal("KV caches in another dtype than the model (fp8)", 'Remove the key, or set it to "auto".'),
     "adapter_outside_modules": Refusal(
         "adapters that do not sit in the modules they change (prompt learning, X-LoRA, activated LoRA, ...)",
         "Use LoRA or another kind that changes single modules.",

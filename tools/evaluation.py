@@ -20,7 +20,7 @@ NUM_SAMPLES = 10
 # Greedy unless the config says otherwise: an evaluation should give the same answer twice.
 DEFAULTS = {"sampling": {"temperature": 0.0}}
 # What must be the same in an evaluation and in the one it continues.
-MUST_AGREE = ("model", "dtype", "sampling", "evaluation")
+MUST_AGREE = ("model", "dtype", "kv_cache_dtype", "sampling", "evaluation")
 
 Key = tuple[str, int, int, int]
 Line = dict[str, Any]

@@ -202,7 +202,8 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
     grid = grid_for(config, launch.world_size)
     heads = spec.heads(grid.tp_size).in_group(grid, grid.coords(launch.rank).tp_rank)
     try:
-        check_choice(config.backend, launch.device, attention_needs(spec, heads, getattr(torch, config.dtype)))
+        dtypes = (getattr(torch, config.dtype), getattr(torch, config.cache_dtype(config.dtype)))
+        check_choice(config.backend, launch.device, attention_needs(spec, heads, *dtypes))
     except UserError as error:
         raise type(error)(f"config {config_path}: {error}") from error
     return grid
@@ -210,7 +211,8 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
 
 def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:
     """The KV pool of the rank that stores the most heads."""
-    return affordable_pool(spec, spec.heads(grid.tp_size).max_stored_heads(grid), config, config.dtype, device)
+    num_heads = spec.heads(grid.tp_size).max_stored_heads(grid)
+    return affordable_pool(spec, num_heads, config, config.cache_dtype(config.dtype), device)
 
 
 def wanted_output(config: Config, args: argparse.Namespace) -> tuple[Path, Existing]:

@@ -23,7 +23,7 @@ from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
-from cpinfer.errors import UserError
+from cpinfer.errors import EngineFaultError, UserError
 from cpinfer.layout.capacity import KVLayout, PoolSize
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
@@ -48,7 +48,8 @@ class Engine:
         self._tokenizer = tokenizer
         self._stopping = Stopping(runner.spec.eos_token_ids, tokenizer)
         heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
-        self._needs = attention_needs(runner.spec, heads, runner.dtype)
+        self._cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
+        self._needs = attention_needs(runner.spec, heads, runner.dtype, getattr(torch, self._cache_dtype))
         self._kv_layout = runner.spec.kv_layout(len(heads.kv_heads))
         self._pool_size = self._agree_on_pool()
         self._homes = [
@@ -81,7 +82,7 @@ class Engine:
     @property
     def kv_pool_bytes(self) -> int:
         """What the KV pool takes on this rank while the engine is awake."""
-        per_token = self._kv_layout.bytes_per_token(self._runner.spec.num_layers, self._dtype_name)
+        per_token = self._kv_layout.bytes_per_token(self._runner.spec.num_layers, self._cache_dtype)
         return self._pool_size.num_blocks * self._pool_size.sharding.block_size * per_token
 
     def wake(self) -> None:
@@ -97,6 +98,7 @@ class Engine:
             runner.dtype,
             runner.device,
             has_spare_block=self._config.cuda_graphs,
+            store_dtype=getattr(torch, self._cache_dtype),
         )
         backend = make_backend(self._config.backend, runner.device, self._needs)
         self._steps = StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
@@ -239,6 +241,12 @@ class Engine:
                 for sequence in finished:
                     sequence.finished_s = now
                     yield sequence
+        except EngineFaultError:
+            # What is not finite may lie in remembered prefixes; nothing else that is stored will be read again.
+            self._steps.forget_faults()
+            for home in self._homes:
+                home.prefixes.clear()
+            raise
         finally:
             self._is_streaming = False
             scheduler.abort_all()
@@ -298,20 +306,17 @@ class Engine:
     def _agree_on_pool(self) -> PoolSize:
         """The KV pool that every rank can afford: memory, or the heads it stores, may differ, block ids may not."""
         runner = self._runner
-        num_heads, dtype = self._kv_layout.num_heads, self._dtype_name
-        pool = affordable_pool(runner.spec, num_heads, self._config, dtype, runner.device)
+        pool = affordable_pool(runner.spec, self._kv_layout.num_heads, self._config, self._cache_dtype, runner.device)
         return PoolSize(smallest(self._topology.replica, pool.num_blocks, runner.device), pool.sharding)
-
-    @property
-    def _dtype_name(self) -> str:
-        return str(self._runner.dtype).removeprefix("torch.")
 
     def _refuse_while_streaming(self, what: str) -> None:
         if self._is_streaming:
             raise RuntimeError(f"cannot {what} while a stream is open; finish or close it first")
 
 
-def attention_needs(spec: ModelSpec, heads: GroupHeads, dtype: torch.dtype) -> AttentionNeeds:
+def attention_needs(
+    spec: ModelSpec, heads: GroupHeads, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+) -> AttentionNeeds:
     """What a rank with these heads asks of its attention backend."""
     own_heads, has_windows = heads.num_q_heads, any(w is not None for w in spec.windows)
     own_kv_heads = heads.own.stop - heads.own.start
@@ -323,12 +328,14 @@ def attention_needs(spec: ModelSpec, heads: GroupHeads, dtype: torch.dtype) -> A
     if spec.latent is not None:
         calls.add((own_heads, KVLayout(own_heads, spec.head_dim, spec.latent.v_head_dim)))
     ordered = sorted(calls, key=lambda call: (call[0], call[1].num_heads))
-    return AttentionNeeds(dtype, tuple(ordered), has_windows)
+    return AttentionNeeds(dtype, tuple(ordered), has_windows, cache_dtype)
 
 
-def affordable_pool(spec: ModelSpec, num_heads: int, config: Config, dtype: str, device: torch.device) -> PoolSize:
+def affordable_pool(
+    spec: ModelSpec, num_heads: int, config: Config, cache_dtype: str, device: torch.device
+) -> PoolSize:
     """The KV pool that a rank's budget buys, of `num_heads` stored KV heads. UserError when it is no single block."""
-    per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_layers, dtype)
+    per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_layers, cache_dtype)
     budget = _kv_budget_bytes(config, device)
     pool = PoolSize.from_bytes(budget, per_token, KVSharding(config.dcp_size, config.interleave, config.block_size))
     if pool.num_blocks == 0:

@@ -25,7 +25,7 @@ Existing = Literal["refuse", "resume", "overwrite"]
 SampleKey = tuple[int, int]
 Key = TypeVar("Key", bound=Hashable)
 # What must be the same in a run and in the one it continues.
-ROLLOUT_MUST_AGREE = ("model", "dtype", "sampling", "input")
+ROLLOUT_MUST_AGREE = ("model", "dtype", "kv_cache_dtype", "sampling", "input")
 
 
 def rollout_key(line: Mapping[str, Any]) -> SampleKey:
@@ -64,7 +64,8 @@ def read_finished(
     was another one (`meta` is this run's): its results must not be mixed with these.
     """
     if meta_path(path).exists():
-        before = read_meta(path)["config"]
+        # Runs from before there was this key kept all bits.
+        before = {"kv_cache_dtype": "auto", **read_meta(path)["config"]}
         for key in must_agree:
             if before.get(key) != meta["config"].get(key):
                 raise UserError(

@@ -34,12 +34,14 @@ class Question:
     """A layout, and as much of the model, the memory and the prompts as is known; None leaves its answers out.
 
     `kv_head`: what one KV head stores per token and layer. With MLA that is the latent, the one KV head of `sizes`.
+    `dtype` is that of activations, in which K and V travel, and of the cache where `cache_dtype` is None.
     """
 
     sizes: LayoutSizes
     num_layers: int | None = None
     kv_head: KVLayout | None = None
     dtype: str = "bfloat16"
+    cache_dtype: str | None = None
     wire_dtype: str | None = None
     kv_cache_gib: float | None = None
     max_model_len: int | None = None
@@ -124,7 +126,7 @@ def explain(question: Question) -> Explanation:
     token_bytes = capacity = total = concurrency = None
     if question.num_layers is not None and question.kv_head is not None:
         kv = replace(question.kv_head, num_heads=heads.max_stored_heads(grid))
-        token_bytes = kv.bytes_per_token(question.num_layers, question.dtype)
+        token_bytes = kv.bytes_per_token(question.num_layers, question.cache_dtype or question.dtype)
     if token_bytes is not None and question.kv_cache_gib is not None:
         pool = PoolSize.from_bytes(int(question.kv_cache_gib * 2**30), token_bytes, sharding)
         capacity, total = pool.capacity_tokens, pool.capacity_tokens * grid.num_homes

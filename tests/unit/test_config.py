@@ -57,6 +57,7 @@ def test_a_key_like_no_other_is_still_an_error():
         ({"model": 3}, "model", "a text"),
         ({"dtype": "fp8"}, "dtype", 'one of "float32", "bfloat16", "float16"'),
         ({"dtype": None}, "dtype", "one of"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype", 'one of "auto", "fp8", "fp8_e4m3", "fp8_e5m2"'),
         ({"sampling": {"stop": "end"}}, "sampling.stop", "a list, each item a text"),
         ({"sampling": {"stop": ["end", 1]}}, "sampling.stop[1]", "a text"),
         ({"sampling": {"stop_token_ids": [True]}}, "sampling.stop_token_ids[0]", "a whole number"),
@@ -269,7 +270,6 @@ def test_unnamed_paths_stay_unnamed(tmp_path):
         ({"backend": "flashinfer", "dtype": "float32"}, "FlashInfer in float32"),
         ({"backend": "trtllm-gen"}, "trtllm-gen"),
         ({"backend": "cudnn"}, "kernel families"),
-        ({"kv_cache_dtype": "fp8_e4m3"}, "fp8"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(data, what):
@@ -288,10 +288,28 @@ def test_what_is_not_supported_is_refused_by_name(data, what):
         {"backend": "torch"},
         {"backend": "flashinfer"},
         {"kv_cache_dtype": "auto"},
+        {"kv_cache_dtype": None},
     ],
 )
 def test_a_refused_key_that_asks_for_nothing_is_accepted(data):
     parse_config(data)
+
+
+@pytest.mark.parametrize(
+    "value, kept",
+    [
+        (None, "bfloat16"),
+        ("auto", "bfloat16"),
+        ("fp8", "float8_e4m3fn"),
+        ("fp8_e4m3", "float8_e4m3fn"),
+        ("fp8_e5m2", "float8_e5m2"),
+    ],
+)
+def test_the_cache_has_the_models_dtype_or_fp8_by_the_names_that_vllm_has(value, kept):
+    config = parse_config({"kv_cache_dtype": value})
+    assert config.cache_dtype("bfloat16") == kept
+    assert parse_config(config_to_dict(config)) == config
+    assert parse_config({}).kv_cache_dtype == "auto"
 
 
 @pytest.mark.parametrize(

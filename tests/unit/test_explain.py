@@ -186,6 +186,19 @@ def test_a_budget_holds_the_known_number_of_tokens(explain, dcp, gib, tokens, se
     assert f"{tokens:,} tokens: {sequences} sequences of 8,192" in text
 
 
+def test_a_cache_in_fp8_holds_twice_as_much_and_as_many_bytes_travel(explain, tmp_path):
+    model = {"num-layers": 28, "head-dim": 128, "kv-cache-gib": 1, "seq-len": 1000}
+    exact = explain(*layout(2, 2, 2, **model))[1]
+    code, rounded, text, _ = explain(*layout(2, 2, 2, **model, **{"kv-cache-dtype": "fp8"}))
+    assert code == 0 and "bytes of float8_e4m3fn where it is stored" in text
+    assert 2 * rounded["kv_bytes_per_token_per_rank"] == exact["kv_bytes_per_token_per_rank"]
+    assert rounded["kv_capacity_tokens"] == 2 * exact["kv_capacity_tokens"]
+    assert (rounded["prefill"], rounded["decode"]) == (exact["prefill"], exact["decode"])
+    path = write_config(tmp_path, QWEN, kv_cache_dtype="fp8_e5m2", kv_cache_gib=1)
+    kept = [explain("--config", path, *flags)[1] for flags in ((), ("--kv-cache-dtype", "auto"))]
+    assert kept[0]["kv_capacity_tokens"] == 2 * kept[1]["kv_capacity_tokens"]
+
+
 @pytest.mark.parametrize("sizes, q, stored", [((2, 2, 4), 8, 2), ((6, 1, 2), 12, 2), ((6, 1, 3), 12, 1)])
 def test_the_rank_that_stores_the_most_heads_bounds_the_capacity(explain, sizes, q, stored):
     model = {"num-layers": 3, "head-dim": 64, "kv-cache-gib": 1}

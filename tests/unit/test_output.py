@@ -208,6 +208,7 @@ def test_lines_that_are_not_results_are_refused(path, line):
         ("model", make_meta(model="other")),
         ("dtype", make_meta(model="m", dtype="float32")),
         ("input", make_meta(model="m", input="other.jsonl")),
+        ("kv_cache_dtype", make_meta(model="m", kv_cache_dtype="fp8")),
         ("sampling", make_meta(model="m", sampling=SamplingParams(seed=1))),
     ],
 )
@@ -216,6 +217,13 @@ def test_results_of_another_run_are_not_mixed_in(path, key, other):
     write(path, (0, 0))
     with pytest.raises(UserError, match=rf"output {path} was made with {key}="):
         read_finished(path, other)
+
+
+def test_a_run_from_before_there_was_a_dtype_of_the_cache_can_be_continued(path):
+    before = {**META, "config": {k: v for k, v in META["config"].items() if k != "kv_cache_dtype"}}
+    open_output(path, "refuse", before)
+    write(path, (0, 0))
+    assert read_finished(path, META) == {(0, 0)}
 
 
 def test_another_layout_may_continue_a_run(path):

@@ -278,6 +278,14 @@ def test_a_dry_run_loads_and_writes_nothing(folder, no_loading):
     assert sorted(p.name for p in folder.path.iterdir()) == ["in.jsonl", "run.json"]
 
 
+def test_a_dry_run_counts_the_bytes_of_the_caches_own_dtype(folder, no_loading):
+    tokens = {
+        kept: summary_of(folder.run("--dry-run", kv_cache_dtype=kept, kv_cache_gib=0.25)[1])["kv_capacity_tokens"]
+        for kept in ("auto", "fp8", "fp8_e5m2")
+    }
+    assert tokens["fp8"] == tokens["fp8_e5m2"] == 4 * tokens["auto"]  # of float32
+
+
 def test_a_dry_run_finds_what_is_wrong(folder, no_loading):
     assert_refused(folder.run("--dry-run", block_size=0), '"block_size" is 0')
 

@@ -189,6 +189,7 @@ def expected_capacity(layout: Layout, spec: ModelSpec) -> int:
             num_layers=spec.num_layers,
             kv_head=spec.kv_layout(1),
             dtype=config.dtype,
+            cache_dtype=config.cache_dtype(config.dtype),
             kv_cache_gib=config.kv_cache_gib or ANY_KV_CACHE_GIB,
         )
     )  # fmt: skip
