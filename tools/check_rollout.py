@@ -4,8 +4,9 @@
     python tools/check_rollout.py --output my_results.jsonl
 
 Every sample is scored again by the whole model in one process: the log-probability of each of its tokens must agree to
-`--tolerance`. Greedy samples are also generated again, by `generate`, and must have the same tokens. A table goes to
-stderr, the last stdout line is one JSON object; exit 1 when anything disagrees.
+`--tolerance`. Greedy samples are also generated again, by `generate`, and must have the same tokens. Where the rollout
+had a `kv_cache_dtype`, Transformers' cache rounds K and V as that says. A table goes to stderr, the last stdout line is
+one JSON object; exit 1 when anything disagrees.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import DynamicCache
 
 from cpinfer.config import Config, parse_config
 from cpinfer.engine.metrics import format_summary
@@ -75,13 +77,15 @@ def read_results(path: Path) -> tuple[list[dict[str, Any]], Config]:
 def compare(model: Any, results: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
     """How results differ from what `model` gives on its own."""
     plain_greedy = config.sampling.greedy and config.sampling.repetition_penalty == 1
+    keeps_all = config.kv_cache_dtype == "auto"
+    kv_dtype = None if keeps_all else getattr(torch, config.cache_dtype(config.dtype))
     num_same = 0
     worst = 0.0
     for result in tqdm(results, unit="sample", file=sys.stderr, disable=None):
         prompt, tokens = result["prompt_token_ids"], result["token_ids"]
         if plain_greedy:
-            num_same += generate_greedy(model, prompt, len(tokens)) == tokens
-        difference = score(model, prompt, tokens) - torch.tensor(result["logprobs"])
+            num_same += generate_greedy(model, prompt, len(tokens), kv_dtype) == tokens
+        difference = score(model, prompt, tokens, kv_dtype) - torch.tensor(result["logprobs"])
         worst = max(worst, float(difference.abs().max()))
     return {
         "num_samples": len(results),
@@ -91,8 +95,13 @@ def compare(model: Any, results: Sequence[dict[str, Any]], config: Config) -> di
 
 
 @torch.no_grad()
-def generate_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[int]:
-    """What Transformers' `generate` continues a prompt with, at most `num_tokens` tokens."""
+def generate_greedy(
+    model: Any, prompt: Sequence[int], num_tokens: int, kv_dtype: torch.dtype | None = None
+) -> list[int]:
+    """What Transformers' `generate` continues a prompt with, at most `num_tokens` tokens.
+
+    With a `kv_dtype` from a cache that rounds K and V through it.
+    """
     ids = torch.tensor([list(prompt)], device=model.device)
     out = model.generate(
         ids,
@@ -100,17 +109,44 @@ def generate_greedy(model: Any, prompt: Sequence[int], num_tokens: int) -> list[
         max_new_tokens=num_tokens,
         do_sample=False,
         repetition_penalty=1.0,  # chat models' own generation_config asks for one even of greedy text
+        past_key_values=None if kv_dtype is None else RoundedCache(model.config, kv_dtype),
     )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
 
 
 @torch.no_grad()
-def score(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """`[len(tokens)]` log-probabilities of a continuation, from one forward pass over all of it."""
+def score(
+    model: Any, prompt: Sequence[int], tokens: Sequence[int], kv_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """`[len(tokens)]` log-probabilities of a continuation, from one forward pass over all of it.
+
+    With a `kv_dtype` through a cache that rounds K and V.
+    """
     ids = torch.tensor([[*prompt, *tokens]], device=model.device)
-    logits = model(ids, use_cache=False, logits_to_keep=len(tokens) + 1).logits[0, :-1]
+    cache = None if kv_dtype is None else RoundedCache(model.config, kv_dtype)
+    logits = model(ids, use_cache=cache is not None, past_key_values=cache, logits_to_keep=len(tokens) + 1).logits[
+        0, :-1
+    ]
     return torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[0, len(prompt) :, None]).squeeze(-1).cpu()
+
+
+class RoundedCache(DynamicCache):  # type: ignore[misc]  # transformers is untyped
+    """Transformers' cache, but K and V have the numbers of `dtype` alone, the largest where theirs are larger.
+
+    Also for the token that makes them: attention sees what `update` gives back. Of DeepSeek these are latents.
+    """
+
+    def __init__(self, config: Any, dtype: torch.dtype) -> None:
+        super().__init__(config=config)
+        self._dtype = dtype
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return super().update(self._rounded(key_states), self._rounded(value_states), *args, **kwargs)
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        largest = torch.finfo(self._dtype).max
+        return x.clamp(-largest, largest).to(self._dtype).to(x.dtype)
 
 
 if __name__ == "__main__":
