@@ -16,6 +16,7 @@ from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
 from cpinfer.models.attention_steps import DecodeStep, IdleStep, PrefillStep
 from cpinfer.models.state_exchange import StateExchange
 from cpinfer.ops.attention import dense_attention
+from cpinfer.ops.float8 import rounded_through
 from cpinfer.ops.states import count_sinks, merge_states
 
 CPU = torch.device("cpu")
@@ -187,3 +188,68 @@ def test_a_step_without_sequences_gives_zeros_of_the_values_width():
     # Of latents the values are as wide as what they are projected to.
     layer = AttentionLayer(0, 1.0, latent=LatentSpace(torch.zeros(4, D, 9), torch.zeros(4, 7, 9)))
     assert torch.equal(IdleStep().attend(layer, q, torch.randn(1, 1, 12), torch.randn(1, 1, 9)), torch.zeros(1, 4, 7))
+
+
+@pytest.mark.parametrize("store_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=str)
+def test_keys_and_values_are_rounded_before_anyone_sees_them_and_too_large_ones_are_the_largest(layout, store_dtype):
+    """In prefill by who attends to new tokens and by who stores them, in decode by the owner; nobody sees others."""
+    world, rounded = World(*layout), World(*layout)
+    for made, seen in ((world.k, rounded.k), (world.v, rounded.v)):
+        for x, y in zip(made, seen, strict=True):
+            x[2, 0, 0], x[-1, 0, 1] = 1e6, -1e6
+            y.copy_(rounded_through(x, store_dtype))
+
+    def stored(topology, cache, heads, prompt, length):
+        positions = world.sharding.positions(length, topology.kv_shard)
+        slots = world.sharding.slots(torch.tensor(TABLES[prompt]).numpy(), positions, topology.kv_shard)
+        for found, x in zip(cache.read(0), (rounded.k, rounded.v), strict=True):
+            assert found.dtype == store_dtype
+            assert torch.equal(found[slots].double(), x[prompt][positions][:, list(heads.kv_heads)])
+
+    def fp8_cache(heads):
+        return PagedKVCache(
+            KVLayout(len(heads.kv_heads), D, D), 1, 8, BLOCK_SIZE, torch.float64, CPU, store_dtype=store_dtype
+        )
+
+    world.cache = fp8_cache
+
+    def body(topology):
+        step, cache, qkv, tokens, q_heads = prefill(world, topology)
+        out = step.attend(AttentionLayer(0, SCALE), *qkv)
+        for (prompt, at), got in zip(tokens, out, strict=True):
+            torch.testing.assert_close(got, rounded.attended(prompt, at)[0][0, q_heads], atol=1e-9, rtol=0)
+        heads, _, kv_heads = world.heads(topology)
+        for prompt, length in enumerate(LENGTHS):
+            stored(topology, cache, heads, prompt, length)
+        pcp = world.grid.row_ranks
+        plan = plan_decode(
+            LENGTHS,
+            TABLES,
+            world.sharding,
+            pcp_size=pcp,
+            pcp_rank=topology.coords.pcp_rank % pcp,
+            shard=topology.kv_shard,
+        )
+        exchange = StateExchange(topology.dcp, pcp_size=pcp, wire_dtype=torch.float32, kv_columns=heads.columns)
+        decode = DecodeStep(plan, {None: Float32(TorchBackend(CPU).plan(plan.rows))}, cache, exchange, heads)
+        own = [int(i) for i in plan.own]
+        q, k, v = (
+            torch.stack([x[max(i, 0)][LENGTHS[max(i, 0)]][which] for i in own])
+            for x, which in ((world.q, q_heads), (world.k, kv_heads), (world.v, kv_heads))
+        )
+        decode.attend(AttentionLayer(0, SCALE), q, k, v)
+        for prompt, length in enumerate(LENGTHS):
+            stored(topology, cache, heads, prompt, length + 1)
+
+    run_ranks(world.grid, body)
+
+
+class Float32:
+    """Partial states travel with a float32 lse."""
+
+    def __init__(self, planned):
+        self._planned = planned
+
+    def run(self, *args, **kwargs):
+        return tuple(x.float() for x in self._planned.run(*args, **kwargs))
