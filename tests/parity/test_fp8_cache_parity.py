@@ -188,28 +188,31 @@ def test_flashinfer_over_fp8_pages_gives_the_same_answers(
     assert_alike(family, results, dtype)
 
 
-@pytest.mark.parametrize("dtype", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_decode", [False, True], ids=["early chunk", "decode"])
 @pytest.mark.parametrize("is_flashinfer", [False, True], ids=["torch", "flashinfer"])
-def test_a_key_that_overflows_in_an_early_chunk_is_a_fault_and_leaves_nothing_behind(
-    on_flashinfer: Callable[[str], None], is_flashinfer: bool, dtype: str
+def test_a_key_that_overflows_is_a_fault_and_leaves_nothing_behind(
+    on_flashinfer: Callable[[str], None], is_flashinfer: bool, is_decode: bool, dtype: str
 ) -> None:
-    """The chunk samples nothing, so its fault shows when its keys are read; FlashInfer reads NaN as a number."""
+    """A chunk that samples nothing shows its fault when its keys are read; FlashInfer reads NaN as a number."""
     if is_flashinfer:
         on_flashinfer(VERSIONS[0])
     model = copy.deepcopy(whole("llama").model)
-    is_wrong = [True]
+    to_come: list[float] = []
 
     def overflow(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-        if is_wrong:
-            is_wrong.clear()
-            output[0, 3, 0] = torch.inf
+        if to_come and is_decode == (output.shape[1] == 1):
+            output[0, output.shape[1] // 2, 0] = to_come.pop()
         return output
 
     model.model.layers[0].self_attn.k_proj.register_forward_hook(overflow)
     config = parse_config({"dtype": "float32", **CHUNKS, "kv_cache_dtype": dtype, "context_exchange": "queries"})
+    few = dataclasses.replace(GREEDY, max_new_tokens=3)
     with cpinfer.attach(model, config=config) as engine:
+        engine.generate([PROMPTS[3]], few)
+        to_come.append(math.inf)
         with pytest.raises(EngineFaultError, match="not finite"):
-            engine.generate([PROMPTS[3]], GREEDY)
-        results = engine.generate([PROMPTS[3]], dataclasses.replace(GREEDY, max_new_tokens=3))
+            engine.generate([PROMPTS[-1]], dataclasses.replace(few, max_new_tokens=3 if is_decode else 1))
+        results = engine.generate([PROMPTS[3]], few)
         assert engine.stats.num_cached_prefill_tokens == 0
     assert_alike("llama", results, dtype)
