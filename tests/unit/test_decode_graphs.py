@@ -124,11 +124,11 @@ def generate(family: str, grid: RankGrid, lens: tuple[int, ...], **config: Any) 
     return model, run_ranks(grid, body)
 
 
-def assert_right(model: Any, ranks: Any) -> None:
+def assert_right(model: Any, ranks: Any, kv_dtype: torch.dtype | None = None) -> None:
     for result in ranks[0]:
-        greedy = check_rollout.generate_greedy(model, result.prompt_token_ids, len(result.token_ids))
+        greedy = check_rollout.generate_greedy(model, result.prompt_token_ids, len(result.token_ids), kv_dtype)
         assert list(result.token_ids) == greedy
-        expected = check_rollout.score(model, result.prompt_token_ids, result.token_ids)
+        expected = check_rollout.score(model, result.prompt_token_ids, result.token_ids, kv_dtype)
         assert (expected - torch.tensor(result.logprobs)).abs().max() <= 1e-4
 
 
@@ -140,6 +140,7 @@ def assert_right(model: Any, ranks: Any) -> None:
         ("qwen2", RankGrid(pcp_size=2, dcp_size=2), {"decode_exchange": "replicate_q"}),
         ("gemma2", RankGrid(pcp_size=2, dcp_size=2), {}),
         ("qwen2", RankGrid(pcp_size=2, dcp_size=1), {}),
+        ("qwen2", RankGrid(pcp_size=2, dcp_size=2), {"kv_cache_dtype": "fp8_e4m3"}),
     ],
     ids=str,
 )
@@ -148,7 +149,8 @@ def test_replayed_decode_equals_transformers(
 ) -> None:
     graphs = Graphs()
     on_fake_cuda(graphs.capture)
-    assert_right(*generate(family, grid, (5, 33, 17, 2, 9), cuda_graphs=True, **config))
+    kv_dtype = torch.float8_e4m3fn if config.get("kv_cache_dtype") else None
+    assert_right(*generate(family, grid, (5, 33, 17, 2, 9), cuda_graphs=True, **config), kv_dtype)
     sizes_seen = 2 if grid.pcp_size > 1 else 4
     assert graphs.num_captured >= sizes_seen and graphs.num_replayed > graphs.num_captured
 
