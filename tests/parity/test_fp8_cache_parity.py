@@ -93,8 +93,9 @@ def test_e5m2_and_replicated_queries_are_as_exact(family: str) -> None:
     assert_alike(family, results, "fp8_e5m2")
 
 
+@pytest.mark.parametrize("cascade", ["off", "on"])
 @pytest.mark.parametrize("family", ["qwen2", "deepseek_v3"])
-def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str) -> None:
+def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str, cascade: str) -> None:
     """Found whole, in part behind another turn, and shared by samples of one prompt, whose blocks are copied."""
 
     def body(engine: cpinfer.Engine) -> tuple[list[RolloutResult], int]:
@@ -104,7 +105,8 @@ def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str) -> None:
         turn = engine.generate([[*PROMPTS[-1], *first.token_ids, 5, 6, 7]], dataclasses.replace(GREEDY, n=3))
         return [first, *again, *turn], min(num_cached, engine.stats.num_cached_prefill_tokens)
 
-    results, num_cached = on_ranks(whole(family).model, PCP2_DCP2, body, **CONFIG, **E4M3)[0]
+    config = {**CONFIG, **E4M3, "cascade_attention": cascade}
+    results, num_cached = on_ranks(whole(family).model, PCP2_DCP2, body, **config)[0]
     assert num_cached >= 144 and len(results) == 5
     first, again, *turn = results
     assert first.logprobs == pytest.approx(again.logprobs, abs=OF_A_TIE)

@@ -39,6 +39,17 @@ def test_values_take_the_dtype_of_where_they_go() -> None:
     assert torch.equal(dst, src.bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_rows_go_into_fp8_out_of_it_and_within_it(dtype: torch.dtype) -> None:
+    src, rows = torch.randn(3, 1, 4), torch.tensor([2, 0])
+    kept, moved, read = (torch.zeros(3, 1, 4, dtype=to) for to in (dtype, dtype, torch.float32))
+    copy_rows([(src, kept)], None, torch.arange(3))
+    copy_rows([(kept, moved)], rows, torch.tensor([1, 2]))
+    copy_rows([(moved, read)], torch.tensor([1, 2]), None)
+    assert torch.equal(kept.float(), src.to(dtype).float())
+    assert torch.equal(read[:2], src[rows].to(dtype).float())
+
+
 CASES = """
 import json
 import torch
@@ -46,9 +57,9 @@ from cpinfer.ops import copy_kernels, row_copies
 
 generator = torch.Generator().manual_seed(0)
 same = 0
-for dtype in (torch.float32, torch.bfloat16):
+for dtype in (torch.float32, torch.bfloat16, torch.uint8):
     for K, D, V in ((2, 8, 8), (3, 12, 5), (1, 16, None)):
-        src = torch.randn(6, K, D + (V or 0), generator=generator).to(dtype)
+        src = (100 * torch.rand(6, K, D + (V or 0), generator=generator)).to(dtype)
         heads_first = src.transpose(0, 1).contiguous().transpose(0, 1)
         for given in (src, heads_first):
             for src_rows in (None, torch.tensor([5, 0, 3])):
@@ -83,5 +94,5 @@ print(json.dumps(True))
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernel_equals_its_definition_and_compiles_for_a_gpu(tmp_path: Path) -> None:
-    assert output_of(CASES, TRITON_INTERPRET="1") == 2 * 3 * 2 * 4
+    assert output_of(CASES, TRITON_INTERPRET="1") == 3 * 3 * 2 * 4
     assert output_of(COMPILED, TRITON_CACHE_DIR=str(tmp_path)) is True
