@@ -23,6 +23,7 @@ from cpinfer.engine.scheduler import Chunk, Step
 from cpinfer.engine.stopping import Stopping
 from cpinfer.layout.context import (
     Context,
+    StepContext,
     choose_exchange,
     exchange_places,
     plan_kv_exchange,
@@ -32,7 +33,6 @@ from cpinfer.layout.context import (
 from cpinfer.layout.decode import bucket_of, deal_rows, plan_decode, rows_in_window
 from cpinfer.layout.prefill import (
     PrefillPlan,
-    PrefillSplit,
     ScoredRows,
     StepCost,
     deal_prompts,
@@ -201,36 +201,28 @@ class StepRunner:
         """The attention of a prefill step, with what earlier steps cached of its prompts."""
         rows: dict[int | None, AttentionRows] = {None: plan.rows} if self._has_full_layers else {}
         context, window_contexts = None, {}
-        contexts = []
-        for chunk in chunks:
-            home, leader = next(iter(chunk.prefill.leaders.items()))
-            contexts.append(Context(chunk.start, home, leader.blocks))
+        step = StepContext(plan.split, [_context_of(chunk) for chunk in chunks], self._sharding, self._places)
         has_context = any(chunk.start for chunk in chunks)
         if has_context and self._has_full_layers:
-            context = self._full_context(plan.split, contexts)
+            context = self._full_context(step)
         for window in self._windows:
             if not has_context:
                 rows[window] = plan.rows.within(window)
                 continue
-            exchange = plan_window_exchange(
-                plan.split, contexts, self._sharding, self._places, self._context_comm.index, window
-            )
+            exchange = plan_window_exchange(step, self._context_comm.index, window)
             rows[window] = exchange.rows
             window_contexts[window] = WindowContext(exchange, self._cache, self._context_comm, self._heads)
         return PrefillStep(
             plan, rows, self._backend, self._cache, self._prefill_comm, self._heads, context, window_contexts
         )
 
-    def _full_context(self, split: PrefillSplit, contexts: ListLike[Context]) -> ContextAttention:
+    def _full_context(self, step: StepContext) -> ContextAttention:
         """Attention to all that is cached, by whatever moves fewer bytes, or computes less."""
         exchange = self._config.context_exchange
         if exchange == "auto":
             latent = self._runner.spec.latent
             exchange = choose_exchange(
-                split,
-                contexts,
-                self._sharding,
-                self._places,
+                step,
                 q_heads=self._heads.num_q_heads,
                 kv=self._cache.layout,
                 dtype_bytes=self._runner.dtype.itemsize,
@@ -238,10 +230,9 @@ class StepRunner:
             )
         index = self._context_comm.index
         if exchange == "queries":
-            query_plan = plan_query_exchange(split, contexts, self._sharding, self._places[index])
+            query_plan = plan_query_exchange(step, index)
             return QueryContext(query_plan, self._backend, self._cache, self._context_exchange, self._heads)
-        workspace = self._config.context_workspace_tokens
-        kv_plan = plan_kv_exchange(split, contexts, self._sharding, self._places, index, workspace)
+        kv_plan = plan_kv_exchange(step, index, self._config.context_workspace_tokens)
         return KVContext(kv_plan, self._backend, self._cache, self._context_comm, self._heads)
 
     def _decode(self, running: ListLike[Sequence]) -> list[SampledToken]:
@@ -331,3 +322,8 @@ class StepRunner:
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._runner.device)
+
+
+def _context_of(chunk: Chunk) -> Context:
+    home, leader = next(iter(chunk.prefill.leaders.items()))
+    return Context(chunk.start, home, leader.blocks)

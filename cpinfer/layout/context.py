@@ -24,7 +24,7 @@ import numpy as np
 
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.grid import RankGrid
-from cpinfer.layout.prefill import PrefillSplit, gathered_rows
+from cpinfer.layout.prefill import Piece, PrefillSplit, gathered_rows
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
 from cpinfer.layout.traffic import LSE_BYTES
@@ -48,6 +48,38 @@ class Context:
     home: int
     # In that home; other ranks have no use for it.
     block_table: Sequence[int]
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What the prompts of a prefill step continue: who computes their new tokens, and who holds their cached ones.
+
+    `contexts`: one for each prompt of `split`. `places`: of the exchange axis, in its order.
+    """
+
+    split: PrefillSplit
+    contexts: Sequence[Context]
+    sharding: KVSharding
+    places: Sequence[Place]
+
+    def held(self, index: int) -> IntArray:
+        """`[prompts]` cached tokens of each that the rank at place `index` stores."""
+        place = self.places[index]
+        lens = (
+            self.sharding.local_len(c.num_tokens, place.shard) if c.home == place.home else 0 for c in self.contexts
+        )
+        return np.fromiter(lens, dtype=np.int64, count=len(self.contexts))
+
+    def slots(self, prompt: int, local_index: IntArray) -> IntArray:
+        """Cache rows of a prompt's tokens on any rank of its home."""
+        block, offset = np.divmod(local_index, self.sharding.block_size)
+        table = np.asarray(self.contexts[prompt].block_table, dtype=np.int64)
+        slots: IntArray = table[block] * self.sharding.block_size + offset
+        return slots
+
+    def pieces(self, index: int) -> list[Piece]:
+        """What the rank at place `index` computes."""
+        return self.split.part(self.places[index].pcp_rank)
 
 
 @dataclass(frozen=True)
@@ -98,10 +130,7 @@ def exchange_places(grid: RankGrid, rank: int) -> tuple[Place, ...]:
 
 def exchange_bytes(
     exchange: Exchange,
-    split: PrefillSplit,
-    contexts: Sequence[Context],
-    sharding: KVSharding,
-    places: Sequence[Place],
+    step: StepContext,
     q_heads: int,
     kv: KVLayout,
     dtype_bytes: int,
@@ -111,19 +140,16 @@ def exchange_bytes(
     Queries: `(n-1) * T * hq * (k_dim * b + v_dim * b + 4)` for T tokens of a part: q there, out and a float32 lse back.
     KV: `(n-1) * P * kvl * (k_dim + v_dim) * b` for P cached tokens of a shard (K alone where V is a prefix of it).
     """
-    others = len(places) - 1
+    others = len(step.places) - 1
     if exchange == "kv":
-        longest = max(_held(contexts, sharding, place).sum() for place in places)
+        longest = max(step.held(index).sum() for index in range(len(step.places)))
         return others * int(longest) * kv.values_per_token * dtype_bytes
-    tokens = max(1, *split.tokens_per_rank())
+    tokens = max(1, *step.split.tokens_per_rank())
     return others * tokens * q_heads * ((kv.k_dim + kv.v_dim) * dtype_bytes + LSE_BYTES)
 
 
 def choose_exchange(
-    split: PrefillSplit,
-    contexts: Sequence[Context],
-    sharding: KVSharding,
-    places: Sequence[Place],
+    step: StepContext,
     q_heads: int,
     kv: KVLayout,
     dtype_bytes: int,
@@ -134,67 +160,56 @@ def choose_exchange(
     At one place nothing moves. There latents are expanded ("kv") for prompts of more new tokens than
     `max_absorbed_queries`, weighted by what each has cached; None where nothing is expanded.
     """
-    if len(places) == 1 and max_absorbed_queries is not None:
+    if len(step.places) == 1 and max_absorbed_queries is not None:
         saved = sum(
-            contexts[pieces[0].prompt].num_tokens * (sum(p.num_tokens for p in pieces) - max_absorbed_queries)
-            for pieces in split.by_prompt
+            step.contexts[pieces[0].prompt].num_tokens * (sum(p.num_tokens for p in pieces) - max_absorbed_queries)
+            for pieces in step.split.by_prompt
         )
         return "kv" if saved > 0 else "queries"
-    queries, cached = (
-        exchange_bytes(exchange, split, contexts, sharding, places, q_heads, kv, dtype_bytes)
-        for exchange in ("queries", "kv")
-    )
+    queries, cached = (exchange_bytes(exchange, step, q_heads, kv, dtype_bytes) for exchange in ("queries", "kv"))
     return "queries" if queries <= cached else "kv"
 
 
-def plan_query_exchange(
-    split: PrefillSplit, contexts: Sequence[Context], sharding: KVSharding, me: Place
-) -> QueryExchange:
-    """The rows that the rank at `me` answers for: all pieces of all pcp ranks, each part padded to the longest."""
-    held = _held(contexts, sharding, me)
-    tokens = split.tokens_per_rank()
+def plan_query_exchange(step: StepContext, index: int) -> QueryExchange:
+    """The rows that place `index` answers for: all pieces of all pcp ranks, each part padded to the longest."""
+    held = step.held(index)
+    tokens = step.split.tokens_per_rank()
     part_len = max(1, *tokens)
     q_lens: list[int] = []
     kv_lens: list[int] = []
     tables: list[Sequence[int]] = []
     for pcp_rank, num_tokens in enumerate(tokens):
-        for piece in split.part(pcp_rank):
+        for piece in step.split.part(pcp_rank):
             q_lens.append(piece.num_tokens)
             kv_lens.append(int(held[piece.prompt]))
-            tables.append(contexts[piece.prompt].block_table)
+            tables.append(step.contexts[piece.prompt].block_table)
         if num_tokens < part_len:
             q_lens.append(part_len - num_tokens)
             kv_lens.append(0)
             tables.append(())
-    rows = AttentionRows.build(q_lens, kv_lens, tables, block_size=sharding.block_size, causal=False)
+    rows = AttentionRows.build(q_lens, kv_lens, tables, block_size=step.sharding.block_size, causal=False)
     return QueryExchange(part_len, rows)
 
 
-def plan_kv_exchange(
-    split: PrefillSplit,
-    contexts: Sequence[Context],
-    sharding: KVSharding,
-    places: Sequence[Place],
-    index: int,
-    workspace_tokens: int,
-) -> KVExchange:
-    """The windows in which cached KV is gathered, for the rank at `places[index]`.
+def plan_kv_exchange(step: StepContext, index: int, workspace_tokens: int) -> KVExchange:
+    """The windows in which cached KV is gathered, for the rank at place `index`.
 
     Each place lines up the tokens it holds, prompt after prompt; window w takes the same stretch of every line. The
     gathered tokens of a window are at most `workspace_tokens`, or one per place.
     """
-    held = np.array([_held(contexts, sharding, place) for place in places])
+    num_places = len(step.places)
+    held = np.array([step.held(place) for place in range(num_places)])
     starts = np.cumsum(held, axis=1) - held
-    line = _line_of_slots(contexts, held[index], sharding.block_size)
-    step = max(1, workspace_tokens // len(places))
+    line = np.concatenate([step.slots(prompt, np.arange(length)) for prompt, length in enumerate(held[index])])
+    stretch = max(1, workspace_tokens // num_places)
     longest = int(held.sum(axis=1).max())
-    mine = split.part(places[index].pcp_rank)
+    mine = step.pieces(index)
     windows = []
-    for lo in range(0, longest, step):
-        hi = min(lo + step, longest)
+    for lo in range(0, longest, stretch):
+        hi = min(lo + stretch, longest)
         first = np.clip(starts, lo, hi) - lo
         last = np.clip(starts + held, lo, hi) - lo
-        rows_of_place = np.arange(len(places)) * (hi - lo)
+        rows_of_place = np.arange(num_places) * (hi - lo)
         tables = [
             np.concatenate(
                 [
@@ -211,15 +226,9 @@ def plan_kv_exchange(
     return KVExchange(tuple(windows))
 
 
-def plan_window_exchange(
-    split: PrefillSplit,
-    contexts: Sequence[Context],
-    sharding: KVSharding,
-    places: Sequence[Place],
-    index: int,
-    window: int,
-) -> WindowExchange:
-    """The end of every context, for layers with `window`, gathered for the rank at `places[index]`."""
+def plan_window_exchange(step: StepContext, index: int, window: int) -> WindowExchange:
+    """The end of every context, for layers with `window`, gathered for the rank at place `index`."""
+    contexts, places, sharding = step.contexts, step.places, step.sharding
     ends = np.array([c.num_tokens for c in contexts], dtype=np.int64)
     begins = np.maximum(0, ends - (window - 1))
     # [places, prompts]: local indices [first, last) of the seen tokens that each place holds.
@@ -230,10 +239,8 @@ def plan_window_exchange(
     held = last - first
     length = int(held.sum(axis=1).max())
     line_starts = np.cumsum(held, axis=1) - held
-    slots = [
-        _slots(context, np.arange(lo, hi), sharding.block_size)
-        for context, lo, hi in zip(contexts, first[index], last[index], strict=True)
-    ]
+    spans = zip(first[index], last[index], strict=True)
+    slots = [step.slots(prompt, np.arange(lo, hi)) for prompt, (lo, hi) in enumerate(spans)]
     new_begin = len(places) * length
     tables = []
     for prompt, context in enumerate(contexts):
@@ -245,8 +252,8 @@ def plan_window_exchange(
                 place_of_shard[place.shard] = i
         holder = place_of_shard[sharding.owner(position)]
         row = holder * length + line_starts[holder, prompt] + sharding.local_index(position) - first[holder, prompt]
-        tables.append(np.concatenate([row, new_begin + gathered_rows(split, prompt)]))
-    mine = split.part(places[index].pcp_rank)
+        tables.append(np.concatenate([row, new_begin + gathered_rows(step.split, prompt)]))
+    mine = step.pieces(index)
     seen = ends - begins
     rows = AttentionRows.build(
         [piece.num_tokens for piece in mine],
@@ -256,23 +263,3 @@ def plan_window_exchange(
         causal=True,
     )
     return WindowExchange(length, np.concatenate(slots), rows.within(window))
-
-
-def _held(contexts: Sequence[Context], sharding: KVSharding, place: Place) -> IntArray:
-    """`[prompts]` cached tokens of each that the rank at `place` stores."""
-    return np.array(
-        [sharding.local_len(c.num_tokens, place.shard) if c.home == place.home else 0 for c in contexts], dtype=np.int64
-    )
-
-
-def _line_of_slots(contexts: Sequence[Context], held: IntArray, block_size: int) -> IntArray:
-    """Cache rows of all context that a rank stores, prompt after prompt."""
-    return np.concatenate(
-        [_slots(context, np.arange(length), block_size) for context, length in zip(contexts, held, strict=True)]
-    )
-
-
-def _slots(context: Context, local_index: IntArray, block_size: int) -> IntArray:
-    block, offset = np.divmod(local_index, block_size)
-    slots: IntArray = np.asarray(context.block_table, dtype=np.int64)[block] * block_size + offset
-    return slots

@@ -13,6 +13,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import (
     Context,
+    StepContext,
     exchange_bytes,
     exchange_places,
     plan_kv_exchange,
@@ -67,22 +68,20 @@ def check(grid: RankGrid, heads: HeadPlacement, kv: KVLayout, latent: LatentSpac
     def body(topology: Topology) -> tuple[int, int]:
         cache = PagedKVCache(kv, 1, 90, BLOCK, torch.float32, CPU)
         comm = CountingComm(topology.pcp if grid.context_runs_over_pcp else topology.dcp)
-        places = exchange_places(grid, topology.rank)
+        step = StepContext(split, contexts, sharding, exchange_places(grid, topology.rank))
         backend = TorchBackend(CPU)
         stored = heads.in_group(grid, topology.coords.tp_rank)
         assert len(stored.kv_heads) == kv.num_heads
         if exchange == "queries":
             states = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
-            plan = plan_query_exchange(split, contexts, sharding, places[comm.index])
+            plan = plan_query_exchange(step, comm.index)
             context: QueryContext | KVContext = QueryContext(plan, backend, cache, states, stored)
         else:
-            context = KVContext(
-                plan_kv_exchange(split, contexts, sharding, places, comm.index, 64), backend, cache, comm, stored
-            )
+            context = KVContext(plan_kv_exchange(step, comm.index, 64), backend, cache, comm, stored)
         tokens = split.tokens_per_rank()[topology.coords.pcp_rank]
         out, _ = context.attend(layer, torch.randn(tokens, HEADS, q_dim))
         assert out.shape == (tokens, HEADS, DIM if latent is None else 5)
-        formula = exchange_bytes(exchange, split, contexts, sharding, places, HEADS, kv, dtype_bytes=4)
+        formula = exchange_bytes(exchange, step, HEADS, kv, dtype_bytes=4)
         return comm.traffic.received_bytes, formula
 
     for counted, formula in run_ranks(grid, body):

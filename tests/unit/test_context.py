@@ -13,6 +13,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import (
     Context,
     Place,
+    StepContext,
     choose_exchange,
     exchange_bytes,
     exchange_places,
@@ -82,8 +83,8 @@ def caches(contexts, sharding, num_homes, num_slots):
 def query_exchange_sees(split, contexts, sharding, places, store):
     """For each token of each part, (prompt, new position) -> counted (prompt, position) it sees over all shards."""
     seen = {}
-    for me in places:
-        plan = plan_query_exchange(split, contexts, sharding, me)
+    for index, me in enumerate(places):
+        plan = plan_query_exchange(StepContext(split, contexts, sharding, places), index)
         # The gather brings every part, padded; places of the same part on other columns hold other heads of it.
         queries = np.full((split.pcp_size, plan.part_len, 2), -1)
         for pcp_rank in range(split.pcp_size):
@@ -104,9 +105,8 @@ def query_exchange_sees(split, contexts, sharding, places, store):
 
 def kv_exchange_sees(split, contexts, sharding, places, store, workspace_tokens):
     """The same, with each part's own queries and what the windows bring."""
-    plans = [
-        plan_kv_exchange(split, contexts, sharding, places, index, workspace_tokens) for index in range(len(places))
-    ]
+    step = StepContext(split, contexts, sharding, places)
+    plans = [plan_kv_exchange(step, index, workspace_tokens) for index in range(len(places))]
     lengths = [[window.length for window in plan.windows] for plan in plans]
     assert all(other == lengths[0] for other in lengths), "every rank takes part in the same gathers"
     assert all(length * len(places) <= max(workspace_tokens, len(places)) for length in lengths[0])
@@ -226,10 +226,11 @@ def test_bytes_are_those_that_a_literal_exchange_moves(step, q_heads, dtype_byte
     kv = data.draw(st.sampled_from([KVLayout(2, 8, 8), KVLayout(1, 16, 8), KVLayout(1, 12, 8, v_is_prefix_of_k=True)]))
 
     def count(exchange, contexts=contexts):
-        return exchange_bytes(exchange, split, contexts, sharding, places, q_heads, kv, dtype_bytes)
+        return exchange_bytes(exchange, StepContext(split, contexts, sharding, places), q_heads, kv, dtype_bytes)
 
     # Queries: q of a padded part from each other place, then out and a float32 lse of the own part from each.
-    part_len = plan_query_exchange(split, contexts, sharding, places[0]).part_len
+    whole = StepContext(split, contexts, sharding, places)
+    part_len = plan_query_exchange(whole, 0).part_len
     received = 0
     for _ in range(len(places) - 1):
         received += part_len * q_heads * kv.k_dim * dtype_bytes
@@ -237,7 +238,7 @@ def test_bytes_are_those_that_a_literal_exchange_moves(step, q_heads, dtype_byte
     assert count("queries") == received
     # KV: every window from each other place, padded to the longest.
     for workspace_tokens in (1, 7, 10**6):
-        plan = plan_kv_exchange(split, contexts, sharding, places, 0, workspace_tokens)
+        plan = plan_kv_exchange(whole, 0, workspace_tokens)
         rows = sum(window.length for window in plan.windows) * (len(places) - 1)
         values = kv.num_heads * (kv.k_dim + (0 if kv.v_is_prefix_of_k else kv.v_dim))
         assert count("kv") == rows * values * dtype_bytes
@@ -253,7 +254,7 @@ def test_bytes_are_those_that_a_literal_exchange_moves(step, q_heads, dtype_byte
         for p in places
     )
     assert count("kv") == (len(places) - 1) * longest * kv.values_per_token * dtype_bytes
-    choice = choose_exchange(split, contexts, sharding, places, q_heads, kv, dtype_bytes)
+    choice = choose_exchange(whole, q_heads, kv, dtype_bytes)
     assert count(choice) == min(count("queries"), count("kv"))
     nothing = [replace(c, num_tokens=0) for c in contexts]
     assert count("kv", nothing) == 0
@@ -265,7 +266,7 @@ def choice(grid, num_new, num_cached, q_heads, kv_heads, head_dim=128):
     split = split_prompts([num_new], grid.pcp_size)
     contexts = [Context(num_cached, 0, range(sharding.num_blocks(num_cached)))]
     kv = KVLayout(kv_heads, head_dim, head_dim)
-    return choose_exchange(split, contexts, sharding, exchange_places(grid, 0), q_heads, kv, 2)
+    return choose_exchange(StepContext(split, contexts, sharding, exchange_places(grid, 0)), q_heads, kv, 2)
 
 
 @pytest.mark.parametrize("grid", [RankGrid(1, 2, 2), RankGrid(1, 8, 8), RankGrid(2, 2, 4), RankGrid(4, 2, 8)], ids=str)
@@ -299,7 +300,8 @@ def test_alone_latents_are_expanded_for_many_queries(num_new, expected, cached):
     sharding, split = KVSharding(1, 16, 16), split_prompts([num_new], 1)
     contexts = [Context(cached, 0, range(sharding.num_blocks(cached)))]
     kv, places = KVLayout(1, 576, 512, v_is_prefix_of_k=True), exchange_places(RankGrid(), 0)
-    found = choose_exchange(split, contexts, sharding, places, 128, kv, 2, max_absorbed_queries=170)
+    step = StepContext(split, contexts, sharding, places)
+    found = choose_exchange(step, 128, kv, 2, max_absorbed_queries=170)
     assert found == expected
 
 
@@ -308,7 +310,8 @@ def test_of_several_prompts_what_is_cached_weighs():
     kv, places = KVLayout(1, 576, 512, v_is_prefix_of_k=True), exchange_places(RankGrid(), 0)
     for cached, expected in (((100, 100), "kv"), ((100, 1000), "queries"), ((0, 0), "queries")):
         contexts = [Context(n, 0, range(sharding.num_blocks(n))) for n in cached]
-        assert choose_exchange(split, contexts, sharding, places, 128, kv, 2, max_absorbed_queries=170) == expected
+        step = StepContext(split, contexts, sharding, places)
+        assert choose_exchange(step, 128, kv, 2, max_absorbed_queries=170) == expected
 
 
 def test_homes_share_their_axis_with_ranks_that_hold_nothing_of_a_prompt():
@@ -323,7 +326,8 @@ def test_homes_share_their_axis_with_ranks_that_hold_nothing_of_a_prompt():
 
 def window_exchange_sees(split, contexts, sharding, places, store, window):
     """For each place, (prompt, position) of a query -> the (prompt, position) of the keys it sees, in their order."""
-    plans = [plan_window_exchange(split, contexts, sharding, places, index, window) for index in range(len(places))]
+    step = StepContext(split, contexts, sharding, places)
+    plans = [plan_window_exchange(step, index, window) for index in range(len(places))]
     (length,) = {plan.length for plan in plans}  # every rank takes part in the same gather
     sent = np.full((len(places), length, 2), -1)
     for plan, place, room in zip(plans, places, sent, strict=True):
@@ -403,7 +407,7 @@ def test_the_same_on_every_axis_with_and_without_context_side_by_side(grid, wind
 def test_a_window_of_one_token_lets_nothing_travel():
     sharding, split = KVSharding(2, 2, 4), split_prompts([6], 2)
     places = exchange_places(RankGrid(1, 2, 2), 0)
-    plan = plan_window_exchange(split, [Context(20, 0, [0, 1, 2])], sharding, places, 0, 1)
+    plan = plan_window_exchange(StepContext(split, [Context(20, 0, [0, 1, 2])], sharding, places), 0, 1)
     assert plan.length == 0 and plan.slots.tolist() == []
     assert [plan.rows.slots(i).tolist() for i in range(2)] == [[0], [1, 2]]  # pieces of 1, 2, 1 and 2
 

@@ -24,6 +24,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import (
     Context,
     Exchange,
+    StepContext,
     exchange_places,
     plan_kv_exchange,
     plan_query_exchange,
@@ -193,16 +194,16 @@ def _run_rank(
     context_comm = pcp if grid.context_runs_over_pcp else dcp
     own_tables = [table if case.home(i) == home else None for i, table in enumerate(tables)]
 
-    def contexts_of(starts: list[int], which: list[int]) -> list[Context]:
-        return [Context(start, case.home(i), tables[i]) for start, i in zip(starts, which, strict=True)]
+    def continued(split: PrefillSplit, starts: list[int], which: list[int]) -> StepContext:
+        contexts = [Context(start, case.home(i), tables[i]) for start, i in zip(starts, which, strict=True)]
+        return StepContext(split, contexts, sharding, places)
 
-    def context_of(split: PrefillSplit, starts: list[int], which: list[int]) -> ContextAttention:
-        contexts = contexts_of(starts, which)
+    def context_of(step: StepContext) -> ContextAttention:
         if case.context_exchange == "queries":
             exchange = StateExchange(context_comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
-            plan = plan_query_exchange(split, contexts, sharding, places[context_comm.index])
+            plan = plan_query_exchange(step, context_comm.index)
             return QueryContext(plan, backend, cache, exchange, stored)
-        kv_plan = plan_kv_exchange(split, contexts, sharding, places, context_comm.index, case.context_workspace_tokens)
+        kv_plan = plan_kv_exchange(step, context_comm.index, case.context_workspace_tokens)
         return KVContext(kv_plan, backend, cache, context_comm, stored)
 
     chunk = case.chunk or max(case.prompt_lens)
@@ -231,11 +232,9 @@ def _run_rank(
         context: ContextAttention | None = None
         window_contexts: dict[int, WindowContext] = {}
         if any(starts) and case.window is None:
-            context = context_of(split, starts, which)
+            context = context_of(continued(split, starts, which))
         elif any(starts) and case.window is not None:
-            seen = plan_window_exchange(
-                split, contexts_of(starts, which), sharding, places, context_comm.index, case.window
-            )
+            seen = plan_window_exchange(continued(split, starts, which), context_comm.index, case.window)
             rows = {case.window: seen.rows}
             window_contexts[case.window] = WindowContext(seen, cache, context_comm, stored)
         prefill = PrefillStep(plan, rows, backend, cache, prefill_comm, stored, context, window_contexts)
