@@ -18,8 +18,11 @@ rollout: $(VENV)/.installed
 	deepspeed --num_gpus $(GPUS) tools/rollout.py --config $(CONFIG)
 	$(BIN)/python tools/check_rollout.py
 
+# What runs in one process shares the cores; what starts processes of its own has them to itself.
+ONE_PROCESS := tests/unit tests/property tests/parity
 test: check
-	$(BIN)/pytest -q -m "not slow"
+	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile $(ONE_PROCESS)
+	$(BIN)/pytest -q -m "not slow" $(ONE_PROCESS:%=--ignore=%)
 
 slow: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m slow
