@@ -227,7 +227,8 @@ class Config:
     max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192)
     enable_prefix_caching: bool = _key("keep KV of finished sequences, for prompts that begin alike", True)
     context_exchange: Literal["auto", "queries", "kv"] = _key(
-        "what travels when a prompt continues cached KV; auto is what moves fewer bytes", "auto"
+        "what travels when a prompt continues cached KV; auto is what moves fewer bytes, alone what computes less",
+        "auto",
     )
     context_workspace_tokens: int = _key("cached tokens that are gathered at a time, when KV travels", 65536)
     decode_exchange: Literal["a2a", "ag_rs", "replicate_q"] = _key(

@@ -1,4 +1,4 @@
-"""A backend against the definition of attention, on a few tokens, before any model runs on it.
+"""A backend against the definition of attention, on some hundred tokens, before any model runs on it.
 
 Two mistakes ruin context parallelism and pass unnoticed in a single process: an lse in another base, which is right up
 to a factor and wrong in every merge, and a causal mask aligned to the first key, which is right for prompts without

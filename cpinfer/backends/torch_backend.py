@@ -44,7 +44,7 @@ MIN_RUN_TOKENS = 256
 # above it. More keys take longer to copy than a call.
 MAX_SHARED_KEYS, MIN_SHARED_KEYS, MIN_SHARED_ROWS = 64, 8, 4
 
-# A shared prefix has to save so many keys per query, since every row's other keys are a call of their own.
+# On CPU a shared prefix has to save so many keys per query, since every row's other keys are a call of their own.
 MIN_SAVED_KEYS = 256
 
 # Slots [lo, hi) of the flattened store.
@@ -79,10 +79,11 @@ class TorchBackend:
     """Plans rows into kernel calls; holds no state, so any number of plans are valid at once."""
 
     name = "torch"
-    min_saved_keys: int | None = MIN_SAVED_KEYS
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # Elsewhere calls cost something else, which has not been measured.
+        self.min_saved_keys: int | None = MIN_SAVED_KEYS if device.type == "cpu" else None
 
     def plan(self, rows: AttentionRows) -> TorchPlan:
         shared = _rows_to_share(rows)

@@ -95,6 +95,13 @@ class PagedKVCache:
         """What comes is computed with other weights, and nothing of what is stored will be read."""
         self._fault.zero_()
 
+    def clear(self) -> None:
+        """Zeros again, after a fault: blocks that hold NaN will be given out, and kernels read whole blocks."""
+        for layer in range(len(self._keys)):
+            for store in self.parts(*self.read(layer)):
+                store.zero_()
+        self.forget_faults()
+
     def index(self, array: IntArray) -> Tensor:
         """Row numbers that a plan has made, where the cache can use them."""
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -243,7 +243,7 @@ class Engine:
                     yield sequence
         except EngineFaultError:
             # What is not finite may lie in remembered prefixes; nothing else that is stored will be read again.
-            self._steps.forget_faults()
+            self._steps.clear_cache()
             for home in self._homes:
                 home.prefixes.clear()
             raise

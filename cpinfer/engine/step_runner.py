@@ -132,13 +132,13 @@ class StepRunner:
 
     def weights_changed(self) -> None:
         """Other adapters may be other modules: what was captured without them says nothing of them."""
-        self.forget_faults()
+        self._cache.forget_faults()
         if self._graphs is not None:
             self._graphs.forget()
 
-    def forget_faults(self) -> None:
-        """Nothing of what is cached will be read again."""
-        self._cache.forget_faults()
+    def clear_cache(self) -> None:
+        """Nothing of what is cached will be read again, and something in it is not finite."""
+        self._cache.clear()
 
     def run(self, step: Step) -> StepOutput:
         """What `step` samples and scores, the same on every rank."""

@@ -83,13 +83,13 @@ class AttentionRows:
         has_keys = lo < self.kv_hi
         num_blocks = np.diff(self.block_indptr)
         dropped = np.where(has_keys, lo // self.block_size, num_blocks)
-        place_in_row = np.arange(len(self.block_ids)) - np.repeat(self.block_indptr[:-1], num_blocks)
+        kept = zip((self.block_indptr[:-1] + dropped).tolist(), self.block_indptr[1:].tolist(), strict=True)
         return replace(
             self,
             kv_lo=np.where(has_keys, lo - dropped * self.block_size, 0).astype(np.int32),
             kv_hi=np.where(has_keys, self.kv_hi - dropped * self.block_size, 0).astype(np.int32),
             block_indptr=np.concatenate([[0], np.cumsum(num_blocks - dropped)]).astype(np.int32),
-            block_ids=self.block_ids[place_in_row >= np.repeat(dropped, num_blocks)],
+            block_ids=np.concatenate([self.block_ids[:0], *(self.block_ids[a:b] for a, b in kept)]),
         )
 
     @property

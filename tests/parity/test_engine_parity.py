@@ -223,8 +223,9 @@ def texts(results: Sequence[RolloutResult]) -> dict[tuple[str, int], tuple[int, 
         {"max_num_seqs": 5, "block_size": 4, "decode_exchange": "replicate_q", "enable_prefix_caching": False},
         {"kv_cache_gib": 40 * 8 * 256 / 2**30, "block_size": 8, "context_workspace_tokens": 20},
         {"cascade_attention": "on", "block_size": 4},
+        {"cascade_attention": "on", "block_size": 4, "kv_cache_gib": 60 * 4 * 256 / 2**30},
     ],
-    ids=["default", "chunks16", "chunks50_kv", "chunks33_ag_rs", "replicate_q", "tight_pool", "cascade"],
+    ids=["default", "chunks16", "chunks50_kv", "chunks33_ag_rs", "replicate_q", "tight_pool", "cascade", "tight"],
 )
 def test_text_does_not_depend_on_chunks_prefixes_homes_or_preemption(
     llama: Any, expected: dict[tuple[str, int], tuple[int, ...]], grid: RankGrid, config: dict[str, Any]

@@ -20,6 +20,7 @@ from thread_tp import on_ranks
 
 import check_rollout
 import cpinfer
+from cpinfer.backends.base import AttentionNeeds
 from cpinfer.backends.flashinfer_backend import FlashInferBackend
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
@@ -162,10 +163,11 @@ def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Engines made after it is called take FlashInfer, and have it check itself."""
 
     def take(version: str) -> None:
-        monkeypatch.setattr(
-            "cpinfer.engine.engine.make_backend",
-            lambda name, device, needs: FlashInferBackend(device, needs, fake_flashinfer(version)),
-        )
+        def made(name: str, device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
+            assert needs.cache_dtype in DTYPES.values(), "what is not asked for is not checked at start"
+            return FlashInferBackend(device, needs, fake_flashinfer(version))
+
+        monkeypatch.setattr("cpinfer.engine.engine.make_backend", made)
 
     return take
 
@@ -190,15 +192,8 @@ def test_flashinfer_over_fp8_pages_gives_the_same_answers(
     assert_alike(family, results, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("is_decode", [False, True], ids=["early chunk", "decode"])
-@pytest.mark.parametrize("is_flashinfer", [False, True], ids=["torch", "flashinfer"])
-def test_a_key_that_overflows_is_a_fault_and_leaves_nothing_behind(
-    on_flashinfer: Callable[[str], None], is_flashinfer: bool, is_decode: bool, dtype: str
-) -> None:
-    """A chunk that samples nothing shows its fault when its keys are read; FlashInfer reads NaN as a number."""
-    if is_flashinfer:
-        on_flashinfer(VERSIONS[0])
+def overflowing(*, is_decode: bool) -> tuple[Any, list[float]]:
+    """A model, and what its next key in the middle of a chunk, or of a decode step, will be."""
     model = copy.deepcopy(whole("llama").model)
     to_come: list[float] = []
 
@@ -208,6 +203,19 @@ def test_a_key_that_overflows_is_a_fault_and_leaves_nothing_behind(
         return output
 
     model.model.layers[0].self_attn.k_proj.register_forward_hook(overflow)
+    return model, to_come
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("is_decode", [False, True], ids=["early chunk", "decode"])
+@pytest.mark.parametrize("is_flashinfer", [False, True], ids=["torch", "flashinfer"])
+def test_a_key_that_overflows_is_a_fault_and_leaves_nothing_behind(
+    on_flashinfer: Callable[[str], None], is_flashinfer: bool, is_decode: bool, dtype: str
+) -> None:
+    """A chunk that samples nothing shows its fault when its keys are read; FlashInfer reads NaN as a number."""
+    if is_flashinfer:
+        on_flashinfer(VERSIONS[0])
+    model, to_come = overflowing(is_decode=is_decode)
     config = parse_config({"dtype": "float32", **CHUNKS, "kv_cache_dtype": dtype, "context_exchange": "queries"})
     few = dataclasses.replace(GREEDY, max_new_tokens=3)
     with cpinfer.attach(model, config=config) as engine:
@@ -215,6 +223,22 @@ def test_a_key_that_overflows_is_a_fault_and_leaves_nothing_behind(
         to_come.append(math.inf)
         with pytest.raises(EngineFaultError, match="not finite"):
             engine.generate([PROMPTS[-1]], dataclasses.replace(few, max_new_tokens=3 if is_decode else 1))
+        assert engine._steps is not None
+        cache = engine._steps._cache
+        assert all(x.float().isfinite().all() for layer in range(2) for x in cache.read(layer))
         results = engine.generate([PROMPTS[3]], few)
         assert engine.stats.num_cached_prefill_tokens == 0
     assert_alike("llama", results, dtype)
+
+
+def test_a_fault_of_weights_that_are_no_more_is_forgotten_with_them() -> None:
+    """A stream that is closed before its fault has shown."""
+    model, to_come = overflowing(is_decode=False)
+    with cpinfer.attach(model, config=parse_config({"dtype": "float32", **CHUNKS, **E4M3})) as engine:
+        to_come.append(math.inf)
+        stream = engine.stream([PROMPTS[1], PROMPTS[-1]], dataclasses.replace(GREEDY, max_new_tokens=1))
+        assert next(iter(stream)).prompt_index == 0 and not to_come
+        stream.close()
+        engine.weights_changed()
+        results = engine.generate([PROMPTS[3]], GREEDY)
+    assert_alike("llama", results)

@@ -10,7 +10,7 @@ import torch
 from cpinfer.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.backends.cascade import CascadePlan, plan_sharing
 from cpinfer.backends.flashinfer_backend import FlashInferBackend
-from cpinfer.backends.torch_backend import TorchBackend
+from cpinfer.backends.torch_backend import MIN_SAVED_KEYS, TorchBackend
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shared_prefix import share_prefix
 from fake_flashinfer import fake_flashinfer
@@ -90,6 +90,12 @@ def test_it_is_for_prefixes_that_save_enough() -> None:
     assert cut is not None and cut.num_saved_keys == 24  # 4 keys per query
     for at_least, expected in ((None, False), (0, True), (4, True), (5, False)):
         assert isinstance(plan_sharing(TorchBackend(CPU), rows, at_least), CascadePlan) == expected
+
+
+def test_by_itself_it_is_done_only_where_it_has_been_measured() -> None:
+    assert TorchBackend(CPU).min_saved_keys == MIN_SAVED_KEYS
+    assert TorchBackend(torch.device("cuda")).min_saved_keys is None
+    assert FlashInferBackend(CPU, AttentionNeeds(torch.float32, ()), fake_flashinfer()).min_saved_keys is None
 
 
 def test_the_shared_keys_are_read_by_one_row_of_the_library() -> None:

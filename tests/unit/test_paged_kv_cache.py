@@ -253,3 +253,20 @@ def test_once_a_fault_is_stored_all_that_is_read_is_nan_until_it_is_forgotten(wh
     assert out.isnan().all() and torch.equal(lse, state[1])
     cache.forget_faults()
     assert torch.equal(cache.with_faults(state)[0], state[0])
+
+
+@pytest.mark.parametrize("layout", [KVLayout(2, 8, 6), LATENT], ids=str)
+@pytest.mark.parametrize("store_dtype", [torch.float32, *FP8], ids=str)
+def test_a_cleared_cache_is_zeros_in_the_same_memory_and_knows_no_fault(store_dtype, layout):
+    """Where it lies, and where the fault is kept, is what captured graphs have seen."""
+    cache = fp8_cache(layout, store_dtype=store_dtype)
+    places = [x.data_ptr() for layer in range(LAYERS) for x in cache.read(layer)] + [cache._fault.data_ptr()]
+    k, v = tokens(SLOTS, layout)
+    k[1, 0, 2] = torch.nan
+    for layer in range(LAYERS):
+        cache.write(layer, torch.arange(SLOTS), cache.parts(*cache.rounded(k, v)))
+    assert cache.rounds == bool(cache._fault.isnan())
+    cache.clear()
+    stores = [x for layer in range(LAYERS) for x in cache.read(layer)]
+    assert all((x.float() == 0).all() for x in stores) and cache._fault == 0
+    assert [x.data_ptr() for x in stores] + [cache._fault.data_ptr()] == places

@@ -9,6 +9,7 @@ import check_rollout
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import Config
+from cpinfer.engine import step_runner
 from cpinfer.layout.grid import RankGrid
 from tiny_models import FAMILIES, make_model, prompts_of
 
@@ -67,3 +68,22 @@ def test_a_window_off_by_one_would_be_seen(other):
     _, results = generate("mistral", 9, RankGrid(1, 2, 2))
     model, _ = generate("mistral", other, RankGrid())
     assert largest_error(model, results) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(32, "QueryContext"), (48, "KVContext")])
+def test_alone_chunks_of_many_tokens_expand_the_latents_before_them(monkeypatch, num_tokens, expected):
+    """The tiny model expands beyond 33 queries, whatever heads and dims its cache has."""
+    taken = set()
+    for name in ("QueryContext", "KVContext"):
+        made = getattr(step_runner, name)
+
+        def noted(*args, name=name, made=made):
+            taken.add(name)
+            return made(*args)
+
+        monkeypatch.setattr(step_runner, name, noted)
+    model, config = make_model(FAMILIES["deepseek_v2"]), Config(dtype="float32", max_num_batched_tokens=num_tokens)
+    with cpinfer.attach(copy.deepcopy(model), config=config) as engine:
+        results = engine.generate(prompts_of((5 * num_tokens,), vocab_size=128), SAMPLING)
+    assert taken == {expected}
+    assert largest_error(model, results) <= TOLERANCE

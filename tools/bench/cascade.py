@@ -211,10 +211,10 @@ def describe(runs: dict[str, dict[str, list[Run]]], workloads: Sequence[Workload
     )
 
 
-def _min_saved_keys() -> int | None:
-    from cpinfer.backends.torch_backend import TorchBackend
+def _min_saved_keys() -> int:
+    from cpinfer.backends.torch_backend import MIN_SAVED_KEYS
 
-    return TorchBackend.min_saved_keys
+    return MIN_SAVED_KEYS
 
 
 def _medians(runs: Sequence[Run]) -> tuple[float, float]:

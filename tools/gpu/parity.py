@@ -3,7 +3,7 @@
 - every kind of call (GQA, latents, expanded latents) on ragged rows, some without keys, some sharing keys: out and lse
   against float32, over keys in fp8 too, where such are attended to
 - every legal layout of up to 8 ranks, played by threads, through prefill, context, decode and the exchanges
-- packing and merging of states, the Triton kernels against torch
+- packing and merging of states, and copies of rows, the Triton kernels against torch
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.float8 import take_rows
+from cpinfer.ops.row_copies import copy_rows
 from cpinfer.ops.states import merge_packed, pack_by_place
 from gpu.attention_ranks import Case, Tampering, run_case
 from gpu.stage import Figure, Found, Setting
@@ -57,7 +58,7 @@ def run(setting: Setting) -> Found:
     """All of it; every figure is an error with the tolerance as its target."""
     figures = [*_kernel_errors(setting), *_layout_errors(setting)]
     if setting.device.type == "cuda":
-        figures += _merge_errors(setting.device)
+        figures += [*_merge_errors(setting.device), *_copy_errors(setting.device)]
     return Found(tuple(figures))
 
 
@@ -194,6 +195,36 @@ def _layout_errors(setting: Setting) -> Iterator[Figure]:
 def _divides(num_q_heads: int, num_ranks: int) -> bool:
     """Other numbers of ranks have layouts too, without tp; they differ from these in nothing that heads can show."""
     return num_q_heads % num_ranks == 0 or num_ranks in (3, 6)
+
+
+def _copy_errors(device: torch.device) -> Iterator[Figure]:
+    """Rows as a step packs and stores them and as blocks are copied, on the device and by torch on CPU: no bit differs.
+
+    fp8 into and out of half precision is torch's on both; within fp8, as all else, it is the kernel.
+    """
+    generator = torch.Generator().manual_seed(0)
+    permuted = torch.randperm(200, generator=generator)
+    for num_heads, k_dim, v_dim in ((8, 128, 128), (1, 576, 0), (3, 64, 32)):
+        heads_first = torch.randn(num_heads, 300, k_dim + v_dim, generator=generator).transpose(0, 1)
+        different = 0
+        for src_dtype, dst_dtype in (
+            (torch.bfloat16,) * 2,
+            (FP8[0],) * 2,
+            (torch.bfloat16, FP8[0]),
+            (FP8[1], torch.bfloat16),
+        ):
+            for src_rows, dst_rows in ((None, permuted), (permuted, None), (permuted, permuted + 100)):
+                found = []
+                for place in (torch.device("cpu"), device):
+                    src = heads_first.to(place, src_dtype)[: 200 if src_rows is None else 300]
+                    dst = torch.zeros(300, num_heads + 1, k_dim + v_dim, device=place).to(dst_dtype)[:, 1:]
+                    dims = [d for d in (k_dim, v_dim) if d]
+                    copies = list(zip(torch.split(src, dims, dim=-1), torch.split(dst, dims, dim=-1), strict=True))
+                    copy_rows(copies, *(None if rows is None else rows.to(place) for rows in (src_rows, dst_rows)))
+                    found.append(dst.cpu().contiguous().view(torch.uint8))
+                different += int((found[0] != found[1]).sum())
+        name = f"rows of {num_heads} heads of {k_dim} and {v_dim} copied: bytes that differ from torch's"
+        yield Figure(name, different, "", target=0)
 
 
 def _merge_errors(device: torch.device) -> Iterator[Figure]:

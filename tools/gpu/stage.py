@@ -103,6 +103,19 @@ def median_s(call: Callable[[], object], device: torch.device, repeats: int) -> 
     return statistics.median(times)
 
 
+def host_s(call: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median seconds after which `call` returns, whatever the device has still to do, after one warm-up."""
+    call()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start_s = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start_s)
+    return statistics.median(times)
+
+
 def copy_bytes_per_s(setting: Setting) -> float:
     """What a copy on the device moves, bytes read and written."""
     x = torch.rand(2**14 if setting.is_smoke else 2**30, device=setting.device)
