@@ -29,6 +29,10 @@ def _key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclass
     return field(default=default, default_factory=factory, metadata={"help": help})
 
 
+# What `kv_cache_dtype` calls the dtypes of torch; None is the model's own.
+KV_CACHE_DTYPES = {"auto": None, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How the tokens of one request are chosen."""
@@ -285,10 +289,7 @@ class Config:
 
     def cache_dtype(self, dtype: str) -> str:
         """What the KV cache of a model in `dtype` has, both as torch calls them."""
-        return _FLOAT8.get(self.kv_cache_dtype, dtype)
-
-
-_FLOAT8 = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+        return KV_CACHE_DTYPES[self.kv_cache_dtype] or dtype
 
 
 # Keys that other engines know and this one refuses by name, with the row of the table that says why.

@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 # A checkout is enough: cpinfer need not be installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cpinfer.config import Config, load_config
+from cpinfer.config import KV_CACHE_DTYPES, load_config
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
 from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout
@@ -246,13 +246,13 @@ def _question(args: argparse.Namespace) -> Question:
         block_size=block_size,
     )
     dtype = _first(args.dtype, config and config.dtype, "bfloat16")
-    kept = Config(kv_cache_dtype=_first(args.kv_cache_dtype, config and config.kv_cache_dtype, "auto"))
+    kept = _first(args.kv_cache_dtype, config and config.kv_cache_dtype, "auto")
     return Question(
         sizes,
         num_layers=_first(args.num_layers, model.num_layers),
         kv_head=latent or (KVLayout(1, head_dim, head_dim) if head_dim is not None else None),
         dtype=dtype,
-        cache_dtype=kept.cache_dtype(dtype),
+        cache_dtype=KV_CACHE_DTYPES[kept],
         wire_dtype=config.cp_wire_dtype if config and config.cp_wire_dtype != "auto" else None,
         kv_cache_gib=_first(args.kv_cache_gib, config and config.kv_cache_gib),
         max_model_len=_first(args.max_model_len, model.max_model_len),
@@ -379,8 +379,9 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--kv-lora-rank", type=positive_int, metavar="R", help="MLA: width of the latent")
     model.add_argument("--qk-rope-head-dim", type=positive_int, metavar="D", help="MLA: width of the rotated key")
     model.add_argument("--dtype", choices=sorted(DTYPE_BYTES), help="of activations and KV cache (default bfloat16)")
-    fp8 = ("auto", "fp8", "fp8_e4m3", "fp8_e5m2")
-    model.add_argument("--kv-cache-dtype", choices=fp8, help="of the KV cache alone, as the config key has it")
+    model.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="of the KV cache alone, as the config key has it"
+    )
     load = parser.add_argument_group("load")
     load.add_argument("--seq-len", type=positive_int, help="show the split of a sequence of so many tokens")
     load.add_argument("--kv-cache-gib", type=positive_number, help="KV pool per rank")

@@ -98,7 +98,7 @@ class Engine:
             runner.dtype,
             runner.device,
             has_spare_block=self._config.cuda_graphs,
-            store_dtype=getattr(torch, self._cache_dtype),
+            store_dtype=self._needs.cache_dtype,
         )
         backend = make_backend(self._config.backend, runner.device, self._needs)
         self._steps = StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)

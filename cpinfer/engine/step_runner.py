@@ -30,7 +30,7 @@ from cpinfer.layout.context import (
     plan_query_exchange,
     plan_window_exchange,
 )
-from cpinfer.layout.decode import bucket_of, deal_rows, plan_decode, rows_in_window
+from cpinfer.layout.decode import bucket_of, plan_decode, rows_in_window
 from cpinfer.layout.prefill import (
     PrefillPlan,
     ScoredRows,
@@ -218,9 +218,8 @@ class StepRunner:
 
     def _full_context(self, step: StepContext) -> ContextAttention:
         """Attention to all that is cached, by whatever moves fewer bytes, or computes less."""
-        exchange = self._config.context_exchange
+        exchange, latent = self._config.context_exchange, self._runner.spec.latent
         if exchange == "auto":
-            latent = self._runner.spec.latent
             exchange = choose_exchange(
                 step,
                 q_heads=self._heads.num_q_heads,
@@ -232,7 +231,10 @@ class StepRunner:
         if exchange == "queries":
             query_plan = plan_query_exchange(step, index)
             return QueryContext(query_plan, self._backend, self._cache, self._context_exchange, self._heads)
-        kv_plan = plan_kv_exchange(step, index, self._config.context_workspace_tokens)
+        workspace_tokens = self._config.context_workspace_tokens
+        if latent is not None:  # expanded they are many times larger: no more at a time than new tokens are
+            workspace_tokens = min(workspace_tokens, self._config.max_num_batched_tokens)
+        kv_plan = plan_kv_exchange(step, index, workspace_tokens)
         return KVContext(kv_plan, self._backend, self._cache, self._context_comm, self._heads)
 
     def _decode(self, running: ListLike[Sequence]) -> list[SampledToken]:
@@ -275,10 +277,9 @@ class StepRunner:
         places = {}
         for home, sequences in enumerate(by_home):
             rows_per_rank = self._rows_per_rank(len(sequences))
-            for place, row in enumerate(deal_rows(len(sequences), self._row_ranks, rows_per_rank).tolist()):
-                if row >= 0:
-                    pcp_rank, record = divmod(place, rows_per_rank)
-                    places[id(sequences[row])] = (home * self._topology.grid.row_ranks + pcp_rank, record)
+            for i, sequence in enumerate(sequences):  # neighbours on each rank, as `deal_rows` has them
+                pcp_rank, record = divmod(i, rows_per_rank)
+                places[id(sequence)] = (home * self._topology.grid.row_ranks + pcp_rank, record)
         return places
 
     def _rows_per_rank(self, num_rows: int) -> int:

@@ -18,7 +18,7 @@ import check_rollout
 import cpinfer
 from bench.workloads import QUICK_SHAPE, ModelShape, make_model, random_prompts
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import SamplingParams, parse_config
+from cpinfer.config import KV_CACHE_DTYPES, SamplingParams, parse_config
 from cpinfer.engine.request import RolloutResult
 from cpinfer.layout.grid import RankGrid
 from gpu.stage import Figure, Found, Setting
@@ -30,32 +30,32 @@ TOLERANCE = 1e-5
 
 
 def run(setting: Setting) -> Found:
-    """Mean and largest difference of logprobs, for each model and layout."""
-    figures = []
+    """Mean and largest difference of logprobs, for each model and layout; over a cache in fp8 for one of them."""
+    figures: list[Figure] = []
     for name, model in _models(setting):
         exact = copy.deepcopy(model).float()
         for grid in GRIDS[:2] if setting.is_smoke else GRIDS:
-            results = _generate(model, grid, setting)
-            kind = f"{name} pcp={grid.pcp_size} dcp={grid.dcp_size}"
-            own, ideal = _differences(model, results), _differences(exact, results)
-            theirs = torch.cat([_score(model, r) - _score(exact, r) for r in results]).abs()
-            figures += [
-                Figure(
-                    f"{kind}: logprobs beside the forward, mean difference",
-                    float(own.mean()),
-                    "",
-                    target=max(TOLERANCE, float(theirs.mean())),
-                ),
-                Figure(f"{kind}: logprobs beside the forward, largest", float(own.max()), ""),
-                # Rounding differs between kernels; neither may be further from the truth.
-                Figure(
-                    f"{kind}: logprobs beside float32, mean difference",
-                    float(ideal.mean()),
-                    "",
-                    target=float(1.2 * theirs.mean()) + TOLERANCE,
-                ),
-            ]
+            figures += _figures(f"{name} pcp={grid.pcp_size} dcp={grid.dcp_size}", model, exact, grid, setting)
+        if not hasattr(model.config, "kv_lora_rank"):  # latents in fp8 have kernels on Hopper alone
+            figures += _figures(f"{name} pcp=2 dcp=2, KV in fp8", model, exact, GRIDS[1], setting, "fp8_e4m3")
     return Found(tuple(figures))
+
+
+def _figures(
+    kind: str, model: Any, exact: Any, grid: RankGrid, setting: Setting, kv_cache_dtype: str = "auto"
+) -> Iterator[Figure]:
+    results = _generate(model, grid, setting, kv_cache_dtype)
+    kept = KV_CACHE_DTYPES[kv_cache_dtype]
+    kv_dtype = None if kept is None else getattr(torch, kept)
+    ours = torch.cat([torch.tensor(r.logprobs) for r in results])
+    forward, truth = (torch.cat([_score(m, r, kv_dtype) for r in results]) for m in (model, exact))
+    own, ideal, theirs = (forward - ours).abs(), (truth - ours).abs(), (forward - truth).abs()
+    target = max(TOLERANCE, float(theirs.mean()))
+    yield Figure(f"{kind}: logprobs beside the forward, mean difference", float(own.mean()), "", target=target)
+    yield Figure(f"{kind}: logprobs beside the forward, largest", float(own.max()), "")
+    # Rounding differs between kernels; neither may be further from the truth.
+    target = float(1.2 * theirs.mean()) + TOLERANCE
+    yield Figure(f"{kind}: logprobs beside float32, mean difference", float(ideal.mean()), "", target=target)
 
 
 def _models(setting: Setting) -> Iterator[tuple[str, Any]]:
@@ -91,13 +91,14 @@ def _deepseek() -> Any:
     return model
 
 
-def _generate(model: Any, grid: RankGrid, setting: Setting) -> list[RolloutResult]:
+def _generate(model: Any, grid: RankGrid, setting: Setting, kv_cache_dtype: str) -> list[RolloutResult]:
     lengths, num_new = ((3, 40), 4) if setting.is_smoke else ((5, 130, 700, 2000), 32)
     prompts = random_prompts(lengths, model.config.vocab_size, seed=3)
     config = parse_config(
         {
             "dtype": str(setting.dtype).removeprefix("torch."),
             "backend": setting.backend_name,
+            "kv_cache_dtype": kv_cache_dtype,
             "prefill_context_parallel_size": grid.pcp_size,
             "decode_context_parallel_size": grid.dcp_size,
             "kv_cache_gib": 2**-9 if setting.is_smoke else 0.25,
@@ -113,9 +114,5 @@ def _generate(model: Any, grid: RankGrid, setting: Setting) -> list[RolloutResul
     return run_ranks(grid, body, timeout_s=400)[0]
 
 
-def _score(model: Any, result: RolloutResult) -> torch.Tensor:
-    return check_rollout.score(model, result.prompt_token_ids, result.token_ids)
-
-
-def _differences(model: Any, results: list[RolloutResult]) -> torch.Tensor:
-    return torch.cat([_score(model, r) - torch.tensor(r.logprobs) for r in results]).abs()
+def _score(model: Any, result: RolloutResult, kv_dtype: torch.dtype | None) -> torch.Tensor:
+    return check_rollout.score(model, result.prompt_token_ids, result.token_ids, kv_dtype)
