@@ -72,18 +72,19 @@ def test_a_window_off_by_one_would_be_seen(other):
 
 @pytest.mark.parametrize(("num_tokens", "expected"), [(32, "QueryContext"), (48, "KVContext")])
 def test_alone_chunks_of_many_tokens_expand_the_latents_before_them(monkeypatch, num_tokens, expected):
-    """The tiny model expands beyond 33 queries, whatever heads and dims its cache has."""
-    taken = set()
+    """The tiny model expands beyond 33 queries, whatever heads and dims its cache has; as many as a step at a time."""
+    taken, lengths = set(), [0]
     for name in ("QueryContext", "KVContext"):
         made = getattr(step_runner, name)
 
         def noted(*args, name=name, made=made):
             taken.add(name)
+            lengths.extend(window.length for window in getattr(args[0], "windows", ()))
             return made(*args)
 
         monkeypatch.setattr(step_runner, name, noted)
     model, config = make_model(FAMILIES["deepseek_v2"]), Config(dtype="float32", max_num_batched_tokens=num_tokens)
     with cpinfer.attach(copy.deepcopy(model), config=config) as engine:
         results = engine.generate(prompts_of((5 * num_tokens,), vocab_size=128), SAMPLING)
-    assert taken == {expected}
+    assert taken == {expected} and max(lengths) == (num_tokens if expected == "KVContext" else 0)
     assert largest_error(model, results) <= TOLERANCE
