@@ -262,6 +262,8 @@ class Config:
         for name in ("decode_context_parallel_size", "data_parallel_size", "cp_kv_cache_interleave_size"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "at least 1")
+        if self.kv_cache_dtype == "fp8":  # one name for one thing: runs that are continued are compared by it
+            object.__setattr__(self, "kv_cache_dtype", "fp8_e4m3")
         gib = self.kv_cache_gib
         _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
         ok = self.cascade_attention != "on" or not self.cuda_graphs

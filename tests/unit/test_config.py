@@ -310,6 +310,7 @@ def test_the_cache_has_the_models_dtype_or_fp8_by_the_names_that_vllm_has(value,
     assert config.cache_dtype("bfloat16") == kept
     assert parse_config(config_to_dict(config)) == config
     assert parse_config({}).kv_cache_dtype == "auto"
+    assert parse_config({"kv_cache_dtype": "fp8"}) == parse_config({"kv_cache_dtype": "fp8_e4m3"}), "one thing"
 
 
 @pytest.mark.parametrize(
