@@ -115,7 +115,7 @@ def make_backend(name: str, device: torch.device, needs: AttentionNeeds) -> Atte
     Errors as `check_choice` has them; BackendFaultError when FlashInfer is there and wrong. When `auto` has to pass
     over it on CUDA, it says why.
     """
-    from cpinfer.backends.flashinfer_backend import FlashInferBackend, flashinfer_error
+    from cpinfer.backends.flashinfer_backend import FlashInferBackend, check_flashinfer, flashinfer_error
     from cpinfer.backends.torch_backend import TorchBackend
 
     check_choice(name, device, needs)
@@ -123,6 +123,7 @@ def make_backend(name: str, device: torch.device, needs: AttentionNeeds) -> Atte
         return TorchBackend(device)
     error = flashinfer_error(needs, device)
     if error is None:
+        check_flashinfer(device, needs)
         return FlashInferBackend(device, needs)
     warnings.warn(f"attention runs on torch alone, which is slow on CUDA: {error}", stacklevel=2)
     return TorchBackend(device)

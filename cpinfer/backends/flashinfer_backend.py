@@ -27,6 +27,7 @@ Letters: T queries, H query heads, K KV heads, D head dim of keys, V of values.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -104,6 +105,12 @@ def flashinfer_error(needs: AttentionNeeds, device: torch.device) -> UserError |
     return None
 
 
+@functools.cache
+def check_flashinfer(device: torch.device, needs: AttentionNeeds) -> None:
+    """BackendFaultError when FlashInfer is wrong in what is needed. Once per process: every phase makes an engine."""
+    check_backend(FlashInferBackend(device, needs), needs, device)
+
+
 class FlashInferBackend:
     """Plans for one device. Earlier plans stay valid, for as long as they are held. Not for several threads at once."""
 
@@ -120,7 +127,6 @@ class FlashInferBackend:
             self._is_hopper, self._num_sms = properties.major == 9, properties.multi_processor_count
         self._workspace = self._new_workspace(workspace_bytes(needs, self._num_sms) if self._num_sms else 1024)
         self._free: dict[_Kind, list[_Wrapper]] = {}
-        check_backend(self, needs, device)
 
     def plan(self, rows: AttentionRows) -> FlashInferPlan:
         return FlashInferPlan(self, page_table(rows))

@@ -18,6 +18,7 @@ from test_engine_parity import generate, grid_name
 import check_rollout
 from cpinfer.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.backends.flashinfer_backend import FlashInferBackend
+from cpinfer.backends.self_check import check_backend
 from cpinfer.config import SamplingParams
 from cpinfer.layout.grid import RankGrid
 from fake_flashinfer import VERSIONS, fake_flashinfer
@@ -80,13 +81,15 @@ def test_what_the_self_check_is_for_would_be_seen_here(library: dict[str, Any]) 
 
 @pytest.fixture
 def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Engines made after it is called take FlashInfer, and have it check itself."""
+    """Engines made after it is called take FlashInfer, and check it."""
 
     def take(version: str) -> None:
-        monkeypatch.setattr(
-            "cpinfer.engine.engine.make_backend",
-            lambda name, device, needs: FlashInferBackend(device, needs, fake_flashinfer(version)),
-        )
+        def made(name: str, device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
+            backend = FlashInferBackend(device, needs, fake_flashinfer(version))
+            check_backend(backend, needs, device)
+            return backend
+
+        monkeypatch.setattr("cpinfer.engine.engine.make_backend", made)
 
     return take
 

@@ -22,6 +22,7 @@ import check_rollout
 import cpinfer
 from cpinfer.backends.base import AttentionNeeds
 from cpinfer.backends.flashinfer_backend import FlashInferBackend
+from cpinfer.backends.self_check import check_backend
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
@@ -160,12 +161,14 @@ def test_the_pool_holds_as_many_more_tokens_as_their_bytes_are_fewer(dtype: str)
 
 @pytest.fixture
 def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Engines made after it is called take FlashInfer, and have it check itself."""
+    """Engines made after it is called take FlashInfer, and check it."""
 
     def take(version: str) -> None:
         def made(name: str, device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
             assert needs.cache_dtype in DTYPES.values(), "what is not asked for is not checked at start"
-            return FlashInferBackend(device, needs, fake_flashinfer(version))
+            backend = FlashInferBackend(device, needs, fake_flashinfer(version))
+            check_backend(backend, needs, device)
+            return backend
 
         monkeypatch.setattr("cpinfer.engine.engine.make_backend", made)
 

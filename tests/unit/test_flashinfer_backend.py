@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from cpinfer.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
-from cpinfer.backends.flashinfer_backend import FA3_TILE_QUERIES, FlashInferBackend, flashinfer_error
+from cpinfer.backends.flashinfer_backend import FA3_TILE_QUERIES, FlashInferBackend, check_flashinfer, flashinfer_error
 from cpinfer.backends.flashinfer_limits import replayed_workspace_bytes
+from cpinfer.backends.self_check import check_backend
 from cpinfer.backends.torch_backend import TorchBackend
 from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
 from cpinfer.layout.capacity import KVLayout
@@ -351,9 +352,13 @@ def test_new_and_cached_keys_of_one_plan_are_calls_of_their_own(library: Any) ->
 # --- the self-check: what others have shipped wrong is refused at start ---
 
 
+def checked(needs: AttentionNeeds, library: Any) -> None:
+    check_backend(FlashInferBackend(CPU, needs, library), needs, CPU)
+
+
 @pytest.mark.parametrize("needs", [NEEDS, replace(NEEDS, dtype=torch.bfloat16), replace(NEEDS, dtype=torch.float16)])
 def test_a_right_library_passes_in_every_dtype(library: Any, needs: AttentionNeeds) -> None:
-    FlashInferBackend(CPU, needs, library)
+    checked(needs, library)
     assert {name for name, _ in library.log.plans} == {"prefill", "decode", "latent"}
 
 
@@ -362,7 +367,7 @@ def test_a_right_library_passes_in_every_dtype(library: Any, needs: AttentionNee
 )
 def test_the_check_asks_for_every_dtype_that_keys_come_in(library: Any, layout: KVLayout, dtype: torch.dtype) -> None:
     calls = ((8, layout), (8, EXPANDED)) if layout == LATENT else ((8, layout),)
-    FlashInferBackend(CPU, AttentionNeeds(torch.bfloat16, calls, has_windows=True, cache_dtype=dtype), library)
+    checked(AttentionNeeds(torch.bfloat16, calls, has_windows=True, cache_dtype=dtype), library)
     asked = {(kind, plan["kv_data_type"]) for kind, plan in library.log.plans}
     new = {(kind, torch.bfloat16) for kind in (["prefill"] if layout == LATENT else ["prefill", "decode"])}
     assert asked == new | {(kind, dtype) for kind in (["latent"] if layout == LATENT else ["prefill", "decode"])}
@@ -372,7 +377,7 @@ def test_the_check_asks_for_every_dtype_that_keys_come_in(library: Any, layout: 
 def test_an_lse_in_natural_log_is_refused_at_start(layout: KVLayout) -> None:
     needs = AttentionNeeds(torch.bfloat16, ((8, layout),))
     with pytest.raises(BackendFaultError, match="lse is a logarithm to base e, where 2 was expected") as caught:
-        FlashInferBackend(CPU, needs, fake_flashinfer(lse_base=math.e))
+        checked(needs, fake_flashinfer(lse_base=math.e))
     assert 'Use backend "torch"' in str(caught.value)
 
 
@@ -380,12 +385,12 @@ def test_an_lse_in_natural_log_is_refused_at_start(layout: KVLayout) -> None:
 def test_a_causal_mask_aligned_to_the_first_key_is_refused_at_start(layout: KVLayout) -> None:
     needs = AttentionNeeds(torch.bfloat16, ((8, layout),))
     with pytest.raises(BackendFaultError, match="causal mask is aligned to the first key, not to the last"):
-        FlashInferBackend(CPU, needs, fake_flashinfer(causal="top-left"))
+        checked(needs, fake_flashinfer(causal="top-left"))
 
 
 def test_any_other_mistake_is_refused_with_its_size() -> None:
     with pytest.raises(BackendFaultError, match=r"out differs by .* and lse by"):
-        FlashInferBackend(CPU, NEEDS, fake_flashinfer(lse_base=3.0))
+        checked(NEEDS, fake_flashinfer(lse_base=3.0))
 
 
 def test_a_library_that_raises_is_refused_with_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,12 +401,10 @@ def test_a_library_that_raises_is_refused_with_what_it_said(monkeypatch: pytest.
 
     monkeypatch.setattr(library.BatchPrefillWithPagedKVCacheWrapper, "plan", fail)
     with pytest.raises(BackendFaultError, match="it raised RuntimeError: nvcc not found"):
-        FlashInferBackend(CPU, NEEDS, library)
+        checked(NEEDS, library)
 
 
 def test_the_check_does_not_pass_a_backend_of_ours_in_base_2() -> None:
-    from cpinfer.backends.self_check import check_backend
-
     class Base2:
         name = "wrong"
 
@@ -495,6 +498,7 @@ def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeyp
     module = "cpinfer.backends.flashinfer_backend"
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
     monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
+    monkeypatch.setattr(f"{module}.check_flashinfer", lambda device, needs: None)
     assert make_backend("auto", CUDA, HALF) == make_backend("flashinfer", CUDA, HALF) == ("flashinfer", "cuda")
     assert make_backend("torch", CUDA, HALF).name == "torch"
     monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: UserError("it is not there."))
@@ -502,6 +506,31 @@ def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeyp
         assert make_backend("auto", CUDA, HALF).name == "torch"
     with pytest.raises(UserError, match="it is not there"):
         make_backend("flashinfer", CUDA, HALF)
+
+
+def test_what_is_needed_is_checked_once_per_process_and_anything_else_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "cpinfer.backends.flashinfer_backend"
+    checks: list[AttentionNeeds] = []
+    monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
+    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
+    monkeypatch.setattr(f"{module}.check_backend", lambda backend, needs, device: checks.append(needs))
+    check_flashinfer.cache_clear()
+    other = replace(HALF, dtype=torch.float16)
+    for needs in (HALF, HALF, other, HALF):
+        make_backend("flashinfer", CUDA, needs)
+    assert checks == [HALF, other]
+
+    def fail(*_: Any) -> None:
+        checks.append(HALF)
+        raise BackendFaultError("wrong")
+
+    check_flashinfer.cache_clear()
+    monkeypatch.setattr(f"{module}.check_backend", fail)
+    for _ in range(2):  # what failed is never taken for checked
+        with pytest.raises(BackendFaultError, match="wrong"):
+            make_backend("flashinfer", CUDA, HALF)
+    assert len(checks) == 4
+    check_flashinfer.cache_clear()
 
 
 def test_an_unknown_name_is_refused() -> None:
