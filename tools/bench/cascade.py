@@ -26,8 +26,18 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench.harness import RESULTS, Card, Timing, has_time_for_another, rotated, say, table, timed
+from bench.harness import (
+    Timing,
+    bench_parser,
+    has_time_for_another,
+    rotated,
+    say,
+    table,
+    timed,
+    write_card,
+)
 from bench.workloads import (
+    NEAR_TIE,
     QUICK_SHAPE,
     ModelShape,
     Speed,
@@ -35,7 +45,7 @@ from bench.workloads import (
     decode_floor_s,
     make_model,
     measure_speed,
-    near_tie_margin,
+    partings,
     random_prompts,
     shape_as_dict,
 )
@@ -45,8 +55,6 @@ if TYPE_CHECKING:
 
 WAYS = ("on", "off")
 NUM_SAMPLES = 8
-BLOCK_SIZE = 16
-NEAR_TIE = 1e-3  # of logits: answers that part here are both right
 
 
 @dataclass(frozen=True)
@@ -80,23 +88,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if complaints:
         say("cascade: no times, the ways disagree:\n" + "\n".join(complaints))
     else:
+        from bench.contestants import BLOCK_SIZE
+
         body = describe(runs, workloads, size, speed)
         say(body)
-        if args.results or not args.quick:
-            card = card_of(body, size, args, sys.argv[1:] if argv is None else argv)
-            say(f"cascade: wrote {card}")
+        resolved = {"model": shape_as_dict(size.shape), "batches": size.batches, "new_tokens": size.new_tokens}
+        resolved |= {"num_samples": NUM_SAMPLES, "block_size": BLOCK_SIZE, "seed_of_prompts": 31, "rounds": args.rounds}
+        resolved |= {"budget_s": args.budget_s, "threads": 1, "dtype": "float32"}
+        sections, title = [("Decode steps of groups", body)], "Samples of one prompt attending to it together"
+        card = write_card("cascade", title, sections, resolved, args, sys.argv[1:] if argv is None else argv)
     print(json.dumps(summarize(runs, complaints, card)), flush=True)
     return 1 if complaints else 0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny model and prompts, one round, no card")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds at most (default: 5)")
-    parser.add_argument("--budget-s", type=float, default=300, help="seconds of rounds, all together (default: 300)")
-    parser.add_argument("--results", metavar="DIR", help="where the card goes (default: tools/bench/results)")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return bench_parser(__doc__, budget_s=300).parse_args(argv)
 
 
 def workloads_of(size: Size) -> list[Workload]:
@@ -144,24 +150,17 @@ def compare(
 def rollout(model: Any, shape: ModelShape, workload: Workload, way: str) -> Run:
     """One rollout, with the engine made for it."""
     import cpinfer
-    from cpinfer.config import SamplingParams, parse_config
+    from bench.contestants import Cpinfer
+    from cpinfer.config import SamplingParams, config_to_dict, parse_config
 
-    config = parse_config(
-        {
-            "dtype": "float32",
-            "backend": "torch",
-            "block_size": BLOCK_SIZE,
-            "kv_cache_gib": (workload.kv_blocks(BLOCK_SIZE) + 1) * BLOCK_SIZE * shape.kv_bytes_per_token / 2**30,
-            "max_num_batched_tokens": 2048,
-            "enable_prefix_caching": False,
-            "cascade_attention": way,
-        }
-    )
+    contestant = Cpinfer(model, cpinfer.Topology.single(), shape)
+    changes = {"cascade_attention": way, "enable_prefix_caching": False}
+    config = parse_config({**config_to_dict(contestant.config(workload)), **changes})
     prompts = [list(prompt) for prompt in workload.prompts]
     sampling = SamplingParams(
         temperature=0, max_new_tokens=workload.max_new_tokens[0], n=workload.num_samples, ignore_eos=True
     )
-    with cpinfer.attach(model, cpinfer.Topology.single(), config) as engine:
+    with cpinfer.attach(model, contestant.topology, config) as engine:
         results, wall_s = timed(lambda: engine.generate(prompts, sampling), lambda: None)
     return Run([list(r.token_ids) for r in results], min(map(_tpot_s, results)), wall_s)
 
@@ -176,10 +175,7 @@ def disagreements(model: Any, workload: Workload, runs: dict[str, list[Run]]) ->
     oracle, *others = [run for way in WAYS for run in runs[way]]
     found = []
     for run in others:
-        for i, (prompt, _) in enumerate(workload.samples()):
-            if run.tokens[i] == oracle.tokens[i]:
-                continue
-            margin = near_tie_margin(model, prompt, run.tokens[i], oracle.tokens[i])
+        for i, margin in partings(model, workload, run.tokens, oracle.tokens):
             if margin > NEAR_TIE:
                 found.append(
                     f"{workload.name}: sample {i} parts where one token's logit is {margin:.3g} above another's"
@@ -219,18 +215,6 @@ def _min_saved_keys() -> int:
 
 def _medians(runs: Sequence[Run]) -> tuple[float, float]:
     return Timing(tuple(r.step_s for r in runs)).median_s, Timing(tuple(r.wall_s for r in runs)).median_s
-
-
-def card_of(body: str, size: Size, args: argparse.Namespace, argv: Sequence[str]) -> Path:
-    theme, title = "cascade", "Samples of one prompt attending to it together"
-    if args.quick:
-        theme, title = "cascade_quick", f"{title} (quick: a smoke run, not a result)"
-    command = "python tools/bench/cascade.py" + "".join(f" {a}" for a in argv)
-    resolved = {"model": shape_as_dict(size.shape), "batches": size.batches, "new_tokens": size.new_tokens}
-    resolved |= {"num_samples": NUM_SAMPLES, "block_size": BLOCK_SIZE, "seed_of_prompts": 31, "rounds": args.rounds}
-    resolved |= {"budget_s": args.budget_s, "threads": 1, "dtype": "float32"}
-    card = Card(theme, title, command, (("Decode steps of groups", body),), resolved)
-    return card.write(Path(args.results or RESULTS))
 
 
 def summarize(runs: dict[str, dict[str, list[Run]]], complaints: Sequence[str], card: Path | None) -> dict[str, Any]:

@@ -32,11 +32,10 @@ if __name__ == "__main__":  # started as a file: the modules beside it are found
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import (
-    RESULTS,
     ROOT,
-    Card,
     Timing,
     WorkersFailedError,
+    bench_parser,
     has_time_for_another,
     read_task,
     rotated,
@@ -44,8 +43,10 @@ from bench.harness import (
     say,
     table,
     timed,
+    write_card,
 )
 from bench.workloads import (
+    NEAR_TIE,
     QUICK_SHAPE,
     ModelShape,
     Speed,
@@ -54,7 +55,7 @@ from bench.workloads import (
     floor_s,
     make_model,
     measure_speed,
-    near_tie_margin,
+    partings,
     shape_as_dict,
 )
 
@@ -65,8 +66,6 @@ TP_SIZES = (1, 2)
 # Layers are alike: two of them leave time for rounds.
 SHAPE = ModelShape(num_layers=2)
 OURS, ORACLE = "cpinfer", "generate"
-# A choice: the gap between the two likeliest tokens has a median of about 1 here, rounding moves it by less than 1e-4.
-NEAR_TIE = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,31 +104,22 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     else:
         say("\n\n".join(f"{heading}\n\n{body}" for heading, body in sections))
     card = None
-    if agreed and (args.results or not args.quick):
-        command = "python tools/bench/engine.py" + "".join(f" {a}" for a in argv)
+    if agreed:
         resolved = {"model": shape_as_dict(shape), "seed_of_prompts": [1, 2, 3], "rounds": args.rounds}
         resolved |= {"budget_s": args.budget_s, "threads_per_process": 1, "dtype": "float32"}
-        theme = "engine_quick" if args.quick else "engine"
-        title = "Rollout throughput beside Transformers" + (" (quick: a smoke run, not a result)" if args.quick else "")
-        card = Card(theme, title, command, sections, resolved).write(Path(args.results or RESULTS))
-        say(f"engine: wrote {card}")
+        card = write_card("engine", "Rollout throughput beside Transformers", sections, resolved, args, argv)
     print(json.dumps(summarize(runs, workloads, agreed=agreed, card=card)), flush=True)
     return 0 if agreed else 1
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny model and prompts, one round, no card")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds at most (default: 5)")
-    parser.add_argument("--budget-s", type=float, default=600, help="seconds of rounds, all together (default: 600)")
+    parser = bench_parser(__doc__, budget_s=600)
     parser.add_argument("--tp", type=int, nargs="+", choices=TP_SIZES, default=list(TP_SIZES), help="default: 1 2")
     parser.add_argument("--only", nargs="+", choices=("group", "ragged", "long"), help="these workloads alone")
-    parser.add_argument("--results", metavar="DIR", help="where the card goes (default: tools/bench/results)")
     parser.add_argument(
         "--profile", action="store_true", help="profile cpinfer on all workloads, not only where behind"
     )
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -280,10 +270,7 @@ def compare(
         oracle = tokens[workload.name][ORACLE][0]
         for name, runs in tokens[workload.name].items():
             for given in runs:
-                for i, (prompt, _) in enumerate(workload.samples()):
-                    if given[i] == oracle[i]:
-                        continue
-                    margin = near_tie_margin(whole, prompt, given[i], oracle[i])
+                for i, margin in partings(whole, workload, given, oracle):
                     if margin <= NEAR_TIE:
                         num_near_ties += 1
                     else:

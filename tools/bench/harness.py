@@ -5,6 +5,7 @@ No torch in here: the process that starts the workers stays out of their way.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -180,6 +181,37 @@ class Card:
         path = folder / f"{self.theme}_{slug(machine_name())}.md"
         path.write_text(self.text(machine_name(), versions()), encoding="utf-8")
         return path
+
+
+def bench_parser(description: str | None, *, budget_s: float) -> argparse.ArgumentParser:
+    """The arguments that all benchmarks in rounds have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="tiny model and prompts, a round or two, no card")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds at most (default: 5)")
+    told = f"seconds of rounds, all together (default: {budget_s:g})"
+    parser.add_argument("--budget-s", type=float, default=budget_s, help=told)
+    parser.add_argument("--results", metavar="DIR", help="where the card goes (default: tools/bench/results)")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def write_card(
+    tool: str,
+    title: str,
+    sections: Sequence[tuple[str, str]],
+    resolved: Mapping[str, Any],
+    args: argparse.Namespace,
+    argv: Sequence[str],
+) -> Path | None:
+    """The card of a run of `tool`, a file beside this one, and where it lies; quick runs leave one only where told."""
+    if args.quick and not args.results:
+        return None
+    command = f"python tools/bench/{tool}.py" + "".join(f" {a}" for a in argv)
+    theme = f"{tool}_quick" if args.quick else tool
+    title += " (quick: a smoke run, not a result)" if args.quick else ""
+    path = Card(theme, title, command, tuple(sections), resolved).write(Path(args.results or RESULTS))
+    say(f"{tool}: wrote {path}")
+    return path
 
 
 def machine_name() -> str:

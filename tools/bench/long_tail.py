@@ -33,10 +33,9 @@ if __name__ == "__main__":  # started as a file: the modules beside it are found
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import (
-    RESULTS,
-    Card,
     Timing,
     WorkersFailedError,
+    bench_parser,
     has_time_for_another,
     read_task,
     rotated,
@@ -44,9 +43,11 @@ from bench.harness import (
     say,
     table,
     timed,
+    write_card,
 )
 from bench.workloads import (
     FLOAT32_BYTES,
+    NEAR_TIE,
     QUICK_SHAPE,
     ModelShape,
     Speed,
@@ -71,8 +72,6 @@ BLOCK_SIZE = 16
 STEP_TOKENS = 2048
 OURS, PLAIN = "pcp=2 dcp=2", "dp=2"
 SIZES = {OURS: {"pcp_size": 2, "dcp_size": 2}, PLAIN: {"dp_size": 2}}
-# Of logits: answers that part here are both right.
-NEAR_TIE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -249,13 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny model and prompts, two rounds, no card")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds at most (default: 5)")
-    parser.add_argument("--budget-s", type=float, default=300, help="seconds of rounds, all together (default: 300)")
-    parser.add_argument("--results", metavar="DIR", help="where the card goes (default: tools/bench/results)")
+    parser = bench_parser(__doc__, budget_s=300)
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -271,18 +265,13 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     else:
         sections = describe(outcome, workloads)
         say("\n\n".join(f"{heading}\n\n{body}" for heading, body in sections))
-        if args.results or not args.quick:
-            command = "python tools/bench/long_tail.py" + "".join(f" {a}" for a in argv)
-            resolved = {"model": shape_as_dict(size.shape), "seed_of_prompts": 21, "block_size": BLOCK_SIZE}
-            resolved |= {"prompt_tokens": size.prompt_tokens, "new_tokens": size.new_tokens}
-            resolved |= {"num_samples": NUM_SAMPLES, "times_longer": TIMES_LONGER}
-            resolved |= {"max_num_batched_tokens": STEP_TOKENS, "rounds": task["rounds"], "budget_s": args.budget_s}
-            resolved |= {"threads_per_process": 1, "dtype": "float32"}
-            theme, title = "long_tail", "One sample 16 times longer than the rest: pcp=2 dcp=2 beside data parallelism"
-            if args.quick:
-                theme, title = "long_tail_quick", f"{title} (quick: a smoke run, not a result)"
-            card = Card(theme, title, command, tuple(sections), resolved).write(Path(args.results or RESULTS))
-            say(f"long_tail: wrote {card}")
+        resolved = {"model": shape_as_dict(size.shape), "seed_of_prompts": 21, "block_size": BLOCK_SIZE}
+        resolved |= {"prompt_tokens": size.prompt_tokens, "new_tokens": size.new_tokens}
+        resolved |= {"num_samples": NUM_SAMPLES, "times_longer": TIMES_LONGER}
+        resolved |= {"max_num_batched_tokens": STEP_TOKENS, "rounds": task["rounds"], "budget_s": args.budget_s}
+        resolved |= {"threads_per_process": 1, "dtype": "float32"}
+        title = "One sample 16 times longer than the rest: pcp=2 dcp=2 beside data parallelism"
+        card = write_card("long_tail", title, sections, resolved, args, argv)
     print(json.dumps(summarize(outcome, workloads, card)), flush=True)
     return 1 if complaints else 0
 

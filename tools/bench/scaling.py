@@ -37,10 +37,9 @@ if __name__ == "__main__":  # started as a file: the modules beside it are found
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.harness import (
-    RESULTS,
-    Card,
     Timing,
     WorkersFailedError,
+    bench_parser,
     has_time_for_another,
     read_task,
     rotated,
@@ -48,6 +47,7 @@ from bench.harness import (
     say,
     table,
     timed,
+    write_card,
 )
 from bench.workloads import FLOAT32_BYTES, QUICK_SHAPE, ModelShape, make_model, random_prompts, shape_as_dict
 
@@ -125,28 +125,19 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
     else:
         say("\n\n".join(f"{heading}\n\n{body}" for heading, body in sections))
     card = None
-    if not complaints and (args.results or not args.quick):
-        command = "python tools/bench/scaling.py" + "".join(f" {a}" for a in argv)
+    if not complaints:
         resolved = {**dataclasses.asdict(size), "model": shape_as_dict(size.shape), "block_size": BLOCK_SIZE}
         del resolved["shape"]
         resolved |= {"rounds": task["rounds"], "budget_s": args.budget_s, "threads_per_process": 1, "dtype": "float32"}
-        theme, title = "scaling", "Prefill over pcp, decode and capacity over dcp"
-        if args.quick:
-            theme, title = "scaling_quick", f"{title} (quick: a smoke run, not a result)"
-        card = Card(theme, title, command, sections, resolved).write(Path(args.results or RESULTS))
-        say(f"scaling: wrote {card}")
+        title = "Prefill over pcp, decode and capacity over dcp"
+        card = write_card("scaling", title, sections, resolved, args, argv)
     print(json.dumps(summarize(outcome, capacity, size, card)), flush=True)
     return 1 if complaints else 0
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="tiny model and contexts, two rounds, no card")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of prefill at most (default: 5)")
-    parser.add_argument("--budget-s", type=float, default=300, help="seconds of rounds, all together (default: 300)")
-    parser.add_argument("--results", metavar="DIR", help="where the card goes (default: tools/bench/results)")
+    parser = bench_parser(__doc__, budget_s=300)
     parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
