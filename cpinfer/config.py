@@ -31,6 +31,8 @@ def _key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclass
 
 # What `kv_cache_dtype` calls the dtypes of torch; None is the model's own.
 KV_CACHE_DTYPES = {"auto": None, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
+# Other names for some of them: one thing has one, by which runs that are continued are compared.
+_SAME_KV_CACHE_DTYPES = {None: "auto", "fp8": "fp8_e4m3"}
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Config:
 
     model: str | None = _key("Hugging Face id, or folder (relative to the config file)", None)
     dtype: Literal["float32", "bfloat16", "float16"] = _key("of weights, activations and KV cache", "bfloat16")
-    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = _key(
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] | None = _key(
         "auto is `dtype`; else K and V are rounded to fp8 when they are made, so more tokens fit. fp8 is fp8_e4m3",
         "auto",
     )
@@ -262,8 +264,8 @@ class Config:
         for name in ("decode_context_parallel_size", "data_parallel_size", "cp_kv_cache_interleave_size"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "at least 1")
-        if self.kv_cache_dtype == "fp8":  # one name for one thing: runs that are continued are compared by it
-            object.__setattr__(self, "kv_cache_dtype", "fp8_e4m3")
+        if self.kv_cache_dtype in _SAME_KV_CACHE_DTYPES:
+            object.__setattr__(self, "kv_cache_dtype", _SAME_KV_CACHE_DTYPES[self.kv_cache_dtype])
         gib = self.kv_cache_gib
         _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
         ok = self.cascade_attention != "on" or not self.cuda_graphs
@@ -291,7 +293,7 @@ class Config:
 
     def cache_dtype(self, dtype: str) -> str:
         """What the KV cache of a model in `dtype` has, both as torch calls them."""
-        return KV_CACHE_DTYPES[self.kv_cache_dtype] or dtype
+        return KV_CACHE_DTYPES[self.kv_cache_dtype or "auto"] or dtype
 
 
 # Keys that other engines know and this one refuses by name, with the row of the table that says why.
@@ -310,8 +312,6 @@ _REFUSED_VALUES = {
 }
 # What asks for nothing may stand in a config that was written for another engine.
 _ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1")}
-# Keys whose null is their default, in such a config.
-_MAY_BE_NULL = ("kv_cache_dtype",)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Config:
@@ -409,8 +409,7 @@ def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:
         if key not in hints and key not in _REFUSED_KEYS:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
             raise UserError(f'unknown key "{where}{key}"; the nearest known key is "{where}{near[0]}".')
-    given = {k: v for k, v in data.items() if k in hints and not (v is None and where + k in _MAY_BE_NULL)}
-    return cls(**{k: _parse_value(hints[k], v, where + k) for k, v in given.items()})
+    return cls(**{k: _parse_value(hints[k], v, where + k) for k, v in data.items() if k in hints})
 
 
 def _parse_value(hint: Any, value: Any, where: str) -> Any:

@@ -30,8 +30,5 @@ class CascadePlan:
 
 def plan_sharing(backend: AttentionBackend, rows: AttentionRows, min_saved_keys: int | None) -> PlannedAttention:
     """Plan `rows`, which are not causal, as a cascade where that saves so many keys per query; None never does."""
-    if min_saved_keys is not None:
-        cut = share_prefix(rows)
-        if cut is not None and cut.num_saved_keys >= min_saved_keys * rows.num_queries:
-            return CascadePlan(backend.plan(cut.shared), backend.plan(cut.own))
-    return backend.plan(rows)
+    cut = None if min_saved_keys is None else share_prefix(rows, min_saved_keys * rows.num_queries)
+    return backend.plan(rows) if cut is None else CascadePlan(backend.plan(cut.shared), backend.plan(cut.own))

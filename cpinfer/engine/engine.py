@@ -107,8 +107,7 @@ class Engine:
         """Free the KV pool and all scratch, for the optimiser to use; remembered prefixes are gone with it."""
         self._refuse_while_streaming("sleep")
         self._steps = None
-        for home in self._homes:
-            home.prefixes.clear()
+        self._forget_prefixes()
 
     def weights_changed(self) -> None:
         """Tell the engine that the weights are new: `weights_version` rises, remembered prefixes are dropped."""
@@ -116,6 +115,9 @@ class Engine:
         self.weights_version += 1
         if self._steps is not None:
             self._steps.weights_changed()
+        self._forget_prefixes()
+
+    def _forget_prefixes(self) -> None:
         for home in self._homes:
             home.prefixes.clear()
 
@@ -244,8 +246,7 @@ class Engine:
         except EngineFaultError:
             # What is not finite may lie in remembered prefixes; nothing else that is stored will be read again.
             self._steps.clear_cache()
-            for home in self._homes:
-                home.prefixes.clear()
+            self._forget_prefixes()
             raise
         finally:
             self._is_streaming = False

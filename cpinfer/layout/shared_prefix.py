@@ -35,8 +35,8 @@ class SharedPrefix:
     num_saved_keys: int
 
 
-def share_prefix(rows: AttentionRows) -> SharedPrefix | None:
-    """What neighbours of `rows` share, None where that is nothing. ValueError for causal rows.
+def share_prefix(rows: AttentionRows, min_saved_keys: int = 1) -> SharedPrefix | None:
+    """What neighbours of `rows` share, None where that is nothing or saves fewer keys. ValueError for causal rows.
 
     >>> rows = AttentionRows.build(
     ...     [1, 1, 1, 1], [10, 15, 9, 5], [[7, 8, 3], [7, 8, 4, 5], [7, 8, 6], [9, 2]], block_size=4, causal=False
@@ -59,6 +59,8 @@ def share_prefix(rows: AttentionRows) -> SharedPrefix | None:
     inner[starts] = np.iinfo(inner.dtype).max
     num_shared = np.where(lens > 1, np.minimum.reduceat(inner, starts), 0)
     num_saved_keys = int(((lens - 1) * num_shared).sum()) * rows.block_size
+    if num_saved_keys < min_saved_keys:
+        return None
     own = rows.above(np.repeat(num_shared, lens) * rows.block_size)
     # Neighbours that share nothing are one row without keys.
     kept = (num_shared > 0) | (np.concatenate([[1], num_shared[:-1]]) > 0)
