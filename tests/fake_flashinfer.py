@@ -20,6 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cpinfer.backends.base import AttentionNeeds
+from cpinfer.backends.flashinfer_backend import FlashInferBackend
+from cpinfer.backends.self_check import check_backend
+
 SIGNATURES = json.loads((Path(__file__).parent / "flashinfer_signatures.json").read_text(encoding="utf-8"))
 VERSIONS = tuple(SIGNATURES)
 
@@ -234,6 +238,13 @@ def _widened(pages: Tensor) -> Tensor:
     """fp8 as it is widened by shifting bits: what stands for NaN is read as the number that would be next."""
     wide = pages.double()
     return wide.nan_to_num(480.0 if pages.dtype == torch.float8_e4m3fn else 114688.0)
+
+
+def checked_backend(device: torch.device, needs: AttentionNeeds, library: Any) -> FlashInferBackend:
+    """Our backend over a library, checked as an engine's is."""
+    backend = FlashInferBackend(device, needs, library)
+    check_backend(backend, needs, device)
+    return backend
 
 
 def _copy(method: Any, sig: inspect.Signature) -> Any:

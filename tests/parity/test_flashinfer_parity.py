@@ -18,7 +18,6 @@ from test_engine_parity import generate, grid_name
 import check_rollout
 from cpinfer.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.backends.flashinfer_backend import FlashInferBackend
-from cpinfer.backends.self_check import check_backend
 from cpinfer.config import SamplingParams
 from cpinfer.layout.grid import RankGrid
 from fake_flashinfer import VERSIONS, fake_flashinfer
@@ -79,21 +78,6 @@ def test_what_the_self_check_is_for_would_be_seen_here(library: dict[str, Any]) 
     assert run_case(case(1, 2, 2, 2, chunk=16), through(**library)).max_error > WRONG
 
 
-@pytest.fixture
-def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Engines made after it is called take FlashInfer, and check it."""
-
-    def take(version: str) -> None:
-        def made(name: str, device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
-            backend = FlashInferBackend(device, needs, fake_flashinfer(version))
-            check_backend(backend, needs, device)
-            return backend
-
-        monkeypatch.setattr("cpinfer.engine.engine.make_backend", made)
-
-    return take
-
-
 @pytest.mark.parametrize(
     ("family", "version", "grid"),
     [
@@ -107,7 +91,7 @@ def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     ids=lambda x: grid_name(x) if isinstance(x, RankGrid) else x,
 )
 def test_greedy_tokens_and_logprobs_equal_transformers(
-    on_flashinfer: Callable[[str], None], family: str, version: str, grid: RankGrid
+    on_flashinfer: Callable[[str], list[AttentionNeeds]], family: str, version: str, grid: RankGrid
 ) -> None:
     on_flashinfer(version)
     model = make_model(FAMILIES[family])
@@ -121,7 +105,9 @@ def test_greedy_tokens_and_logprobs_equal_transformers(
         assert (expected - torch.tensor(result.logprobs)).abs().max() <= LOGPROB_TOLERANCE
 
 
-def test_samples_that_share_a_prefix_are_those_of_a_process_without(on_flashinfer: Callable[[str], None]) -> None:
+def test_samples_that_share_a_prefix_are_those_of_a_process_without(
+    on_flashinfer: Callable[[str], list[AttentionNeeds]],
+) -> None:
     model, prompts = make_model(FAMILIES["qwen2"]), prompts_of((60, 5, 33), vocab_size=128)
     sampling = SamplingParams(temperature=1.0, max_new_tokens=8, n=3, seed=4)
     expected = generate(model, RankGrid(), prompts, sampling)

@@ -21,14 +21,12 @@ from thread_tp import on_ranks
 import check_rollout
 import cpinfer
 from cpinfer.backends.base import AttentionNeeds
-from cpinfer.backends.flashinfer_backend import FlashInferBackend
-from cpinfer.backends.self_check import check_backend
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.grid import RankGrid
-from fake_flashinfer import VERSIONS, fake_flashinfer
+from fake_flashinfer import VERSIONS
 from tiny_models import FAMILIES, prompts_of
 
 DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -159,22 +157,6 @@ def test_the_pool_holds_as_many_more_tokens_as_their_bytes_are_fewer(dtype: str)
 # --- through the literal interpreter of FlashInfer's wrappers, which widen fp8 as its kernels do ---
 
 
-@pytest.fixture
-def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Engines made after it is called take FlashInfer, and check it."""
-
-    def take(version: str) -> None:
-        def made(name: str, device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
-            assert needs.cache_dtype in DTYPES.values(), "what is not asked for is not checked at start"
-            backend = FlashInferBackend(device, needs, fake_flashinfer(version))
-            check_backend(backend, needs, device)
-            return backend
-
-        monkeypatch.setattr("cpinfer.engine.engine.make_backend", made)
-
-    return take
-
-
 @pytest.mark.parametrize(
     ("family", "dtype", "version", "grid"),
     [
@@ -186,13 +168,19 @@ def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     ids=lambda x: grid_name(x) if isinstance(x, RankGrid) else x,
 )
 def test_flashinfer_over_fp8_pages_gives_the_same_answers(
-    on_flashinfer: Callable[[str], None], family: str, dtype: str, version: str, grid: RankGrid
+    on_flashinfer: Callable[[str], list[AttentionNeeds]], family: str, dtype: str, version: str, grid: RankGrid
 ) -> None:
-    on_flashinfer(version)
+    asked = on_flashinfer(version)
     config = {**CHUNKS, "kv_cache_dtype": dtype, "context_exchange": "queries"}
     few = SamplingParams(temperature=0, max_new_tokens=3)
     results = on_ranks(whole(family).model, grid, lambda engine: engine.generate(PROMPTS[:4], few), **config)[0]
+    assert_checked_over(asked, dtype)
     assert_alike(family, results, dtype)
+
+
+def assert_checked_over(asked: Sequence[AttentionNeeds], dtype: str) -> None:
+    """What is not asked for is not checked at start."""
+    assert {needs.cache_dtype for needs in asked} == {DTYPES[dtype]}
 
 
 def overflowing(*, is_decode: bool) -> tuple[Any, list[float]]:
@@ -213,15 +201,16 @@ def overflowing(*, is_decode: bool) -> tuple[Any, list[float]]:
 @pytest.mark.parametrize("is_decode", [False, True], ids=["early chunk", "decode"])
 @pytest.mark.parametrize("is_flashinfer", [False, True], ids=["torch", "flashinfer"])
 def test_a_key_that_overflows_is_a_fault_and_leaves_nothing_behind(
-    on_flashinfer: Callable[[str], None], is_flashinfer: bool, is_decode: bool, dtype: str
+    on_flashinfer: Callable[[str], list[AttentionNeeds]], is_flashinfer: bool, is_decode: bool, dtype: str
 ) -> None:
     """A chunk that samples nothing shows its fault when its keys are read; FlashInfer reads NaN as a number."""
-    if is_flashinfer:
-        on_flashinfer(VERSIONS[0])
+    asked = on_flashinfer(VERSIONS[0]) if is_flashinfer else None
     model, to_come = overflowing(is_decode=is_decode)
     config = parse_config({"dtype": "float32", **CHUNKS, "kv_cache_dtype": dtype, "context_exchange": "queries"})
     few = dataclasses.replace(GREEDY, max_new_tokens=3)
     with cpinfer.attach(model, config=config) as engine:
+        if asked is not None:
+            assert_checked_over(asked, dtype)
         engine.generate([PROMPTS[3]], few)
         to_come.append(math.inf)
         with pytest.raises(EngineFaultError, match="not finite"):

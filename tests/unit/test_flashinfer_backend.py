@@ -21,7 +21,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.states import State
-from fake_flashinfer import VERSIONS, fake_flashinfer
+from fake_flashinfer import VERSIONS, checked_backend, fake_flashinfer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GQA = KVLayout(2, 8, 8)
@@ -352,13 +352,9 @@ def test_new_and_cached_keys_of_one_plan_are_calls_of_their_own(library: Any) ->
 # --- the self-check: what others have shipped wrong is refused at start ---
 
 
-def checked(needs: AttentionNeeds, library: Any) -> None:
-    check_backend(FlashInferBackend(CPU, needs, library), needs, CPU)
-
-
 @pytest.mark.parametrize("needs", [NEEDS, replace(NEEDS, dtype=torch.bfloat16), replace(NEEDS, dtype=torch.float16)])
 def test_a_right_library_passes_in_every_dtype(library: Any, needs: AttentionNeeds) -> None:
-    checked(needs, library)
+    checked_backend(CPU, needs, library)
     assert {name for name, _ in library.log.plans} == {"prefill", "decode", "latent"}
 
 
@@ -367,7 +363,7 @@ def test_a_right_library_passes_in_every_dtype(library: Any, needs: AttentionNee
 )
 def test_the_check_asks_for_every_dtype_that_keys_come_in(library: Any, layout: KVLayout, dtype: torch.dtype) -> None:
     calls = ((8, layout), (8, EXPANDED)) if layout == LATENT else ((8, layout),)
-    checked(AttentionNeeds(torch.bfloat16, calls, has_windows=True, cache_dtype=dtype), library)
+    checked_backend(CPU, AttentionNeeds(torch.bfloat16, calls, has_windows=True, cache_dtype=dtype), library)
     asked = {(kind, plan["kv_data_type"]) for kind, plan in library.log.plans}
     new = {(kind, torch.bfloat16) for kind in (["prefill"] if layout == LATENT else ["prefill", "decode"])}
     assert asked == new | {(kind, dtype) for kind in (["latent"] if layout == LATENT else ["prefill", "decode"])}
@@ -377,7 +373,7 @@ def test_the_check_asks_for_every_dtype_that_keys_come_in(library: Any, layout: 
 def test_an_lse_in_natural_log_is_refused_at_start(layout: KVLayout) -> None:
     needs = AttentionNeeds(torch.bfloat16, ((8, layout),))
     with pytest.raises(BackendFaultError, match="lse is a logarithm to base e, where 2 was expected") as caught:
-        checked(needs, fake_flashinfer(lse_base=math.e))
+        checked_backend(CPU, needs, fake_flashinfer(lse_base=math.e))
     assert 'Use backend "torch"' in str(caught.value)
 
 
@@ -385,12 +381,12 @@ def test_an_lse_in_natural_log_is_refused_at_start(layout: KVLayout) -> None:
 def test_a_causal_mask_aligned_to_the_first_key_is_refused_at_start(layout: KVLayout) -> None:
     needs = AttentionNeeds(torch.bfloat16, ((8, layout),))
     with pytest.raises(BackendFaultError, match="causal mask is aligned to the first key, not to the last"):
-        checked(needs, fake_flashinfer(causal="top-left"))
+        checked_backend(CPU, needs, fake_flashinfer(causal="top-left"))
 
 
 def test_any_other_mistake_is_refused_with_its_size() -> None:
     with pytest.raises(BackendFaultError, match=r"out differs by .* and lse by"):
-        checked(NEEDS, fake_flashinfer(lse_base=3.0))
+        checked_backend(CPU, NEEDS, fake_flashinfer(lse_base=3.0))
 
 
 def test_a_library_that_raises_is_refused_with_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,7 +397,7 @@ def test_a_library_that_raises_is_refused_with_what_it_said(monkeypatch: pytest.
 
     monkeypatch.setattr(library.BatchPrefillWithPagedKVCacheWrapper, "plan", fail)
     with pytest.raises(BackendFaultError, match="it raised RuntimeError: nvcc not found"):
-        checked(NEEDS, library)
+        checked_backend(CPU, NEEDS, library)
 
 
 def test_the_check_does_not_pass_a_backend_of_ours_in_base_2() -> None:
