@@ -248,6 +248,10 @@ class Config:
     cuda_graphs: bool = _key(
         "replay decode steps from CUDA graphs, by number of sequences (FlashInfer, models without experts)", False
     )
+    check_ranks: Literal["samples", "full"] = _key(
+        "by what engines see, when they attach, that ranks hold equal weights: a few elements of each, or all",
+        "samples",
+    )
     sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
     input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)

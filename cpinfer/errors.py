@@ -21,3 +21,18 @@ class BackendFaultError(RuntimeError):
 
 class EngineFaultError(RuntimeError):
     """A step produced something that cannot be right (NaN logits, leaked blocks). Raised on every rank alike."""
+
+
+class RanksDifferError(RuntimeError):
+    """Ranks of one replica did not make the same call. Raised on every rank alike, before anything ran."""
+
+
+class StreamEndedError(RanksDifferError):
+    """Some ranks stopped taking the results of a stream while others went on. Raised on every rank at the next step.
+
+    `places` are those ranks, by their place in the replica.
+    """
+
+    def __init__(self, message: str, places: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.places = places

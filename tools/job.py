@@ -36,7 +36,7 @@ from cpinfer.comm.bootstrap import (
 )
 from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.attach import config_errors
-from cpinfer.engine.engine import affordable_pool, attention_needs
+from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.output import Existing, check_output, default_output
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize

@@ -1,24 +1,110 @@
-"""How replicated schedulers stay alike: after each step, one gather of what was sampled, from the ranks that sampled.
+"""How ranks stay alike: before a call they compare what must be equal, after each step they share what was sampled.
 
-Every rank sends a record per row it computed; of the copies on tp ranks, the first is the authority. A rank whose
-logits are not numbers says so in the record, and all ranks raise the same error instead of drifting apart.
+Before a call, `begin_together`: one gather of a fixed size, the digest of everything that must be the same. Where it is
+not, or where a rank cannot begin, all ranks raise the same error, which names ranks and the first difference.
+
+After a step, `agree_on_tokens`: every rank sends a record per row it computed; of the copies on tp ranks, the first is
+the authority. A rank whose logits are not numbers, or whose consumer has stopped taking results, says so in the record,
+and all ranks raise the same error instead of drifting apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
+from typing import Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cpinfer.comm.axis import AxisComm
+from cpinfer.comm.topology import Topology
+from cpinfer.engine.fingerprint import difference, digest_of, table_of
 from cpinfer.engine.request import SampledToken, TokenScore
-from cpinfer.errors import EngineFaultError
+from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
 
-_FAULT = 1
+T = TypeVar("T")
+
+# What a rank says before a call: it can begin, its user made a mistake, something else went wrong.
+_READY, _USER_ERROR, _ERROR = range(3)
+# What a rank says after a step, as bits.
+_FAULT, _LEAVES = 1, 2
 # Columns of a record, int32; floats as their bits. Behind them num_top likeliest tokens, then their logprobs.
 _TOKEN, _STATUS, _LOGPROB, _PROCESSED, _TOP = range(5)
+
+
+def _nothing() -> Mapping[str, object]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Prepared(Generic[T]):
+    """What one rank has made ready for a call of all ranks.
+
+    `same` names what has to be equal on every rank, `same_in_column` what has to be on those of one tp rank: they hold
+    the same slices of the weights. `number` is told to everyone. Both are asked only where there are other ranks.
+    """
+
+    value: T
+    same: Callable[[], Mapping[str, object]]
+    same_in_column: Callable[[], Mapping[str, object]] = _nothing
+    number: int = 0
+
+
+def begin_together(topology: Topology, device: torch.device, prepare: Callable[[], Prepared[T]]) -> tuple[T, list[int]]:
+    """What `prepare` made here, and the numbers of all ranks; or an error, on every rank of the replica.
+
+    RanksDifferError when what has to be equal is not. A rank whose `prepare` raises has its own error, the others one
+    that quotes it: UserError for a UserError. One gather of four numbers per rank; more only on the way to an error.
+    """
+    replica = topology.replica
+    if replica.size == 1:
+        alone = prepare()
+        return alone.value, [alone.number]
+    prepared: Prepared[T] | None = None
+    own_error: Exception | None = None
+    same: Mapping[str, object] = {}
+    in_column: Mapping[str, object] = {}
+    record = [_READY, 0, 0, 0]
+    try:
+        prepared = prepare()
+        same, in_column = prepared.same(), prepared.same_in_column()
+        record = [_READY, digest_of(same), digest_of(in_column), prepared.number]
+    except Exception as error:  # whatever it is, the others must not wait for this rank
+        own_error = error
+        record[0] = _USER_ERROR if isinstance(error, UserError) else _ERROR
+    states, *digests, numbers = replica.all_gather(torch.tensor(record, device=device)).T.tolist()
+    if any(states):
+        _raise_complaint(topology, device, states, own_error)
+    assert prepared is not None, "a rank without an error is prepared"
+    tp_size = topology.grid.tp_size
+    ranks = next(group for group in topology.grid.replica_groups if topology.rank in group)
+    everyone, column = [0] * replica.size, [i % tp_size for i in range(replica.size)]
+    for values, references, mine in zip(digests, (everyone, column), (same, in_column), strict=True):
+        if any(value != values[reference] for value, reference in zip(values, references, strict=True)):
+            tables = _gather_texts(replica, table_of(mine), device)
+            raise RanksDifferError(
+                f"{difference(tables, ranks, references)}. Nothing was run: the ranks of a replica must make the same "
+                "calls, with the same arguments, on equal weights."
+            )
+    return prepared.value, numbers
+
+
+def _raise_complaint(
+    topology: Topology, device: torch.device, states: Sequence[int], own_error: Exception | None
+) -> NoReturn:
+    """The error of this rank, or one that quotes those of others. Collective."""
+    told = "" if own_error is None else str(own_error) or type(own_error).__name__
+    texts = _gather_texts(topology.replica, told, device)
+    if own_error is not None:
+        raise own_error
+    ranks = next(group for group in topology.grid.replica_groups if topology.rank in group)
+    place = next(i for i, state in enumerate(states) if state)
+    if states[place] == _USER_ERROR:
+        raise UserError(f"rank {ranks[place]}: {texts[place]}")
+    raise RanksDifferError(f"rank {ranks[place]} could not begin this call, so no rank does: {texts[place]}")
 
 
 def agree_on_tokens(
@@ -28,12 +114,14 @@ def agree_on_tokens(
     own: Sequence[SampledToken | None],
     device: torch.device,
     num_top: int = 0,
+    *,
+    leaves: bool = False,
 ) -> list[SampledToken]:
     """The tokens of a step, the same on every rank; none when the step samples none.
 
     `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where its logits were
-    not finite. `num_top` bounds the `top` of every token of the step. EngineFaultError, on every rank, when any rank
-    reports such a row.
+    not finite. `num_top` bounds the `top` of every token of the step. `leaves`: this rank takes no more results.
+    EngineFaultError, on every rank, when any rank reports a row that is not finite; StreamEndedError when one leaves.
     """
     if not places:  # as every rank knows: chunks of prompts that go on in another step
         return []
@@ -49,8 +137,16 @@ def agree_on_tokens(
         ints[row, _TOP : _TOP + num_top] = -1
         for i, (token_id, logprob) in enumerate(token.top):
             ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
+    if leaves:
+        ints[0, _STATUS] |= _LEAVES
     gathered = replica.all_gather(torch.from_numpy(ints).to(device)).cpu().numpy()
-    faults = np.flatnonzero((gathered[..., _STATUS] == _FAULT).any(axis=1)).tolist()
+    faults, left = (np.flatnonzero((gathered[..., _STATUS] & bit).any(axis=1)).tolist() for bit in (_FAULT, _LEAVES))
+    if left:
+        raise StreamEndedError(
+            f"rank(s) {left} of the replica stopped taking the results of a stream, by leaving its loop or by an error "
+            "there. Every rank must take the same results: the stream has ended on all of them.",
+            tuple(left),
+        )
     if faults:
         raise EngineFaultError(
             f"logits are not finite on rank(s) {faults} of the replica; check the model's weights and dtype"
@@ -66,10 +162,12 @@ def agree_on_scores(
     places: Sequence[tuple[int, int]],
     own: Sequence[TokenScore | None],
     device: torch.device,
+    *,
+    leaves: bool = False,
 ) -> list[TokenScore]:
-    """The scores of a step, the same on every rank; arguments and faults as `agree_on_tokens` has them."""
+    """The scores of a step, the same on every rank; arguments and errors as `agree_on_tokens` has them."""
     as_tokens = [None if s is None else SampledToken(int(s.is_greedy), s.logprob, 0.0) for s in own]
-    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device)
+    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device, leaves=leaves)
     return [TokenScore(token.logprob, bool(token.token_id)) for token in agreed]
 
 
@@ -84,17 +182,33 @@ def smallest(replica: AxisComm, value: int, device: torch.device) -> int:
     return int(replica.all_gather(torch.tensor([value], device=device)).min())
 
 
-def gather_token_lists(
-    replica: AxisComm, own: Sequence[Sequence[int]], device: torch.device
+def pack_token_lists(lists: Sequence[Sequence[int]]) -> NDArray[np.int64]:
+    """Lists of token ids as one row of numbers: how many lists, their lengths, and their tokens."""
+    lens = [len(tokens) for tokens in lists]
+    return np.array([len(lens), *lens, *chain.from_iterable(lists)], dtype=np.int64)
+
+
+def gather_packed(
+    replica: AxisComm, own: NDArray[np.int64], lens: Sequence[int], device: torch.device
 ) -> list[list[tuple[int, ...]]]:
-    """What every rank gave, in rank order: lists of token ids, of any number and length. Two collectives."""
-    lens = [len(tokens) for tokens in own]
-    packed = np.array([len(lens), *lens, *chain.from_iterable(own)], dtype=np.int64)
-    longest = int(replica.all_gather(torch.tensor([len(packed)], device=device)).max())
-    padded = np.zeros(longest, dtype=np.int64)
-    padded[: len(packed)] = packed
+    """The token lists of every rank, in rank order, from what each has packed; `lens` are the lengths of the rows.
+
+    One collective, none of which depends on this rank alone.
+    """
+    padded = np.zeros(max(lens), dtype=np.int64)
+    padded[: len(own)] = own
     gathered = replica.all_gather(torch.from_numpy(padded).to(device)).cpu().tolist()
     return [_unpack(numbers) for numbers in gathered]
+
+
+def _gather_texts(replica: AxisComm, text: str, device: torch.device) -> list[str]:
+    """What each rank has to say, in rank order. Two collectives."""
+    own = np.frombuffer(text.encode(errors="replace"), dtype=np.uint8)
+    lens = replica.all_gather(torch.tensor([len(own)], device=device)).flatten().tolist()
+    padded = np.zeros(max(max(lens), 1), dtype=np.uint8)
+    padded[: len(own)] = own
+    gathered = replica.all_gather(torch.from_numpy(padded).to(device)).cpu().numpy()
+    return [row[:n].tobytes().decode(errors="replace") for row, n in zip(gathered, lens, strict=True)]
 
 
 def _unpack(numbers: list[int]) -> list[tuple[int, ...]]:

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
+
+import torch
 
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
+from cpinfer.engine.agreement import Prepared, begin_together
 from cpinfer.engine.engine import Engine
+from cpinfer.engine.needs import own_pool
 from cpinfer.errors import UserError
+from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
 from cpinfer.models.adapters import unwrapped
 from cpinfer.models.families import FAMILIES
-from cpinfer.models.runner import attached
+from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
+from cpinfer.models.weight_samples import software_versions, weight_identity
 from cpinfer.refusals import refuse
+
+# Keys that tools read, or that may name one thing differently on each host.
+_NOT_THE_ENGINES = frozenset(
+    ("model", "data_parallel_size", "sampling", "input", "output", "evaluation", "comparison", "training", "wandb")
+)
 
 
 @contextmanager
@@ -26,16 +38,50 @@ def attach(
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
     `model` is a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
-    whose active adapters are then in effect). `topology`
-    defaults to one process, `config` to the defaults at the model's dtype. Collective over the ranks of the topology.
-    UserError when model, topology and config do not fit together.
+    whose active adapters are then in effect). `topology` defaults to one process, `config` to the defaults at the
+    model's dtype. Collective over the replica: two small gathers, the first of which compares config, model, a sample
+    of the weights (`check_ranks`) and versions. UserError when model, topology and config do not fit together,
+    RanksDifferError when ranks do not bring the same; on every rank alike, with the model as it was.
     """
     topology = topology or Topology.single()
     config = config or Config()
-    spec = model_spec(model)
-    check_layout(spec, config, topology.grid)
-    with attached(model, spec, topology.grid.tp_size, topology.coords.tp_rank) as runner:
-        yield Engine(runner, topology, config, tokenizer)
+    with ExitStack() as stack:
+
+        def prepare() -> Prepared[tuple[ModelRunner, PoolSize]]:
+            spec = model_spec(model)
+            check_layout(spec, config, topology.grid)
+            runner = stack.enter_context(attached(model, spec, topology.grid.tp_size, topology.coords.tp_rank))
+            pool = own_pool(runner, topology, config)
+            return Prepared(
+                (runner, pool),
+                lambda: what_runs(spec, config, tokenizer),
+                lambda: weight_identity(unwrapped(model), full=config.check_ranks == "full"),
+                number=pool.num_blocks,
+            )
+
+        (runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
+        # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
+        engine = Engine(runner, topology, config, tokenizer, PoolSize(min(num_blocks), own.sharding))
+        stack.callback(engine.close)
+        engine.wake()
+        yield engine
+        engine.close()
+        engine.raise_if_left_alone()
+
+
+def what_runs(spec: ModelSpec, config: Config, tokenizer: Any | None) -> Mapping[str, object]:
+    """What ranks that attach together must have in common, weights aside."""
+    keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NOT_THE_ENGINES}
+    words = None if tokenizer is None else (type(tokenizer).__name__, len(tokenizer))
+    return {"call": "attach", **keys, "model": spec, "tokenizer": words, "version": software_versions()}
+
+
+def _device_of(model: Any) -> torch.device:
+    """Where the ranks meet, also those whose model turns out to be none."""
+    parameter = next(iter(model.parameters()), None) if isinstance(model, torch.nn.Module) else None
+    if parameter is not None:
+        return torch.device(parameter.device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_spec(model: Any) -> ModelSpec:

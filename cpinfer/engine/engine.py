@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 import time
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from collections.abc import Sequence as ListLike
-from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from cpinfer.backends.base import AttentionNeeds, make_backend
+from cpinfer.backends.base import make_backend
 from cpinfer.cache.paged_kv_cache import PagedKVCache
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.agreement import gather_token_lists, smallest
+from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pack_token_lists
 from cpinfer.engine.kv_home import KVHome
+from cpinfer.engine.needs import attention_needs
 from cpinfer.engine.pooled_prompts import PooledPrompts
 from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt, check_scored_length, check_tokens
 from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
-from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
+from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
-from cpinfer.errors import EngineFaultError, UserError
-from cpinfer.layout.capacity import KVLayout, PoolSize
-from cpinfer.layout.heads import GroupHeads
-from cpinfer.layout.shards import KVSharding
+from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
+from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.runner import ModelRunner
-from cpinfer.models.spec import ModelSpec
 
-CPU_KV_CACHE_GIB = 0.25
-CUDA_KV_CACHE_SHARE = 0.5
+T = TypeVar("T")
 
 
 class Engine:
@@ -41,7 +40,9 @@ class Engine:
     `stats` count what the scheduler did in the last `generate` or `stream`.
     """
 
-    def __init__(self, runner: ModelRunner, topology: Topology, config: Config, tokenizer: Any | None) -> None:
+    def __init__(
+        self, runner: ModelRunner, topology: Topology, config: Config, tokenizer: Any | None, pool_size: PoolSize
+    ) -> None:
         self._runner = runner
         self._topology = topology
         self._config = config
@@ -51,20 +52,17 @@ class Engine:
         self._cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
         self._needs = attention_needs(runner.spec, heads, runner.dtype, getattr(torch, self._cache_dtype))
         self._kv_layout = runner.spec.kv_layout(len(heads.kv_heads))
-        self._pool_size = self._agree_on_pool()
-        self._homes = [
-            KVHome(
-                self._pool_size.num_blocks,
-                self._pool_size.sharding,
-                enable_prefix_caching=config.enable_prefix_caching,
-            )
-            for _ in range(topology.grid.num_homes)
-        ]
+        self._pool_size = pool_size
+        self._homes = self._empty_homes()
         self._steps: StepRunner | None = None
-        self._is_streaming = False
+        self._open: Generator[Sequence, None, None] | None = None
+        self._is_closed = False
+        # Whether the last run stopped anywhere: what the homes have written down of their blocks may then be wrong.
+        self._is_cut = False
+        # What ended a stream here, where that could only be told to the others.
+        self._left_alone: StreamEndedError | None = None
         self.weights_version = 0
         self.stats = SchedulerStats()
-        self.wake()
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -86,22 +84,12 @@ class Engine:
         return self._pool_size.num_blocks * self._pool_size.sharding.block_size * per_token
 
     def wake(self) -> None:
-        """Allocate the KV pool, and what attention kernels work in. Nothing happens when it is there."""
-        if self._steps is not None:
-            return
-        runner, sharding = self._runner, self._pool_size.sharding
-        cache = PagedKVCache(
-            self._kv_layout,
-            runner.spec.num_layers,
-            self._pool_size.num_blocks,
-            sharding.block_size,
-            runner.dtype,
-            runner.device,
-            has_spare_block=self._config.cuda_graphs,
-            store_dtype=self._needs.cache_dtype,
-        )
-        backend = make_backend(self._config.backend, runner.device, self._needs)
-        self._steps = StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
+        """Allocate the KV pool, and what attention kernels work in. Nothing happens when it is there.
+
+        A rank that cannot is an error on all of them. Collective over the replica: one small gather.
+        """
+        self._refuse_when_closed()
+        self._steps = self._together(lambda: Prepared(self._steps or self._made_steps(), lambda: {"call": "wake"}))
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; remembered prefixes are gone with it."""
@@ -111,20 +99,25 @@ class Engine:
 
     def weights_changed(self) -> None:
         """Tell the engine that the weights are new: `weights_version` rises, remembered prefixes are dropped."""
+        self._refuse_when_closed()
         self._refuse_while_streaming("change weights")
         self.weights_version += 1
         if self._steps is not None:
             self._steps.weights_changed()
         self._forget_prefixes()
 
-    def _forget_prefixes(self) -> None:
-        for home in self._homes:
-            home.prefixes.clear()
+    def close(self) -> None:
+        """End an open stream, free the KV pool, refuse what is asked later. `attach` calls it when its block ends."""
+        if self._open is not None:
+            self._open.close()
+        self._is_closed = True
+        self._steps = None
 
-    def _notice_adapters(self) -> None:
-        """Adapters that were switched, merged or scaled since the last call have made the weights new."""
-        if self._runner.notice_adapters():
-            self.weights_changed()
+    def raise_if_left_alone(self) -> None:
+        """StreamEndedError when this rank left a stream that others went on with: they have it, and so it does here."""
+        error, self._left_alone = self._left_alone, None
+        if error is not None:
+            raise error
 
     def generate(
         self, prompts: Iterable[PromptLike], sampling: SamplingParams | ListLike[SamplingParams] | None = None
@@ -147,17 +140,34 @@ class Engine:
         every rank takes part in all of it; each then keeps its own. Ranks may bring different numbers of prompts, none
         included. `num_copies` consecutive ranks that train on the same data (tensor parallelism) bring the same prompts
         and get the same samples. `name` sets this batch apart from others of the same seed: batches of one name, layout
-        and seed draw the same random numbers. UserError as `stream` has it. Collective over the replica.
+        and seed draw the same random numbers. Without one a batch draws numbers of its own; the ids of its results tell
+        the name by which it can be repeated. Errors as `stream` has them: a prompt that one rank cannot run is an error
+        on all. Collective over the replica.
         """
-        sampling = sampling or self._config.sampling
-        replica = self._topology.replica
-        asked = gather_token_lists(replica, own_prompts, self._runner.device)
+        self._refuse_when_closed()
+        self._refuse_while_streaming("start another batch")
+        params = sampling or self._config.sampling
+        topology, device = self._topology, self._runner.device
+        packed, lens = begin_together(
+            topology, device, lambda: self._packed_prompts(own_prompts, params, name, num_copies)
+        )
+        told = gather_packed(topology.replica, packed, lens, device)
+        asked = [lists for _, *lists in told]
+        for first in range(0, len(asked), num_copies):
+            if any(copy != asked[first] for copy in asked[first : first + num_copies]):
+                raise RanksDifferError(
+                    f"places {first} to {first + num_copies - 1} of the replica train on the same data (num_copies="
+                    f"{num_copies}), so they should bring the same prompts; they bring others."
+                )
         pooled = PooledPrompts.of(asked[::num_copies])
-        dp_rank = self._topology.coords.dp_rank
-        prompts = [Prompt(i, f"{name}/{dp_rank}/{i}", tokens) for i, tokens in enumerate(pooled.prompts)]
-        each = [dataclasses.replace(sampling, n=count) for count in pooled.counts]
-        results = {(r.prompt_index, r.sample_index): r for r in self.stream(prompts, each)}
-        return [results[place] for place in pooled.places[replica.index // num_copies]]
+        name = name or f"unnamed-{told[0][0][0]:x}"
+        prompts = [
+            Prompt(i, f"{name}/{topology.coords.dp_rank}/{i}", tokens) for i, tokens in enumerate(pooled.prompts)
+        ]
+        each = [dataclasses.replace(params, n=count) for count in pooled.counts]
+        scheduler = self._scheduler_of(prompts, each, frozenset())
+        results = {(r.prompt_index, r.sample_index): r for r in self._results(scheduler)}
+        return [results[place] for place in pooled.places[topology.replica.index // num_copies]]
 
     def stream(
         self,
@@ -170,29 +180,26 @@ class Engine:
         A prompt is text, a list of token ids, a `Prompt`, or an object with the keys of an input line. `sampling` is
         for all prompts, or one for each; it defaults to the config's. `skip` holds (prompt_index, sample_index) that
         are not wanted. UserError, before anything runs, for a prompt that can never run; RuntimeError when the engine
-        sleeps, or still has another stream open.
+        sleeps, or still has another stream open; RanksDifferError when ranks do not make the same call. Every rank
+        takes all results, or leaves the loop at the same one: where some leave alone, all get StreamEndedError, they
+        themselves at the end of the engine's block. Collective over the replica: one small gather, beside the steps.
         """
-        if self._steps is None:
-            raise RuntimeError("the engine sleeps; call wake() before generating")
+        self._refuse_when_closed()
         self._refuse_while_streaming("start another stream")
-        self._notice_adapters()
-        scheduler = self._submit(list(prompts), sampling or self._config.sampling, skip)
-        with closing(self._run(scheduler)) as finished:
-            for sequence in finished:
-                yield self._result(sequence)
+        scheduler = self._together(lambda: self._submitted(prompts, sampling or self._config.sampling, skip))
+        yield from self._results(scheduler)
+        self._refuse_when_closed()  # else the end of the block would pass for that of the stream
 
     def score(self, pairs: Iterable[tuple[PromptLike, ListLike[int]]]) -> list[ScoreResult]:
         """How likely the model finds each (prompt, continuation), in their order; continuations are token ids.
 
         Prompts that several continuations share are computed once, as far as the pool can keep them. At most
         `MAX_SCORED_PLACES` rows of logits exist at a time. UserError, before anything runs, for a pair that can never
-        run or a continuation without tokens; RuntimeError as `stream` has it.
+        run or a continuation without tokens; other errors as `stream` has them. Collective over the replica.
         """
-        if self._steps is None:
-            raise RuntimeError("the engine sleeps; call wake() before scoring")
+        self._refuse_when_closed()
         self._refuse_while_streaming("score")
-        self._notice_adapters()
-        sequences = [self._to_score(index, *pair) for index, pair in enumerate(pairs)]
+        sequences = self._together(lambda: self._to_score_together(pairs))
         # The first of those that share a prompt goes ahead, so that the others find it.
         seen: set[tuple[int, ...]] = set()
         first: list[Sequence] = []
@@ -214,6 +221,81 @@ class Engine:
             for sequence in sequences
         ]
 
+    def _forget_prefixes(self) -> None:
+        for home in self._homes:
+            home.prefixes.clear()
+
+    def _together(self, prepare: Callable[[], Prepared[T]]) -> T:
+        """What this rank prepares, when all ranks have prepared the same."""
+        return begin_together(self._topology, self._runner.device, prepare)[0]
+
+    def _check_ready(self) -> None:
+        """What has to hold when a call begins; where it does not on one rank, `_together` tells the others."""
+        self.raise_if_left_alone()
+        if self._steps is None:
+            raise RuntimeError("the engine sleeps; call wake() before generating or scoring")
+        if self._runner.notice_adapters():  # switched, merged or scaled since the last call, they make other weights
+            self.weights_changed()
+        if self._is_cut:  # an error or an interrupt may have come between taking blocks and writing them down
+            self._homes = self._empty_homes()
+            self._is_cut = False
+
+    def _state(self) -> dict[str, object]:
+        """What ranks must have in common when a call begins, beside what it is about."""
+        free_blocks = [home.pool.num_free for home in self._homes]
+        return {
+            "weights_version": self.weights_version,
+            "adapters": self._runner.adapters,
+            "free KV blocks": free_blocks,
+        }
+
+    def _submitted(
+        self,
+        prompts: Iterable[PromptLike],
+        sampling: SamplingParams | ListLike[SamplingParams],
+        skip: frozenset[tuple[int, int]],
+    ) -> Prepared[Scheduler]:
+        self._check_ready()
+        given = list(prompts)
+        each = [sampling] * len(given) if isinstance(sampling, SamplingParams) else list(sampling)
+        if len(each) != len(given):
+            raise UserError(f"{len(each)} sampling parameters for {len(given)} prompts; one each was wanted.")
+        if self._tokenizer is None and any(params.stop for params in each):
+            raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
+        wanted = [as_prompt(prompt, index, self._tokenizer) for index, prompt in enumerate(given)]
+        scheduler = self._scheduler_of(wanted, each, skip)
+        distinct = list(dict.fromkeys(each))
+        return Prepared(
+            scheduler,
+            lambda: {
+                "call": "generate",
+                **self._state(),
+                "sampling": distinct[0] if len(distinct) == 1 else [distinct, [distinct.index(p) for p in each]],
+                "skip": sorted(skip),
+                "prompts": wanted,
+            },
+        )
+
+    def _packed_prompts(
+        self, own: ListLike[ListLike[int]], params: SamplingParams, name: str, num_copies: int
+    ) -> Prepared[NDArray[np.int64]]:
+        """This rank's prompts as one row of numbers, with a number of its own in front, by which to name the batch."""
+        self._check_ready()
+        for i, tokens in enumerate(own):
+            try:
+                check_prompt(as_prompt(tokens, i, None), params, self._runner.spec, self._pool_size)
+            except UserError as error:
+                raise UserError(f"prompt {i}: {error}") from error
+        packed = pack_token_lists([[secrets.randbits(62)], *own])
+        call = {"call": "generate_pooled", "sampling": params, "name": name, "num_copies": num_copies}
+        return Prepared(packed, lambda: {**call, **self._state()}, number=len(packed))
+
+    def _to_score_together(self, pairs: Iterable[tuple[PromptLike, ListLike[int]]]) -> Prepared[list[Sequence]]:
+        self._check_ready()
+        sequences = [self._to_score(index, *pair) for index, pair in enumerate(pairs)]
+        tokens = [(s.prompt.token_ids, s.targets) for s in sequences]
+        return Prepared(sequences, lambda: {"call": "score", **self._state(), "pairs": tokens})
+
     def _to_score(self, index: int, given: PromptLike, continuation: ListLike[int]) -> Sequence:
         prompt = as_prompt(given, index, self._tokenizer)
         targets = tuple(continuation)
@@ -225,49 +307,78 @@ class Engine:
         check_scored_length(len(prompt.token_ids), len(targets), self._runner.spec, self._pool_size)
         return Sequence(prompt, 0, params, len(targets), targets=targets)
 
+    def _results(self, scheduler: Scheduler) -> Generator[RolloutResult, None, None]:
+        self._open = finished = self._run(scheduler)
+        try:
+            for sequence in finished:
+                yield self._result(sequence)
+        finally:
+            finished.close()
+            self._open = None
+
     def _run(self, scheduler: Scheduler) -> Generator[Sequence, None, None]:
         """Steps until all is done; sequences as they finish."""
         assert self._steps is not None
         self.stats = scheduler.stats
-        self._is_streaming = True
+        self._is_cut = True  # until it has come to an end that all ranks know
         self._steps.begin()
         try:
             while (step := scheduler.schedule()) is not None:
-                output = self._steps.run(step)
-                now = time.perf_counter()
-                finished = scheduler.commit(step, output.sampled, self._stopping.stops, output.scores)
-                self._steps.copy_blocks(scheduler.take_copies(self._topology.grid.home(self._topology.rank)))
-                for sequence in step.samples:
-                    if sequence.sampled:  # one that was put back has no token yet
-                        sequence.first_token_s = sequence.first_token_s or now
-                for sequence in finished:
-                    sequence.finished_s = now
-                    yield sequence
+                finished = self._advance(scheduler, step)
+                try:
+                    yield from finished
+                except BaseException:  # whoever takes the results has left
+                    self._leave(scheduler)
+                    raise
         except EngineFaultError:
             # What is not finite may lie in remembered prefixes; nothing else that is stored will be read again.
             self._steps.clear_cache()
             self._forget_prefixes()
             raise
-        finally:
-            self._is_streaming = False
-            scheduler.abort_all()
-            scheduler.check_integrity()
+        self._end(scheduler)
 
-    def _submit(
+    def _advance(self, scheduler: Scheduler, step: Step, *, leaves: bool = False) -> list[Sequence]:
+        """Run a step and take note of it; the sequences that it finished."""
+        assert self._steps is not None
+        output = self._steps.run(step, leaves=leaves)
+        now = time.perf_counter()
+        finished = scheduler.commit(step, output.sampled, self._stopping.stops, output.scores)
+        self._steps.copy_blocks(scheduler.take_copies(self._topology.grid.home(self._topology.rank)))
+        for sequence in step.samples:
+            if sequence.sampled:  # one that was put back has no token yet
+                sequence.first_token_s = sequence.first_token_s or now
+        for sequence in finished:
+            sequence.finished_s = now
+        return finished
+
+    def _leave(self, scheduler: Scheduler) -> None:
+        """Tell the others, who may be in the next step already, that this rank takes no more results.
+
+        So it takes part in steps up to the first that has a record to say it in. Where all leave, all is well.
+        """
+        try:
+            while self._topology.replica.size > 1 and (step := scheduler.schedule()) is not None:
+                self._advance(scheduler, step, leaves=True)
+        except StreamEndedError as ended:
+            if len(ended.places) < self._topology.replica.size:
+                self._left_alone = ended
+                return
+        self._end(scheduler)
+
+    def _end(self, scheduler: Scheduler) -> None:
+        scheduler.abort_all()
+        scheduler.check_integrity()
+        self._is_cut = False
+
+    def _scheduler_of(
         self,
-        prompts: ListLike[PromptLike],
-        sampling: SamplingParams | ListLike[SamplingParams],
+        prompts: ListLike[Prompt],
+        sampling: ListLike[SamplingParams],
         skip: frozenset[tuple[int, int]],
     ) -> Scheduler:
-        """A scheduler with a sequence for every wanted sample."""
-        each = [sampling] * len(prompts) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(each) != len(prompts):
-            raise UserError(f"{len(each)} sampling parameters for {len(prompts)} prompts; one each was wanted.")
+        """A scheduler with a sequence for every wanted sample. UserError for a prompt that can never run."""
         scheduler = self._scheduler()
-        for index, (given, params) in enumerate(zip(prompts, each, strict=True)):
-            if params.stop and self._tokenizer is None:
-                raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
-            prompt = as_prompt(given, index, self._tokenizer)
+        for prompt, params in zip(prompts, sampling, strict=True):
             check_prompt(prompt, params, self._runner.spec, self._pool_size)
             room = self._runner.spec.max_positions - len(prompt.token_ids)
             for sample_index in range(params.n):
@@ -304,49 +415,38 @@ class Engine:
             top_logprobs=tuple(s.top for s in sequence.sampled) if sequence.params.top_logprobs else None,
         )
 
-    def _agree_on_pool(self) -> PoolSize:
-        """The KV pool that every rank can afford: memory, or the heads it stores, may differ, block ids may not."""
-        runner = self._runner
-        pool = affordable_pool(runner.spec, self._kv_layout.num_heads, self._config, self._cache_dtype, runner.device)
-        return PoolSize(smallest(self._topology.replica, pool.num_blocks, runner.device), pool.sharding)
+    def _made_steps(self) -> StepRunner:
+        """The KV pool, the backend, and what runs steps with them."""
+        runner, sharding = self._runner, self._pool_size.sharding
+        cache = PagedKVCache(
+            self._kv_layout,
+            runner.spec.num_layers,
+            self._pool_size.num_blocks,
+            sharding.block_size,
+            runner.dtype,
+            runner.device,
+            has_spare_block=self._config.cuda_graphs,
+            store_dtype=self._needs.cache_dtype,
+        )
+        backend = make_backend(self._config.backend, runner.device, self._needs)
+        return StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
+
+    def _empty_homes(self) -> list[KVHome]:
+        return [
+            KVHome(
+                self._pool_size.num_blocks,
+                self._pool_size.sharding,
+                enable_prefix_caching=self._config.enable_prefix_caching,
+            )
+            for _ in range(self._topology.grid.num_homes)
+        ]
+
+    def _refuse_when_closed(self) -> None:
+        if self._is_closed:
+            raise RuntimeError(
+                "the block of this engine has ended, and its model is the job's again; attach it anew for more"
+            )
 
     def _refuse_while_streaming(self, what: str) -> None:
-        if self._is_streaming:
+        if self._open is not None:
             raise RuntimeError(f"cannot {what} while a stream is open; finish or close it first")
-
-
-def attention_needs(
-    spec: ModelSpec, heads: GroupHeads, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
-) -> AttentionNeeds:
-    """What a rank with these heads asks of its attention backend."""
-    own_heads, has_windows = heads.num_q_heads, any(w is not None for w in spec.windows)
-    own_kv_heads = heads.own.stop - heads.own.start
-    calls = {(own_heads, spec.kv_layout(own_kv_heads))}
-    if len(set(heads.q_per_kv)) == 1:
-        calls.add((sum(heads.q_per_kv), spec.kv_layout(len(heads.kv_heads))))
-    else:  # one call per KV head
-        calls |= {(num_q_heads, spec.kv_layout(1)) for num_q_heads in heads.q_per_kv}
-    if spec.latent is not None:
-        calls.add((own_heads, KVLayout(own_heads, spec.head_dim, spec.latent.v_head_dim)))
-    ordered = sorted(calls, key=lambda call: (call[0], call[1].num_heads))
-    return AttentionNeeds(dtype, tuple(ordered), has_windows, cache_dtype)
-
-
-def affordable_pool(
-    spec: ModelSpec, num_heads: int, config: Config, cache_dtype: str, device: torch.device
-) -> PoolSize:
-    """The KV pool that a rank's budget buys, of `num_heads` stored KV heads. UserError when it is no single block."""
-    per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_layers, cache_dtype)
-    budget = _kv_budget_bytes(config, device)
-    pool = PoolSize.from_bytes(budget, per_token, KVSharding(config.dcp_size, config.interleave, config.block_size))
-    if pool.num_blocks == 0:
-        needed = per_token * config.block_size
-        raise UserError(f"the KV budget of {budget} bytes buys no block of {needed} bytes. Raise kv_cache_gib.")
-    return pool
-
-
-def _kv_budget_bytes(config: Config, device: torch.device) -> int:
-    """Bytes of KV pool on this rank: the config's, else a share of free memory on CUDA and a small pool on CPU."""
-    if config.kv_cache_gib is None and device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_CACHE_SHARE)
-    return int((config.kv_cache_gib or CPU_KV_CACHE_GIB) * 2**30)

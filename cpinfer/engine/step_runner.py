@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -140,15 +141,17 @@ class StepRunner:
         """Nothing of what is cached will be read again, and something in it is not finite."""
         self._cache.clear()
 
-    def run(self, step: Step) -> StepOutput:
-        """What `step` samples and scores, the same on every rank."""
-        return self._prefill(step.chunks, step.samples) if step.chunks else StepOutput(self._decode(step.running))
+    def run(self, step: Step, *, leaves: bool = False) -> StepOutput:
+        """What `step` samples and scores, the same on every rank. `leaves`: this rank takes no more results."""
+        if step.chunks:
+            return self._prefill(step.chunks, step.samples, leaves)
+        return StepOutput(self._decode(step.running, leaves))
 
     def copy_blocks(self, pairs: ListLike[tuple[int, int]]) -> None:
         """Copy KV blocks of this rank's home, (from, to)."""
         self._cache.copy_blocks(pairs)
 
-    def _prefill(self, chunks: ListLike[Chunk], samples: ListLike[Sequence]) -> StepOutput:
+    def _prefill(self, chunks: ListLike[Chunk], samples: ListLike[Sequence], leaves: bool) -> StepOutput:
         pcp_size, pcp_rank = self._topology.grid.pcp_size, self._topology.coords.pcp_rank
         starts = [chunk.start for chunk in chunks]
         lens = [chunk.end - chunk.start for chunk in chunks]
@@ -177,13 +180,14 @@ class StepRunner:
         # Samples that share a prefill are all drawn from the logits of its last token.
         drawn = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
         owners = [int(plan.sample_owner[i]) for i in last for _ in chunks[i].prefill.samples]
-        places = [(owner, owners[:i].count(owner)) for i, owner in enumerate(owners)]
+        rows = {owner: count() for owner in owners}
+        places = [(owner, next(rows[owner])) for owner in owners]
         return StepOutput(
-            self._sample(logits[[row for row, _ in drawn]], [sample for _, sample in drawn], samples, places),
-            self._score(logits[len(mine) :], chunks, scored),
+            self._sample(logits[[row for row, _ in drawn]], [sample for _, sample in drawn], samples, places, leaves),
+            self._score(logits[len(mine) :], chunks, scored, leaves),
         )
 
-    def _score(self, logits: Tensor, chunks: ListLike[Chunk], scored: ScoredRows) -> list[TokenScore]:
+    def _score(self, logits: Tensor, chunks: ListLike[Chunk], scored: ScoredRows, leaves: bool) -> list[TokenScore]:
         """The scores of all `scored_places`, from this rank's rows of them."""
         own: ListLike[TokenScore | None] = []
         if not bool(torch.isfinite(logits).all()):
@@ -194,8 +198,8 @@ class StepRunner:
                 sequence = chunks[i].prefill.samples[0]
                 targets.append(sequence.targets[place - chunks[i].prefill.first_scored])
             own = score_tokens(logits, targets)
-        topology = self._topology
-        return agree_on_scores(topology.replica, topology.grid.tp_size, scored.places, own, self._runner.device)
+        topology, device = self._topology, self._runner.device
+        return agree_on_scores(topology.replica, topology.grid.tp_size, scored.places, own, device, leaves=leaves)
 
     def _prefill_attention(self, plan: PrefillPlan, chunks: ListLike[Chunk]) -> PrefillStep:
         """The attention of a prefill step, with what earlier steps cached of its prompts."""
@@ -237,14 +241,14 @@ class StepRunner:
         kv_plan = plan_kv_exchange(step, index, workspace_tokens)
         return KVContext(kv_plan, self._backend, self._cache, self._context_comm, self._heads)
 
-    def _decode(self, running: ListLike[Sequence]) -> list[SampledToken]:
+    def _decode(self, running: ListLike[Sequence], leaves: bool) -> list[SampledToken]:
         grid = self._topology.grid
         by_home = [[s for s in running if s.home == home] for home in range(grid.num_homes)]
         here = by_home[self._home]
         places = self._decode_places(by_home)
         if not here:
             logits = self._forward([], [], IdleStep(), [])
-            return self._sample(logits, [], running, [places[id(s)] for s in running])
+            return self._sample(logits, [], running, [places[id(s)] for s in running], leaves)
         positions, shard = [s.next_position for s in here], self._topology.kv_shard
         plan = plan_decode(
             positions,
@@ -270,7 +274,7 @@ class StepRunner:
             attention = DecodeStep(plan, planned, self._cache, self._decode_exchange, self._heads)
             padding = [0] * (len(plan.own) - len(mine))
             logits = self._forward(tokens + padding, plan.positions, attention, range(len(mine)))
-        return self._sample(logits, mine, running, [places[id(s)] for s in running])
+        return self._sample(logits, mine, running, [places[id(s)] for s in running], leaves)
 
     def _decode_places(self, by_home: ListLike[ListLike[Sequence]]) -> dict[int, TokenPlace]:
         """Who computes each running sequence, by `id`."""
@@ -310,6 +314,7 @@ class StepRunner:
         sequences: list[Sequence],
         samples: ListLike[Sequence],
         places: ListLike[TokenPlace],
+        leaves: bool,
     ) -> list[SampledToken]:
         """Sample this rank's rows, `sequences`, where it is their authority; learn the tokens of all `samples`."""
         own: ListLike[SampledToken | None] = []
@@ -317,9 +322,9 @@ class StepRunner:
             own = [None] * len(sequences)
         elif self._topology.coords.tp_rank == 0:
             own = sample_tokens(logits, sequences, self._stopping)
-        topology = self._topology
+        topology, device = self._topology, self._runner.device
         num_top = max((s.params.top_logprobs for s in samples), default=0)
-        return agree_on_tokens(topology.replica, topology.grid.tp_size, places, own, self._runner.device, num_top)
+        return agree_on_tokens(topology.replica, topology.grid.tp_size, places, own, device, num_top, leaves=leaves)
 
     def _tensor(self, values: Any) -> Tensor:
         return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._runner.device)

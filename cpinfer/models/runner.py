@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cpinfer.errors import UserError
-from cpinfer.models.adapters import adapter_state, refuse_adapters_under_tp, unwrapped
+from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters_under_tp, unwrapped
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.attention_steps import AttentionStep
 from cpinfer.models.autocast import CastStep, autocast_dtype
@@ -91,6 +91,11 @@ class ModelRunner:
         """Whether other adapters are in effect than when this was last asked."""
         before, self._adapters = self._adapters, adapter_state(self._model)
         return before != self._adapters
+
+    @property
+    def adapters(self) -> AdapterState:
+        """Which adapters were in effect when this was last asked."""
+        return self._adapters
 
     @property
     def has_experts(self) -> bool:

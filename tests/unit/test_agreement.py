@@ -1,5 +1,6 @@
 """Agreement: after each step every rank holds the tokens of the ranks that have the say, or the same error."""
 
+import dataclasses
 import struct
 
 import pytest
@@ -7,9 +8,17 @@ import torch
 
 from cpinfer.comm.axis import CountingComm, SoloComm
 from cpinfer.comm.threads import run_ranks
-from cpinfer.engine.agreement import agree_on_tokens, gather_token_lists, smallest
+from cpinfer.comm.topology import Topology
+from cpinfer.engine.agreement import (
+    Prepared,
+    agree_on_tokens,
+    begin_together,
+    gather_packed,
+    pack_token_lists,
+    smallest,
+)
 from cpinfer.engine.request import SampledToken
-from cpinfer.errors import EngineFaultError
+from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
 from cpinfer.layout.grid import RankGrid
 
 CPU = torch.device("cpu")
@@ -117,6 +126,115 @@ def test_the_smallest_value_of_all_ranks_is_found_by_all():
 def test_token_lists_of_all_lengths_arrive_in_rank_order_on_every_rank():
     given = [[[1, 2, 3], []], [], [[4]], [[5], [6, 7], [8, 9, 10, 11, 12]]]
     grid = RankGrid(pcp_size=4, dcp_size=4)
-    results = run_ranks(grid, lambda topology: gather_token_lists(topology.replica, given[topology.rank], CPU))
+    packed = [pack_token_lists(lists) for lists in given]
+    lens = [len(row) for row in packed]
+    results = run_ranks(grid, lambda topology: gather_packed(topology.replica, packed[topology.rank], lens, CPU))
     want = [[tuple(tokens) for tokens in lists] for lists in given]
     assert all(result == want for result in results)
+
+
+def errors_of(grid, body):
+    """What `body` raised on each rank; a rank that raised nothing is a failure."""
+
+    def caught(topology):
+        with pytest.raises(Exception) as raised:
+            body(topology)
+        return raised.value
+
+    return run_ranks(grid, caught)
+
+
+def test_a_rank_that_leaves_is_an_error_on_all_with_its_place():
+    def body(topology):
+        own = [token(topology.coords.pcp_rank, row) for row in range(rows_of(topology.coords.pcp_rank))]
+        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, leaves=topology.rank == 3)
+
+    errors = errors_of(GRID, body)
+    assert [type(error) for error in errors] == [StreamEndedError] * 4
+    assert {error.places for error in errors} == {(3,)}
+
+
+def test_a_fault_and_a_leaving_rank_in_one_step_are_one_error_everywhere():
+    def body(topology):
+        own = [None] * rows_of(topology.coords.pcp_rank)
+        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, leaves=topology.rank == 0)
+
+    assert {type(error) for error in errors_of(GRID, body)} == {StreamEndedError}
+
+
+def test_ranks_that_agree_begin_with_one_gather_and_learn_each_others_numbers():
+    def body(topology):
+        counted = dataclasses.replace(topology, replica=CountingComm(topology.replica))
+        prepared = Prepared(topology.rank, lambda: {"block_size": 16}, number=10 * topology.rank)
+        return *begin_together(counted, CPU, lambda: prepared), counted.replica.traffic.num_collectives
+
+    assert run_ranks(GRID, body) == [(rank, [0, 10, 20, 30], 1) for rank in range(4)]
+
+
+def test_one_rank_alone_compares_nothing():
+    def never():
+        raise AssertionError("asked for what nobody is there to compare with")
+
+    assert begin_together(Topology.single(), CPU, lambda: Prepared("x", never, never, 3)) == ("x", [3])
+
+
+def test_ranks_that_differ_are_named_with_the_first_difference_on_every_rank():
+    grid = RankGrid(tp_size=2, pcp_size=2, dcp_size=2, dp_size=2)
+
+    def body(topology):
+        size = 32 if topology.rank == 6 else 16  # in the second replica: the first must not notice
+        prepared = Prepared(None, lambda: {"dtype": "float32", "block_size": size})
+        try:
+            return begin_together(topology, CPU, lambda: prepared)
+        except RanksDifferError as error:
+            return str(error)
+
+    results = run_ranks(grid, body)
+    assert results[:4] == [(None, [0] * 4)] * 4
+    assert len(set(results[4:])) == 1
+    assert results[4].startswith("rank 6 has block_size 32, rank 4 has 16.")
+
+
+def test_slices_of_weights_are_compared_along_pcp_only():
+    def body(topology, moved=None):
+        weights = {"weight w": 100 * topology.coords.tp_rank + (topology.rank == moved)}
+        return begin_together(topology, CPU, lambda: Prepared(None, dict, lambda: weights))
+
+    assert run_ranks(GRID, body) == [(None, [0] * 4)] * 4
+    errors = errors_of(GRID, lambda topology: body(topology, moved=3))
+    assert {str(error).split(".")[0] for error in errors} == {"rank 3 has weight w 101, rank 1 has 100"}
+
+
+@pytest.mark.parametrize(
+    ("complaint", "others"), [(UserError("no such token"), UserError), (KeyError("x"), RanksDifferError)]
+)
+def test_what_one_rank_cannot_begin_is_an_error_on_all(complaint, others):
+    def prepare(topology):
+        if topology.rank == 2:
+            raise complaint
+        return Prepared(None, dict)
+
+    errors = errors_of(GRID, lambda topology: begin_together(topology, CPU, lambda: prepare(topology)))
+    assert errors[2] is complaint
+    assert [type(error) for error in errors[:2] + errors[3:]] == [others] * 3
+    assert all("rank 2" in str(error) and str(complaint) in str(error) for error in errors[:2] + errors[3:])
+
+
+def test_a_complaint_of_all_is_each_ranks_own():
+    def prepare(topology):
+        raise UserError(f"of {topology.rank}")
+
+    errors = errors_of(GRID, lambda topology: begin_together(topology, CPU, lambda: prepare(topology)))
+    assert [str(error) for error in errors] == [f"of {rank}" for rank in range(4)]
+
+
+def test_what_cannot_be_fingerprinted_is_an_error_on_all():
+    def same(topology):
+        if topology.rank == 1:
+            raise RuntimeError("weights are gone")
+        return {}
+
+    errors = errors_of(
+        GRID, lambda topology: begin_together(topology, CPU, lambda: Prepared(0, lambda: same(topology)))
+    )
+    assert all("weights are gone" in str(error) for error in errors)

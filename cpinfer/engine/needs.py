@@ -1,0 +1,62 @@
+"""What an engine asks of a rank: attention kernels for the heads that it holds, and memory for a KV pool."""
+
+from __future__ import annotations
+
+import torch
+
+from cpinfer.backends.base import AttentionNeeds
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.errors import UserError
+from cpinfer.layout.capacity import KVLayout, PoolSize
+from cpinfer.layout.heads import GroupHeads
+from cpinfer.layout.shards import KVSharding
+from cpinfer.models.runner import ModelRunner
+from cpinfer.models.spec import ModelSpec
+
+CPU_KV_CACHE_GIB = 0.25
+CUDA_KV_CACHE_SHARE = 0.5
+
+
+def own_pool(runner: ModelRunner, topology: Topology, config: Config) -> PoolSize:
+    """The KV pool that this rank alone could afford. UserError when it is no single block."""
+    heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
+    cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
+    return affordable_pool(runner.spec, len(heads.kv_heads), config, cache_dtype, runner.device)
+
+
+def attention_needs(
+    spec: ModelSpec, heads: GroupHeads, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+) -> AttentionNeeds:
+    """What a rank with these heads asks of its attention backend."""
+    own_heads, has_windows = heads.num_q_heads, any(w is not None for w in spec.windows)
+    own_kv_heads = heads.own.stop - heads.own.start
+    calls = {(own_heads, spec.kv_layout(own_kv_heads))}
+    if len(set(heads.q_per_kv)) == 1:
+        calls.add((sum(heads.q_per_kv), spec.kv_layout(len(heads.kv_heads))))
+    else:  # one call per KV head
+        calls |= {(num_q_heads, spec.kv_layout(1)) for num_q_heads in heads.q_per_kv}
+    if spec.latent is not None:
+        calls.add((own_heads, KVLayout(own_heads, spec.head_dim, spec.latent.v_head_dim)))
+    ordered = sorted(calls, key=lambda call: (call[0], call[1].num_heads))
+    return AttentionNeeds(dtype, tuple(ordered), has_windows, cache_dtype)
+
+
+def affordable_pool(
+    spec: ModelSpec, num_heads: int, config: Config, cache_dtype: str, device: torch.device
+) -> PoolSize:
+    """The KV pool that a rank's budget buys, of `num_heads` stored KV heads. UserError when it is no single block."""
+    per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_layers, cache_dtype)
+    budget = _kv_budget_bytes(config, device)
+    pool = PoolSize.from_bytes(budget, per_token, KVSharding(config.dcp_size, config.interleave, config.block_size))
+    if pool.num_blocks == 0:
+        needed = per_token * config.block_size
+        raise UserError(f"the KV budget of {budget} bytes buys no block of {needed} bytes. Raise kv_cache_gib.")
+    return pool
+
+
+def _kv_budget_bytes(config: Config, device: torch.device) -> int:
+    """Bytes of KV pool on this rank: the config's, else a share of free memory on CUDA and a small pool on CPU."""
+    if config.kv_cache_gib is None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_CACHE_SHARE)
+    return int((config.kv_cache_gib or CPU_KV_CACHE_GIB) * 2**30)
