@@ -14,20 +14,12 @@ import array
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
 from typing import NamedTuple
 
 # Characters of a value that a message shows.
 _SHOWN = 60
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One value that cannot be taken apart further: its name, its canonical bytes, and how a message shows it."""
-
-    name: str
-    value: bytes
-    shown: str
 
 
 class Entry(NamedTuple):
@@ -50,24 +42,25 @@ def digest_of(same: Mapping[str, object]) -> int:
     False
     """
     found = hashlib.blake2b(digest_size=8)
-    for leaf in leaves(same):
-        name = leaf.name.encode()
-        # With both lengths, so that no value can pass for the name behind it.
-        found.update(b"%d %d %s%s" % (len(name), len(leaf.value), name, leaf.value))
+    for name, value in leaves(same):
+        packed = _packed(value)
+        # With its length, so that no value can pass for the name behind it.
+        found.update(f"{name} {len(packed)} ".encode())
+        found.update(packed)
     return int.from_bytes(found.digest(), signed=True)
 
 
-def leaves(same: Mapping[str, object]) -> Iterator[Leaf]:
-    """All values in order: fields of dataclasses, items of mappings, and items of sequences of such, by dotted name."""
+def leaves(same: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """What cannot be taken apart further, in order and by dotted name; taken apart are dataclasses, mappings, and
+    sequences of such or of sequences.
+    """
     for name, value in same.items():
         yield from _leaves(name, value)
 
 
 def table_of(same: Mapping[str, object]) -> str:
     """All leaves as text that travels."""
-    return json.dumps(
-        [Entry(leaf.name, hashlib.blake2b(leaf.value, digest_size=8).hexdigest(), leaf.shown) for leaf in leaves(same)]
-    )
+    return json.dumps([Entry(name, _hex(_packed(value)), _show(value)) for name, value in leaves(same)])
 
 
 def difference(tables: Sequence[str], ranks: Sequence[int], references: Sequence[int]) -> str | None:
@@ -118,7 +111,7 @@ def _words(entry: Entry, other: Entry) -> str:
     return " ".join(filter(None, (entry.name, entry.shown, digest)))
 
 
-def _leaves(name: str, value: object) -> Iterator[Leaf]:
+def _leaves(name: str, value: object) -> Iterator[tuple[str, object]]:
     if is_dataclass(value) and not isinstance(value, type):
         for field in fields(value):
             yield from _leaves(f"{name}.{field.name}", getattr(value, field.name))
@@ -126,31 +119,32 @@ def _leaves(name: str, value: object) -> Iterator[Leaf]:
         for key, item in value.items():
             yield from _leaves(f"{name}.{key}", item)
     elif isinstance(value, (tuple, list)) and value and _is_composed(value[0]):
-        yield _leaf(f"{name}.count", len(value))
+        yield f"{name}.count", len(value)
         for i, item in enumerate(value):
             yield from _leaves(f"{name}[{i}]", item)
     else:
-        yield _leaf(name, value)
+        yield name, value
 
 
 def _is_composed(value: object) -> bool:
     return isinstance(value, (Mapping, tuple, list)) or is_dataclass(value)
 
 
-def _leaf(name: str, value: object) -> Leaf:
+def _packed(value: object) -> bytes:
+    """A value as bytes, the same for equal values in every process."""
     if isinstance(value, (tuple, list)) and value and type(value[0]) is int:
-        try:
-            packed = array.array("q", value).tobytes()  # token ids: a tenth of the time that their text takes
-        except (TypeError, OverflowError):
-            packed = repr(value).encode()
-    else:
-        packed = repr(value).encode()
-    return Leaf(name, packed, _show(value))
+        with suppress(TypeError, OverflowError):  # token ids: a tenth of the time that their text takes
+            return array.array("q", value).tobytes()
+    return repr(value).encode(errors="surrogatepass")
+
+
+def _hex(packed: bytes) -> str:
+    return hashlib.blake2b(packed, digest_size=8).hexdigest()
 
 
 def _show(value: object) -> str:
     if isinstance(value, bytes):
-        return hashlib.blake2b(value, digest_size=4).hexdigest()
+        return _hex(value)
     if isinstance(value, (tuple, list)) and len(value) > 8:
         return f"{_show(list(value[:8]))[:-1]}, ...] ({len(value)} in all)"
     shown = repr(list(value) if isinstance(value, tuple) else value)
