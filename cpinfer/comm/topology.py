@@ -10,6 +10,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cpinfer.comm.axis import AxisComm, ProcessGroupComm, SoloComm
+from cpinfer.errors import RanksDifferError
 from cpinfer.layout.grid import Coords, Group, RankGrid
 
 
@@ -50,8 +51,10 @@ class Topology:
 
         `tp_group` and the `lent` groups are the job's own; one with the ranks that an axis needs is used as it is, and
         only what is missing is created. Each rank must lend groups of the same kinds. `slices_weights` makes the tp
-        axis one that cpinfer communicates on. ValueError when the world or the tp group does not fit the grid.
+        axis one that cpinfer communicates on. ValueError when the world or the tp group does not fit the grid,
+        RanksDifferError, on every rank, when ranks bring different grids: they would create different groups, and wait.
         """
+        _check_same_grid(grid)
         if grid.world_size == 1:
             return dataclasses.replace(cls.single(), tp_group=tp_group)
         rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -101,6 +104,20 @@ class Topology:
         """Destroy the groups made here; the job's own are left alone."""
         for group in self.owned_groups:
             dist.destroy_process_group(group)
+
+
+def _check_same_grid(grid: RankGrid) -> None:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    grids: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(grids, dataclasses.asdict(grid))
+    for rank, other in enumerate(grids):
+        for name, value in other.items():
+            if value != grids[0][name]:
+                raise RanksDifferError(
+                    f"rank {rank} has {name} {value}, rank 0 has {grids[0][name]}. All ranks of a job share one "
+                    "layout: give them the same config."
+                )
 
 
 def _own(groups: Sequence[Group], rank: int) -> Group:

@@ -68,26 +68,35 @@ SCENARIOS: dict[str, tuple[Any, Any, dict[str, Any], Any]] = {
 }
 
 
+def outcome_of(call: Callable[[], Any]) -> dict[str, Any]:
+    try:
+        return {"result": call()}
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
 def main(output: str) -> None:
     launch = Launch.from_environ(os.environ)
+    outcomes = {}
     with default_group(launch):
         topology = cpinfer.Topology.from_world(RankGrid(pcp_size=2, dcp_size=2))
         for name, (zero, one, changes, touch) in SCENARIOS.items():
             model = make_model(FAMILIES["qwen2"])
-            config = CONFIG
-            if launch.rank == 1:
-                config = {**CONFIG, **changes}
-                if touch is not None:
-                    touch(model)
-            outcome: dict[str, Any]
-            try:
-                with cpinfer.attach(model, topology, parse_config(config)) as engine:
-                    outcome = {"result": (one if launch.rank else zero)(engine)}
-            except Exception as error:
-                outcome = {"error": type(error).__name__, "message": str(error)}
-            with open(f"{output}.{launch.rank}", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"scenario": name, **outcome}) + "\n")
+            if launch.rank == 1 and touch is not None:
+                touch(model)
+            config = parse_config({**CONFIG, **changes} if launch.rank == 1 else CONFIG)
+            call = one if launch.rank == 1 else zero
+            outcomes[name] = outcome_of(lambda: attach_and(call, model, topology, config))  # noqa: B023
         topology.close()
+        other = RankGrid(pcp_size=2, dcp_size=1 + launch.rank)
+        outcomes["grid"] = outcome_of(lambda: cpinfer.Topology.from_world(other))
+    with open(f"{output}.{launch.rank}", "w", encoding="utf-8") as file:
+        json.dump(outcomes, file)
+
+
+def attach_and(call: Any, model: Any, topology: cpinfer.Topology, config: cpinfer.Config) -> Any:
+    with cpinfer.attach(model, topology, config) as engine:
+        return call(engine)
 
 
 if __name__ == "__main__":

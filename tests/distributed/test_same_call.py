@@ -17,6 +17,7 @@ TOLD = {
     "one prompt fewer": "rank 1 has prompts.count 2, rank 0 has 3",
     "seed": "rank 1 has sampling.seed 1, rank 0 has 0",
     "n": "rank 1 has sampling.n 2, rank 0 has 1",
+    "grid": "rank 1 has dcp_size 2, rank 0 has 1",
     "score": "rank 1 has call 'score', rank 0 has 'generate'",
 }
 
@@ -25,10 +26,7 @@ def test_ranks_that_differ_end_in_one_named_error_and_may_go_on_together(tmp_pat
     output = tmp_path / "outcomes"
     finished = launch(torchrun(2, "tests/distributed/same_call_worker.py", str(output)), timeout_s=100)
     assert finished.returncode == 0, finished
-    zero, one = (
-        {line["scenario"]: line for line in map(json.loads, Path(f"{output}.{rank}").read_text().splitlines())}
-        for rank in range(2)
-    )
+    zero, one = (json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(2))
     for scenario, told in TOLD.items():
         for line in (zero[scenario], one[scenario]):
             assert line.get("error") == "RanksDifferError", line
