@@ -75,7 +75,12 @@ def begin_together(topology: Topology, device: torch.device, prepare: Callable[[
     except Exception as error:  # whatever it is, the others must not wait for this rank
         own_error = error
         record[0] = _USER_ERROR if isinstance(error, UserError) else _ERROR
-    states, *digests, numbers = replica.all_gather(torch.tensor(record, device=device)).T.tolist()
+    try:
+        states, *digests, numbers = replica.all_gather(torch.tensor(record, device=device)).T.tolist()
+    except RuntimeError as lost:  # the others have gone: what is wrong here may be why
+        if own_error is not None:
+            raise own_error from lost
+        raise
     if any(states):
         _raise_complaint(topology, device, states, own_error)
     assert prepared is not None, "a rank without an error is prepared"
