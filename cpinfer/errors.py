@@ -36,3 +36,7 @@ class StreamEndedError(RanksDifferError):
     def __init__(self, message: str, places: tuple[int, ...]) -> None:
         super().__init__(message)
         self.places = places
+
+
+class OutputError(RuntimeError):
+    """Results cannot be written, or are not all where they were written. The message says what is safe; exit 1."""

@@ -22,7 +22,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,13 +30,12 @@ from tqdm import tqdm
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import EvaluationConfig, load_config
+from cpinfer.engine.finished import check_complete, read_finished
 from cpinfer.engine.metrics import format_summary
 from cpinfer.engine.output import (
     ResultWriter,
     join_parts,
-    open_output,
     part_path,
-    read_finished,
     summary_path,
     write_json,
 )
@@ -46,9 +44,11 @@ from cpinfer.errors import UserError
 from cpinfer_integrations.launching import launch_inference
 from evaluation import (
     DEFAULTS,
-    MUST_AGREE,
     Key,
+    Line,
     Question,
+    evaluation_made_of,
+    known_of,
     line_key,
     make_questions,
     result_line,
@@ -75,10 +75,19 @@ from longctx.tasks import TASKS, parse_length
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationJob(Job):
-    """Questions to ask; `done` are those that an earlier run has answered."""
+    """Questions to ask."""
 
     questions: tuple[Question, ...]
-    done: frozenset[Key]
+
+    @property
+    def expected(self) -> dict[Key, Line]:
+        """The lines that the results file is to hold in the end."""
+        return {question.key: known_of(question) for question in self.questions}
+
+    def read_done(self) -> frozenset[Key]:
+        if self.existing != "resume":
+            return frozenset()
+        return read_finished(self.output, self.meta, self.expected, line_key)
 
     @property
     def missing(self) -> list[Question]:
@@ -128,10 +137,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
     spec = needed_spec(config, args.config)
     grid = check_layout(launch, config, spec, args.config)
     config = settled(config, spec.max_positions)
-    output, existing = wanted_output(config, args)
-    meta = describe_run(config, grid, launch)
-    meta = {**meta, "evaluation": meta["config"]["evaluation"]}
-    done = read_finished(output, meta, line_key, MUST_AGREE) if existing == "resume" else frozenset[Key]()
+    output, existing = wanted_output(config, args, grid, launch.rank)
     tokenizer = needed_tokenizer(config)
     questions = make_questions(config, tokenizer)
     pool = pool_size(spec, grid, config, launch.device)
@@ -140,6 +146,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
             check_prompt(question.prompt, question.sampling(config.sampling), spec, pool)
         except UserError as error:
             raise UserError(f"task {question.task.name}, sample {question.sample.sample_index}: {error}") from error
+    meta = describe_run(config, grid, launch, evaluation_made_of(config, questions))
     return EvaluationJob(
         config=config,
         spec=spec,
@@ -148,8 +155,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
         questions=tuple(questions),
         output=output,
         existing=existing,
-        done=done,
-        meta=meta,
+        meta={**meta, "evaluation": meta["config"]["evaluation"]},
         dry_run=args.dry_run,
     )
 
@@ -174,9 +180,6 @@ def with_flags(evaluation: EvaluationConfig, args: argparse.Namespace) -> Evalua
 
 def evaluate(launch: Launch, job: EvaluationJob) -> None:
     """Load, ask, write. Collective over all ranks."""
-    is_first = launch.rank == 0
-    if is_first:
-        open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
         model, topology = launch_inference(job.config, job.grid, launch.device)
         stack.callback(topology.close)
@@ -187,32 +190,35 @@ def evaluate(launch: Launch, job: EvaluationJob) -> None:
         # Ranks of one replica generate the same; its writer speaks for it.
         told = gather(launch, (num_generated if topology.is_writer else 0, peak_memory_bytes(launch.device)))
         capacity = engine.kv_capacity_tokens
-    if is_first:
+    if launch.rank == 0:
         measured = {
             "num_generated_tokens": sum(generated for generated, _ in told),
             "wall_s": wall_s,
             "kv_capacity_tokens": capacity,
             "peak_memory_bytes_per_rank": max(peak for _, peak in told),
         }
-        summary = conclude(job.output, job.meta, measured, num_resumed=len(job.done))
+        summary = conclude(job, measured)
         scores = {f"score/{name}": task["score"] for name, task in summary["tasks"].items()}
         log_to_wandb("eval_longctx", job, {**summary, **scores})
 
 
-def conclude(output: Path, meta: Mapping[str, Any], measured: Mapping[str, Any], num_resumed: int) -> dict[str, Any]:
+def conclude(job: EvaluationJob, measured: Mapping[str, Any]) -> dict[str, Any]:
     """Join the results, sum them up in a file and for people, and print the summary as the last line of stdout.
 
-    Scores and times of samples are of all lines, also of resumed ones; tokens and wall time are this run's.
+    Scores and times of samples are of all lines, also of resumed ones; tokens and wall time are this run's. OutputError
+    when an answer is missing: scores of some are not the evaluation's.
     """
-    join_parts(output, line_key)
+    output = job.output
+    join_parts(output, line_key, job.grid.dp_size)
+    check_complete(output, job.expected, line_key)
     lines = [json.loads(line) for line in output.read_text(encoding="utf-8").split("\n") if line]
     wall_s = measured["wall_s"]
     summary = {
         **summarize_lines(lines),
         **measured,
         "tokens_per_s": measured["num_generated_tokens"] / wall_s if wall_s > 0 else None,
-        "num_samples_resumed": num_resumed,
-        "layout": meta["layout"],
+        "num_samples_resumed": len(job.done),
+        "layout": job.meta["layout"],
         "output": str(output),
     }
     write_json(summary_path(output), summary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -9,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpinfer.config import Config, EvaluationConfig, SamplingParams
+from cpinfer.config import Config, EvaluationConfig, SamplingParams, config_to_dict
+from cpinfer.engine.finished import content_hash, numbers_of, whole_number
 from cpinfer.engine.request import Prompt, RolloutResult
 from cpinfer.errors import UserError
+from cpinfer.models.model_files import model_hashes
 from longctx.local_files import read_task_file
 from longctx.metrics import METRICS
 from longctx.tasks import LENGTHS, TASKS, Sample, Task, find_task, make_samples
@@ -19,8 +22,6 @@ from longctx.tasks import LENGTHS, TASKS, Sample, Task, find_task, make_samples
 NUM_SAMPLES = 10
 # Greedy unless the config says otherwise: an evaluation should give the same answer twice.
 DEFAULTS = {"sampling": {"temperature": 0.0}}
-# What must be the same in an evaluation and in the one it continues.
-MUST_AGREE = ("model", "dtype", "kv_cache_dtype", "sampling", "evaluation")
 
 Key = tuple[str, int, int, int]
 Line = dict[str, Any]
@@ -120,8 +121,32 @@ def result_line(question: Question, result: RolloutResult) -> Line:
 
 
 def line_key(line: Mapping[str, Any]) -> Key:
-    """What tells one line of an evaluation from the others."""
-    return str(line["task"]), int(line["length"]), int(line["sample_index"]), int(line["seed"])
+    """What tells one line of an evaluation from the others. ValueError for a line that has no such key."""
+    task = line.get("task")
+    if not isinstance(task, str):
+        raise ValueError(f'"task" is {json.dumps(task)[:40]}; a text was wanted')
+    return task, whole_number(line, "length"), whole_number(line, "sample_index"), whole_number(line, "seed")
+
+
+def known_of(question: Question) -> Line:
+    """What a line holds that is known before it is answered."""
+    sample = question.sample
+    return {"prompt_num_tokens": len(sample.prompt_token_ids), "references": list(sample.references)}
+
+
+def evaluation_made_of(config: Config, questions: Sequence[Question]) -> dict[str, Any]:
+    """What must be the same in an evaluation and in the one it continues; of a task file the contents, not the path."""
+    assert config.model is not None, "prepare has refused that"
+    asked = config_to_dict(config)["evaluation"]
+    del asked["task_file"]
+    hashed = content_hash(_content(question) for question in questions)
+    return {**numbers_of(config), "evaluation": asked, "prompts": hashed, **model_hashes(config.model)}
+
+
+def _content(question: Question) -> list[Any]:
+    """All of a question that its answer and its score depend on."""
+    sample, task = question.sample, question.task
+    return [question.key, sample.prompt_token_ids, sample.references, sample.max_new_tokens, task.stop, task.metrics]
 
 
 def summarize_lines(lines: Sequence[Line]) -> dict[str, Any]:

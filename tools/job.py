@@ -17,6 +17,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -38,13 +39,14 @@ from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.output import Existing, check_output, default_output
-from cpinfer.errors import UserError
+from cpinfer.errors import OutputError, UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.launching import grid_for
+from opening import is_writer, open_together
 
 EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
@@ -63,6 +65,11 @@ class Job(ABC):
     existing: Existing
     meta: Mapping[str, Any]
     dry_run: bool
+    done: frozenset[Any] = frozenset()  # what an earlier run has left; known when the output is open
+
+    def read_done(self) -> frozenset[Any]:
+        """What an earlier run has left in the output, by key. UserError when it is not to be continued."""
+        return frozenset()
 
     @property
     @abstractmethod
@@ -118,6 +125,9 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
     except SystemExit:  # --help
         raise
     except BaseException as error:
+        if launch.world_size == 1 and isinstance(error, OutputError):
+            print(f"{tool}: {error}", file=sys.stderr)
+            return EXIT_FAILURE
         if launch.world_size == 1:
             raise
         die(launch, error, program=tool)
@@ -130,13 +140,16 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
         job = prepare(launch)
     except UserError as error:
         complaint = str(error)
-    with default_group(launch):
+    with default_group(launch), ExitStack() as stack:
         # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
         complaint = first_complaint(launch, complaint)
         if complaint is None:
             assert job is not None, "without a complaint there is a job"
             # Each rank has read its own clock for a default name; the first rank's is the one.
             job = replace(job, output=Path(share_from_first(launch, str(job.output))))
+            job, complaint = open_together(launch, job, stack)
+        if complaint is None:
+            assert job is not None, "without a complaint there is a job"
             if launch.rank == 0:
                 announce(tool, job)
             if not job.dry_run:
@@ -215,11 +228,12 @@ def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.dev
     return affordable_pool(spec, num_heads, config, config.cache_dtype(config.dtype), device)
 
 
-def wanted_output(config: Config, args: argparse.Namespace) -> tuple[Path, Existing]:
-    """Where results go, and what becomes of an output that is there. UserError when nobody has said."""
+def wanted_output(config: Config, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:
+    """Where results go, and what becomes of an output that is there. UserError, on writers, when nobody has said."""
     output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
     existing: Existing = "resume" if getattr(args, "resume", False) else "overwrite" if args.overwrite else "refuse"
-    check_output(output, existing)
+    if is_writer(grid, rank):
+        check_output(output, existing)
     return output, existing
 
 
@@ -232,8 +246,13 @@ def gather(launch: Launch, told: Told) -> list[Told]:
     return all_told
 
 
-def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, Any]:
-    """What OUTPUT.meta.json says: everything needed to make the output again."""
+def describe_run(
+    config: Config, grid: RankGrid, launch: Launch, made_of: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """What OUTPUT.meta.json says: everything needed to make the output again.
+
+    `made_of`: what must be the same in a run that continues it, see `cpinfer.engine.finished`.
+    """
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
     if config.tp_size > 1 and config.tensor_parallel.provider == "autotp":
@@ -244,6 +263,7 @@ def describe_run(config: Config, grid: RankGrid, launch: Launch) -> dict[str, An
     device = torch.cuda.get_device_name(launch.device) if launch.device.type == "cuda" else platform.machine()
     return {
         "config": config_to_dict(config),
+        **({} if made_of is None else {"made_of": dict(made_of)}),
         "versions": versions,
         "git_revision": _git_revision(),
         "layout": {**sizes, "world_size": grid.world_size},

@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ import transformers
 from tqdm import tqdm
 
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.engine.output import ResultWriter, open_output
+from cpinfer.engine.output import ResultWriter
 from cpinfer.engine.request import RolloutResult
-from cpinfer.errors import UserError
+from cpinfer.errors import OutputError, UserError
 from cpinfer.models.loading import load_model
 from eval_longctx import EvaluationJob, conclude, parse_args, peak_memory_bytes, prepare
 from evaluation import Question, result_line
-from job import EXIT_BAD_INPUT, EXIT_DONE
+from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE
+from opening import open_together
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,13 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"reference_eval: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    if job.dry_run:
-        print(json.dumps({"dry_run": True, **job.counts}), flush=True)
-        return EXIT_DONE
     transformers.utils.logging.disable_progress_bar()
-    assert job.config.model is not None
-    open_output(job.output, job.existing, job.meta)
-    model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(launch.device)
+    try:
+        with ExitStack() as stack:
+            job, complaint = open_together(launch, job, stack)
+            if complaint is not None:
+                print(f"reference_eval: {complaint}", file=sys.stderr)
+                return EXIT_BAD_INPUT
+            if job.dry_run:
+                print(json.dumps({"dry_run": True, **job.counts}), flush=True)
+            else:
+                evaluate(job, launch.device)
+    except OutputError as error:
+        print(f"reference_eval: {error}", file=sys.stderr)
+        return EXIT_FAILURE
+    return EXIT_DONE
+
+
+def evaluate(job: EvaluationJob, device: torch.device) -> None:
+    """Load, ask, write."""
+    assert job.config.model is not None, "prepare has refused that"
+    model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(device)
     num_generated = 0
     start_s = time.perf_counter()
     with ResultWriter(job.output) as writer:
@@ -60,10 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "num_generated_tokens": num_generated,
         "wall_s": time.perf_counter() - start_s,
         "kv_capacity_tokens": None,
-        "peak_memory_bytes_per_rank": peak_memory_bytes(launch.device),
+        "peak_memory_bytes_per_rank": peak_memory_bytes(device),
     }
-    conclude(job.output, job.meta, measured, num_resumed=len(job.done))
-    return EXIT_DONE
+    conclude(job, measured)
 
 
 # What makes of any config's layout a single process.

@@ -23,14 +23,21 @@ from tqdm import tqdm
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import load_config
+from cpinfer.engine.finished import (
+    Line,
+    SampleKey,
+    check_complete,
+    content_hash,
+    numbers_of,
+    read_finished,
+    rollout_key,
+    rollout_lines,
+)
 from cpinfer.engine.metrics import SampleMetrics, format_summary, summarize
 from cpinfer.engine.output import (
     ResultWriter,
-    SampleKey,
     join_parts,
-    open_output,
     part_path,
-    read_finished,
     summary_path,
     write_json,
 )
@@ -38,6 +45,7 @@ from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.engine.scheduler import SchedulerStats, sum_stats
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_tokenizer
+from cpinfer.models.model_files import model_hashes
 from cpinfer_integrations.launching import launch_inference
 from job import (
     Job,
@@ -57,11 +65,20 @@ from job import (
 
 @dataclass(frozen=True, kw_only=True)
 class Rollout(Job):
-    """Prompts to answer; `done` are the samples that an earlier run has left."""
+    """Prompts to answer."""
 
     inputs: tuple[InputLine, ...]
     skipped: tuple[str, ...]
-    done: frozenset[SampleKey]
+
+    @property
+    def expected(self) -> dict[SampleKey, Line]:
+        """The lines that the results file is to hold in the end."""
+        return rollout_lines((line.prompt for line in self.inputs), self.config.sampling.n)
+
+    def read_done(self) -> frozenset[SampleKey]:
+        if self.existing != "resume":
+            return frozenset()
+        return read_finished(self.output, self.meta, self.expected, rollout_key)
 
     @property
     def what(self) -> str:
@@ -108,9 +125,9 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
         refuse_bad_lines(complaints, "Mend the input, or pass --skip-bad-prompts to run the rest.")
     if not inputs:
         raise UserError(f"input {config.input}: no line can be run. {complaints[0]}")
-    output, existing = wanted_output(config, args)
-    meta = describe_run(config, grid, launch)
-    done = read_finished(output, meta) if existing == "resume" else frozenset[SampleKey]()
+    output, existing = wanted_output(config, args, grid, launch.rank)
+    prompts = content_hash([line.prompt.index, line.prompt.id, line.prompt.token_ids] for line in inputs)
+    made_of = {**numbers_of(config), "prompts": prompts, **model_hashes(config.model)}
     return Rollout(
         config=config,
         spec=spec,
@@ -120,17 +137,13 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
         skipped=tuple(complaints),
         output=output,
         existing=existing,
-        done=done,
-        meta=meta,
+        meta=describe_run(config, grid, launch, made_of),
         dry_run=args.dry_run,
     )
 
 
 def rollout(launch: Launch, job: Rollout) -> None:
     """Load, generate, write. Collective over all ranks."""
-    is_first = launch.rank == 0
-    if is_first:
-        open_output(job.output, job.existing, job.meta)
     with ExitStack() as stack:
         model, topology = launch_inference(job.config, job.grid, launch.device)
         stack.callback(topology.close)
@@ -141,8 +154,13 @@ def rollout(launch: Launch, job: Rollout) -> None:
         # Ranks of one replica hold the same; its writer speaks for it.
         told = gather(launch, (samples, engine.stats) if topology.is_writer else ([], SchedulerStats()))
         capacity = engine.kv_capacity_tokens
+    if launch.rank > 0:
+        return
+    join_parts(job.output, rollout_key, job.grid.dp_size)
+    num_samples = check_complete(job.output, job.expected, rollout_key)
     summary = {
         **summarize([sample for part, _ in told for sample in part], len(job.inputs), wall_s),
+        "num_samples": num_samples,
         **asdict(sum_stats([stats for _, stats in told])),
         "kv_capacity_tokens": capacity,
         "kv_capacity_tokens_total": capacity * job.grid.num_homes * job.grid.dp_size,
@@ -150,12 +168,10 @@ def rollout(launch: Launch, job: Rollout) -> None:
         "layout": job.meta["layout"],
         "output": str(job.output),
     }
-    if is_first:
-        join_parts(job.output)
-        write_json(summary_path(job.output), summary)
-        log_to_wandb("rollout", job, summary)
-        print(format_summary(summary), file=sys.stderr, flush=True)
-        print(json.dumps(summary), flush=True)
+    write_json(summary_path(job.output), summary)
+    log_to_wandb("rollout", job, summary)
+    print(format_summary(summary), file=sys.stderr, flush=True)
+    print(json.dumps(summary), flush=True)
 
 
 def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Rollout) -> list[SampleMetrics]:

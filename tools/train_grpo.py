@@ -29,7 +29,7 @@ from tqdm import tqdm
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import Config, load_config
 from cpinfer.engine.metrics import format_summary
-from cpinfer.engine.output import ResultWriter, open_output, summary_path, write_json
+from cpinfer.engine.output import ResultWriter, summary_path, write_json
 from cpinfer.engine.prompts import check_prompt, read_input
 from cpinfer.errors import UserError
 from grpo.curves import draw_curves, ends
@@ -97,7 +97,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
         config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
     )
     refuse_bad_lines(complaints, "Mend the input.")
-    output, existing = wanted_output(config, args)
+    output, existing = wanted_output(config, args, grid, launch.rank)
     return Training(
         config=config,
         spec=spec,
@@ -173,7 +173,6 @@ def _train(launch: Launch, job: Training) -> Trained:
     arguments = (job.config, job.rows, job.reward, job.tokenizer, job.output.parent, launch.device)
     if launch.rank > 0:
         return train(*arguments, on_step=lambda line: None)
-    open_output(job.output, job.existing, job.meta)
     with (
         ResultWriter(job.output) as writer,
         tqdm(total=job.config.training.num_steps, unit="step", disable=None, file=sys.stderr) as bar,

@@ -14,12 +14,14 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from cpinfer.errors import EngineFaultError, PeerLostError, UserError
+from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, UserError
+
+Shared = TypeVar("Shared")
 
 # How long a collective may wait for a rank that is alive but slow: a cold kernel build, a large checkpoint.
 _TIMEOUT = datetime.timedelta(minutes=30)
@@ -92,7 +94,7 @@ def first_complaint(launch: Launch, complaint: str | None) -> str | None:
     return next((found for found in complaints if found is not None), None)
 
 
-def share_from_first(launch: Launch, value: str) -> str:
+def share_from_first(launch: Launch, value: Shared) -> Shared:
     """Rank 0's `value`, on every rank. Collective."""
     if launch.world_size == 1:
         return value
@@ -134,6 +136,8 @@ def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
     elif is_peer_loss(error):
         time.sleep(PEER_GRACE_S)
         print(f"{program}: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
+    elif isinstance(error, OutputError):
+        print(f"{program}: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     else:
         print(f"{program}: rank {launch.rank} failed", file=sys.stderr)
         traceback.print_exception(error)

@@ -1,12 +1,16 @@
-"""Results on disk: nothing is overwritten unasked, a kill at any moment loses one line at most, runs do not mix."""
+"""Results on disk: nothing is overwritten unasked, every line is there or its loss is said, parts become one file."""
 
 import datetime
+import errno
 import json
 import os
+import resource
+import shutil
+from pathlib import Path
 
 import pytest
 
-from cpinfer.config import Config, SamplingParams, config_to_dict
+from cpinfer.engine.finished import rollout_key
 from cpinfer.engine.output import (
     ResultWriter,
     check_output,
@@ -16,12 +20,11 @@ from cpinfer.engine.output import (
     open_output,
     part_path,
     part_paths,
-    read_finished,
     summary_path,
     write_json,
 )
 from cpinfer.engine.request import RolloutResult
-from cpinfer.errors import UserError
+from cpinfer.errors import OutputError, UserError
 
 
 def result(prompt_index, sample_index=0, text="x"):
@@ -41,11 +44,7 @@ def result(prompt_index, sample_index=0, text="x"):
     )
 
 
-def make_meta(**config):
-    return {"config": config_to_dict(Config(**config)), "versions": {}}
-
-
-META = make_meta(model="m")
+META = {"config": {}, "made_of": {}}
 
 
 @pytest.fixture
@@ -118,6 +117,8 @@ def test_a_folder_is_no_output(tmp_path):
     for existing in ("refuse", "resume", "overwrite"):
         with pytest.raises(UserError, match="is a folder; a file was wanted"):
             check_output(tmp_path, existing)
+        with pytest.raises(UserError, match="is a folder; a file was wanted"):
+            check_output(Path("."), existing)
 
 
 def test_an_output_below_a_file_cannot_be_written(tmp_path):
@@ -155,28 +156,11 @@ def test_overwriting_leaves_nothing_of_the_run_before(path, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl.backup", "out.jsonl.meta.json"]
 
 
-def test_resuming_finds_what_is_done_in_all_parts(path):
-    open_output(path, "refuse", META)
-    write(path, (0, 0), (0, 1))
-    write(part_path(path, 1), (1, 0))
-    write(part_path(path, 12), (2, 5))
-    assert read_finished(path, META) == {(0, 0), (0, 1), (1, 0), (2, 5)}
-
-
-def test_nothing_is_done_where_nothing_was_run(path):
-    assert read_finished(path, META) == frozenset()
-    open_output(path, "resume", META)
-    assert read_finished(path, META) == frozenset()
-
-
-def test_a_torn_last_line_counts_as_not_done_and_is_cut_only_when_opened(path):
+def test_a_torn_last_line_is_cut_when_a_run_is_continued(path):
     open_output(path, "refuse", META)
     for part in (path, part_path(path, 1)):
-        write(part, (part != path, 0))
+        write(part, (int(part != path), 0))
         tear(part)
-    before = path.read_bytes()
-    assert read_finished(path, META) == {(0, 0), (1, 0)}
-    assert path.read_bytes() == before, "reading repairs nothing"
     open_output(path, "resume", META)
     write(path, (5, 0))
     write(part_path(path, 1), (6, 0))
@@ -184,78 +168,20 @@ def test_a_torn_last_line_counts_as_not_done_and_is_cut_only_when_opened(path):
     assert keys_in(part_path(path, 1)) == [(1, 0), (6, 0)]
 
 
-def test_a_kill_at_any_byte_loses_one_line_at_most(path):
-    open_output(path, "refuse", META)
-    write(path, (0, 0), (1, 0), (2, 0))
-    data = path.read_bytes()
-    ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
-    for size in (0, 1, ends[0] - 1, ends[0], ends[0] + 1, ends[1] + 40, ends[2] - 1, ends[2]):
-        path.write_bytes(data[:size])
-        whole = sum(end <= size for end in ends)
-        assert read_finished(path, META) == {(i, 0) for i in range(whole)}
-
-
-@pytest.mark.parametrize("line", ["hello", "[1, 2]", '{"a": 1}', '{"prompt_index": 0}', "5"])
-def test_lines_that_are_not_results_are_refused(path, line):
-    path.write_text(line + "\n", encoding="utf-8")
-    with pytest.raises(UserError, match=f"output {path} holds lines that are not results"):
-        read_finished(path, META)
-
-
-@pytest.mark.parametrize(
-    "key, other",
-    [
-        ("model", make_meta(model="other")),
-        ("dtype", make_meta(model="m", dtype="float32")),
-        ("input", make_meta(model="m", input="other.jsonl")),
-        ("kv_cache_dtype", make_meta(model="m", kv_cache_dtype="fp8")),
-        ("sampling", make_meta(model="m", sampling=SamplingParams(seed=1))),
-    ],
-)
-def test_results_of_another_run_are_not_mixed_in(path, key, other):
-    open_output(path, "refuse", META)
-    write(path, (0, 0))
-    with pytest.raises(UserError, match=rf"output {path} was made with {key}="):
-        read_finished(path, other)
-
-
-def test_a_run_from_before_there_was_a_dtype_of_the_cache_can_be_continued(path):
-    before = {**META, "config": {k: v for k, v in META["config"].items() if k != "kv_cache_dtype"}}
-    open_output(path, "refuse", before)
-    write(path, (0, 0))
-    assert read_finished(path, META) == {(0, 0)}
-
-
-def test_another_layout_may_continue_a_run(path):
-    open_output(path, "refuse", META)
-    write(path, (0, 0))
-    other = make_meta(model="m", prefill_context_parallel_size=2, max_num_seqs=3)
-    assert read_finished(path, other) == {(0, 0)}
-
-
-@pytest.mark.parametrize("torn", ["", '{"config": {"mod', "[]", "{}"])
-def test_a_meta_file_that_says_nothing_is_an_error_for_people(path, torn):
-    """A kill may tear it, too: whoever resumes must be told in words, not by a traceback."""
-    write(path, (0, 0))
-    meta_path(path).write_text(torn, encoding="utf-8")
-    with pytest.raises(UserError, match="meta"):
-        read_finished(path, META)
-
-
 def test_parts_are_joined_and_removed(path):
     write(path, (0, 0))
     write(part_path(path, 2), (2, 0))
     write(part_path(path, 1), (1, 0))
-    join_parts(path)
+    join_parts(path, rollout_key)
     assert sorted(keys_in(path)) == [(0, 0), (1, 0), (2, 0)] and len(keys_in(path)) == 3
     assert part_paths(path) == []
-    join_parts(path)  # again is harmless
+    join_parts(path, rollout_key)  # again is harmless
     assert len(keys_in(path)) == 3
 
 
 def test_parts_are_joined_where_replica_0_wrote_nothing(path):
     write(part_path(path, 1), (1, 0))
-    join_parts(path)
+    join_parts(path, rollout_key)
     assert keys_in(path) == [(1, 0)]
 
 
@@ -265,7 +191,7 @@ def test_a_kill_while_parts_are_joined_doubles_nothing(path):
     write(path, (0, 0), (1, 0))
     write(part_path(path, 1), (1, 0))
     open_output(path, "resume", META)
-    join_parts(path)
+    join_parts(path, rollout_key)
     assert sorted(keys_in(path)) == [(0, 0), (1, 0)]
 
 
@@ -283,3 +209,139 @@ def test_a_run_without_a_named_output_gets_a_folder_named_after_config_and_time(
     assert str(path) == "runs/pcp2-20250304-050607/results.jsonl"
     path.parent.mkdir(parents=True)
     assert default_output("configs/pcp2.json", now).parent != path.parent
+
+
+def test_parts_of_a_run_whose_first_replica_wrote_nothing_are_not_mixed_with_another(path):
+    write(part_path(path, 1), (1, 0))
+    with pytest.raises(UserError, match=r"its part out\.jsonl\.dp1 exists\. .*--resume.*--overwrite"):
+        check_output(path, "refuse")
+    part_path(path, 1).write_text("")
+    check_output(path, "refuse")
+
+
+def test_a_name_may_hold_what_a_pattern_means_by_it(tmp_path):
+    path = tmp_path / "a[1]*.jsonl"
+    write(part_path(path, 1), (1, 0))
+    assert part_paths(path) == [part_path(path, 1)]
+
+
+def test_a_summary_never_speaks_of_a_run_that_goes_on(path):
+    write(path, (0, 0))
+    write_json(summary_path(path), {"num_samples": 1})
+    open_output(path, "resume", META)
+    assert not summary_path(path).exists() and keys_in(path) == [(0, 0)]
+
+
+@pytest.mark.parametrize("name", ["x" * 250 + ".jsonl", "x" * 245, "x" * 300 + "/out.jsonl", "zero\0byte", "d/" * 3000])
+def test_a_name_that_no_file_can_have_is_refused_with_all_that_stands_beside_it(tmp_path, name):
+    with pytest.raises(UserError, match=r"output .*(Use a shorter one|zero byte|File name too long)"):
+        check_output(tmp_path / name, "refuse")
+
+
+def test_the_longest_name_that_is_accepted_can_be_written_with_all_its_files(tmp_path):
+    lengths = [n for n in range(200, 260) if not refused(tmp_path / ("x" * n))]
+    path = tmp_path / ("x" * max(lengths))
+    open_output(path, "refuse", META)
+    write(path, (0, 0))
+    write(part_path(path, 127), (1, 0))
+    join_parts(path, rollout_key)
+    write_json(summary_path(path), {})
+    assert keys_in(path) == [(0, 0), (1, 0)]
+
+
+def refused(path):
+    try:
+        check_output(path, "refuse")
+    except UserError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("existing", ["resume", "overwrite"])
+def test_a_device_is_no_output(existing):
+    with pytest.raises(UserError, match="output /dev/null is a device or a pipe; a file was wanted"):
+        check_output(Path("/dev/null"), existing)
+
+
+@pytest.fixture
+def little_room(path):
+    """A limit of the system on the size of files, as a full disk: a write that passes it is cut off, the next fails."""
+    write(path, (0, 0))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 40, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_line_that_finds_no_room_ends_the_run_at_once_and_leaves_whole_lines(path):
+    with pytest.raises(OutputError, match=rf"output {path}: a line could not be written .* 0 line\(s\) .* are safe"):
+        write(path, (1, 0), (2, 0))
+    assert keys_in(path) == [(0, 0)] and path.read_bytes().endswith(b"\n")
+
+
+@pytest.mark.usefixtures("little_room")
+def test_a_summary_that_finds_no_room_is_an_error_and_leaves_no_half_of_it(path, tmp_path):
+    with pytest.raises(OutputError, match=r"summary\.json could not be written: File too large"):
+        write_json(summary_path(path), {"text": "x" * 4096})
+    assert [p.name for p in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+@pytest.mark.usefixtures("little_room")
+def test_parts_that_find_no_room_stay_and_are_joined_later(path):
+    part = part_path(path, 1)
+    part.write_bytes(path.read_bytes().replace(b'"prompt_index": 0', b'"prompt_index": 1'))
+    with pytest.raises(OutputError, match=r"parts of the replicas could not be joined .*--resume joins them"):
+        join_parts(path, rollout_key)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.getrlimit(resource.RLIMIT_FSIZE)[1],) * 2)
+    open_output(path, "resume", META)
+    join_parts(path, rollout_key)
+    assert keys_in(path) == [(0, 0), (1, 0)]
+
+
+def test_a_disk_that_is_full_only_when_it_is_asked_to_keep_the_lines_is_heard(path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    writer = ResultWriter(path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match="may not have reached the disk"), writer:
+        writer.write(result(0))
+
+
+@pytest.mark.parametrize("how", ["folder removed", "folder renamed", "file replaced"])
+def test_a_file_that_is_no_longer_there_ends_the_run_with_the_next_line(tmp_path, how):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = folder / "out.jsonl"
+    with pytest.raises(OutputError, match="was removed or replaced while it was written"), ResultWriter(path) as writer:
+        writer.write(result(0))
+        if how == "folder removed":
+            shutil.rmtree(folder)
+        elif how == "folder renamed":
+            folder.rename(tmp_path / "other")
+        else:
+            path.unlink()
+            path.write_text("")
+        writer.write(result(1))
+
+
+def test_a_file_has_one_writer_at_a_time(path):
+    with ResultWriter(path), pytest.raises(OutputError, match="is being written by another run"):
+        ResultWriter(path)
+    write(path, (0, 0))
+
+
+@pytest.mark.parametrize("existing", ["resume", "overwrite"])
+def test_an_output_whose_part_is_still_written_is_not_opened(path, existing):
+    """By a rank of a run whose first rank was killed."""
+    write(path, (0, 0))
+    with ResultWriter(part_path(path, 1)), pytest.raises(UserError, match=r"dp1 is being written by another run"):
+        open_output(path, existing, META)
+    assert keys_in(path) == [(0, 0)]
+
+
+def test_text_that_no_file_can_hold_is_written_as_json_spells_it(path):
+    with ResultWriter(path) as writer:
+        writer.write_line({"id": "\ud83d"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"id": "\ud83d"}

@@ -212,7 +212,7 @@ def test_an_output_that_exists_is_refused_before_loading_and_left_alone(folder, 
 
 def test_resuming_another_run_or_a_foreign_file_is_refused_before_loading(folder, monkeypatch, no_loading):
     folder.output.write_text("precious\n")
-    assert_refused(folder.run("--resume"), "holds lines that are not results")
+    assert_refused(folder.run("--resume"), "out.jsonl has no out.jsonl.meta.json beside it")
     assert folder.output.read_text() == "precious\n"
     folder.output.unlink()
     monkeypatch.undo()
@@ -243,7 +243,7 @@ def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):
     assert summary["layout"] == {"tp": 1, "pcp": 1, "dcp": 1, "dp": 1, "world_size": 1}
 
     meta = folder.meta()
-    assert set(meta) == {"config", "versions", "git_revision", "layout", "device"}
+    assert set(meta) == {"config", "made_of", "versions", "git_revision", "layout", "device"}
     assert meta["config"]["sampling"]["n"] == 2 and meta["config"]["model"] == str(MODEL)
     assert {"python", "torch", "transformers"} <= set(meta["versions"])
     assert "num_generated_tokens" in err and "sample" in err  # the table and the bar are for people
@@ -342,13 +342,13 @@ def test_a_resumed_run_computes_what_is_missing_and_equals_an_undisturbed_one(fo
     code, out, _ = folder.run("--resume", sampling=sampling)
     assert code == 0
     summary = summary_of(out)
-    assert (summary["num_samples_resumed"], summary["num_samples"]) == (2, 4)
+    assert (summary["num_samples_resumed"], summary["num_samples"]) == (2, 6)
     assert folder.output.read_bytes().startswith(kept)
     assert len(folder.lines()) == 6
     assert sampled(folder.lines()) == sampled(undisturbed)
 
     code, out, _ = folder.run("--resume", sampling=sampling)  # nothing is missing now
-    assert code == 0 and summary_of(out)["num_samples"] == 0
+    assert code == 0 and (summary_of(out)["num_samples"], summary_of(out)["num_generated_tokens"]) == (6, 0)
     assert sampled(folder.lines()) == sampled(undisturbed)
 
 
