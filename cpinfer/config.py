@@ -117,7 +117,9 @@ class WandbConfig:
     project: str = _key("W&B project", "cpinfer")
     name: str | None = _key("run name; default: the name of the output", None)
     group: str | None = _key("run group", None)
-    mode: Literal["auto", "online", "offline"] = _key("auto is online with an API key, else offline", "auto")
+    mode: Literal["auto", "online", "offline"] = _key(
+        "auto is online with WANDB_API_KEY, offline without it or where WANDB_MODE says so", "auto"
+    )
 
 
 @dataclass(frozen=True)
@@ -259,7 +261,9 @@ class Config:
     comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
     rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
     training: TrainingConfig = _key("reinforcement learning with TRL", factory=TrainingConfig)
-    wandb: WandbConfig | None = _key("log the summary to W&B: an object with `project`, `name`, `group`, `mode`", None)
+    wandb: WandbConfig | None = _key(
+        "log to W&B: an object with `project`, `name`, `group`, `mode`; without it nothing is", None
+    )
 
     def __post_init__(self) -> None:
         sizes = ("prefill_context_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from comparison.samples import Pass, Run, Sample
@@ -86,12 +87,17 @@ def run(lines: Iterable[Line], layout: str = "tp1", passed: Pass = "greedy", **t
     return Run(layout, passed, tuple(Sample.from_line(data) for data in lines), summary(**told))
 
 
-def write_run(output: Path, lines: Iterable[Line], told: Mapping[str, Any]) -> None:
+def write_run(
+    output: Path, lines: Sequence[Line], told: Mapping[str, Any], made_of: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Lines and summary as files."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("".join(json.dumps(data) + "\n" for data in lines), encoding="utf-8")
-    output.with_name(output.name + ".summary.json").write_text(json.dumps(dict(told)), encoding="utf-8")
-    output.with_name(output.name + ".meta.json").write_text(json.dumps({"config": {}}), encoding="utf-8")
+    output.with_name(output.name + ".summary.json").write_text(
+        json.dumps({**told, "num_samples": len(lines)}), encoding="utf-8"
+    )
+    meta = {"config": {}, "made_of": dict(made_of)}
+    output.with_name(output.name + ".meta.json").write_text(json.dumps(meta), encoding="utf-8")
 
 
 def changed(lines: Iterable[Line], change: Callable[[Line], Line]) -> list[Line]:

@@ -9,7 +9,7 @@ the reference. Where the config samples (temperature above 0), each layout runs 
 greedy tokens must be the same, and sampled with all seeds, for the accuracy that papers print.
 
 OUTPUT/report.html (one file, pictures inside), report.md, comparison.json and plots/ hold the result, OUTPUT/<layout>/
-the samples, configs and logs of its runs. The same goes to W&B, offline without an API key.
+the samples, configs and logs of its runs. With `wandb` in the config the same goes to W&B, offline without an API key.
 
 A layout disagrees when greedy tokens differ other than at near-ties, or when a logprob is further from the reference's
 than the tolerance: exit 1, and where. Exit 2: bad config or layout, found before anything runs. The last line of stdout
@@ -25,11 +25,13 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from comparison.evaluations import (
     Evaluation,
+    contents_of,
     evaluate,
     evaluations_of,
     is_complete,
@@ -40,7 +42,8 @@ from comparison.results import Results, log_to_wandb, summarize, write_results
 from comparison.samples import Run, read_run
 from cpinfer.config import Config
 from cpinfer.engine.output import default_output
-from cpinfer.errors import UserError
+from cpinfer.engine.output_lock import locked
+from cpinfer.errors import OutputError, UserError
 from cpinfer.models.spec import ModelSpec
 from evaluation import make_questions, settled
 from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser, needed_spec, needed_tokenizer
@@ -84,21 +87,29 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="of each run of a layout (default: 6 h)")
     parser.add_argument("--no-wandb", action="store_true", help="local files only")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--reuse", action="store_true", help="keep complete runs of the same config, run the others")
+    existing.add_argument(
+        "--reuse", action="store_true", help="keep complete runs of the same config, model and tasks, run the others"
+    )
     existing.add_argument("--overwrite", action="store_true", help="run everything again in a folder that exists")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        job = prepare(parse_args(argv))
-    except UserError as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    with ExitStack() as stack:
+        try:
+            job = prepare(parse_args(argv))
+            stack.enter_context(locked(job.output / "comparison.json"))
+        except UserError as error:
+            print(f"compare: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        return _compare_or_say_why_not(job)
+
+
+def _compare_or_say_why_not(job: Job) -> int:
     try:
         with sigterm_interrupts():
             return compare(job)
-    except UserError as error:
+    except (UserError, OutputError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"compare: interrupted. --output {job.output} --reuse goes on with what is missing.", file=sys.stderr)
@@ -128,9 +139,10 @@ def compare(job: Job) -> int:
     """Run what is missing, then write everything that follows from it."""
     started_s = time.perf_counter()
     runs: list[Run] = []
+    contents = contents_of(job.evaluations, job.spec) if job.args.reuse else {}
     for number, evaluation in enumerate(job.evaluations, start=1):
         name = f"[{number}/{len(job.evaluations)}] {evaluation.layout.name}, {evaluation.passed}"
-        if job.args.reuse and is_complete(evaluation):
+        if job.args.reuse and is_complete(evaluation, contents[evaluation.passed]):
             print(f"compare: {name}: kept", file=sys.stderr)
         else:
             print(f"compare: {name}: {evaluation.layout.sizes.world_size} process(es)", file=sys.stderr, flush=True)
@@ -142,8 +154,7 @@ def compare(job: Job) -> int:
     results = Results.of(job.config, job.spec, job.layouts, runs, job.tolerance, num_workers())
     written = write_results(results, job.output, title=Path(job.args.config).stem)
     if not job.args.no_wandb:
-        has_api_key = "WANDB_API_KEY" in os.environ
-        complaint = log_to_wandb(results, job.evaluations, written, has_api_key=has_api_key)
+        complaint = log_to_wandb(results, job.evaluations, written, os.environ)
         if complaint is not None:
             print(f"compare: {complaint}", file=sys.stderr)
     print(written.text, file=sys.stderr)

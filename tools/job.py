@@ -284,15 +284,14 @@ def log_to_wandb(
     """
     if job.config.wandb is None:
         return
-    from cpinfer_integrations.wandb import log_run
+    from cpinfer_integrations.wandb import log_run, may_go_online
 
-    has_api_key = "WANDB_API_KEY" in os.environ
     complaint = log_run(
         job.config.wandb,
         job.meta,
         summary,
         job.output,
-        has_api_key=has_api_key,
+        has_api_key=may_go_online(os.environ),
         history=history,
         images=images,
     )

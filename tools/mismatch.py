@@ -21,8 +21,8 @@ distribution (top_k, top_p, a penalty, greedy decoding, ...), raw ones are, at t
 Limits: in float32 the largest difference is at most 1e-4, in half precision the mean at most 1e-3. Exit 1 when a layout
 is over its limit, or fails; 2 for bad config, layout or prompts, found before anything is launched. OUTPUT/report.md,
 report.html and mismatch.json hold the result (the first as a card, with versions and config), OUTPUT/<layout>/ its
-rollouts, config and log. The same goes to W&B, offline without an API key. A table goes to stderr, the last line of
-stdout is one JSON object.
+rollouts, config and log. With `wandb` in the config the same goes to W&B, offline without an API key. A table goes to
+stderr, the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,12 @@ from comparison.layouts import AxisSizes, Layout, resolve_layouts
 from comparison.mismatches import WHOLE, Logprobs, Row, Sampled, rows_table, verdict
 from comparison.report import Section, html_report
 from cpinfer.comm.bootstrap import Launch, default_group
-from cpinfer.config import Config, WandbConfig, config_to_dict, load_config
+from cpinfer.config import Config, config_to_dict, load_config
 from cpinfer.engine.mismatch import Compared
 from cpinfer.engine.output import default_output, meta_path, summary_path, write_json
+from cpinfer.engine.output_lock import locked
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
-from cpinfer.errors import UserError
+from cpinfer.errors import OutputError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
@@ -113,18 +115,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        args = parse_args(argv)
-        if args.forward_worker is not None:
-            return run_forward(Path(args.forward_worker))
-        job = prepare(args, sys.argv[1:] if argv is None else argv)
-    except UserError as error:
-        print(f"mismatch: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+    with ExitStack() as stack:
+        try:
+            args = parse_args(argv)
+            if args.forward_worker is not None:
+                return run_forward(Path(args.forward_worker))
+            job = prepare(args, sys.argv[1:] if argv is None else argv)
+            stack.enter_context(locked(job.output / "mismatch.json"))
+        except UserError as error:
+            print(f"mismatch: {error}", file=sys.stderr)
+            return EXIT_BAD_INPUT
+        return _measure_or_say_why_not(job)
+
+
+def _measure_or_say_why_not(job: Job) -> int:
     try:
         with sigterm_interrupts():
             return measure(job)
-    except UserError as error:
+    except (UserError, OutputError, OSError) as error:
         print(f"mismatch: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("mismatch: interrupted.", file=sys.stderr)
@@ -281,8 +289,13 @@ def write_results(job: Job, rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def log_to_wandb(job: Job, rows: Sequence[Row]) -> str | None:
-    """A group with a run per layout and one for `generate`. A sentence for people when W&B could not be reached."""
-    from cpinfer_integrations.wandb import LayoutLog, Table, log_comparison
+    """A group with a run per layout and one for `generate`, where the config asks for it.
+
+    A sentence for people when W&B could not be reached.
+    """
+    if job.config.wandb is None:
+        return None
+    from cpinfer_integrations.wandb import LayoutLog, Table, log_comparison, may_go_online
 
     plain = [{k: v for k, v in row.plain().items() if not isinstance(v, dict)} for row in rows]
     table = Table(list(plain[0]), [list(row.values()) for row in plain])
@@ -296,9 +309,8 @@ def log_to_wandb(job: Job, rows: Sequence[Row]) -> str | None:
         summary = json.loads(summary_path(output).read_bytes()) if output else {}
         logs.append(LayoutLog(name, meta, {**summary, **figures}, {"mismatch": table}))
     files = [job.output / name for name in ("report.html", "report.md", "mismatch.json")]
-    has_api_key = "WANDB_API_KEY" in os.environ
-    config = job.config.wandb or WandbConfig()
-    return log_comparison(config, logs, files[0], [*files, *rollouts.values()], has_api_key=has_api_key)
+    has_api_key = may_go_online(os.environ)
+    return log_comparison(job.config.wandb, logs, files[0], [*files, *rollouts.values()], has_api_key=has_api_key)
 
 
 def _shared(config: Config) -> dict[str, Any]:

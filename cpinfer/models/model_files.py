@@ -11,6 +11,8 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from cpinfer.errors import UserError
 
+# The parts of a model that are told apart.
+MODEL_PARTS = ("config_files", "weights", "tokenizer_files")
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZERS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
@@ -35,9 +37,7 @@ def model_hashes(model: str) -> dict[str, str]:
     folder = Path(model)
     if not folder.is_dir():
         commit = _commit(model)
-        return {
-            name: _hash([name.encode(), commit.encode()]) for name in ("config_files", "weights", "tokenizer_files")
-        }
+        return {name: _hash([name.encode(), commit.encode()]) for name in MODEL_PARTS}
     weights = _WEIGHTS if any(folder.glob("*.safetensors")) else _OLDER_WEIGHTS
     try:
         return {

@@ -1,7 +1,9 @@
 """Weights & Biases: what a run or a comparison gives, beside the local files that hold the same and more.
 
-Mode `auto` is online with an API key and offline without. Where W&B cannot be reached a run is logged offline instead,
-and what was returned says so: nothing that was computed is lost for want of a network.
+Who has no `wandb` in the config logs nothing. Mode `auto` is online with an API key and offline without. Where W&B
+cannot be reached a run is logged offline instead, and what was returned says so: nothing that was computed is lost for
+want of a network. What is logged is what is handed over here: not the console, the code or the state of a git
+repository.
 """
 
 from __future__ import annotations
@@ -38,6 +40,13 @@ class LayoutLog:
     summary: Mapping[str, Any]
     tables: Mapping[str, Table] = field(default_factory=dict)
     images: Mapping[str, Path] = field(default_factory=dict)
+
+
+def may_go_online(environ: Mapping[str, str]) -> bool:
+    """Whether mode `auto` is online: with an API key, where W&B's own variables do not say otherwise."""
+    is_off = environ.get("WANDB_MODE", "online") not in ("online", "shared")
+    is_off |= environ.get("WANDB_DISABLED", "").lower() in ("1", "true", "yes")
+    return bool(environ.get("WANDB_API_KEY")) and not is_off
 
 
 def log_run(
@@ -134,7 +143,9 @@ def _init(config: WandbConfig, mode: Mode, meta: Mapping[str, Any], folder: Path
         mode=mode,
         dir=str(folder),
         config=dict(meta),
-        settings=wandb.Settings(silent=True, init_timeout=INIT_TIMEOUT_S),
+        settings=wandb.Settings(
+            silent=True, init_timeout=INIT_TIMEOUT_S, console="off", save_code=False, disable_git=True
+        ),
     )
 
 

@@ -34,7 +34,7 @@ def compare(output: Path, *arguments: str) -> Finished:
 @pytest.mark.timeout(700)
 def test_two_layouts_agree_and_a_planted_difference_is_found_where_it_lies(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    finished = compare(output)
+    finished = compare(output, "--set", "wandb.mode=offline")
     assert finished.returncode == 0 and finished.summary["ok"], finished
     assert [a["num_identical"] for a in finished.summary["agreement"]] == [2, 4]
     assert (output / "report.html").stat().st_size > 10_000

@@ -15,7 +15,14 @@ from launching import launch
 def test_every_layout_is_within_the_float32_limit(tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, "tools/mismatch.py", "--config", "configs/single.json", "--output", str(output)]
-    command += ["--set", "sampling.temperature=0.7", "--set", "sampling.max_new_tokens=8"]
+    command += [
+        "--set",
+        "sampling.temperature=0.7",
+        "--set",
+        "sampling.max_new_tokens=8",
+        "--set",
+        "wandb.mode=offline",
+    ]
     finished = launch([*command, "--layouts", "tp1", "pcp2", "tp2_dcp2"], timeout_s=350)
     assert finished.returncode == 0 and finished.summary["ok"], finished
     rows = {(row["name"], row["forward"]): row for row in finished.summary["rows"]}

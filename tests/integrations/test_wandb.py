@@ -12,7 +12,7 @@ import wandb
 from matplotlib.figure import Figure
 
 from cpinfer.config import WandbConfig
-from cpinfer_integrations.wandb import LayoutLog, Table, log_comparison, log_run
+from cpinfer_integrations.wandb import LayoutLog, Table, log_comparison, log_run, may_go_online
 
 
 def test_without_a_key_the_summary_is_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,6 +32,23 @@ def test_the_steps_of_a_training_run_become_curves_beside_its_picture(tmp_path: 
     [run] = offline_runs(tmp_path)
     assert_logged(run, b"0.0625", b"0.8125")
     assert list(run.glob("files/media/images/curve_*.png"))
+
+
+def test_automatic_is_online_with_a_key_alone_and_not_where_wandbs_own_variables_say_no() -> None:
+    key = {"WANDB_API_KEY": "0" * 40}
+    assert may_go_online(key) and may_go_online({**key, "WANDB_MODE": "online"})
+    for environ in ({}, {"WANDB_API_KEY": ""}, *({**key, "WANDB_MODE": m} for m in ("offline", "disabled", "dryrun"))):
+        assert not may_go_online(environ)
+    assert not may_go_online({**key, "WANDB_DISABLED": "true"})
+
+
+def test_a_run_holds_what_it_was_given_and_nothing_of_the_console_or_a_repository(tmp_path: Path) -> None:
+    print("what a model was asked")
+    log_run(WandbConfig(project="p"), {}, {"tokens_per_s": 1.5}, tmp_path / "results.jsonl", has_api_key=False)
+    [run] = offline_runs(tmp_path)
+    assert_logged(run, b"tokens_per_s")
+    assert b"what a model was asked" not in logged(run)
+    assert not [p for p in run.rglob("*") if p.suffix == ".patch" or p.name == "output.log"]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import errno
 import importlib
 import json
 import math
@@ -19,7 +20,7 @@ import pytest
 import compare
 from comparison import evaluations as evaluations_module
 from comparison.agreement import agree, first_difference, is_greedy_near_tie
-from comparison.evaluations import Evaluation, evaluate, evaluations_of, is_complete
+from comparison.evaluations import Evaluation, contents_of, evaluate, evaluations_of, is_complete
 from comparison.launches import Ended, last_lines, launch, launch_command
 from comparison.layouts import legal_names, load_comparison, parse_name, resolve_layouts
 from comparison.plots import accuracy_by_length, heat_map
@@ -34,6 +35,8 @@ from comparison.tables import (
     markdown,
     seed_score,
 )
+from cpinfer.config import WandbConfig
+from cpinfer.engine.output_lock import locked
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_spec
 from evaluations import changed, line, run, some_lines, summary, write_run
@@ -145,6 +148,14 @@ def test_a_line_that_comes_twice_or_is_none_is_refused(tmp_path: Path) -> None:
         write_run(tmp_path / "out.jsonl", lines, summary())
         with pytest.raises(UserError, match=wanted):
             read_run("tp1", "greedy", tmp_path / "out.jsonl")
+
+
+def test_a_run_that_lacks_lines_of_its_summary_is_refused(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    write_run(output, [line(sample_index=0), line(sample_index=1)], summary())
+    output.write_text(output.read_text().partition("\n")[0] + "\n")
+    with pytest.raises(UserError, match="has 1 lines, its summary speaks of 2"):
+        read_run("tp1", "greedy", output)
 
 
 # Tables
@@ -351,6 +362,7 @@ class Tool:
         self.lines = {layout: some_lines() for layout in ("tp1", "pcp2", "tp2_pcp2")}
         self.launched: list[str] = []
         self.returncode: int | None = 0
+        self.changed: dict[str, str] = {}  # of the contents that a run had
 
     def evaluate(self, evaluation: Evaluation, *_: Any) -> Ended:
         self.launched.append(f"{evaluation.layout.name}/{evaluation.passed}")
@@ -358,11 +370,12 @@ class Tool:
         evaluation.log.write_text("some\nlog\n")
         if self.returncode == 0:
             evaluation.config.write_text(json.dumps(evaluation.data))
-            write_run(evaluation.output, self.lines[evaluation.layout.name], summary())
+            made_of = contents_of([evaluation], SPEC)[evaluation.passed] | self.changed
+            write_run(evaluation.output, self.lines[evaluation.layout.name], summary(), made_of)
         return Ended(self.returncode, 1.0)
 
     def __call__(self, *argv: str, greedy: bool = True) -> tuple[int, dict[str, Any], str]:
-        given = ["--config", str(CONFIG), "--output", str(self.output), "--no-wandb"]
+        given = ["--config", str(CONFIG), "--output", str(self.output)]
         given += ["--set", "evaluation.lengths=[256]", "--set", "evaluation.num_samples=1"]
         given += ["--set", "sampling.temperature=0"] if greedy else []
         layouts = [] if "--layouts" in argv else ["--layouts", *self.lines]
@@ -446,6 +459,47 @@ def test_reuse_keeps_complete_runs_of_the_same_config_alone(tool: Tool) -> None:
     assert tool("--reuse")[0] == 0 and tool.launched == ["pcp2/greedy"]
     tool.launched.clear()
     assert tool("--reuse", "--set", "block_size=32")[0] == 0 and len(tool.launched) == 3
+
+
+def test_reuse_keeps_no_run_of_other_contents_under_the_same_config(
+    tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool.changed = {"weights": "sha256:what it was before"}
+    monkeypatch.setattr(compare, "write_results", lambda *_, **__: 1 / 0)
+    for argv in ([], ["--reuse"]):
+        tool.launched.clear()
+        with pytest.raises(ZeroDivisionError):  # once all have run
+            tool(*argv)
+        assert len(tool.launched) == 3
+
+
+def test_nothing_goes_to_wandb_unless_the_config_says_so(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[WandbConfig, bool]] = []
+
+    def log_comparison(config: WandbConfig, *_: Any, has_api_key: bool) -> None:
+        logged.append((config, has_api_key))
+
+    monkeypatch.setattr("cpinfer_integrations.wandb.log_comparison", log_comparison)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    assert tool()[0] == 0 and logged == []
+    assert tool("--reuse", "--set", "wandb.project=p")[0] == 0
+    assert logged == [(WandbConfig(project="p"), True)]
+
+
+def test_two_comparisons_do_not_write_one_folder(tool: Tool) -> None:
+    with locked(tool.output / "comparison.json"):
+        code, _, err = tool("--overwrite")
+    assert code == 2 and "is being written by another run" in err and tool.launched == []
+
+
+def test_what_cannot_be_written_is_said_without_a_traceback(tool: Tool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "report.html")
+
+    monkeypatch.setattr(compare, "write_results", full)
+    code, said, err = tool()
+    assert code == 1 and not said and "compare: [Errno 28] No space left on device: 'report.html'" in err
 
 
 @pytest.mark.parametrize(
@@ -542,9 +596,10 @@ def test_an_evaluation_replaces_what_was_there(tmp_path: Path, monkeypatch: pyte
         return Ended(0, 0.0)
 
     monkeypatch.setattr(evaluations_module, "launch", fake_launch)
-    assert not is_complete(evaluation)
+    assert not is_complete(evaluation, {"weights": "sha256:1"})
     evaluate(evaluation, "torchrun", 10, {})
     assert seen[0][-5:] == ["--config", str(evaluation.config), "--output", str(evaluation.output), "--overwrite"]
-    assert not is_complete(evaluation)
-    write_run(evaluation.output, [line()], summary())
-    assert is_complete(evaluation)
+    assert not is_complete(evaluation, {"weights": "sha256:1"})
+    write_run(evaluation.output, [line()], summary(), {"weights": "sha256:1"})
+    assert is_complete(evaluation, {"weights": "sha256:1"})
+    assert not is_complete(evaluation, {"weights": "sha256:2"})

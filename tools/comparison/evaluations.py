@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,13 @@ from typing import Any
 from comparison.launches import Ended, Launcher, launch, launch_command
 from comparison.layouts import Layout
 from comparison.samples import Pass, read_run
-from cpinfer.engine.output import summary_path, write_json
+from cpinfer.config import parse_config
+from cpinfer.engine.output import read_meta, summary_path, write_json
 from cpinfer.errors import UserError
+from cpinfer.models.model_files import MODEL_PARTS
+from cpinfer.models.spec import ModelSpec
+from evaluation import evaluation_made_of, make_questions, settled
+from job import needed_tokenizer
 
 SCRIPT = Path(__file__).resolve().parent.parent / "eval_longctx.py"
 
@@ -53,10 +58,23 @@ def evaluations_of(layout: Layout, output: Path) -> list[Evaluation]:
     return runs if layout.config.sampling.greedy else [*runs, Evaluation(layout, "sampled", layout.data, folder)]
 
 
-def is_complete(evaluation: Evaluation) -> bool:
-    """Whether it has run to its end already, with exactly this config."""
+def contents_of(evaluations: Sequence[Evaluation], spec: ModelSpec) -> dict[Pass, dict[str, Any]]:
+    """What the runs of each pass are made of now, as hashes: the files of one config may have changed."""
+    found: dict[Pass, dict[str, Any]] = {}
+    for evaluation in evaluations:  # layouts share model and tasks
+        if evaluation.passed not in found:
+            config = settled(parse_config(evaluation.data), spec.max_positions)
+            made_of = evaluation_made_of(config, make_questions(config, needed_tokenizer(config)))
+            found[evaluation.passed] = {name: made_of[name] for name in ("prompts", *MODEL_PARTS)}
+    return found
+
+
+def is_complete(evaluation: Evaluation, contents: Mapping[str, Any]) -> bool:
+    """Whether it has run to its end already, with exactly this config and `contents`."""
     try:
         same = json.loads(evaluation.config.read_bytes()) == json.loads(json.dumps(evaluation.data))
+        made_of = read_meta(evaluation.output).get("made_of", {})
+        same = same and all(made_of.get(name) == value for name, value in contents.items())
         return same and bool(read_run(evaluation.layout.name, evaluation.passed, evaluation.output).samples)
     except (OSError, ValueError, UserError):
         return False

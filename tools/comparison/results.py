@@ -24,7 +24,7 @@ from comparison.tables import (
     figures,
     figures_table,
 )
-from cpinfer.config import Config, WandbConfig
+from cpinfer.config import Config
 from cpinfer.engine.output import meta_path, write_json
 from cpinfer.models.spec import ModelSpec
 
@@ -157,10 +157,12 @@ def write_results(results: Results, folder: Path, title: str) -> Written:
 
 
 def log_to_wandb(
-    results: Results, evaluations: Sequence[Evaluation], written: Written, *, has_api_key: bool
+    results: Results, evaluations: Sequence[Evaluation], written: Written, environ: Mapping[str, str]
 ) -> str | None:
-    """The same content to W&B. A sentence for people when it could not be reached."""
-    from cpinfer_integrations.wandb import LayoutLog, Table, log_comparison
+    """The same content to W&B, where the config asks for it. A sentence for people when it could not be reached."""
+    if results.config.wandb is None:
+        return None
+    from cpinfer_integrations.wandb import LayoutLog, Table, log_comparison, may_go_online
 
     tables = {
         "accuracy": Table(
@@ -189,8 +191,7 @@ def log_to_wandb(
         )
     files = [written.html, written.markdown, written.json, *written.pictures.values()]
     files += [path for e in evaluations for path in (e.config, e.output)]
-    config = results.config.wandb or WandbConfig()
-    return log_comparison(config, logs, written.html, files, has_api_key=has_api_key)
+    return log_comparison(results.config.wandb, logs, written.html, files, has_api_key=may_go_online(environ))
 
 
 def _sections(results: Results) -> list[Section]:

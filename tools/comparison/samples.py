@@ -90,6 +90,8 @@ def read_run(layout: str, passed: Pass, output: Path) -> Run:
         samples = [Sample.from_line(line) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{output} holds no evaluation that can be read ({error!r}).") from error
+    if summary.get("num_samples") != len(samples):
+        raise UserError(f"{output} has {len(samples)} lines, its summary speaks of {summary.get('num_samples')}.")
     samples.sort(key=lambda sample: _order(sample.key))
     twice = [a.key for a, b in itertools.pairwise(samples) if a.key == b.key]
     if twice:

@@ -1,0 +1,90 @@
+"""Replicas that write one output: what cannot be joined is said before a model is loaded, nothing is lost or mixed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from launching import ROOT, Finished, launch, torchrun
+
+CONFIG = ["--config", str(ROOT / "configs" / "single.json"), "--set", "sampling.max_new_tokens=4"]
+ASKED = ["--tasks", "recall_single", "--lengths", "256", "--num-samples", "4"]
+
+
+def few_prompts(path: Path, n: int = 12) -> str:
+    lines = (ROOT / "configs" / "recall-tiny-prompts.jsonl").read_text(encoding="utf-8").splitlines()[:n]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def run(folder: Path, tool: str, *arguments: str, delay_s: float = 0.0) -> Finished:
+    script = str(ROOT / "tests" / "distributed" / "rollout_elsewhere.py")
+    return launch(torchrun(2, script, str(folder), str(delay_s), tool, *CONFIG, *arguments), timeout_s=110)
+
+
+def indices(output: Path) -> list[int]:
+    return sorted(json.loads(line)["prompt_index"] for line in output.read_bytes().splitlines())
+
+
+@pytest.fixture
+def two_hosts(tmp_path: Path) -> Path:
+    """A folder of its own for each rank: a relative output is another file on each."""
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+    return tmp_path
+
+
+def assert_part_is_not_seen(finished: Finished, two_hosts: Path, tool: str) -> None:
+    assert finished.returncode != 0 and "exitcode  : 2" in finished.stderr, finished
+    assert finished.stderr.count(f"{tool}: rank 1 writes {two_hosts / 'rank1' / 'out.jsonl.dp1'} on ") == 1, finished
+    assert f"beside {two_hosts / 'rank0' / 'out.jsonl'} on " in finished.stderr, finished
+    assert finished.stdout == "", finished
+    assert not list(two_hosts.glob("rank*/*")), "nothing is begun, and nothing is left behind"
+
+
+def test_an_output_that_the_replicas_do_not_share_is_refused_before_loading(two_hosts: Path) -> None:
+    finished = run(two_hosts, "rollout", "--input", few_prompts(two_hosts / "in.jsonl"), "--output", "out.jsonl")
+    assert_part_is_not_seen(finished, two_hosts, "rollout")
+
+
+@pytest.mark.slow
+def test_an_evaluation_whose_replicas_share_no_output_is_refused_before_loading(two_hosts: Path) -> None:
+    finished = run(two_hosts, "eval_longctx", *ASKED, "--output", "out.jsonl")
+    assert_part_is_not_seen(finished, two_hosts, "eval_longctx")
+
+
+@pytest.mark.slow
+def test_hosts_whose_inputs_differ_are_refused(two_hosts: Path) -> None:
+    for rank in range(2):
+        few_prompts(two_hosts / f"rank{rank}" / "in.jsonl", 12 - rank)
+    finished = run(two_hosts, "rollout", "--input", "in.jsonl", "--output", str(two_hosts / "out.jsonl"))
+    assert "exitcode  : 2" in finished.stderr, finished
+    assert finished.stderr.count("rollout: rank 1 on ") == 1 and "another prompts than rank 0" in finished.stderr
+
+
+def test_a_late_opening_takes_nothing_from_a_replica_that_is_quicker(tmp_path: Path) -> None:
+    """With an output of an earlier run to overwrite, a part among it."""
+    output = tmp_path / "out.jsonl"
+    for name in ("out.jsonl", "out.jsonl.dp1"):
+        (tmp_path / name).write_text('{"of": "an earlier run"}\n')
+    arguments = ["--input", few_prompts(tmp_path / "in.jsonl"), "--output", str(output), "--overwrite"]
+    finished = run(tmp_path, "rollout", *arguments, delay_s=5.0)
+    assert finished.returncode == 0, finished
+    assert indices(output) == list(range(12)) and finished.summary["num_samples"] == 12
+
+
+@pytest.mark.slow
+def test_a_second_run_at_the_same_moment_is_refused_and_the_first_is_whole(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    output = tmp_path / "out.jsonl"
+    arguments = [*CONFIG, "--input", few_prompts(tmp_path / "in.jsonl"), "--output", str(output)]
+    command = [sys.executable, str(ROOT / "tools" / "rollout.py"), *arguments]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    ended = sorted((process.communicate(timeout=110), process.returncode)[::-1] for process in both)
+    assert [code for code, _ in ended] == [0, 2], ended
+    assert str(output) in ended[1][1][1] and "Traceback" not in ended[1][1][1]
+    assert indices(output) == list(range(12))
