@@ -46,7 +46,7 @@ from cpinfer.engine.output_lock import locked
 from cpinfer.errors import OutputError, UserError
 from cpinfer.models.spec import ModelSpec
 from evaluation import make_questions, settled
-from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser, needed_spec, needed_tokenizer
+from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, NO_REPORTS, Parser, needed_spec, needed_tokenizer
 
 # Of a run of one layout, when nobody says otherwise.
 TIMEOUT_S = 6 * 3600.0
@@ -95,6 +95,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault(*NO_REPORTS)
     with ExitStack() as stack:
         try:
             job = prepare(parse_args(argv))

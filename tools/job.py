@@ -48,6 +48,9 @@ from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.launching import grid_for
 from opening import is_writer, open_together
 
+# W&B tells its makers of its own errors, also offline, unless this says no.
+NO_REPORTS = ("WANDB_ERROR_REPORTING", "false")
+
 EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
 
 Told = TypeVar("Told")
@@ -119,6 +122,7 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
     except UserError as error:
         print(f"{tool}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    os.environ.setdefault(*NO_REPORTS)
     transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
     try:
         return _run(tool, launch, prepare, work)

@@ -61,7 +61,7 @@ from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_integrations.launching import grid_for, launch_inference
-from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, Parser, needed_spec, pool_size
+from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, NO_REPORTS, Parser, needed_spec, pool_size
 
 ROLLOUT = Path(__file__).resolve().parent / "rollout.py"
 GENERATE = "Transformers generate"
@@ -115,6 +115,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    os.environ.setdefault(*NO_REPORTS)
     with ExitStack() as stack:
         try:
             args = parse_args(argv)

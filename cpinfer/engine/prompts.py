@@ -63,6 +63,22 @@ def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: 
         )
 
 
+def check_distinct(prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
+    """UserError for prompts of one call that have the same id under the same seed; `seeds`, one per prompt.
+
+    They would share their random numbers: samples of them would not be independent, and no result could be told from
+    the other's.
+    """
+    first: dict[tuple[str, int], int] = {}
+    for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        before = first.setdefault((prompt.id, seed), place)
+        if before != place:
+            raise UserError(
+                f'prompts {before} and {place} have the same "id" ({json.dumps(prompt.id)[:40]}) and seed; ids must '
+                'differ, they seed the samples. Leave "id" out to have prompts numbered.'
+            )
+
+
 def check_scored_length(num_prompt: int, num_targets: int, spec: ModelSpec, pool: PoolSize) -> None:
     """UserError for a given answer that is too long: its last token needs no position, it is only looked up."""
     length = num_prompt + num_targets - 1

@@ -25,6 +25,7 @@ from comparison.launches import Ended, last_lines, launch, launch_command
 from comparison.layouts import legal_names, load_comparison, parse_name, resolve_layouts
 from comparison.plots import accuracy_by_length, heat_map
 from comparison.report import html_report, html_table, markdown_report
+from comparison.results import Written
 from comparison.samples import read_run
 from comparison.tables import (
     accuracy_rows,
@@ -479,6 +480,8 @@ def test_nothing_goes_to_wandb_unless_the_config_says_so(tool: Tool, monkeypatch
     def log_comparison(config: WandbConfig, *_: Any, has_api_key: bool) -> None:
         logged.append((config, has_api_key))
 
+    written = Written(Path("report.html"), Path("report.md"), Path("comparison.json"), {}, "")
+    monkeypatch.setattr(compare, "write_results", lambda *_, **__: written)
     monkeypatch.setattr("cpinfer_integrations.wandb.log_comparison", log_comparison)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.delenv("WANDB_MODE", raising=False)

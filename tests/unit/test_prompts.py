@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.prompts import as_prompt, check_prompt, read_input
+from cpinfer.engine.prompts import as_prompt, check_distinct, check_prompt, read_input
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
@@ -223,3 +223,17 @@ def test_shards_make_the_pool_hold_more():
 def test_an_answer_never_grows_beyond_the_positions():
     """What cannot be generated need not fit into the pool."""
     check(32760, max_new_tokens=10**6, blocks=32768 // 16)
+
+
+def test_an_id_may_come_twice_in_a_call_only_under_another_seed():
+    """The number a place would be given by itself counts as well: a text "1" is the same id."""
+    a, b, one = (Prompt(index, name, (5,)) for index, name in enumerate(("a", "b", "1")))
+    check_distinct([], [])
+    check_distinct([a, b, one], [0, 0, 0])
+    check_distinct([a, a, b], [0, 1, 0])
+    with pytest.raises(UserError, match=r'prompts 1 and 3 have the same "id" \("b"\) and seed; ids must differ'):
+        check_distinct([a, b, a, b], [0, 7, 1, 7])
+    given = ["text", {"prompt": "text", "id": "x"}, {"prompt": "text", "id": "0"}]
+    tokenizer = load_tokenizer()
+    with pytest.raises(UserError, match="prompts 0 and 2 have the same"):
+        check_distinct([as_prompt(prompt, i, tokenizer) for i, prompt in enumerate(given)], [0, 0, 0])

@@ -63,6 +63,19 @@ def assert_refused(outcome, *words):
     assert all(word in outcome[2] for word in words), outcome[2]
 
 
+@pytest.fixture
+def no_telemetry(monkeypatch):
+    """A hub client as a user has it, which may not begin to send."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("CI", raising=False)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.utils._telemetry._start_telemetry_thread", lambda: asked.append(True))
+    yield
+    assert not asked
+
+
+@pytest.mark.usefixtures("no_telemetry")
 def test_a_run_leaves_a_line_per_step_a_summary_and_a_curve(folder, tmp_path):
     code, out, _ = folder.run()
     assert code == 0

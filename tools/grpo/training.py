@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import torch
 import torch.distributed as dist
 from datasets import Dataset
@@ -64,6 +65,8 @@ def train(
     """
     training = config.training
     set_seed(training.seed)
+    # TRL tells the hub which trainer runs on what; nothing leaves the machine that the config does not send.
+    huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
     if training.zero_stage is not None:
         from cpinfer_integrations.deepspeed import init_distributed
 
