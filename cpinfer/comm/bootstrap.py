@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, UserError
+from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, StreamEndedError, UserError
 
 Shared = TypeVar("Shared")
 
@@ -136,6 +136,9 @@ def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
     elif is_peer_loss(error):
         time.sleep(PEER_GRACE_S)
         print(f"{program}: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)
+    elif isinstance(error, StreamEndedError):  # another rank has left, and says why
+        time.sleep(PEER_GRACE_S)
+        print(f"{program}: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, OutputError):
         print(f"{program}: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     else:

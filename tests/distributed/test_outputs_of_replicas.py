@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from cpinfer.engine.output import part_paths
 from launching import ROOT, Finished, launch, torchrun
 
 CONFIG = ["--config", str(ROOT / "configs" / "single.json"), "--set", "sampling.max_new_tokens=4"]
@@ -77,14 +81,33 @@ def test_a_late_opening_takes_nothing_from_a_replica_that_is_quicker(tmp_path: P
 
 @pytest.mark.slow
 def test_a_second_run_at_the_same_moment_is_refused_and_the_first_is_whole(tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     output = tmp_path / "out.jsonl"
-    arguments = [*CONFIG, "--input", few_prompts(tmp_path / "in.jsonl"), "--output", str(output)]
+    output.write_text("of an earlier run\n")
+    arguments = [*CONFIG, "--input", few_prompts(tmp_path / "in.jsonl"), "--output", str(output), "--overwrite"]
     command = [sys.executable, str(ROOT / "tools" / "rollout.py"), *arguments]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     ended = sorted((process.communicate(timeout=110), process.returncode)[::-1] for process in both)
     assert [code for code, _ in ended] == [0, 2], ended
-    assert str(output) in ended[1][1][1] and "Traceback" not in ended[1][1][1]
+    assert f"output {output} is being written by another run" in ended[1][1][1] and "Traceback" not in ended[1][1][1]
     assert indices(output) == list(range(12))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["prefill_context_parallel_size=2", "data_parallel_size=2"])
+def test_a_full_disk_ends_all_ranks_and_what_was_written_is_continued(tmp_path: Path, layout: str) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = [*CONFIG, "--set", layout, "--set", "max_num_seqs=4", "--output", str(output)]
+    arguments += ["--input", few_prompts(tmp_path / "in.jsonl", 16)]
+    full = launch(torchrun(2, "tests/distributed/failing_rollout.py", "full", *arguments), timeout_s=110)
+    assert full.returncode == 1 and full.stdout == "", full
+    said = (
+        r"rollout: rank \d: output \S+: a line could not be written \(No space left on device\)\. The 2 line\(s\) that"
+    )
+    assert re.search(said, full.stderr), full
+    assert "Traceback" not in full.stderr.split("torch/distributed/elastic")[0], full
+    written = b"".join(part.read_bytes() for part in (output, *part_paths(output)))
+    assert written.endswith(b"\n") and len([json.loads(line) for line in written.splitlines()]) >= 2
+    assert not Path(f"{output}.summary.json").exists()
+    resumed = launch(torchrun(2, "tools/rollout.py", *arguments, "--resume"), timeout_s=110)
+    assert resumed.returncode == 0 and resumed.summary["num_samples_resumed"] >= 2, resumed
+    assert indices(output) == list(range(16)) and resumed.summary["num_samples"] == 16

@@ -173,6 +173,36 @@ def test_a_resumed_run_asks_exactly_what_is_missing(folder):
     assert keys(folder.lines()) == keys(undisturbed)
 
 
+def test_questions_that_changed_under_the_same_file_name_are_not_continued(folder):
+    questions = [{"prompt": "It was", "references": ["river"]}, {"prompt": "The", "references": ["a"]}]
+    folder.file("mine.jsonl", *questions)
+    evaluation = {"tasks": [], "task_file": "mine.jsonl", "num_samples": None}
+    assert folder.run(evaluation=evaluation, sampling={"max_new_tokens": 2})[0] == 0
+    before = folder.output.read_bytes()
+    for name, value in (("prompt", "Was it"), ("references", ["sea"])):
+        folder.file("mine.jsonl", {**questions[0], name: value}, questions[1])
+        outcome = folder.run("--resume", evaluation=evaluation, sampling={"max_new_tokens": 2})
+        assert_refused(outcome, "the prompts differ from those that output")
+    assert folder.output.read_bytes() == before
+    (folder.path / "mine.jsonl").unlink()
+    folder.path.joinpath("elsewhere").mkdir()
+    folder.file("elsewhere/mine.jsonl", *questions)
+    moved = {**evaluation, "task_file": "elsewhere/mine.jsonl"}
+    code, out, err = folder.run("--resume", evaluation=moved, sampling={"max_new_tokens": 2})
+    assert code == 0 and summary_of(out)["num_samples_resumed"] == 2, err
+
+
+@pytest.mark.parametrize("tool", [eval_longctx, reference_eval], ids=lambda tool: tool.__name__)
+def test_an_answer_that_is_not_in_the_file_ends_the_evaluation_without_scores(folder, monkeypatch, tool):
+    def lose_a_line(path, *given):
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+
+    monkeypatch.setattr(eval_longctx, "join_parts", lose_a_line)
+    code, out, err = folder.run(tool=tool)
+    assert (code, out) == (1, "") and "out.jsonl holds 5 of 6 samples" in err and "string_match_all" not in err
+    assert "Traceback" not in err and not (folder.path / "out.jsonl.summary.json").exists()
+
+
 def test_a_dry_run_loads_and_writes_nothing(folder, no_loading):
     code, out, _ = folder.run("--dry-run")
     assert code == 0 and summary_of(out)["num_samples"] == 6

@@ -4,16 +4,22 @@ Everything that is wrong with config or input is found before a model is loaded,
 """
 
 import datetime
+import errno
 import json
+import os
 import shutil
 import types
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import job
+import opening
 import rollout
 import tool_folder
+from cpinfer.engine import output as output_module
+from cpinfer.engine.output_lock import locked
 from cpinfer.layout.grid import RankGrid
 from tool_folder import ToolFolder, summary_of
 
@@ -350,6 +356,96 @@ def test_a_resumed_run_computes_what_is_missing_and_equals_an_undisturbed_one(fo
     code, out, _ = folder.run("--resume", sampling=sampling)  # nothing is missing now
     assert code == 0 and (summary_of(out)["num_samples"], summary_of(out)["num_generated_tokens"]) == (6, 0)
     assert sampled(folder.lines()) == sampled(undisturbed)
+
+
+@pytest.fixture
+def own_model(tmp_path):
+    """The shipped model in a folder whose files a test may change."""
+    return shutil.copytree(MODEL, tmp_path / "own")
+
+
+def change_weights(model):
+    tensors = load_file(model / "model.safetensors")
+    name = next(name for name in tensors if "mlp" in name)
+    save_file({**tensors, name: tensors[name] + 0.01}, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_json(path, key, value):
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), key: value}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda folder, model: folder.file("in.jsonl", {"prompt": "Another."}, *PROMPTS[1:]), "the prompts differ"),
+        (lambda folder, model: folder.file("in.jsonl", *PROMPTS[:2]), "the prompts differ"),
+        (lambda folder, model: change_weights(model), "the weights differ"),
+        (lambda folder, model: change_json(model / "config.json", "rope_theta", 9), "the config files differ"),
+        (lambda folder, model: change_json(model / "tokenizer_config.json", "x", 1), "the tokenizer files differ"),
+        (lambda folder, model: (folder.path / "out.jsonl.meta.json").unlink(), "has no out.jsonl.meta.json beside it"),
+    ],
+    ids=["a prompt", "fewer prompts", "weights", "config", "tokenizer", "meta file lost"],
+)
+def test_what_changed_in_files_of_the_same_names_is_not_continued(folder, own_model, monkeypatch, change, words):
+    assert folder.run(model=str(own_model))[0] == 0
+    before = folder.output.read_bytes()
+    change(folder, own_model)
+    monkeypatch.setattr(rollout, "launch_inference", None)
+    assert_refused(folder.run("--resume", model=str(own_model)), words, "--overwrite")
+    assert_refused(folder.run("--resume", "--dry-run", model=str(own_model)), words)
+    assert folder.output.read_bytes() == before
+
+
+def test_the_same_files_under_other_names_are_continued(folder, own_model, monkeypatch, tmp_path):
+    assert folder.run(model=str(own_model))[0] == 0
+    folder.output.write_bytes(b"".join(folder.output.read_bytes().splitlines(keepends=True)[:1]))
+    moved = own_model.rename(tmp_path / "moved")
+    (tmp_path / "in.jsonl").rename(tmp_path / "other.jsonl")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = folder.run("--resume", "--input", "./other.jsonl", model=moved.name)
+    assert code == 0, err
+    assert summary_of(out)["num_samples_resumed"] == 1 and len(folder.lines()) == 3
+
+
+@pytest.mark.parametrize("flag", ["--overwrite", "--resume"])
+def test_an_output_that_another_run_writes_is_refused_before_loading_and_left_alone(folder, no_loading, flag):
+    folder.output.write_text("precious\n")
+    with locked(folder.output):
+        assert_refused(folder.run(flag), f"output {folder.output} is being written by another run")
+    assert folder.output.read_text() == "precious\n"
+
+
+@pytest.mark.parametrize("fault", ["a line", "the end of all lines"])
+def test_what_could_not_be_written_ends_the_run_with_1_and_a_sentence(folder, monkeypatch, fault):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patched = (os, "write") if fault == "a line" else (output_module.os, "fsync")
+    opened = opening.open_output
+
+    def open_then_fill(*given):
+        opened(*given)
+        monkeypatch.setattr(*patched, full)
+
+    monkeypatch.setattr(opening, "open_output", open_then_fill)
+    code, out, err = folder.run()
+    assert (code, out) == (1, "") and "No space left on device" in err and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("rollout: output ")
+    assert not (folder.path / "out.jsonl.summary.json").exists()
+
+
+def test_a_sample_that_is_not_in_the_file_is_not_in_the_summary(folder, monkeypatch):
+    """A line that went missing behind the writer's back: the run has generated it, and fails."""
+    join = rollout.join_parts
+
+    def lose_a_line(path, *given):
+        join(path, *given)
+        path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+
+    monkeypatch.setattr(rollout, "join_parts", lose_a_line)
+    code, out, err = folder.run()
+    assert (code, out) == (1, "") and "out.jsonl holds 2 of 3 samples" in err and "Traceback" not in err
+    assert not (folder.path / "out.jsonl.summary.json").exists()
 
 
 def test_another_seed_samples_another_text(folder):
