@@ -93,8 +93,9 @@ def _doubt(launch: Launch, job: Job, opening: Opening) -> str | None:
     others = [name for name in opening.made_of if mine.get(name) != opening.made_of[name]]
     if others:
         return (
-            f"rank {launch.rank} on {socket.gethostname()} has another {others[0]} than rank 0 (its {others[0]}: "
-            f"{mine.get(others[0])}, there: {opening.made_of[others[0]]}). Give all ranks the same config and files."
+            f"rank {launch.rank} on {socket.gethostname()} does not have rank 0's {others[0].replace('_', ' ')}: "
+            f"{mine.get(others[0])} there, {opening.made_of[others[0]]} on rank 0. Give all ranks the same config and "
+            "files."
         )
     if not is_writer(job.grid, launch.rank):
         return None

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import errno
 import json
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from cpinfer.engine.output_lock import is_at, take_lock
+from cpinfer.engine.output_lock import close_unlocked, is_at, take_lock
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import OutputError, UserError
 
@@ -32,7 +31,9 @@ _LONGEST_SUFFIX = ".summary.json.new"
 
 def default_output(config_path: str | Path, now: datetime.datetime) -> Path:
     """A folder of its own for a run that names no output: `runs/<config name>-<UTC time>/results.jsonl`."""
-    folder = Path("runs") / f"{Path(config_path).stem}-{now:%Y%m%d-%H%M%S}"
+    # A name as long as names may be leaves no room for the time.
+    stem = Path(config_path).stem.encode(errors="replace")[:200].decode(errors="ignore")
+    folder = Path("runs") / f"{stem}-{now:%Y%m%d-%H%M%S}"
     names = chain([folder], (folder.with_name(f"{folder.name}-{i}") for i in count(2)))
     return next(name for name in names if not name.exists()) / "results.jsonl"
 
@@ -238,7 +239,9 @@ class ResultWriter:
 
     def _lost(self, what: str, *, is_there: bool = True) -> OutputError:
         safe = f"The {self._num_written} line(s) that this run had written there before are safe; --resume goes on."
-        return OutputError(f"output {self._path}: {what}. " + (safe if is_there else "What this run wrote is lost."))
+        return OutputError(
+            f"output {self._path}: {what}. " + (safe if is_there else "What this run wrote is not in that file.")
+        )
 
     def __enter__(self) -> ResultWriter:
         return self
@@ -246,16 +249,22 @@ class ResultWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            # A file system that is not local may say only now that there was no room.
-            os.fsync(self._descriptor)
-            os.close(self._descriptor)
-        except OSError as late:
-            if error is None and late.errno != errno.EINVAL:  # of what cannot be synchronised
-                raise OutputError(
-                    f"output {self._path}: the last lines may not have reached the disk ({late.strerror}). "
-                    "--resume keeps those that have."
-                ) from late
+        # A file system that is not local may say only now that there was no room.
+        late = _error_of(os.fsync, self._descriptor)
+        late = _error_of(close_unlocked, self._descriptor) or late
+        if error is None and late is not None:
+            raise OutputError(
+                f"output {self._path}: the last lines may not have reached the disk ({late.strerror}). --resume keeps "
+                "those that have."
+            ) from late
+
+
+def _error_of(act: Callable[[int], None], descriptor: int) -> OSError | None:
+    try:
+        act(descriptor)
+    except OSError as error:
+        return error
+    return None
 
 
 def _encoded(line: Mapping[str, Any]) -> bytes:

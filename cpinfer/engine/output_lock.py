@@ -40,7 +40,7 @@ def locked(path: Path) -> Iterator[None]:
         with suppress(OSError):
             if is_at(descriptor, lock):
                 lock.unlink()
-        os.close(descriptor)
+        close_unlocked(descriptor)
 
 
 def _open_locked(lock: Path, path: Path) -> int:
@@ -69,6 +69,13 @@ def take_lock(descriptor: int, path: Path) -> None:
                 "writing one file. Use an output on one that has."
             ) from error
         raise
+
+
+def close_unlocked(descriptor: int) -> None:
+    """Close a locked file. Unlocked by word: a child that was forked in between has the same file open."""
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)
 
 
 def is_at(descriptor: int, path: Path) -> bool:

@@ -65,7 +65,7 @@ def test_hosts_whose_inputs_differ_are_refused(two_hosts: Path) -> None:
         few_prompts(two_hosts / f"rank{rank}" / "in.jsonl", 12 - rank)
     finished = run(two_hosts, "rollout", "--input", "in.jsonl", "--output", str(two_hosts / "out.jsonl"))
     assert "exitcode  : 2" in finished.stderr, finished
-    assert finished.stderr.count("rollout: rank 1 on ") == 1 and "another prompts than rank 0" in finished.stderr
+    assert finished.stderr.count("rollout: rank 1 on ") == 1 and "does not have rank 0's prompts" in finished.stderr
 
 
 def test_a_late_opening_takes_nothing_from_a_replica_that_is_quicker(tmp_path: Path) -> None:

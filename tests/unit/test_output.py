@@ -209,6 +209,8 @@ def test_a_run_without_a_named_output_gets_a_folder_named_after_config_and_time(
     assert str(path) == "runs/pcp2-20250304-050607/results.jsonl"
     path.parent.mkdir(parents=True)
     assert default_output("configs/pcp2.json", now).parent != path.parent
+    for name in ("x" * 250, "é" * 120):
+        check_output(default_output(f"{name}.json", now), "refuse")
 
 
 def test_parts_of_a_run_whose_first_replica_wrote_nothing_are_not_mixed_with_another(path):
@@ -307,6 +309,8 @@ def test_a_disk_that_is_full_only_when_it_is_asked_to_keep_the_lines_is_heard(pa
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OutputError, match="may not have reached the disk"), writer:
         writer.write(result(0))
+    with pytest.raises(OutputError, match="may not have reached the disk"), ResultWriter(path):
+        pass  # the first has closed the file all the same
 
 
 @pytest.mark.parametrize("how", ["folder removed", "folder renamed", "file replaced"])
@@ -327,9 +331,11 @@ def test_a_file_that_is_no_longer_there_ends_the_run_with_the_next_line(tmp_path
 
 
 def test_a_file_has_one_writer_at_a_time(path):
-    with ResultWriter(path), pytest.raises(OutputError, match="is being written by another run"):
+    with ResultWriter(path) as writer, pytest.raises(OutputError, match="is being written by another run"):
+        inherited = os.dup(writer._descriptor)  # as a child that was forked has it
         ResultWriter(path)
     write(path, (0, 0))
+    os.close(inherited)
 
 
 @pytest.mark.parametrize("existing", ["resume", "overwrite"])
