@@ -40,3 +40,7 @@ class StreamEndedError(RanksDifferError):
 
 class OutputError(RuntimeError):
     """Results cannot be written, or are not all where they were written. The message says what is safe; exit 1."""
+
+
+class ModelChangedError(RuntimeError):
+    """A model became another one while an engine was attached to it (dtype, device, modules, mode). Nothing was run."""

@@ -27,6 +27,10 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "encoder_decoder": Refusal("encoder-decoder models", "Use a decoder-only causal LM."),
     "quantized_weights": Refusal("quantized weights", "Load the model in float32, bfloat16 or float16."),
+    "device_map": Refusal(
+        "weights on several devices of a rank, or offloaded (device_map)",
+        "Load the model without device_map and move it to one device.",
+    ),
     "family": Refusal("model families without a row in the table of families", "Use one of those in the table."),
     "layer_type": Refusal("attention other than full and sliding-window (chunked, ...)", "Use another model."),
     "bidirectional": Refusal("bidirectional attention", "Set use_bidirectional_attention to false."),
@@ -89,6 +93,10 @@ REFUSALS: dict[str, Refusal] = {
         "Use DeepSpeed's \"bf16\", or Accelerate's mixed_precision.",
     ),
     "fsdp1": Refusal("FSDP1 (FullyShardedDataParallel)", "Use FSDP2: fully_shard, or fsdp_version 2 under Accelerate."),
+    "fsdp_root": Refusal(
+        "FSDP2 whose outermost fully_shard was called on a wrapper that is no PeftModel",
+        "Call fully_shard on the causal LM, its layers, or the PeftModel.",
+    ),
     "fsdp_tp": Refusal("FSDP2 together with tensor parallelism", "Use FSDP2 alone, or tensor parallelism with DDP."),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }

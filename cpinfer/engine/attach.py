@@ -18,11 +18,11 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
-from cpinfer.models.adapters import unwrapped
 from cpinfer.models.families import FAMILIES
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.weight_samples import software_versions, weight_identity
+from cpinfer.models.wrappers import unwrapped
 from cpinfer.refusals import refuse
 
 # Keys that tools read, or that may name one thing differently on each host.

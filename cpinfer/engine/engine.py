@@ -234,6 +234,7 @@ class Engine:
         self.raise_if_left_alone()
         if self._steps is None:
             raise RuntimeError("the engine sleeps; call wake() before generating or scoring")
+        self._runner.check_unchanged()
         if self._runner.notice_adapters():  # switched, merged or scaled since the last call, they make other weights
             self.weights_changed()
         if self._is_cut:  # an error or an interrupt may have come between taking blocks and writing them down

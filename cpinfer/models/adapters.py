@@ -6,7 +6,7 @@ have, so that nothing of PEFT is imported.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from cpinfer.refusals import refuse
@@ -18,21 +18,14 @@ _IN_MODULES = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "HRA", "
 AdapterState = tuple[tuple[Any, ...], ...]
 
 
-def unwrapped(model: Any) -> Any:
-    """The Hugging Face model inside a PeftModel, its adapters in place; any other model as it is.
-
-    UnsupportedError for adapters that do not act in the modules they change.
-    """
-    adapters = getattr(model, "peft_config", None)
-    if adapters is None or not hasattr(model, "get_base_model"):
-        return model
+def refuse_adapters_outside_modules(adapters: Mapping[str, Any]) -> None:
+    """UnsupportedError for adapters, configs by name, that do not act in the modules they change."""
     for name, adapter in adapters.items():
         kind = str(getattr(adapter.peft_type, "value", adapter.peft_type))
         if kind not in _IN_MODULES:
             raise refuse("adapter_outside_modules", f'adapter "{name}" is of kind {kind}')
         if getattr(adapter, "alora_invocation_tokens", None) is not None:
             raise refuse("adapter_outside_modules", f'adapter "{name}" has alora_invocation_tokens')
-    return model.get_base_model()
 
 
 def adapter_state(model: Any) -> AdapterState:
@@ -43,7 +36,8 @@ def adapter_state(model: Any) -> AdapterState:
             tuple(_as_list(module.active_adapter)),
             bool(module.disable_adapters),
             tuple(getattr(module, "merged_adapters", ())),
-            tuple(sorted((key, float(value)) for key, value in getattr(module, "scaling", {}).items())),
+            # Of its own: where whole modules are saved, the wrapper answers with what they have under this name.
+            tuple(sorted((key, float(value)) for key, value in vars(module).get("scaling", {}).items())),
         )
         for name, module in _adapted_modules(model)
     )

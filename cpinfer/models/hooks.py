@@ -13,14 +13,14 @@ _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 @contextmanager
-def hooks_asleep(model: nn.Module, owner: str) -> Iterator[None]:
+def hooks_asleep(model: nn.Module, owner: str, *, inside: bool = True) -> Iterator[None]:
     """For the length of the block no forward hook runs that the package `owner` has put on a module of `model`.
 
-    Hooks of others run as ever. Afterwards every module has the hooks it had, the same objects in the same order, so
-    handles that somebody keeps remain good.
+    Without `inside` that is on `model` alone. Hooks of others run as ever. Afterwards every module has the hooks it
+    had, the same objects in the same order, so handles that somebody keeps remain good.
     """
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in model.modules() if inside else (model,):
             for name in _FORWARD_HOOKS:
                 hooks: OrderedDict[int, Callable[..., Any]] = getattr(module, name)
                 others = OrderedDict((key, hook) for key, hook in hooks.items() if not _is_of(hook, owner))

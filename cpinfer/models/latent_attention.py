@@ -18,7 +18,8 @@ from cpinfer.models.local_weights import local
 
 
 def is_latent_attention(module: Any) -> bool:
-    return hasattr(module, "kv_a_proj_with_mqa") and hasattr(module, "kv_b_proj")
+    """Whether the projections are the module's own: wrappers answer for what they wrap, which is met on its own."""
+    return {"kv_a_proj_with_mqa", "kv_b_proj"} <= module._modules.keys()
 
 
 def latent_attention(
@@ -51,7 +52,9 @@ def latent_attention(
 
 def _rotate(module: Any, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
     """RoPE of q `[1, H, T, R]` and k `[1, 1, T, R]`, as the module's own family does it."""
-    family = sys.modules[type(module).__module__]
+    # FSDP gives a module a class of its own, derived from the family's.
+    modules = (sys.modules[cls.__module__] for cls in type(module).__mro__)
+    family: Any = next(m for m in modules if hasattr(m, "apply_rotary_emb") or hasattr(m, "apply_rotary_pos_emb"))
     if isinstance(position_embeddings, Tensor):  # V2: complex numbers
         rotated: tuple[Tensor, Tensor] = family.apply_rotary_emb(q, k, position_embeddings)
     elif getattr(module.config, "rope_interleave", False):

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpinfer.refusals import refuse
+
+WeightKind = tuple[torch.dtype, torch.device | None]
+
 
 def local(weight: Tensor) -> Tensor:
     """The values that are here, without a copy."""
@@ -34,16 +38,58 @@ def shape_in_use(weight: Any, *, gathered_by_fsdp: bool = False) -> tuple[int, .
     return tuple(shape)
 
 
-def is_fsdp(model: Any) -> bool:
-    """Whether FSDP2's hooks on the outermost module bring the weights."""
-    return hasattr(model, "set_reshard_after_forward")
+def is_fsdp(module: Any) -> bool:
+    """Whether FSDP2's hooks on this module bring its weights."""
+    return hasattr(type(module), "set_reshard_after_forward")
 
 
-def dtype_in_use(model: Any) -> torch.dtype:
-    """The dtype that a model's weights have when they are used: FSDP may bring them in another than it keeps."""
-    kept: torch.dtype = model.get_input_embeddings().weight.dtype
-    brought = model._get_fsdp_state()._mp_policy.param_dtype if is_fsdp(model) else None
+def has_fsdp(model: Any) -> bool:
+    """Whether FSDP2's hooks on some module of a model bring weights."""
+    return any(map(is_fsdp, model.modules()))
+
+
+def dtype_in_use(model: Any, layer: Any) -> torch.dtype:
+    """The dtype that the weights of `layer` in `model` have when they are used.
+
+    FSDP may bring them in another than it keeps: by the innermost call of `fully_shard` around them.
+    """
+    weight = next(layer.parameters())
+    kept: torch.dtype = weight.dtype
+    around = [part for part in model.modules() if is_fsdp(part) and any(x is weight for x in part.parameters())]
+    brought = around[-1]._get_fsdp_state()._mp_policy.param_dtype if around else None
     return brought or kept
+
+
+def weight_kind(weight: Any, *, gathered_by_fsdp: bool = False) -> WeightKind | None:
+    """Dtype and device of a weight that stays what it is between steps; no device where it comes and goes.
+
+    FSDP's have a kind while they are dealt out: it may bring them in another dtype, and leave them there.
+    """
+    if gathered_by_fsdp:
+        return (weight.dtype, None) if hasattr(weight, "device_mesh") else None
+    return weight.dtype, None if hasattr(weight, "ds_id") else weight.device
+
+
+def refuse_unusable_weights(model: Any) -> None:
+    """UnsupportedError for weights that are codes for numbers, or that do not lie on one device."""
+    for name, module in model.named_modules():
+        if callable(getattr(type(module), "weight", None)):  # as torch.ao has it
+            raise refuse("quantized_weights", f"{name} is a {type(module).__module__}.{type(module).__name__}")
+    for name, weight in model.named_parameters():
+        if _is_quantized(weight):
+            raise refuse("quantized_weights", f"{name} is a {type(weight).__name__} of {weight.dtype}")
+    kinds = filter(None, map(weight_kind, model.parameters()))
+    devices = {str(device) for _, device in kinds if device is not None}
+    if len(devices) > 1 or "meta" in devices:
+        raise refuse("device_map", f"weights on {', '.join(sorted(devices))}")
+
+
+def _is_quantized(weight: Any) -> bool:
+    """Whether the values kept are codes: integers or bytes, whatever dtype a tensor subclass says it is of."""
+    if hasattr(weight, "__tensor_flatten__"):
+        inside = (getattr(weight, name) for name in weight.__tensor_flatten__()[0])
+        return any(_is_quantized(x) for x in inside if isinstance(x, Tensor))
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

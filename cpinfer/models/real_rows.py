@@ -11,9 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+_ROUTERS = frozenset(("gate", "router"))
+
 
 def is_mixture_of_experts(module: Any) -> bool:
-    return hasattr(module, "experts") and (hasattr(module, "gate") or hasattr(module, "router"))
+    """Whether the parts of one are the module's own: wrappers answer for what they wrap, which is met on its own."""
+    return "experts" in module._modules and not _ROUTERS.isdisjoint(module._modules)
 
 
 class RealRows:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +13,26 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cpinfer.errors import UserError
-from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters_under_tp, unwrapped
+from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters_under_tp
+from cpinfer.models.attachment import Attachment, attending_by, claimed, replaced, uncompiled
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.attention_steps import AttentionStep
 from cpinfer.models.autocast import CastStep, autocast_dtype
+from cpinfer.models.decoder_layers import check_layers, decoder_layers
+from cpinfer.models.hooks import hooks_asleep
 from cpinfer.models.latent_attention import is_latent_attention, latent_attention
-from cpinfer.models.local_weights import dtype_in_use, is_fsdp, local, shape_in_use
+from cpinfer.models.layer_order import EveryLayerOnce
+from cpinfer.models.local_weights import (
+    dtype_in_use,
+    has_fsdp,
+    is_fsdp,
+    local,
+    refuse_unusable_weights,
+    shape_in_use,
+)
 from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
 from cpinfer.models.spec import ModelSpec
+from cpinfer.models.wrappers import refuse_all_but_causal_lms, unwrapped, without_replication
 from cpinfer.refusals import refuse
 
 ATTENTION_NAME = "cpinfer"
@@ -67,25 +78,41 @@ def _wanted(cp_step: RankStep | None) -> RankStep:
     if cp_step is None:
         raise RuntimeError(
             "this model is attached to a cpinfer engine, which alone may run it; leave the `with cpinfer.attach(...)` "
-            "block before training or calling it"
+            "block before training, calling or copying it"
         )
     return cp_step
 
 
 class ModelRunner:
-    """Runs steps of an attached model. Made by `attached`."""
+    """Runs steps of an attached model. Made by `attached`.
+
+    `entry` is called for a forward: of the model, or of what brings its weights.
+    """
 
     def __init__(
-        self, model: Any, spec: ModelSpec, q_heads: range, real_rows: RealRows, cast: torch.dtype | None
+        self,
+        attachment: Attachment,
+        entry: Any,
+        spec: ModelSpec,
+        q_heads: range,
+        real_rows: RealRows,
+        dtype: torch.dtype,
+        cast: torch.dtype | None,
     ) -> None:
-        self._model = model
+        self._attachment = attachment
+        self._entry = entry
+        self._model = model = attachment.model
         self._cast = cast
         self._adapters = adapter_state(model)
         self._q_heads = q_heads
         self._real_rows = real_rows
         self.spec = spec
         self.device: torch.device = model.get_input_embeddings().weight.device
-        self.dtype: torch.dtype = cast or dtype_in_use(model)
+        self.dtype: torch.dtype = cast or dtype
+
+    def check_unchanged(self) -> None:
+        """ModelChangedError when the model is not the one that was attached: other dtypes, modules, attention, mode."""
+        self._attachment.check()
 
     def notice_adapters(self) -> bool:
         """Whether other adapters are in effect than when this was last asked."""
@@ -103,7 +130,7 @@ class ModelRunner:
 
     @property
     def is_fsdp(self) -> bool:
-        return is_fsdp(self._model)
+        return self._attachment.gathered_by_fsdp
 
     def weight_places(self) -> tuple[int, ...]:
         """Where the weights lie in memory: what was captured reads them there."""
@@ -113,24 +140,24 @@ class ModelRunner:
     def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor) -> Tensor:
         """`[N, vocab]` float32 logits of the packed tokens `keep [N]`; the other tokens never meet the vocabulary.
 
-        token_ids, positions `[T]`, T and N at least 1: models crash on zero rows.
+        token_ids, positions `[T]`, T and N at least 1: models crash on zero rows. EngineFaultError when a layer did not
+        take its attention from `step`.
         """
         self._real_rows.count = step.num_tokens
-        # `forward`, not a call: hooks on the outermost module belong to training. DeepSpeed's AutoTP has one that
-        # pickles the arguments of the first batch to compare them between ranks, once. FSDP's bring the weights.
-        run = self._model if is_fsdp(self._model) else self._model.forward
         precision: AbstractContextManager[Any] = nullcontext()
         if self._cast is not None:
             step, precision = CastStep(step, self._cast), torch.autocast(self.device.type, self._cast)
+        layers = EveryLayerOnce(step, self.spec.windows)
         with precision:
-            output = run(
+            output = self._entry(
                 input_ids=token_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
                 attention_mask=None,
                 use_cache=False,
                 logits_to_keep=keep,
-                cp_step=RankStep(step, self._q_heads),
+                cp_step=RankStep(layers, self._q_heads),
             )
+        layers.check_complete()
         return output.logits[0].float()
 
 
@@ -138,55 +165,65 @@ class ModelRunner:
 def attached(outermost: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) -> Iterator[ModelRunner]:
     """Put our attention into a model for the length of the block; on the way out everything is as it was.
 
-    `outermost` is the model, or a PeftModel around it. UserError when the model holds other heads than tensor
-    parallelism of `tp_size` gives it, or adapters that cannot be in effect.
+    `outermost` is the model, or what `unwrapped` knows around it. UserError, before anything is changed, when it is no
+    causal LM, is attached already, holds other heads than tensor parallelism of `tp_size` gives it, layers that do not
+    count themselves in order, or weights or adapters that cannot be in effect.
     """
-    model = unwrapped(outermost)
-    if tp_size > 1:
-        refuse_adapters_under_tp(model)
-    _check_heads(model, spec, tp_size)
-    _check_latent_projections(model)
+    outermost, model = without_replication(outermost), unwrapped(outermost)
+    entry, gathered_by_fsdp = _entry(outermost, model), has_fsdp(outermost)
+    _check_model(model, spec, tp_size, gathered_by_fsdp)
     AttentionInterface.register(ATTENTION_NAME, attend_by_step)
-    # A config of its own for the block: other models, a frozen reference say, may have been made from the same object.
-    original, config = model.config, copy.copy(model.config)
-    training = {module: module.training for module in model.modules()}
+    training = {module: module.training for module in outermost.modules()}
     real_rows = RealRows()
     with ExitStack() as stack:
+        stack.enter_context(claimed(model))
+        stack.enter_context(uncompiled(outermost))
+        # AutoTP's pickles the arguments of the first batch to compare them between ranks, once: training's business.
+        stack.enter_context(hooks_asleep(entry, "deepspeed", inside=False))
         for module in model.modules():
-            if vars(module).get("config") is original:
-                stack.enter_context(_replaced(module, "config", config))
-            if is_latent_attention(module):
-                stack.enter_context(_replaced(module, "forward", partial(_latent_forward, module)))
-            elif is_mixture_of_experts(module):
-                forward = partial(real_rows.forward, module, module.forward)
-                stack.enter_context(_replaced(module, "forward", forward))
-            elif hasattr(module, "c_attn"):
-                # GPT-BigCode cuts its fused projection by a size that AutoTP leaves at that of all heads.
-                q_size = spec.heads(tp_size).q_heads_per_rank * spec.head_dim
-                stack.enter_context(_replaced(module, "embed_dim", q_size))
-        config._attn_implementation = ATTENTION_NAME
+            for name, value in _replacements(module, spec, tp_size, real_rows):
+                stack.enter_context(replaced(module, name, value))
+        stack.callback(_set_modes, training)
         model.eval()
-        try:
-            cast = autocast_dtype(outermost, model)
-            yield ModelRunner(model, spec, spec.heads(tp_size).q_heads(tp_rank), real_rows, cast)
-        finally:
-            for module, mode in training.items():
-                module.training = mode
+        attending = attending_by(model, ATTENTION_NAME, gathered_by_fsdp=gathered_by_fsdp)
+        attachment = stack.enter_context(attending)
+        dtype, cast = dtype_in_use(outermost, decoder_layers(model)[0]), autocast_dtype(outermost, model)
+        yield ModelRunner(attachment, entry, spec, spec.heads(tp_size).q_heads(tp_rank), real_rows, dtype, cast)
 
 
-@contextmanager
-def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
-    """An attribute of one instance; afterwards it has the one it had, or none of its own."""
-    own = module.__dict__
-    had, before = name in own, own.get(name)
-    own[name] = value
-    try:
-        yield
-    finally:
-        if had:
-            own[name] = before
-        else:
-            del own[name]
+def _check_model(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:
+    refuse_all_but_causal_lms(model)
+    refuse_unusable_weights(model)
+    if tp_size > 1:
+        refuse_adapters_under_tp(model)
+    check_layers(model, spec.windows)
+    _check_heads(model, spec, tp_size, gathered_by_fsdp)
+    _check_latent_projections(model)
+
+
+def _entry(outermost: Any, model: Any) -> Any:
+    """The module whose call runs `model`, with the hooks that bring its weights."""
+    if is_fsdp(model) or not is_fsdp(outermost):
+        return model
+    if not hasattr(outermost, "peft_config"):
+        raise refuse("fsdp_root", f"a {type(outermost).__name__}")
+    return outermost
+
+
+def _replacements(module: Any, spec: ModelSpec, tp_size: int, real_rows: RealRows) -> Iterator[tuple[str, Any]]:
+    """The attributes of a module that are others while the engine runs it, beside its config."""
+    if is_latent_attention(module):
+        yield "forward", partial(_latent_forward, module)
+    elif is_mixture_of_experts(module):
+        yield "forward", partial(real_rows.forward, module, module.forward)
+    elif "c_attn" in module._modules:
+        # GPT-BigCode cuts its fused projection by a size that AutoTP leaves at that of all heads.
+        yield "embed_dim", spec.heads(tp_size).q_heads_per_rank * spec.head_dim
+
+
+def _set_modes(training: Mapping[Any, bool]) -> None:
+    for module, mode in training.items():
+        module.training = mode
 
 
 def _latent_forward(
@@ -206,7 +243,7 @@ def _check_latent_projections(model: Any) -> None:
             raise refuse("latent_adapter", f"{name}.kv_b_proj is a {type(module.kv_b_proj).__name__}")
 
 
-def _check_heads(model: Any, spec: ModelSpec, tp_size: int) -> None:
+def _check_heads(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:
     """Every projection to heads has as many rows on this rank as its heads take."""
     heads = spec.heads(tp_size)
     q_heads, kv_heads, latent = heads.q_heads_per_rank, heads.kv_heads_per_rank, spec.latent
@@ -216,13 +253,15 @@ def _check_heads(model: Any, spec: ModelSpec, tp_size: int) -> None:
     else:
         rows["k_proj"] = rows["v_proj"] = kv_heads * spec.head_dim
         rows["c_attn"] = (q_heads + 2 * kv_heads) * spec.head_dim
-    gathered_by_fsdp = is_fsdp(model)
     for name, module in model.named_modules():
         for projection, want in rows.items():
-            weight = getattr(getattr(module, projection, None), "weight", None)
+            linear = module._modules.get(projection)
+            if linear is None:
+                continue
+            weight = getattr(linear, "weight", None)
             shape = () if weight is None else shape_in_use(weight, gathered_by_fsdp=gathered_by_fsdp)
             if len(shape) != 2:
-                continue
+                raise refuse("quantized_weights", f"{name}.{projection} is a {type(linear).__name__} with no matrix")
             have = shape[0]
             if have != want:
                 raise UserError(

@@ -20,11 +20,11 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from cpinfer.comm.axis import AxisComm
-from cpinfer.models.adapters import unwrapped
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.hooks import hooks_asleep
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.tensor_parallel import cuts, sliced
+from cpinfer.models.wrappers import unwrapped
 
 _OWNER = "deepspeed"
 

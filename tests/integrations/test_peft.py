@@ -4,20 +4,21 @@ import copy
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
 import check_rollout
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import Config, SamplingParams, TensorParallel
 from cpinfer.engine.attach import attach, model_spec
-from cpinfer.errors import UnsupportedError
+from cpinfer.errors import ModelChangedError, UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.tensor_parallel import cuts
 from tiny_models import FAMILIES, make_model, prompts_of
 
 CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))
 PROMPTS = prompts_of((3, 40), vocab_size=128)
+SMALL = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], init_lora_weights=False)
 
 
@@ -77,6 +78,77 @@ def test_the_latent_projections_outside_kv_b_proj_take_adapters():
     with attach(model, config=CONFIG) as engine:
         results = engine.generate(PROMPTS)
     check_exact(model, results)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_layers_that_an_adapter_replicates_have_places_of_their_own(family):
+    """They share weights, but for what each adapts, and hold copies of the config they were made with."""
+    model = model_with(LoraConfig(**SMALL, layer_replication=[[0, 2], [1, 2]]), family=family)
+    assert len(model.get_base_model().model.layers) == 3
+    with attach(model, config=CONFIG) as engine:
+        results = engine.generate(PROMPTS)
+    check_exact(model, results)
+
+
+@pytest.mark.parametrize(
+    "family, saved",
+    [
+        ("llama", "self_attn"),
+        ("gemma2", "self_attn"),
+        ("deepseek_v3", "self_attn"),
+        ("mixtral", "layers.1"),
+        ("gpt_oss", "layers.1"),
+        ("mixtral", "mlp"),
+    ],
+)
+def test_whole_modules_that_an_adapter_saves_attend_by_the_engine(family, saved):
+    """A copy of each, config and all, in place of the original; the adapter says which of them runs."""
+    model = model_with(LoraConfig(r=2, target_modules=["lm_head"], modules_to_save=[saved]), family=family)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "modules_to_save" in name and name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
+                weight.mul_(1.5)
+    with attach(model, config=CONFIG) as engine:
+        adapted = engine.generate(PROMPTS)
+        with model.disable_adapter():
+            plain = engine.generate(PROMPTS)
+    check_exact(model, adapted)
+    with model.disable_adapter():
+        check_exact(model, plain)
+    assert [r.logprobs for r in adapted] != [r.logprobs for r in plain]
+
+
+def test_adapters_of_several_kinds_at_once_answer_as_the_mixed_model_does():
+    model = get_peft_model(make_model(copy.deepcopy(FAMILIES["llama"])), LoraConfig(**SMALL), "a", mixed=True)
+    model.add_adapter("b", LoHaConfig(r=4, target_modules=["v_proj", "up_proj"], init_weights=False))
+    model.set_adapter(["a", "b"])
+    with attach(model, config=CONFIG) as engine:
+        both = engine.generate(PROMPTS)
+        model.set_adapter("a")
+        one = engine.generate(PROMPTS)
+    check_exact(model, one)
+    model.set_adapter(["a", "b"])
+    check_exact(model, both)
+    assert [r.logprobs for r in both] != [r.logprobs for r in one]
+
+
+def test_adapters_around_an_attached_model_are_refused_as_it_is():
+    model = model_with(LORA)
+    with (
+        attach(model.get_base_model(), config=CONFIG),
+        pytest.raises(UserError, match="attached to an engine already"),
+        attach(model, config=CONFIG),
+    ):
+        pytest.fail("the block must not be entered")
+
+
+def test_an_adapter_that_is_added_inside_the_block_stops_the_next_call():
+    """Its dropout would be on: nobody has put it into evaluation mode."""
+    model = model_with(LORA)
+    with attach(model, config=CONFIG) as engine:
+        model.add_adapter("b", LoraConfig(**SMALL, lora_dropout=0.5))
+        with pytest.raises(ModelChangedError, match=r"modules in .*q_proj.lora_dropout were added"):
+            engine.generate(PROMPTS)
 
 
 CHANGES = {

@@ -35,8 +35,9 @@ from cpinfer.engine.request import RolloutResult
 from cpinfer.engine.scheduler import SchedulerStats
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
-from cpinfer.models import latent_attention, runner
+from cpinfer.models import latent_attention
 from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
+from cpinfer.models.attention_steps import DecodeStep, PrefillStep
 from tiny_models import EXPERTS, FAMILIES, LATENT, TINY, YARN, make_model, prompts_of
 
 TOLERANCE = 1e-4
@@ -291,10 +292,17 @@ Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 def layers_without(**wrong: Any) -> Patch:
-    def layer(*args: Any, **kwargs: Any) -> AttentionLayer:
-        return dataclasses.replace(AttentionLayer(*args, **kwargs), **wrong)
+    """In the steps, behind the check that layers say what the config says."""
 
-    return lambda patch: patch.setattr(runner, "AttentionLayer", layer)
+    def patched(patch: pytest.MonkeyPatch) -> None:
+        for step in (PrefillStep, DecodeStep):
+
+            def attend(own: Any, layer: AttentionLayer, *qkv: Any, inner: Any = step.attend) -> Any:
+                return inner(own, dataclasses.replace(layer, **wrong), *qkv)
+
+            patch.setattr(step, "attend", attend)
+
+    return patched
 
 
 def sinks_of_the_first_rank_for_all(patch: pytest.MonkeyPatch) -> None:

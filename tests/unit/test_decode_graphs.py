@@ -22,6 +22,7 @@ from cpinfer.backends.torch_backend import TorchBackend
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
+from cpinfer.errors import EngineFaultError
 from cpinfer.layout.decode import bucket_of, deal_rows, plan_decode, writing_all
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.shards import KVSharding
@@ -175,6 +176,27 @@ def test_a_rank_that_cannot_capture_beside_one_that_can_is_no_hang(
     with pytest.warns(UserWarning, match="capturing failed"):
         assert_right(*generate("qwen2", RankGrid(pcp_size=2, dcp_size=2), (5, 33, 17, 2, 9), cuda_graphs=True))
     assert graphs.num_captured >= 2
+
+
+def test_a_layer_that_passes_the_engine_by_is_seen_before_a_graph_is_captured(
+    on_fake_cuda: Callable[[Any], None],
+) -> None:
+    graphs = Graphs()
+    on_fake_cuda(graphs.capture)
+    model = make_model(FAMILIES["llama"])
+    attention = model.model.layers[1].self_attn
+    inner = attention.forward
+
+    def forward(hidden_states: torch.Tensor, **given: Any) -> Any:
+        if hidden_states.shape[1] > 2:  # a prompt
+            return inner(hidden_states, **given)
+        return hidden_states, None
+
+    attention.forward = forward
+    config = parse_config({"dtype": "float32", "kv_cache_gib": 2**-9, "cuda_graphs": True})
+    with cpinfer.attach(model, config=config) as engine, pytest.raises(EngineFaultError, match="in 1 of its 2 layers"):
+        engine.generate(prompts_of((5, 17), vocab_size=128), SamplingParams(temperature=0, max_new_tokens=4))
+    assert graphs.num_captured == 0
 
 
 @pytest.mark.parametrize("change", ["moved", "said"])

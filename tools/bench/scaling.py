@@ -240,9 +240,11 @@ def measure_prefill(
             }
         )
 
+    # A model serves one engine at a time: modules of its own for each, on the same weights.
+    beside = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     with (
         cpinfer.attach(model, cpinfer.Topology.single(), config(1)) as one,
-        cpinfer.attach(model, both, config(NUM_RANKS)) as shared,
+        cpinfer.attach(beside, both, config(NUM_RANKS)) as shared,
     ):
         turns = take_turns(
             "prefill",

@@ -1,0 +1,114 @@
+"""Weights that are codes for numbers, or that are elsewhere, are refused by name; all others are told as they are."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from cpinfer.engine.attach import attach
+from cpinfer.errors import UnsupportedError
+from cpinfer.models.local_weights import weight_kind
+from tiny_models import FAMILIES, make_model
+
+
+def fresh(family="llama"):
+    return make_model(copy.deepcopy(FAMILIES[family]))
+
+
+class Int8Linear(nn.Module):
+    """Integers and a scale, as weight-only quantisation has them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+
+
+class Packed4Bit(nn.Module):
+    """As bitsandbytes packs two numbers into a byte."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.uint8).view(-1, 1)[::2], requires_grad=False)
+
+
+class Float8Linear(nn.Module):
+    def __init__(self, linear):
+        super().__init__()
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+
+class CodesInABuffer(nn.Module):
+    """As GPTQ keeps them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.qweight = nn.Buffer(linear.weight.detach().to(torch.int32))
+
+
+class Codes(torch.Tensor):
+    """A tensor that says it is of float32 and keeps bytes, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, requires_grad=False)
+
+    def __init__(self, values):
+        self.values = values.to(torch.int8)
+
+    def __tensor_flatten__(self):
+        return ["values"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].values)
+        raise NotImplementedError(function)
+
+
+def with_codes(linear):
+    linear.weight = nn.Parameter(Codes(linear.weight.detach()), requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize("projection", ["self_attn.q_proj", "self_attn.v_proj"])
+@pytest.mark.parametrize("quantise", [Int8Linear, Packed4Bit, Float8Linear, CodesInABuffer, with_codes])
+def test_quantised_projections_are_refused_by_name(quantise, projection):
+    model = fresh()
+    parent, _, name = projection.partition(".")
+    attention = getattr(model.model.layers[1], parent)
+    setattr(attention, name, quantise(getattr(attention, name)))
+    with pytest.raises(UnsupportedError, match=rf"layers.1.{projection}.*quantized weights"), attach(model):
+        pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize("quantise", [Int8Linear, Packed4Bit, Float8Linear, with_codes])
+def test_so_are_those_outside_attention(quantise):
+    model = fresh("qwen3")
+    model.model.layers[0].mlp.up_proj = quantise(model.model.layers[0].mlp.up_proj)
+    with pytest.raises(UnsupportedError, match=r"layers.0.mlp.up_proj.weight.*quantized weights"), attach(model):
+        pytest.fail("the block must not be entered")
+
+
+def test_dynamic_quantisation_of_torch_is_refused_by_name():
+    model = torch.ao.quantization.quantize_dynamic(fresh(), {nn.Linear}, dtype=torch.qint8)
+    with (
+        pytest.raises(UnsupportedError, match=r"layers.0.self_attn.q_proj is a torch.ao.*quantized weights"),
+        attach(model),
+    ):
+        pytest.fail("the block must not be entered")
+
+
+def test_weights_that_are_elsewhere_are_refused_by_name():
+    model = fresh()
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(UnsupportedError, match=r"weights on cpu, meta: .*device_map"), attach(model):
+        pytest.fail("the block must not be entered")
+
+
+def test_a_kind_of_weight_is_what_stays_the_same_between_steps():
+    weight = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
+    assert weight_kind(weight) == (torch.bfloat16, torch.device("cpu"))
+    assert weight_kind(weight, gathered_by_fsdp=True) is None, "what FSDP has brought may be dealt out again"
+    weight.ds_id = 1  # dealt out by ZeRO-3, which brings it wherever it wants
+    assert weight_kind(weight) == (torch.bfloat16, None)
