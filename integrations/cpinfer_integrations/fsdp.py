@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.hooks import hooks_asleep
+from cpinfer.models.wrappers import unwrapped
 from cpinfer.refusals import refuse
 
 _OWNER = "torch.distributed"
@@ -26,6 +27,11 @@ _OWNER = "torch.distributed"
 def sharded_modules(module: nn.Module) -> list[Any]:
     """The modules on which `fully_shard` was called, from the outside in: `nn.Module` and `FSDPModule` both."""
     return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def mesh_axes(module: nn.Module) -> set[str]:
+    """The names of the axes of all device meshes on which weights lie."""
+    return {name for x in module.parameters() if isinstance(x, DTensor) for name in x.device_mesh.mesh_dim_names or ()}
 
 
 @contextmanager
@@ -49,7 +55,7 @@ def layerwise(module: nn.Module) -> Iterator[int]:
 
 def refuse_unsupported(module: nn.Module, gather: str) -> None:
     """UnsupportedError for what the table of refusals says of FSDP2."""
-    names = {name for x in module.parameters() if isinstance(x, DTensor) for name in x.device_mesh.mesh_dim_names or ()}
+    names = mesh_axes(module)
     if "tp" in names:
         raise refuse("fsdp_tp", f"a device mesh with axes {', '.join(sorted(names))}")
     if gather == "tp_shards":
@@ -65,12 +71,19 @@ def _sharded_again(module: nn.Module) -> Iterator[None]:
     except BaseException:
         # FSDP believes itself in the forward that failed, where its outermost module is not to be sharded again.
         # (torch before 2.13 has no word for it.)
-        if hasattr(parts[0], "reset_iter_state"):
-            parts[0].reset_iter_state()
+        for part in _outermost(parts):
+            if hasattr(part, "reset_iter_state") and part._get_fsdp_state()._is_root:  # None before its first forward
+                part.reset_iter_state()
         raise
     finally:
         for part in before:
             part.reshard()
+
+
+def _outermost(parts: list[Any]) -> list[Any]:
+    """Those that are inside no other: the model, or its layers where `fully_shard` was called on them alone."""
+    inside = {module for part in parts for module in part.modules() if module is not part}
+    return [part for part in parts if part not in inside]
 
 
 def _is_sharded(part: nn.Module) -> bool:
@@ -80,8 +93,13 @@ def _is_sharded(part: nn.Module) -> bool:
 
 
 def _most_bytes(module: Any) -> int:
-    """All that is outside the layers, and two layers: one runs, the next is on its way."""
-    layers = [_whole_bytes(layer) for layer in decoder_layers(module)]
+    """All that is outside the layers, and two layers: one runs, the next is on its way.
+
+    FSDP leaves whole what its outermost calls brought. Where those are the layers, it is the model in the end.
+    """
+    layers = [_whole_bytes(layer) for layer in decoder_layers(unwrapped(module))]
+    if len(_outermost(sharded_modules(module))) > 1:
+        return _whole_bytes(module)
     return _whole_bytes(module) - sum(layers) + sum(sorted(layers)[-2:])
 
 

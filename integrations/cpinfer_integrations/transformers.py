@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.engine.phase import Lent
+from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 
 
@@ -25,16 +28,25 @@ def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | No
     By default these become one pcp axis; a smaller `pcp_size` leaves the rest as dp replicas. `dcp_size` defaults to
     `pcp_size`. ValueError for a model whose weights no mesh with a `tp` axis holds. Collective.
     """
-    mesh = next((m for p in model.parameters() if "tp" in _dim_names(m := getattr(p, "device_mesh", None))), None)
-    if mesh is None:
-        raise ValueError(
-            "no weight of this model lies on a device mesh with a tp axis; load it with "
-            "distributed_config=DistributedConfig(tp_size=...)"
-        )
-    tp_group = mesh["tp"].get_group()
+    tp_group = _tp_mesh(model)["tp"].get_group()
     tp_size = dist.get_world_size(tp_group)
     grid = RankGrid.lending(tp_size, dist.get_world_size() // tp_size, pcp_size, dcp_size)
     return Topology.from_world(grid, tp_group=tp_group)
+
+
+def lend(model: Any, config: Config) -> Lent:
+    """What a training job lends whose model Transformers shards: its weights in place, its tp group, all other ranks.
+
+    UserError when the config's tp_size is not that of the model's mesh. Collective.
+    """
+    tp_size = _tp_mesh(model)["tp"].size()
+    if config.tp_size != tp_size:
+        raise UserError(
+            f"the model's weights lie on a device mesh with tp={tp_size}, the config says tp={config.tp_size}. "
+            f"Set tensor_parallel.tp_size to {tp_size}."
+        )
+    topology = topology_from(model, pcp_size=config.pcp_size, dcp_size=config.dcp_size)
+    return Lent(model, topology, num_copies=tp_size)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,16 @@ def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype) -> Launc
     config = DistributedConfig(tp_size=grid.tp_size, **more)
     module = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, distributed_config=config).eval()
     return LaunchedModel(module, topology_from(module, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size))
+
+
+def _tp_mesh(model: Any) -> Any:
+    mesh = next((m for p in model.parameters() if "tp" in _dim_names(m := getattr(p, "device_mesh", None))), None)
+    if mesh is None:
+        raise ValueError(
+            "no weight of this model lies on a device mesh with a tp axis; load it with "
+            "distributed_config=DistributedConfig(tp_size=...)"
+        )
+    return mesh
 
 
 def _dim_names(mesh: Any) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ A kind is `zero0` to `zero2`, `zero3:GATHER`, `ddp`, `fsdp2:GATHER`, `accelerate
 `+bf16` at its end the job has Accelerate's mixed precision, with `+autotp` DeepSpeed's AutoTP over 2 ranks. Each is run
 with and without phases: before training, and in the middle of accumulating gradients. Mixed precision is compared with
 the training forward instead. "costs KIND" is what lending_costs.py finds of a job, and
-"refusals" and "families" what lending_refusals.py and lending_families.py do.
+"refusals", "families" and "shapes" what lending_refusals.py, lending_families.py and lending_shapes.py do.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 import lending_costs
 import lending_families
 import lending_refusals
+import lending_shapes
 import torch
 import torch.distributed as dist
 from lending_costs import GREEDY, PROMPTS
@@ -163,6 +164,8 @@ def main(kinds: Sequence[str]) -> list[list[dict[str, Any]]]:
             outcome = lending_families.run(config_of)
         elif kind == "refusals":
             outcome = lending_refusals.run()
+        elif kind == "shapes":
+            outcome = lending_shapes.run()
         elif kind.endswith("+bf16"):
             outcome = run_mixed(kind)
         else:

@@ -160,3 +160,19 @@ def test_latent_attention_experts_and_adapters_are_gathered_every_way_under_zero
         assert len(outcome["cases"]) == 8
         for case in outcome["cases"]:
             assert all(case["same_tokens"]) and case["worst"] < 1e-4 and case["changed"] == [], case
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_models_of_other_shapes_lend_as_well_or_are_refused_by_name() -> None:
+    for outcome in outcomes_of(torchrun(2, WORKER), ("shapes",))["shapes"]:
+        assert len(outcome["cases"]) == 10
+        for name, case in outcome["cases"].items():
+            assert all(case["same_tokens"]) and case["worst"] < 1e-4, (name, case)
+            assert case["changed"] == [] and case["trains_on"], (name, case)
+        # Attention is in the precision in which FSDP brings the layers.
+        half = outcome["bfloat16"]
+        assert half["cached_bytes_per_value"] == 2 and half["off_by"] < half["float32_off_by"] / 2, half
+        refused = outcome["refused"]
+        assert re.search(r"FSDPValueHead: .*a wrapper that is no PeftModel", refused["a value head sharded"])
+        assert re.search(r"tp=2, the config says tp=1. Set .* to 2", refused["another tp than the mesh's"])
