@@ -181,10 +181,10 @@ class Way:
         steps, watch = engine._steps, self.watch
         run, forward = steps.run, steps._forward
 
-        def timed_run(step: Any) -> Any:
+        def timed_run(step: Any, **options: Any) -> Any:
             start_s = time.perf_counter()
             try:
-                return run(step)
+                return run(step, **options)
             finally:
                 watch.busy_s += time.perf_counter() - start_s
 
