@@ -7,27 +7,26 @@ overrides and resolves relative paths against the file's folder.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
-import math
-import types
-import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from cpinfer.errors import UserError
+from cpinfer.errors import UserError, quoted
 from cpinfer.refusals import refuse
+from cpinfer.schema import Bounds, Checked, parse_object, require
+from cpinfer.schema import key as _key
+from cpinfer.strict_json import NotJSONError, parse_json, read_text
 
-T = TypeVar("T")
-
-
-def _key(help: str, default: Any = dataclasses.MISSING, factory: Any = dataclasses.MISSING) -> Any:
-    """A field with the sentence that the README's table of keys prints for it."""
-    return field(default=default, default_factory=factory, metadata={"help": help})
-
+# Bounds that nobody needs to pass, and below which nothing that is computed from them overflows or takes forever.
+_RANKS = Bounds(1, 2**16)
+_TOKENS = Bounds(1, 2**30)
+_TOKEN_ID = Bounds(0, 2**31 - 1)
+_SEED = Bounds(0, 2**64 - 1)
+_COUNT = Bounds(0, 2**31 - 1)
+_SHARE = Bounds(0, 1)
 
 # What `kv_cache_dtype` calls the dtypes of torch; None is the model's own.
 KV_CACHE_DTYPES = {"auto": None, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -36,41 +35,40 @@ _SAME_KV_CACHE_DTYPES = {None: "auto", "fp8": "fp8_e4m3"}
 
 
 @dataclass(frozen=True)
-class SamplingParams:
+class SamplingParams(Checked):
     """How the tokens of one request are chosen."""
 
-    temperature: float = _key("0 is greedy", 1.0)
-    top_k: int = _key("keep the k likeliest tokens; 0 keeps all", 0)
-    top_p: float = _key("keep the likeliest tokens that hold this much probability together", 1.0)
-    min_p: float = _key("keep tokens at least this likely relative to the likeliest", 0.0)
-    repetition_penalty: float = _key("above 1 makes tokens of the prompt and of the answer less likely", 1.0)
-    max_new_tokens: int = _key("longest answer, in tokens", 128)
-    n: int = _key("samples per prompt", 1)
-    seed: int = _key("with it the text is a function of the prompt, the sample and the model alone", 0)
-    stop: tuple[str, ...] = _key("texts that end an answer; they are cut off `text`, not off `token_ids`", ())
-    stop_token_ids: tuple[int, ...] = _key("tokens that end an answer, beside the model's own", ())
+    # Temperature, penalty and bias: together they keep float32 logits finite.
+    temperature: float = _key("0 is greedy", 1.0, within=Bounds(1e-5, 1e30, or_zero=True))
+    top_k: int = _key("keep the k likeliest tokens; 0 keeps all", 0, within=_COUNT)
+    top_p: float = _key(
+        "keep the likeliest tokens that hold this much probability together", 1.0, within=Bounds(0, 1, above_low=True)
+    )
+    min_p: float = _key("keep tokens at least this likely relative to the likeliest", 0.0, within=_SHARE)
+    repetition_penalty: float = _key(
+        "above 1 makes tokens of the prompt and of the answer less likely", 1.0, within=Bounds(1e-5, 1e5)
+    )
+    max_new_tokens: int = _key("longest answer, in tokens", 128, within=_TOKENS)
+    n: int = _key("samples per prompt", 1, within=Bounds(1, 2**16))
+    seed: int = _key("with it the text is a function of the prompt, the sample and the model alone", 0, within=_SEED)
+    stop: tuple[str, ...] = _key(
+        "texts that end an answer; they are cut off `text`, not off `token_ids`", (), any_text=True
+    )
+    stop_token_ids: tuple[int, ...] = _key("tokens that end an answer, beside the model's own", (), within=_TOKEN_ID)
     ignore_eos: bool = _key("do not end at the model's end-of-text tokens", False)
-    min_new_tokens: int = _key("no end of any kind before so many tokens", 0)
-    logit_bias: tuple[tuple[int, float], ...] = _key("added to the logits of tokens; in JSON an object by token id", ())
-    top_logprobs: int = _key("report so many of the likeliest tokens at each place, with raw logprobs", 0)
+    min_new_tokens: int = _key("no end of any kind before so many tokens", 0, within=Bounds(0, 2**30))
+    logit_bias: tuple[tuple[int, float], ...] = _key(
+        "added to the logits of tokens; in JSON an object by token id", (), within=(_TOKEN_ID, Bounds(-1e20, 1e20))
+    )
+    top_logprobs: int = _key(
+        "report so many of the likeliest tokens at each place, with raw logprobs", 0, within=Bounds(0, 1024)
+    )
 
     def __post_init__(self) -> None:
-        # Below 1e-5 logits divided by it overflow float32.
-        ok = self.temperature == 0 or 1e-5 <= self.temperature < math.inf
-        _check(ok, "temperature", self.temperature, "0 (greedy), or at least 1e-5 and finite")
-        _check(self.top_k >= 0, "top_k", self.top_k, "at least 0 (0 keeps all tokens)")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "in [0, 1]")
-        penalty = self.repetition_penalty
-        _check(0 < penalty < math.inf, "repetition_penalty", penalty, "above 0 and finite")
-        _check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "at least 1")
-        _check(self.n >= 1, "n", self.n, "at least 1")
-        _check(0 <= self.seed < 2**64, "seed", self.seed, "in [0, 2**64)")
-        _check(self.min_new_tokens >= 0, "min_new_tokens", self.min_new_tokens, "at least 0")
-        _check(self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "at least 0")
-        finite = all(math.isfinite(bias) for _, bias in self.logit_bias)
-        _check(finite, "logit_bias", dict(self.logit_bias), "finite for every token")
-        _check("" not in self.stop, "stop", list(self.stop), "free of empty strings")
+        super().__post_init__()
+        require("" not in self.stop, "stop", list(self.stop), "free of empty strings")
+        biased = [token for token, _ in self.logit_bias]
+        require(len(set(biased)) == len(biased), "logit_bias", self.logit_bias, "free of repeated token ids")
 
     @property
     def greedy(self) -> bool:
@@ -98,20 +96,17 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
-class TensorParallel:
+class TensorParallel(Checked):
     """The framework's own tensor parallelism."""
 
-    tp_size: int = _key("ranks that share the weights of one replica", 1)
+    tp_size: int = _key("ranks that share the weights of one replica", 1, within=_RANKS)
     provider: Literal["autotp", "transformers"] = _key(
         "who shards the weights of a model that a tool loads: DeepSpeed's AutoTP, or Transformers", "autotp"
     )
 
-    def __post_init__(self) -> None:
-        _check(self.tp_size >= 1, "tp_size", self.tp_size, "at least 1")
-
 
 @dataclass(frozen=True)
-class WandbConfig:
+class WandbConfig(Checked):
     """Where the summary of a run is logged."""
 
     project: str = _key("W&B project", "cpinfer")
@@ -123,50 +118,49 @@ class WandbConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Checked):
     """What `tools/eval_longctx.py` asks a model."""
 
     tasks: tuple[str, ...] = _key("long-context tasks, made from a seed; all of them when empty", ())
     task_file: str | None = _key("questions, JSON Lines (relative to the config file), instead of `tasks`", None)
-    lengths: tuple[int, ...] = _key("tokens of a prompt and its answer together", (4096,))
-    num_samples: int | None = _key("samples per task and length; default: 10, or all of a file", None)
-    depths: tuple[float, ...] = _key(
-        "where the needle lies, as shares of the haystack; samples take them in turn", (0.0, 0.25, 0.5, 0.75, 1.0)
+    lengths: tuple[int, ...] = _key("tokens of a prompt and its answer together", (4096,), within=_TOKENS)
+    num_samples: int | None = _key(
+        "samples per task and length; default: 10, or all of a file", None, within=Bounds(1, 10**5)
     )
-    seeds: tuple[int, ...] = _key("sampling seeds: each is one run over all samples", (0,))
-    num_shots: int = _key("examples before each question of a gsm8k file, from its first lines", 5)
+    depths: tuple[float, ...] = _key(
+        "where the needle lies, as shares of the haystack; samples take them in turn",
+        (0.0, 0.25, 0.5, 0.75, 1.0),
+        within=_SHARE,
+    )
+    seeds: tuple[int, ...] = _key("sampling seeds: each is one run over all samples", (0,), within=_SEED)
+    num_shots: int = _key(
+        "examples before each question of a gsm8k file, from its first lines", 5, within=Bounds(0, 10**5)
+    )
 
     def __post_init__(self) -> None:
-        _check(not (self.tasks and self.task_file), "task_file", self.task_file, "left out where `tasks` are named")
-        ok = bool(self.lengths) and all(length >= 1 for length in self.lengths)
-        _check(ok, "lengths", self.lengths, "one or more, each at least 1")
-        _check(self.num_samples is None or self.num_samples >= 1, "num_samples", self.num_samples, "at least 1")
-        ok = bool(self.depths) and all(0 <= depth <= 1 for depth in self.depths)
-        _check(ok, "depths", self.depths, "one or more, each in [0, 1]")
-        ok = bool(self.seeds) and all(0 <= seed < 2**64 for seed in self.seeds)
-        _check(ok, "seeds", self.seeds, "one or more, each in [0, 2**64)")
-        _check(self.num_shots >= 0, "num_shots", self.num_shots, "at least 0")
+        super().__post_init__()
+        require(not (self.tasks and self.task_file), "task_file", self.task_file, "left out where `tasks` are named")
+        for name in ("lengths", "depths", "seeds"):
+            require(bool(getattr(self, name)), name, getattr(self, name), "a list of one or more")
         for name in ("tasks", "lengths", "depths", "seeds"):
             values = getattr(self, name)
-            _check(len(set(values)) == len(values), name, values, "free of repetitions")
+            require(len(set(values)) == len(values), name, values, "free of repetitions")
 
 
 @dataclass(frozen=True)
-class ComparisonConfig:
+class ComparisonConfig(Checked):
     """What `tools/compare.py` makes of an evaluation: the same one over several layouts."""
 
     layouts: tuple[str, ...] = _key('names such as "tp4_pcp2_dcp4", or configs; the first is the reference', ())
     tolerance: float | None = _key(
-        "largest logprob difference that passes; default: 1e-4 in float32, 0.05 in half precision", None
+        "largest logprob difference that passes; default: 1e-4 in float32, 0.05 in half precision",
+        None,
+        within=Bounds(0, 1e6),
     )
-
-    def __post_init__(self) -> None:
-        ok = self.tolerance is None or 0 <= self.tolerance < math.inf
-        _check(ok, "tolerance", self.tolerance, "at least 0 and finite")
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
+class RolloutConfig(Checked):
     """How a trainer lends its model for a rollout phase."""
 
     gather: Literal["full", "layerwise", "tp_shards"] = _key(
@@ -175,43 +169,36 @@ class RolloutConfig:
         "full",
     )
     mismatch_every: int = _key(
-        "compare rollout logprobs with the training forward's in every so many phases; 0 never does", 1
+        "compare rollout logprobs with the training forward's in every so many phases; 0 never does", 1, within=_COUNT
     )
-
-    def __post_init__(self) -> None:
-        _check(self.mismatch_every >= 0, "mismatch_every", self.mismatch_every, "at least 0")
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Checked):
     """What `tools/train_grpo.py` trains, and how."""
 
     reward: str = _key('a reward of the tool, or "FILE.py:FUNCTION" as TRL calls it (relative to the config file)', "")
-    num_steps: int = _key("optimiser steps", 100)
-    learning_rate: float = _key("of AdamW, constant", 1e-6)
-    batch_size: int = _key("samples per process and step", 8)
-    num_generations: int = _key("samples per prompt: the group that rewards are compared in", 8)
-    kl_coef: float = _key("weight of the KL to the model before training; 0 keeps no second model", 0.0)
-    entropy_coef: float = _key("weight of the entropy bonus", 0.0)
+    num_steps: int = _key("optimiser steps", 100, within=Bounds(1, 10**8))
+    learning_rate: float = _key("of AdamW, constant", 1e-6, within=Bounds(0, 1e3, above_low=True))
+    batch_size: int = _key("samples per process and step", 8, within=Bounds(1, 2**16))
+    num_generations: int = _key(
+        "samples per prompt: the group that rewards are compared in", 8, within=Bounds(2, 2**16)
+    )
+    kl_coef: float = _key(
+        "weight of the KL to the model before training; 0 keeps no second model", 0.0, within=Bounds(0, 1e6)
+    )
+    entropy_coef: float = _key("weight of the entropy bonus", 0.0, within=Bounds(0, 1e6))
     zero_stage: Literal[0, 1, 2, 3] | None = _key("DeepSpeed ZeRO stage; null trains with DDP, without DeepSpeed", 0)
-    lora_rank: int = _key("train a LoRA adapter of this rank on all linear layers; 0 trains all weights", 0)
+    lora_rank: int = _key(
+        "train a LoRA adapter of this rank on all linear layers; 0 trains all weights", 0, within=Bounds(0, 2**16)
+    )
     fresh_weights: bool = _key("start from random weights instead of the model's", False)
     generator: Literal["cpinfer", "transformers"] = _key("who generates the rollouts", "cpinfer")
-    seed: int = _key("of weights, order of prompts and samples", 0)
-
-    def __post_init__(self) -> None:
-        _check(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")
-        _check(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0 and finite")
-        _check(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _check(self.num_generations >= 2, "num_generations", self.num_generations, "at least 2")
-        _check(0 <= self.kl_coef < math.inf, "kl_coef", self.kl_coef, "at least 0 and finite")
-        _check(0 <= self.entropy_coef < math.inf, "entropy_coef", self.entropy_coef, "at least 0 and finite")
-        _check(self.lora_rank >= 0, "lora_rank", self.lora_rank, "at least 0")
-        _check(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2**31)")
+    seed: int = _key("of weights, order of prompts and samples", 0, within=Bounds(0, 2**31 - 1))
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Checked):
     """Everything a run needs to know. Sizes left null are worked out from the others and from the world."""
 
     model: str | None = _key("Hugging Face id, or folder (relative to the config file)", None)
@@ -222,23 +209,33 @@ class Config:
     )
     backend: Literal["auto", "torch", "flashinfer"] = _key("attention kernels", "auto")
     tensor_parallel: TensorParallel = _key("tensor parallelism", factory=TensorParallel)
-    prefill_context_parallel_size: int = _key("ranks that share the prefill of a prompt (pcp)", 1)
-    decode_context_parallel_size: int | None = _key("KV shards of a sequence (dcp); default: pcp", None)
-    data_parallel_size: int | None = _key("independent replicas (dp); default: what is left of the world", None)
-    cp_kv_cache_interleave_size: int | None = _key("tokens dealt to a KV shard at a time; default: block_size", None)
+    prefill_context_parallel_size: int = _key("ranks that share the prefill of a prompt (pcp)", 1, within=_RANKS)
+    decode_context_parallel_size: int | None = _key("KV shards of a sequence (dcp); default: pcp", None, within=_RANKS)
+    data_parallel_size: int | None = _key(
+        "independent replicas (dp); default: what is left of the world", None, within=_RANKS
+    )
+    cp_kv_cache_interleave_size: int | None = _key(
+        "tokens dealt to a KV shard at a time; default: block_size", None, within=_TOKENS
+    )
     cp_wire_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
         "dtype in which partial attention outputs travel; auto is `dtype` (lse is always float32)", "auto"
     )
-    block_size: int = _key("tokens of one shard per KV block", 16)
-    kv_cache_gib: float | None = _key("KV pool per rank; default: half the free memory on CUDA, 0.25 on CPU", None)
-    max_num_seqs: int = _key("sequences that run at once", 256)
-    max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192)
+    block_size: int = _key("tokens of one shard per KV block", 16, within=Bounds(1, 2**16))
+    kv_cache_gib: float | None = _key(
+        "KV pool per rank; default: half the free memory on CUDA, 0.25 on CPU",
+        None,
+        within=Bounds(0, 2**14, above_low=True),
+    )
+    max_num_seqs: int = _key("sequences that run at once", 256, within=Bounds(1, 2**20))
+    max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192, within=_TOKENS)
     enable_prefix_caching: bool = _key("keep KV of finished sequences, for prompts that begin alike", True)
     context_exchange: Literal["auto", "queries", "kv"] = _key(
         "what travels when a prompt continues cached KV; auto is what moves fewer bytes, alone what computes less",
         "auto",
     )
-    context_workspace_tokens: int = _key("cached tokens that are gathered at a time, when KV travels", 65536)
+    context_workspace_tokens: int = _key(
+        "cached tokens that are gathered at a time, when KV travels", 65536, within=_TOKENS
+    )
     decode_exchange: Literal["a2a", "ag_rs", "replicate_q"] = _key(
         "how partial attention comes back: all-to-all, all-gather and reduce-scatter, or all rows on all ranks",
         "a2a",
@@ -266,18 +263,11 @@ class Config:
     )
 
     def __post_init__(self) -> None:
-        sizes = ("prefill_context_parallel_size", "block_size", "max_num_seqs", "max_num_batched_tokens")
-        for name in (*sizes, "context_workspace_tokens"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("decode_context_parallel_size", "data_parallel_size", "cp_kv_cache_interleave_size"):
-            value = getattr(self, name)
-            _check(value is None or value >= 1, name, value, "at least 1")
+        super().__post_init__()
         if self.kv_cache_dtype in _SAME_KV_CACHE_DTYPES:
             object.__setattr__(self, "kv_cache_dtype", _SAME_KV_CACHE_DTYPES[self.kv_cache_dtype])
-        gib = self.kv_cache_gib
-        _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
         ok = self.cascade_attention != "on" or not self.cuda_graphs
-        _check(
+        require(
             ok, "cascade_attention", self.cascade_attention, '"auto" or "off" with cuda_graphs, whose rows are fixed'
         )
         if self.backend == "flashinfer" and self.dtype == "float32":
@@ -319,7 +309,7 @@ _REFUSED_VALUES = {
     ("backend", value): "flashinfer_family" for value in ("trtllm", "trtllm-gen", "cudnn", "cutlass", "cute-dsl")
 }
 # What asks for nothing may stand in a config that was written for another engine.
-_ASKS_FOR_NOTHING = {"pipeline_parallel_size": ("null", "1")}
+_ASKS_FOR_NOTHING = {"pipeline_parallel_size": (None, 1)}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Config:
@@ -331,11 +321,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mappi
     """
     path = Path(path)
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path))
     except OSError as error:
         raise UserError(f"config {path}: {error.strerror}. Give the path of a JSON file with --config.") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"config {path}: not valid JSON: {error}.") from error
+    except UserError as error:
+        raise UserError(f"config {path}: {error}") from error
     try:
         if not isinstance(data, dict):
             raise UserError(f"the file holds a {type(data).__name__}, an object with config keys was wanted.")
@@ -349,7 +341,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mappi
 
 def parse_config(data: Mapping[str, Any]) -> Config:
     """A `Config` from plain data. UserError for an unknown key (naming the nearest), wrong type or illegal value."""
-    return _parse_object(Config, data, "")
+    if not isinstance(data, Mapping):
+        raise UserError(f"found {quoted(data)}; an object with config keys was wanted.")
+    return parse_object(Config, _own_keys(data, ""))
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
@@ -359,18 +353,22 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def apply_override(data: dict[str, Any], override: str) -> None:
     """Put `a.b=value` into plain config data; the value is JSON, else text."""
-    key, eq, text = override.partition("=")
-    if not eq or not key:
-        raise UserError(f"--set {override!r} is not of the form a.b=value.")
+    name, eq, text = override.partition("=")
+    if not eq or not name:
+        raise UserError(f"--set {quoted(override)} is not of the form a.b=value.")
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = parse_json(text)
+    except NotJSONError:
         value = text
-    *parents, last = key.split(".")
+    except UserError as error:
+        raise UserError(f"--set {quoted(override)}: {error}") from error
+    *parents, last = name.split(".")
     for parent in parents:
         inner = data.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise UserError(f"--set {override!r}: {parent!r} is {inner!r}, not an object with keys of its own.")
+            raise UserError(
+                f"--set {quoted(override)}: {quoted(parent)} is {quoted(inner)}, not an object with keys of its own."
+            )
         data = inner
     data[last] = value
 
@@ -386,14 +384,17 @@ def _over(defaults: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any
 
 def _resolve_paths(config: Config, folder: Path) -> Config:
     def at(path: str) -> str:
-        return str(folder / Path(path).expanduser())
+        try:
+            return str(folder / Path(path).expanduser())
+        except RuntimeError as error:  # ~somebody whom nobody knows
+            raise UserError(f"{quoted(path)} is no path: {error}.") from error
 
     def resolve(path: str | None) -> str | None:
         return None if path is None else at(path)
 
     model = config.model
     # A hub id looks like a relative path, so a name counts as a folder when there is one, or when it says so itself.
-    if model is not None and ((folder / model).is_dir() or model.startswith((".", "/", "~"))):
+    if model is not None and (model.startswith((".", "/", "~")) or _is_folder(folder / model)):
         model = resolve(model)
     reward = config.training.reward
     return dataclasses.replace(
@@ -406,59 +407,23 @@ def _resolve_paths(config: Config, folder: Path) -> Config:
     )
 
 
-def _parse_object(cls: type[T], data: Mapping[str, Any], where: str) -> T:
-    hints = typing.get_type_hints(cls)
-    for key, value in data.items():
-        harmless = _ASKS_FOR_NOTHING.get(key, ("null", "false", "0"))
-        if key in _REFUSED_KEYS and json.dumps(value, default=str) not in harmless:
-            raise refuse(_REFUSED_KEYS[key], f'key "{where}{key}"')
-        if isinstance(value, str) and (where + key, value) in _REFUSED_VALUES:
-            raise refuse(_REFUSED_VALUES[where + key, value], f'key "{where}{key}" is "{value}"')
-        if key not in hints and key not in _REFUSED_KEYS:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)
-            raise UserError(f'unknown key "{where}{key}"; the nearest known key is "{where}{near[0]}".')
-    return cls(**{k: _parse_value(hints[k], v, where + k) for k, v in data.items() if k in hints})
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long to be one
+        return False
 
 
-def _parse_value(hint: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        hint = next(a for a in args if a is not type(None))
-        origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return _parse_object(typing.cast("type[Any]", hint), value, where + ".")
-    if origin is Literal and value in args:
-        return value
-    if origin is tuple and args[-1] is not ... and isinstance(value, (list, tuple)) and len(value) == len(args):
-        return tuple(_parse_value(arg, item, where) for arg, item in zip(args, value, strict=True))
-    if origin is tuple and typing.get_origin(args[0]) is tuple and isinstance(value, Mapping):
-        # Pairs are written as an object, whose keys JSON makes texts.
-        value = [[int(key) if str(key).isdigit() else key, item] for key, item in value.items()]
-    if origin is tuple and args[-1] is ... and isinstance(value, (list, tuple)):
-        return tuple(_parse_value(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
-        return float(value)
-    # bool is an int to Python, but `"n": true` is a mistake to everyone else.
-    if isinstance(hint, type) and isinstance(value, hint) and isinstance(value, bool) == (hint is bool):
-        return value
-    raise UserError(f'"{where}" is {json.dumps(value, default=str)}; {_wanted(hint)} was wanted.')
-
-
-def _wanted(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(json.dumps(a) for a in args)
-    if origin is tuple and args[-1] is not ...:
-        return "a pair of " + " and ".join(map(_wanted, args))
-    if origin is tuple:
-        return f"a list, each item {_wanted(args[0])},"
-    if dataclasses.is_dataclass(hint):
-        return "an object with keys " + ", ".join(f.name for f in dataclasses.fields(hint))
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[hint]
-
-
-def _check(ok: bool, name: str, value: Any, wanted: str) -> None:
-    if not ok:
-        raise UserError(f'"{name}" is {json.dumps(value)}; it must be {wanted}.')
+def _own_keys(data: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    """The data without other engines' keys. UnsupportedError where one of them, or a value, asks for something."""
+    own = {}
+    for name, value in data.items():
+        if name in _REFUSED_KEYS:
+            if not any(type(value) is type(x) and value == x for x in _ASKS_FOR_NOTHING.get(name, (None, False, 0))):
+                raise refuse(_REFUSED_KEYS[name], f'key "{where}{name}"')
+            continue
+        if isinstance(value, str) and (f"{where}{name}", value) in _REFUSED_VALUES:
+            raise refuse(_REFUSED_VALUES[f"{where}{name}", value], f'key "{where}{name}" is "{value}"')
+        is_object = isinstance(value, Mapping) and not where  # a config is two levels deep
+        own[name] = _own_keys(value, f"{name}.") if is_object else value
+    return own

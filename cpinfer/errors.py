@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Collection
+from typing import Any
+
+MAX_QUOTED = 60
+# So many known words are still listed where none of them is near.
+MAX_LISTED_CHARS = 160
+
 
 class UserError(ValueError):
     """Bad config or input, found before any model is loaded. Tools print its message without a traceback and exit 2."""
@@ -44,3 +53,32 @@ class OutputError(RuntimeError):
 
 class ModelChangedError(RuntimeError):
     """A model became another one while an engine was attached to it (dtype, device, modules, mode). Nothing was run."""
+
+
+def quoted(value: Any, limit: int = MAX_QUOTED) -> str:
+    """A value as a message shows it: as JSON, cut to `limit` characters; what is no data by its type.
+
+    >>> quoted({"a": None}), quoted("x" * 100, limit=12)
+    ('{"a": null}', '"xxxxxxxx...')
+    """
+    try:
+        text = json.dumps(value, default=str)
+    except (TypeError, ValueError, RecursionError):  # odd keys, cycles or numbers of many digits, deep nesting
+        text = f"of type {type(value).__name__}"
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def unknown_word(kind: str, word: object, known: Collection[str], where: str = "") -> str:
+    """That a word is not among the known ones: the nearest if one is near, else all of them if they are few.
+
+    >>> unknown_word("key", "modle", ["model", "dtype"])
+    'unknown key "modle"; the nearest known key is "model".'
+    """
+    name = quoted(where + word if isinstance(word, str) else word, limit=120)
+    near = difflib.get_close_matches(word, known, n=1) if isinstance(word, str) else []
+    if near:
+        return f'unknown {kind} {name}; the nearest known {kind} is "{where}{near[0]}".'
+    listed = ", ".join(known)
+    if len(listed) <= MAX_LISTED_CHARS:
+        return f"unknown {kind} {name}; the known ones are {listed}."
+    return f"unknown {kind} {name}; no known {kind} is near it."

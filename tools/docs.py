@@ -21,6 +21,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.families import family_table
 from cpinfer.refusals import not_yet_table
+from cpinfer.schema import Bounds
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 # The layouts that the README draws: grid, query heads, KV heads.
@@ -72,18 +73,20 @@ def rank_tables() -> str:
 
 def key_table() -> str:
     """Every config key with its default and its sentence, nested keys below their parent."""
-    rows = [f"| `{name}` | {default} | {help} |" for name, default, help in _keys(Config, "")]
-    return "\n".join(["| key | default | |", "|---|---|---|", *rows])
+    rows = [f"| `{name}` | {default} | {bounds} | {help} |" for name, default, bounds, help in _keys(Config, "")]
+    return "\n".join(["| key | default | from, to | |", "|---|---|---|---|", *rows])
 
 
-def _keys(cls: Any, prefix: str) -> Iterator[tuple[str, str, str]]:
+def _keys(cls: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for field in dataclasses.fields(cls):
         nested = field.default_factory
         if isinstance(nested, type):
             yield from _keys(nested, f"{prefix}{field.name}.")
             continue
         default = "" if field.default is None else f"`{json.dumps(field.default)}`"
-        yield prefix + field.name, default, field.metadata["help"]
+        within = field.metadata["within"]
+        bounds = within.short if isinstance(within, Bounds) else ""
+        yield prefix + field.name, default, bounds, field.metadata["help"]
 
 
 if __name__ == "__main__":

@@ -244,7 +244,7 @@ def assert_refused(outcome, *words, tool="eval_longctx"):
         ),
         (["--tasks", "cwe", "--lengths", "4k"], {}, ["task cwe at length 4096", "the template alone has"]),
         (["--num-samples", "0"], {}, ['"num_samples" is 0; it must be at least 1']),
-        (["--depths", "1.5"], {}, ['"depths" is [1.5]; it must be', "in [0, 1]"]),
+        (["--depths", "1.5"], {}, ['"depths[0]" is 1.5; it must be', "at most 1."]),
         (["--depths", "deep"], {}, ["invalid float value"]),
         (["--seeds", "1", "1"], {}, ['"seeds" is [1, 1]; it must be free of repetitions']),
         (["--tasks", "vt", "--task-file", "x"], {}, ["not allowed with argument"]),

@@ -84,7 +84,7 @@ SAMPLING = {"temperature": 0, "max_new_tokens": 4}
         ({"modle": "m"}, ["run.json", 'unknown key "modle"', 'nearest known key is "model"']),
         ({"sampling": {"temprature": 0}}, ['"sampling.temprature"', '"sampling.temperature"']),
         ({"block_size": "16"}, ["run.json", '"block_size" is "16"; a whole number was wanted']),
-        ({"sampling": {"stop": "x"}}, ['"sampling.stop" is "x"; a list']),
+        ({"sampling": {"stop": 5}}, ['"sampling.stop" is 5; a list']),
         ({"max_num_seqs": 0}, ['"max_num_seqs" is 0; it must be at least 1']),
         (
             {"tensor_parallel": {"tp_size": 2}},
@@ -176,7 +176,7 @@ def test_an_input_of_bad_lines_alone_is_refused_even_when_they_are_skipped(folde
     "argv, words",
     [
         (["--set", "sampling.temprature=0"], ["nearest known key"]),
-        (["--set", "max_num_seqs"], ["--set 'max_num_seqs' is not of the form a.b=value"]),
+        (["--set", "max_num_seqs"], ['--set "max_num_seqs" is not of the form a.b=value']),
         (["--resume", "--overwrite"], ["not allowed with argument", "--help"]),
         (["--frobnicate"], ["unrecognized arguments: --frobnicate", "--help"]),
         (["--input"], ["--input", "expected one argument"]),

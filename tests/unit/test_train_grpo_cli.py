@@ -128,7 +128,7 @@ def test_a_dry_run_loads_nothing(folder, monkeypatch):
         ({"reward": "own.py:short"}, ['no function "short"']),
         ({"reward": "own.py:not_a_function"}, ['no function "not_a_function"']),
         ({"num_generations": 3}, ["4 samples a step", "num_generations (3)"]),
-        ({"learning_rate": 0}, ['"learning_rate" is 0']),
+        ({"learning_rate": 0}, ['"training.learning_rate" is 0']),
         ({"zero_stage": 4}, ['"training.zero_stage" is 4']),
         ({"generator": "vllm"}, ['"training.generator" is "vllm"']),
     ],
