@@ -39,6 +39,7 @@ from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.output import Existing, check_output, default_output
+from cpinfer.engine.prompts import check_sampling
 from cpinfer.errors import OutputError, UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
@@ -216,6 +217,10 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
     errors = config_errors(spec, config, config.data_parallel_size or 1)
     if errors:
         raise UserError(f"config {config_path}: " + " ".join(errors))
+    try:
+        check_sampling(config.sampling, spec)
+    except UserError as error:
+        raise UserError(f"config {config_path}: {error}") from error
     grid = grid_for(config, launch.world_size)
     heads = spec.heads(grid.tp_size).in_group(grid, grid.coords(launch.rank).tp_rank)
     try:

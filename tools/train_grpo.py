@@ -94,7 +94,10 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     tokenizer = needed_tokenizer(config)
     pool = pool_size(spec, grid, config, launch.device)
     _, complaints = read_input(
-        config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
+        config.input,
+        tokenizer,
+        lambda prompt: check_prompt(prompt, config.sampling, spec, pool),
+        keep_other_keys=True,
     )
     refuse_bad_lines(complaints, "Mend the input.")
     output, existing = wanted_output(config, args, grid, launch.rank)

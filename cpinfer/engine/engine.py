@@ -21,7 +21,18 @@ from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pa
 from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.needs import attention_needs
 from cpinfer.engine.pooled_prompts import PooledPrompts
-from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt, check_scored_length, check_tokens
+from cpinfer.engine.prompts import (
+    PromptLike,
+    PromptsLike,
+    as_pairs,
+    as_prompt,
+    as_prompts,
+    as_sampling,
+    as_token_lists,
+    check_prompt,
+    check_scored_length,
+    check_tokens,
+)
 from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
 from cpinfer.engine.step_runner import StepRunner
@@ -120,7 +131,7 @@ class Engine:
             raise error
 
     def generate(
-        self, prompts: Iterable[PromptLike], sampling: SamplingParams | ListLike[SamplingParams] | None = None
+        self, prompts: PromptsLike, sampling: SamplingParams | ListLike[SamplingParams] | None = None
     ) -> list[RolloutResult]:
         """All samples of all prompts, in order of prompt and sample. An empty list of prompts gives an empty list."""
         results = list(self.stream(prompts, sampling))
@@ -128,7 +139,7 @@ class Engine:
 
     def generate_pooled(
         self,
-        own_prompts: ListLike[ListLike[int]],
+        own_prompts: PromptsLike,
         sampling: SamplingParams | None = None,
         *,
         name: str = "",
@@ -171,22 +182,23 @@ class Engine:
 
     def stream(
         self,
-        prompts: Iterable[PromptLike],
+        prompts: PromptsLike,
         sampling: SamplingParams | ListLike[SamplingParams] | None = None,
         skip: frozenset[tuple[int, int]] = frozenset(),
     ) -> Iterator[RolloutResult]:
         """Samples as they finish, on every rank alike.
 
-        A prompt is text, a list of token ids, a `Prompt`, or an object with the keys of an input line. `sampling` is
-        for all prompts, or one for each; it defaults to the config's. `skip` holds (prompt_index, sample_index) that
-        are not wanted. UserError, before anything runs, for a prompt that can never run; RuntimeError when the engine
-        sleeps, or still has another stream open; RanksDifferError when ranks do not make the same call. Every rank
-        takes all results, or leaves the loop at the same one: where some leave alone, all get StreamEndedError, they
-        themselves at the end of the engine's block. Collective over the replica: one small gather, beside the steps.
+        A prompt is text, a list or an array of token ids, a chat (a list of messages), a `Prompt`, or an object with
+        the keys of an input line; one stands for a list of one. `sampling` is for all prompts, or one for each; it
+        defaults to the config's. `skip` holds (prompt_index, sample_index) that are not wanted. UserError, before
+        anything runs, for a prompt that can never run; RuntimeError when the engine sleeps, or still has another stream
+        open; RanksDifferError when ranks do not make the same call. Every rank takes all results, or leaves the loop at
+        the same one: where some leave alone, all get StreamEndedError, they themselves at the end of the engine's
+        block. Collective over the replica: one small gather, beside the steps.
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("start another stream")
-        scheduler = self._together(lambda: self._submitted(prompts, sampling or self._config.sampling, skip))
+        scheduler = self._together(lambda: self._submitted(prompts, sampling, skip))
         yield from self._results(scheduler)
         self._refuse_when_closed()  # else the end of the block would pass for that of the stream
 
@@ -252,15 +264,13 @@ class Engine:
 
     def _submitted(
         self,
-        prompts: Iterable[PromptLike],
-        sampling: SamplingParams | ListLike[SamplingParams],
+        prompts: PromptsLike,
+        sampling: SamplingParams | ListLike[SamplingParams] | None,
         skip: frozenset[tuple[int, int]],
     ) -> Prepared[Scheduler]:
         self._check_ready()
-        given = list(prompts)
-        each = [sampling] * len(given) if isinstance(sampling, SamplingParams) else list(sampling)
-        if len(each) != len(given):
-            raise UserError(f"{len(each)} sampling parameters for {len(given)} prompts; one each was wanted.")
+        given = as_prompts(prompts)
+        each = as_sampling(sampling, len(given), self._config.sampling)
         if self._tokenizer is None and any(params.stop for params in each):
             raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
         wanted = [as_prompt(prompt, index, self._tokenizer) for index, prompt in enumerate(given)]
@@ -278,10 +288,13 @@ class Engine:
         )
 
     def _packed_prompts(
-        self, own: ListLike[ListLike[int]], params: SamplingParams, name: str, num_copies: int
+        self, own_prompts: PromptsLike, params: SamplingParams, name: str, num_copies: int
     ) -> Prepared[NDArray[np.int64]]:
         """This rank's prompts as one row of numbers, with a number of its own in front, by which to name the batch."""
         self._check_ready()
+        if not isinstance(params, SamplingParams):
+            raise UserError(f"found a {type(params).__name__} for sampling; SamplingParams were wanted.")
+        own = as_token_lists(own_prompts, self._tokenizer)
         for i, tokens in enumerate(own):
             try:
                 check_prompt(as_prompt(tokens, i, None), params, self._runner.spec, self._pool_size)
@@ -293,7 +306,7 @@ class Engine:
 
     def _to_score_together(self, pairs: Iterable[tuple[PromptLike, ListLike[int]]]) -> Prepared[list[Sequence]]:
         self._check_ready()
-        sequences = [self._to_score(index, *pair) for index, pair in enumerate(pairs)]
+        sequences = [self._to_score(index, *pair) for index, pair in enumerate(as_pairs(pairs))]
         tokens = [(s.prompt.token_ids, s.targets) for s in sequences]
         return Prepared(sequences, lambda: {"call": "score", **self._state(), "pairs": tokens})
 

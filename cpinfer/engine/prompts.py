@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt
-from cpinfer.errors import UserError
+from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.spec import ModelSpec
+from cpinfer.strict_json import is_unicode, parse_json, read_text
 
 PromptLike = Prompt | str | Sequence[int] | Mapping[str, Any]
+# One prompt, or many: what `as_prompts` takes.
+PromptsLike = PromptLike | Iterable[PromptLike]
 _FORMS = ("prompt", "prompt_token_ids", "messages")
+# What a line of an input file, or an object that is given as a prompt, may say.
+LINE_KEYS = (*_FORMS, "id", "answer")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,67 @@ class InputLine:
     number: int
     prompt: Prompt
     answer: str | None
+
+
+def as_prompts(given: Any) -> list[PromptLike]:
+    """A list of prompts from what a caller gave: many prompts of any form, or one that nobody could take for many.
+
+    One prompt is a text, a `Prompt`, an object with the keys of an input line, token ids (a list or a 1-d array) or a
+    chat (a list of messages, each an object with a "role"). Several are an iterable of these, or a 2-d array. UserError
+    for anything else.
+
+    >>> as_prompts("hi"), as_prompts([1, 2]), as_prompts([[1, 2], "hi"]), as_prompts([])
+    (['hi'], [(1, 2)], [(1, 2), 'hi'], [])
+    >>> as_prompts([{"role": "user", "content": "hi"}])
+    [{'messages': [{'role': 'user', 'content': 'hi'}]}]
+    """
+    given = _plain(given)
+    if isinstance(given, (str, Prompt, Mapping)):
+        return [given]
+    if isinstance(given, (bytes, bytearray, set, frozenset)) or not isinstance(given, Iterable):
+        raise UserError(f"found {_named(given)}; a prompt or a list of prompts was wanted.")
+    items = list(given)
+    if items and (_ints(items) or all(map(_is_message, items))):
+        return [_one_prompt(items, "the prompt")]
+    return [_one_prompt(_plain(item), f"prompt {i}") for i, item in enumerate(items)]
+
+
+def as_token_lists(given: Any, tokenizer: Any | None) -> list[tuple[int, ...]]:
+    """The token ids of each prompt, in any form that `as_prompts` takes. UserError for an id: here none is kept."""
+    prompts = as_prompts(given)
+    for index, prompt in enumerate(prompts):
+        if isinstance(prompt, Prompt) or (isinstance(prompt, Mapping) and "id" in prompt):
+            raise UserError(f"prompt {index} has an id; prompts that are pooled are named by their pool. Leave it out.")
+    lists = [as_prompt(prompt, index, tokenizer).token_ids for index, prompt in enumerate(prompts)]
+    for index, tokens in enumerate(lists):
+        if not all(-(2**63) <= token < 2**63 for token in tokens):  # they travel as such numbers
+            raise UserError(f"prompt {index} is {quoted(tokens)}, which no vocabulary holds.")
+    return lists
+
+
+def as_pairs(given: Any) -> list[tuple[PromptLike, tuple[int, ...]]]:
+    """Pairs of a prompt and the token ids that continue it, from a list of pairs or from one. UserError otherwise.
+
+    >>> as_pairs(("hi", [1, 2])), as_pairs([("hi", [1]), ([3], [4])])
+    ([('hi', (1, 2))], [('hi', (1,)), ((3,), (4,))])
+    """
+    if isinstance(given, (str, bytes, Prompt, Mapping, set, frozenset)) or not isinstance(given, Iterable):
+        raise UserError(f"found {_named(given)}; pairs of a prompt and token ids were wanted.")
+    items = list(given)
+    if len(items) == 2 and not all(map(_is_pair, items)) and _is_pair(items):
+        items = [tuple(items)]
+    return [_pair(index, item) for index, item in enumerate(items)]
+
+
+def as_sampling(given: Any, num_prompts: int, default: SamplingParams) -> list[SamplingParams]:
+    """The sampling parameters of each prompt: one for all, `default` for None, or one each. UserError otherwise."""
+    if given is None or isinstance(given, SamplingParams):
+        return [given or default] * num_prompts
+    if not isinstance(given, (list, tuple)) or not all(isinstance(params, SamplingParams) for params in given):
+        raise UserError(f"found {_named(given)} for sampling; SamplingParams, or one for each prompt, were wanted.")
+    if len(given) != num_prompts:
+        raise UserError(f"{len(given)} sampling parameters for {num_prompts} prompts; one each was wanted.")
+    return list(given)
 
 
 def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
@@ -37,18 +102,20 @@ def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
         given = {"prompt_token_ids": given}
     forms = [form for form in _FORMS if form in given]
     if len(forms) != 1:
-        raise UserError(f"found the keys {sorted(given)}; exactly one of {', '.join(_FORMS)} was wanted.")
+        keys = quoted(sorted(map(str, given)), limit=120)
+        raise UserError(f"found the keys {keys}; exactly one of {', '.join(_FORMS)} was wanted.")
+    for key in given:
+        if key not in LINE_KEYS:
+            raise UserError(unknown_word("key", key, LINE_KEYS))
     token_ids = _token_ids(forms[0], given[forms[0]], tokenizer)
     if not token_ids:
         raise UserError("the prompt is empty; at least one token was wanted.")
-    name = given.get("id", index)
-    if not isinstance(name, (str, int)):
-        raise UserError(f'"id" is {json.dumps(name)}; a text or a whole number was wanted.')
-    return Prompt(index, str(name), token_ids)
+    return Prompt(index, _id_of(given.get("id", index)), token_ids)
 
 
 def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> None:
     """UserError, with the numbers, for a prompt that can never run: every limit of the engine in one place."""
+    check_sampling(params, spec)
     length = len(prompt.token_ids)
     check_tokens(prompt.token_ids, spec)
     if length >= spec.max_positions:
@@ -74,7 +141,7 @@ def check_distinct(prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
         before = first.setdefault((prompt.id, seed), place)
         if before != place:
             raise UserError(
-                f'prompts {before} and {place} have the same "id" ({json.dumps(prompt.id)[:40]}) and seed; ids must '
+                f'prompts {before} and {place} have the same "id" ({quoted(prompt.id)}) and seed; ids must '
                 'differ, they seed the samples. Leave "id" out to have prompts numbered.'
             )
 
@@ -95,20 +162,36 @@ def check_tokens(token_ids: Sequence[int], spec: ModelSpec) -> None:
     """UserError for a token that the model has no embedding of."""
     bad = [t for t in token_ids if not 0 <= t < spec.vocab_size]
     if bad:
-        raise UserError(f"token id {bad[0]} is outside the vocabulary of {spec.vocab_size} tokens.")
+        raise UserError(f"token id {quoted(bad[0])} is outside the vocabulary of {spec.vocab_size} tokens.")
+
+
+def check_sampling(params: SamplingParams, spec: ModelSpec) -> None:
+    """UserError for tokens that the model does not have, and for an answer that no token may begin."""
+    named = {"stop_token_ids": params.stop_token_ids, "logit_bias": tuple(token for token, _ in params.logit_bias)}
+    for key, tokens in named.items():
+        bad = [token for token in tokens if token >= spec.vocab_size]
+        if bad:
+            raise UserError(f'"{key}" has token id {bad[0]}; the vocabulary has {spec.vocab_size} tokens.')
+    if params.min_new_tokens > 1 and len(set(params.stop_token_ids)) == spec.vocab_size:
+        raise UserError('"stop_token_ids" are all tokens there are; with "min_new_tokens" none is left to begin with.')
 
 
 def read_input(
-    path: str, tokenizer: Any | None, check: Callable[[Prompt], None] = lambda prompt: None
+    path: str,
+    tokenizer: Any | None,
+    check: Callable[[Prompt], None] = lambda prompt: None,
+    *,
+    keep_other_keys: bool = False,
 ) -> tuple[list[InputLine], list[str]]:
     """Prompts of a JSON Lines file in file order, and a sentence for each line that is none or that `check` refuses.
 
     Blank lines are passed over. A bad line still counts in `prompt_index`, so that indices do not depend on how bad
-    lines are treated. UserError when the file cannot be read or holds no line at all.
+    lines are treated. With `keep_other_keys` a line may say more, of any kind, to someone else (a reward).
+    UserError when the file cannot be read or holds no line at all.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except (OSError, ValueError) as error:  # also what is no UTF-8, or no path
         raise UserError(f"input {path}: {getattr(error, 'strerror', None) or error}.") from error
     inputs: list[InputLine] = []
     complaints: list[str] = []
@@ -119,10 +202,13 @@ def read_input(
         raise UserError(f"input {path}: the file is empty; one JSON object per line was wanted.")
     for index, (number, line) in enumerate(filled):
         try:
-            prompt, answer = _parse_line(line, index, tokenizer)
+            prompt, answer = _parse_line(line, index, tokenizer, keep_other_keys)
             first = seen.setdefault(prompt.id, number)
             if first != number:
-                raise UserError(f'"id" is the same as in line {first}; ids must differ, they seed the samples.')
+                raise UserError(
+                    f'"id" is the same as in line {first} ({quoted(prompt.id)}); ids must differ, they seed the '
+                    "samples. A line without one is named by its place, from 0."
+                )
             check(prompt)
             inputs.append(InputLine(number, prompt, answer))
         except UserError as error:
@@ -130,42 +216,108 @@ def read_input(
     return inputs, complaints
 
 
-def _parse_line(line: str, index: int, tokenizer: Any | None) -> tuple[Prompt, str | None]:
-    try:
-        data = json.loads(line)
-    except ValueError as error:
-        raise UserError(f"not valid JSON: {error}.") from error
+def _parse_line(line: str, index: int, tokenizer: Any | None, keep_other_keys: bool) -> tuple[Prompt, str | None]:
+    data = parse_json(line)
     if not isinstance(data, dict):
-        raise UserError(f"found {json.dumps(data)[:40]}; an object was wanted.")
+        raise UserError(f"found {quoted(data)}; an object was wanted.")
     answer = data.get("answer")
-    return as_prompt(data, index, tokenizer), answer if isinstance(answer, str) else None
+    if keep_other_keys:
+        data, answer = {key: data[key] for key in LINE_KEYS if key in data}, None
+    elif answer is not None and (not isinstance(answer, str) or not is_unicode(answer)):
+        raise UserError(f'"answer" is {quoted(answer)}; a text was wanted.')
+    return as_prompt(data, index, tokenizer), answer
+
+
+def _one_prompt(item: Any, where: str) -> PromptLike:
+    """A prompt from one item of many, plain already. UserError when it is none."""
+    if isinstance(item, (str, Prompt, Mapping)):
+        return item
+    tokens = _ints(item)
+    if tokens is not None:
+        return tokens
+    if isinstance(item, Sequence) and all(map(_is_message, item)):
+        return {"messages": item}
+    raise UserError(f"{where} is {_named(item)}; a text, a list of token ids, a chat or an object was wanted.")
+
+
+def _pair(index: int, item: Any) -> tuple[PromptLike, tuple[int, ...]]:
+    if not _is_pair(item):
+        raise UserError(f"pair {index} is {_named(item)}; a prompt and the token ids that continue it were wanted.")
+    prompt, continuation = item
+    tokens = _ints(continuation)
+    if tokens is None:
+        raise UserError(f"the continuation of pair {index} is {_named(continuation)}; a list of token ids was wanted.")
+    return _one_prompt(_plain(prompt), f"the prompt of pair {index}"), tokens
+
+
+def _is_pair(item: Any) -> bool:
+    """Whether something can be a prompt with its continuation, of whatever kind that is."""
+    if not isinstance(item, (list, tuple)) or len(item) != 2:
+        return False
+    try:
+        _one_prompt(_plain(item[0]), "")
+    except UserError:
+        return False
+    return True
+
+
+def _is_token(item: Any) -> bool:
+    return isinstance(item, numbers.Integral) and not isinstance(item, bool)
+
+
+def _is_message(item: Any) -> bool:
+    return isinstance(item, Mapping) and "role" in item
+
+
+def _plain(value: Any) -> Any:
+    """What numpy and torch hold, as Python's numbers and lists; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def _ints(value: Any) -> tuple[int, ...] | None:
+    """Whole numbers in a list or an array as a tuple of Python's; None when it holds, or is, anything else."""
+    value = _plain(value)
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes, bytearray)):
+        return None
+    if set(map(type, value)) <= {int}:  # as a rule; prompts are long
+        return tuple(value)
+    plain = [_plain(t) for t in value]
+    return tuple(map(int, plain)) if all(map(_is_token, plain)) else None
+
+
+def _named(value: Any) -> str:
+    """A value that is no prompt, by its type and its beginning."""
+    return f"{quoted(value)} (a {type(value).__name__})"
+
+
+def _id_of(name: Any) -> str:
+    """The id of a prompt as text. UserError when it is no text that a file could hold, and no whole number."""
+    name = _plain(name)
+    is_number = _is_token(name) and abs(name) < 2**63
+    if not is_number and not (isinstance(name, str) and is_unicode(name)):
+        raise UserError(f'"id" is {quoted(name)}; a text or a whole number was wanted.')
+    return str(name)
 
 
 def _token_ids(form: str, value: Any, tokenizer: Any | None) -> tuple[int, ...]:
     if form == "prompt_token_ids":
-        if not isinstance(value, Sequence) or not all(isinstance(t, int) and not isinstance(t, bool) for t in value):
-            raise UserError('"prompt_token_ids" must be a list of whole numbers.')
-        return tuple(value)
+        tokens = _ints(value)
+        if tokens is None:
+            raise UserError(f'"prompt_token_ids" is {quoted(value)}; it must be a list of whole numbers.')
+        return tokens
     if tokenizer is None:
         raise UserError(f'"{form}" needs a tokenizer, the model folder has none. Use "prompt_token_ids".')
     if form == "prompt":
         if not isinstance(value, str):
-            raise UserError(f'"prompt" is {json.dumps(value)[:40]}; a text was wanted.')
-        if not _is_unicode(value):
+            raise UserError(f'"prompt" is {quoted(value)}; a text was wanted.')
+        if not is_unicode(value):
             raise UserError('"prompt" holds half of a surrogate pair; text that can be written as UTF-8 was wanted.')
         return tuple(tokenizer(value)["input_ids"])
     if not isinstance(value, Sequence) or not value or not all(isinstance(m, Mapping) for m in value):
-        raise UserError('"messages" must be a list of objects with "role" and "content".')
+        raise UserError(
+            f'"messages" is {quoted(value)}; "messages" must be a list of objects with "role" and "content".'
+        )
     try:
         return tuple(tokenizer.apply_chat_template(list(value), add_generation_prompt=True, return_dict=False))
     except Exception as error:  # templates are programs of the model's author and raise what they like
-        raise UserError(f'"messages" do not fit the chat template: {error}.') from error
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text can be encoded: JSON may spell halves of characters that cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        raise UserError(f'"messages" do not fit the chat template: {str(error)[:200]}.') from error

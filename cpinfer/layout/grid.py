@@ -168,8 +168,8 @@ def legal_dcp_sizes(tp_size: int, pcp_size: int) -> list[int]:
     >>> legal_dcp_sizes(tp_size=4, pcp_size=2)
     [1, 2, 4, 8]
     """
-    return [
-        s
-        for s in range(1, pcp_size * tp_size + 1)
-        if pcp_size % s == 0 or (s % pcp_size == 0 and (pcp_size * tp_size) % s == 0)
-    ]
+    return sorted({*_divisors(pcp_size), *(pcp_size * k for k in _divisors(tp_size))})
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

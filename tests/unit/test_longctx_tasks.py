@@ -199,6 +199,9 @@ def test_unknown_names_name_the_nearest():
         find_task("niah_singel_1")
     with pytest.raises(UserError, match=r'unknown length "17k".*the nearest is "1'):
         parse_length("17k")
+    for text in ("²", "٤", "0", "-1", "9" * 5000):
+        with pytest.raises(UserError, match="unknown length"):
+            parse_length(text)
     assert (parse_length("16k"), parse_length("4K"), parse_length("12000")) == (16384, 4096, 12000)
 
 
@@ -286,11 +289,27 @@ def test_gsm8k_is_asked_with_worked_examples_from_the_same_file(file):
         ),
         ([*GSM8K, '{"question": "Why?", "answer": "Because."}'], 'line 5: .*"#### number"'),
         (GSM8K[:2], "the file ends after 2 examples"),
+        (['{"prompt": "x", "references": ["x"], "metrics": "f1"}'], 'unknown key "metrics"; the nearest .* "metric"'),
+        (['{"prompt": "x", "references": ["x"], "references": ["y"]}'], 'the key "references" stands twice'),
+        (["[" * 10**5], "line 1: the JSON is nested too deeply"),
+        ([r'{"prompt": "\ud83d", "references": ["x"]}'], 'line 1: "prompt" is '),
+        ([r'{"prompt": "x", "references": ["\ud83d"]}'], 'line 1: "references" is '),
+        (['{"prompt": "x", "references": ["x"], "metric": ["f1"]}'], "line 1: unknown metric"),
+        (['{"messages": 5, "references": ["x"]}'], "line 1: .*messages"),
+        ([*GSM8K, r'{"question": "\ud83d", "answer": "#### 1"}'], 'line 5: .*"#### number"'),
+        (['{"prompt": [' + '"a",' * 10**4 + '"a"], "references": ["x"]}'], 'line 1: "prompt" is '),
     ],
 )
 def test_a_bad_file_is_refused_with_the_line(file, lines, words):
-    with pytest.raises(UserError, match=f"task file .*mine.jsonl.*{words}"):
+    with pytest.raises(UserError, match=f"task file .*mine.jsonl.*{words}") as caught:
         read_task_file(file(*lines), Pieces(), 7, num_shots=2)
+    assert len(str(caught.value)) < 600, "whatever the line holds"
+
+
+def test_a_dataset_may_say_more_than_its_question(file):
+    """gsm8k's lines are the dataset's, which others have added to."""
+    path = file(*GSM8K[:2], '{"question": "Why?", "answer": "#### 7", "id": 3}')
+    assert [sample.references for sample in read_task_file(path, Pieces(), 7, num_shots=2)[1]] == [("7",)]
 
 
 def test_a_missing_file_is_refused(tmp_path):

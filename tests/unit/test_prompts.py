@@ -3,11 +3,23 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.prompts import as_prompt, check_distinct, check_prompt, read_input
+from cpinfer.engine.prompts import (
+    as_pairs,
+    as_prompt,
+    as_prompts,
+    as_sampling,
+    as_token_lists,
+    check_distinct,
+    check_prompt,
+    check_sampling,
+    read_input,
+)
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
@@ -73,12 +85,40 @@ def test_an_id_given_twice_names_both_lines(read):
     inputs, complaints = read(one, "", {"prompt_token_ids": [2]}, one)
     assert [line.prompt.index for line in inputs] == [0, 1]
     assert len(complaints) == 1
-    assert "line 4: " in complaints[0] and '"id" is the same as in line 1' in complaints[0]
+    assert "line 4: " in complaints[0] and '"id" is the same as in line 1 ("x")' in complaints[0]
 
 
-def test_an_answer_is_kept_when_it_is_text(read):
-    inputs, _ = read({"prompt_token_ids": [1], "answer": "yes"}, {"prompt_token_ids": [1], "answer": 3})
-    assert [line.answer for line in inputs] == ["yes", None]
+@pytest.mark.parametrize("first, second", [({"id": 7}, {"id": "7"}), ({}, {"id": "0"}), ({}, {"id": 0})])
+def test_ids_that_read_alike_are_the_same_and_say_where_they_come_from(read, first, second):
+    _, complaints = read({"prompt_token_ids": [1], **first}, {"prompt_token_ids": [2], **second})
+    assert len(complaints) == 1
+    assert 'the same as in line 1 ("' in complaints[0] and "named by its place, from 0" in complaints[0]
+
+
+def test_a_mark_before_the_text_is_none_of_it(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"prompt_token_ids": [1]}\n')
+    assert read_input(str(path), None)[1] == []
+
+
+@pytest.mark.parametrize("path", ["in\0.jsonl", "x" * 300])
+def test_a_path_that_is_none_is_named(path):
+    with pytest.raises(UserError, match=r"^input "):
+        read_input(path, None)
+
+
+def test_an_answer_is_kept_and_null_is_none(read):
+    inputs, complaints = read({"prompt_token_ids": [1], "answer": "yes"}, {"prompt_token_ids": [1], "answer": None})
+    assert [line.answer for line in inputs] == ["yes", None] and complaints == []
+
+
+def test_a_line_may_say_more_to_whoever_keeps_it(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt_token_ids": [1], "answer": 3, "solution": [4]}\n', encoding="utf-8")
+    inputs, complaints = read_input(str(path), None, keep_other_keys=True)
+    assert [line.prompt.token_ids for line in inputs] == [(1,)] and complaints == []
+    path.write_text('{"prompt_token_ids": [1.0], "solution": [4]}\n', encoding="utf-8")
+    assert len(read_input(str(path), None, keep_other_keys=True)[1]) == 1
 
 
 def test_blank_lines_count_as_lines_and_not_as_prompts(read):
@@ -117,8 +157,8 @@ def test_only_line_ends_end_a_line(tokenizer, read, char):
         ('"text"', 'found "text"; an object was wanted'),
         ("null", "found null; an object was wanted"),
         ({}, "found the keys []; exactly one of prompt, prompt_token_ids, messages was wanted"),
-        ({"text": "a"}, "found the keys ['text']"),
-        ({"prompt": "a", "prompt_token_ids": [1]}, "found the keys ['prompt', 'prompt_token_ids']; exactly one of"),
+        ({"text": "a"}, 'found the keys ["text"]'),
+        ({"prompt": "a", "prompt_token_ids": [1]}, 'found the keys ["prompt", "prompt_token_ids"]; exactly one of'),
         ({"prompt": ""}, "the prompt is empty; at least one token was wanted"),
         ({"prompt_token_ids": []}, "the prompt is empty"),
         ({"prompt": 5}, '"prompt" is 5; a text was wanted'),
@@ -134,6 +174,25 @@ def test_only_line_ends_end_a_line(tokenizer, read, char):
         ({"messages": {"role": "user"}}, '"messages" must be a list of objects'),
         ({"messages": [{"role": "user", "content": ""}]}, "the prompt is empty"),
         (r'{"prompt": "half of a pair: \ud83d"}', "prompt"),
+        (r'{"prompt_token_ids": [1], "id": "\ud83d"}', '"id" is "\\ud83d"; a text or a whole number was wanted'),
+        (r'{"prompt_token_ids": [1], "answer": "\ud83d"}', '"answer" is "\\ud83d"; a text was wanted'),
+        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', '"messages"'),
+        ({"prompt_token_ids": [1], "answer": 3}, '"answer" is 3; a text was wanted'),
+        ({"prompt_token_ids": [1], "answer": ["a"]}, '"answer" is ["a"]; a text was wanted'),
+        ({"prompt_token_ids": [1], "id": True}, '"id" is true; a text or a whole number was wanted'),
+        ({"prompt_token_ids": [1], "id": 1.0}, '"id" is 1.0; a text or a whole number was wanted'),
+        ({"prompt_token_ids": [1], "id": 10**30}, "a text or a whole number was wanted"),
+        ({"prompt_token_ids": [1], "temperture": 0}, 'unknown key "temperture"; the known ones are prompt, '),
+        ({"prompt_token_ids": [1], "anwser": "a"}, 'unknown key "anwser"; the nearest known key is "answer"'),
+        ('{"prompt_token_ids": [1], "prompt_token_ids": [2]}', 'the key "prompt_token_ids" stands twice'),
+        ('{"prompt_token_ids": [NaN]}', '"prompt_token_ids[0]" is NaN; a finite number was wanted'),
+        ('{"prompt_token_ids": [1e400]}', '"prompt_token_ids[0]" is 1e400; a finite number was wanted'),
+        ('{"prompt_token_ids": ' + "[" * 10**5 + "]" * 10**5 + "}", "nested too deeply"),
+        ({"prompt_token_ids": [1], "id": list(range(10**4))}, '"id" is [0, 1, 2'),
+        ({"prompt_token_ids": ["a" * 10**5]}, "must be a list of whole numbers"),
+        ({"prompt": ["a" * 10**5]}, "a text was wanted"),
+        ({"x" * 10**5: 1}, "found the keys"),
+        ({"prompt_token_ids": [1], "x" * 10**5: 1}, "unknown key"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named_with_its_number(read, line, words):
@@ -141,6 +200,7 @@ def test_a_line_that_is_no_prompt_is_named_with_its_number(read, line, words):
     assert [x.number for x in inputs] == [1, 3]
     assert len(complaints) == 1
     assert "in.jsonl, line 2: " in complaints[0] and words in complaints[0]
+    assert len(complaints[0].partition("line 2: ")[2]) < 400, "whatever the line holds"
 
 
 @pytest.mark.parametrize("text", ["", "\n", "  \n\n\t\n"])
@@ -237,3 +297,188 @@ def test_an_id_may_come_twice_in_a_call_only_under_another_seed():
     tokenizer = load_tokenizer()
     with pytest.raises(UserError, match="prompts 0 and 2 have the same"):
         check_distinct([as_prompt(prompt, i, tokenizer) for i, prompt in enumerate(given)], [0, 0, 0])
+
+
+USER = {"role": "user", "content": "hi"}
+SYSTEM = {"role": "system", "content": "be brief"}
+PROMPT = Prompt(3, "mine", (1, 2))
+
+
+@pytest.mark.parametrize(
+    "given, prompts",
+    [
+        ("hello", ["hello"]),
+        (["hello"], ["hello"]),
+        (("a", "b"), ["a", "b"]),
+        (iter(["a", "b"]), ["a", "b"]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        ([1, 2, 3], [(1, 2, 3)]),
+        ((1,), [(1,)]),
+        (range(3), [(0, 1, 2)]),
+        ([np.int64(1), np.int32(2)], [(1, 2)]),
+        (np.array([1, 2]), [(1, 2)]),
+        (torch.tensor([1, 2]), [(1, 2)]),
+        (list(torch.tensor([1, 2])), [(1, 2)]),
+        (np.array([[1, 2], [3, 4]]), [(1, 2), (3, 4)]),
+        (torch.tensor([[1, 2], [3, 4]]), [(1, 2), (3, 4)]),
+        ([np.array([1, 2]), torch.tensor([3])], [(1, 2), (3,)]),
+        ([[1, 2], (3,), "c"], [(1, 2), (3,), "c"]),
+        ([[1], []], [(1,), ()]),
+        ([USER], [{"messages": [USER]}]),
+        ((SYSTEM, USER), [{"messages": [SYSTEM, USER]}]),
+        ([[USER], [SYSTEM, USER]], [{"messages": [USER]}, {"messages": [SYSTEM, USER]}]),
+        ({"prompt": "a", "id": "x"}, [{"prompt": "a", "id": "x"}]),
+        ([{"prompt": "a"}, {"messages": [USER]}], [{"prompt": "a"}, {"messages": [USER]}]),
+        (PROMPT, [PROMPT]),
+        ([PROMPT, "a"], [PROMPT, "a"]),
+        ([], []),
+        ((), []),
+    ],
+    ids=str,
+)
+def test_what_can_be_one_prompt_only_is_one_and_a_list_is_many(given, prompts):
+    found = as_prompts(given)
+    assert found == prompts
+    ids = [prompt for prompt in found if isinstance(prompt, tuple)]
+    assert all(type(token) is int for tokens in ids for token in tokens), "what numpy and torch hold stays there"
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (None, "found null (a NoneType); a prompt or a list of prompts was wanted"),
+        (5, "found 5 (a int)"),
+        (b"hello", "(a bytes); a prompt or a list"),
+        ({"hello"}, "(a set); a prompt or a list"),
+        (np.int64(5), "found 5 (a int)"),
+        (torch.tensor(5), "found 5 (a int)"),
+        ([1, "a"], "prompt 0 is 1 (a int); a text, a list of token ids, a chat or an object was wanted"),
+        (["a", 1], "prompt 1 is 1 (a int)"),
+        ([True, False], "prompt 0 is true (a bool)"),
+        ([1, True], "prompt 0 is 1 (a int)"),
+        ([1.0, 2.0], "prompt 0 is 1.0 (a float)"),
+        (np.array([1.0]), "prompt 0 is 1.0 (a float)"),
+        (torch.tensor([[1.0]]), "prompt 0 is [1.0] (a list)"),
+        (np.zeros((1, 1, 1), dtype=int), "prompt 0 is [[0]] (a list)"),
+        ([["a", "b"]], 'prompt 0 is ["a", "b"] (a list)'),
+        ([[1, 2.5]], "prompt 0 is [1, 2.5] (a list)"),
+        ([[1, None]], "prompt 0 is [1, null] (a list)"),
+        ([None], "prompt 0 is null (a NoneType)"),
+        ([b"a"], "prompt 0 is"),
+        ([[USER, "a"]], "prompt 0 is"),
+    ],
+    ids=str,
+)
+def test_what_is_no_prompt_is_refused_in_one_sentence(given, words):
+    with pytest.raises(UserError) as caught:
+        as_prompts(given)
+    assert words in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_a_message_among_prompts_is_an_object_without_a_prompt():
+    [_, message] = as_prompts(["a", USER])
+    with pytest.raises(UserError, match="exactly one of prompt, prompt_token_ids, messages was wanted"):
+        as_prompt(message, 1, None)
+
+
+def test_an_object_says_nothing_that_is_not_heard():
+    with pytest.raises(UserError, match='unknown key "temperature"'):
+        as_prompt({"prompt_token_ids": [1], "temperature": 0}, 0, None)
+
+
+def test_pooled_prompts_are_token_ids_from_any_form(tokenizer):
+    ids = tuple(tokenizer("hi")["input_ids"])
+    assert as_token_lists(["hi", list(ids), [USER]], tokenizer) == [ids, ids, ids]
+    assert as_token_lists("hi", tokenizer) == as_token_lists(np.array(ids), None) == [ids]
+    assert as_token_lists([], None) == []
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (["text"], "needs a tokenizer"),
+        ([[]], "the prompt is empty"),
+        ([PROMPT], "prompt 0 has an id"),
+        ([[1], {"prompt_token_ids": [1], "id": "x"}], "prompt 1 has an id"),
+        ([[2**63]], "prompt 0 is [9223372036854775808], which no vocabulary holds"),
+        ([[1.5]], "prompt 0 is [1.5]"),
+    ],
+)
+def test_what_cannot_be_pooled_is_named(given, words):
+    with pytest.raises(UserError) as caught:
+        as_token_lists(given, None)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given, pairs",
+    [
+        ([("a", [1])], [("a", (1,))]),
+        (("a", [1]), [("a", (1,))]),
+        (["a", np.array([1])], [("a", (1,))]),
+        ([("a", [1]), ("b", [2])], [("a", (1,)), ("b", (2,))]),
+        ([([1], [2]), ([3], [4])], [((1,), (2,)), ((3,), (4,))]),
+        (([1, 2], [3, 4]), [((1, 2), (3, 4))]),
+        ((torch.tensor([1, 2]), torch.tensor([3])), [((1, 2), (3,))]),
+        (([USER], [1]), [({"messages": [USER]}, (1,))]),
+        (zip(["a"], [[1]], strict=True), [("a", (1,))]),
+        ([("a", [])], [("a", ())]),
+        ([([], [1])], [((), (1,))]),
+        ([], []),
+    ],
+    ids=str,
+)
+def test_a_pair_is_a_prompt_and_token_ids_and_one_may_stand_alone(given, pairs):
+    assert as_pairs(given) == pairs
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ("ab", 'found "ab" (a str); pairs of a prompt and token ids were wanted'),
+        (None, "found null (a NoneType)"),
+        (("a", "b"), 'the continuation of pair 0 is "b" (a str); a list of token ids was wanted'),
+        ([("a", "b"), ("c", "d")], "the continuation of pair 0"),
+        ([("a", [1]), ("b", [1.5])], "the continuation of pair 1 is [1.5] (a list)"),
+        (["a", "b", "c"], 'pair 0 is "a" (a str); a prompt and the token ids'),
+        ([("a", [1], [2])], "pair 0 is"),
+        ([(1, [1])], "pair 0 is [1, [1]] (a tuple)"),
+        ([("a", [True])], "the continuation of pair 0 is [true]"),
+    ],
+    ids=str,
+)
+def test_what_is_no_pair_is_refused_in_one_sentence(given, words):
+    with pytest.raises(UserError) as caught:
+        as_pairs(given)
+    assert words in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_sampling_is_one_for_all_or_one_each():
+    own, default = SamplingParams(n=2), SamplingParams(n=3)
+    assert as_sampling(None, 2, default) == [default, default]
+    assert as_sampling(own, 2, default) == [own, own]
+    assert as_sampling((own, default), 2, default) == [own, default]
+    assert as_sampling([], 0, default) == []
+    for bad, words in [
+        ([], "0 sampling parameters for 2 prompts"),
+        ({"n": 2}, "(a dict) for sampling; SamplingParams, or one for each prompt"),
+        ([own, None], "(a list) for sampling"),
+        ("greedy", '"greedy" (a str) for sampling'),
+    ]:
+        with pytest.raises(UserError) as caught:
+            as_sampling(bad, 2, default)
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "bad, good",
+    [
+        ({"stop_token_ids": [767, 768]}, {"stop_token_ids": [767]}),
+        ({"logit_bias": {768: 1}}, {"logit_bias": {767: 1}}),
+        ({"stop_token_ids": range(768), "min_new_tokens": 2}, {"stop_token_ids": range(768), "min_new_tokens": 1}),
+    ],
+)
+def test_sampling_names_only_tokens_that_the_model_has(bad, good):
+    check_sampling(SamplingParams(**{k: list(v) if isinstance(v, range) else v for k, v in good.items()}), SPEC)
+    with pytest.raises(UserError, match=f'"{next(iter(bad))}"'):
+        check_sampling(SamplingParams(**{k: list(v) if isinstance(v, range) else v for k, v in bad.items()}), SPEC)

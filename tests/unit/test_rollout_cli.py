@@ -134,7 +134,7 @@ def test_a_bad_config_is_refused_before_loading(folder, no_loading, config, word
     [
         ('{"prompt": "a"', {}, ["not valid JSON"]),
         ("[1]", {}, ["found [1]; an object was wanted"]),
-        ({"text": "a"}, {}, ["found the keys ['text']", "exactly one of prompt, prompt_token_ids, messages"]),
+        ({"text": "a"}, {}, ['found the keys ["text"]', "exactly one of prompt, prompt_token_ids, messages"]),
         ({"prompt": ""}, {}, ["the prompt is empty; at least one token was wanted"]),
         ({"prompt_token_ids": []}, {}, ["the prompt is empty"]),
         ({"prompt_token_ids": [5, 768]}, {}, ["token id 768 is outside the vocabulary of 768 tokens"]),

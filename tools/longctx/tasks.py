@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cpinfer.errors import UserError
+from cpinfer.errors import UserError, quoted
 from longctx.haystack import Draft, fit
 from longctx.recall import recall
 from longctx.ruler import common_words, frequent_words, niah, passkey, variable_tracking
@@ -126,18 +126,21 @@ def find_task(name: str) -> Task:
     """UserError, naming the nearest, for a task that there is not."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)
-        raise UserError(f'unknown task "{name}"; the nearest is "{near[0]}". There are {", ".join(TASKS)}.')
+        raise UserError(f'unknown task {quoted(name)}; the nearest is "{near[0]}". There are {", ".join(TASKS)}.')
     return TASKS[name]
 
 
 def parse_length(text: str) -> int:
     """Tokens: a whole number, or a name like 16k. UserError, naming the nearest, for anything else."""
-    if text.isdigit() and int(text) > 0:
+    # Digits of other scripts, and superscripts, are digits to Python.
+    if text.isascii() and text.isdigit() and len(text) < 20 and int(text) > 0:
         return int(text)
     if text.lower() in LENGTHS:
         return LENGTHS[text.lower()]
     near = difflib.get_close_matches(text.lower(), LENGTHS, n=1, cutoff=0.0)
-    raise UserError(f'unknown length "{text}"; a number of tokens was wanted, or a name: the nearest is "{near[0]}".')
+    raise UserError(
+        f'unknown length {quoted(text)}; a number of tokens was wanted, or a name: the nearest is "{near[0]}".'
+    )
 
 
 def make_samples(
