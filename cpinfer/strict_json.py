@@ -41,7 +41,7 @@ def parse_json(text: str) -> Any:
         raise UserError("the JSON is nested too deeply; a few levels were wanted.") from error
     if not_finite:
         where = _first_not_finite(data, "")
-        found = f'"{where}" is ' if where else ""
+        found = f"{quoted(where, limit=120)} is " if where else ""
         raise NotJSONError(f"not valid JSON: {found}{quoted(not_finite[0])[1:-1]}; a finite number was wanted.")
     return data
 
