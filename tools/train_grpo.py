@@ -32,6 +32,7 @@ from cpinfer.engine.metrics import format_summary
 from cpinfer.engine.output import ResultWriter, summary_path, write_json
 from cpinfer.engine.prompts import check_prompt, read_input
 from cpinfer.errors import UserError
+from cpinfer.strict_json import read_text
 from grpo.curves import draw_curves, ends
 from grpo.rewards import Reward, find_reward
 from grpo.training import Line, Trained, train
@@ -137,7 +138,7 @@ def _check_training(config: Config, world_size: int) -> None:
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows for TRL, of lines that are known to be good."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    rows = [json.loads(line) for line in read_text(path).split("\n") if line.strip()]
     for number, row in enumerate(rows, start=1):
         if "prompt_token_ids" in row:
             raise UserError(f"input {path}: prompt {number} is token ids; TRL wants `prompt` or `messages`.")

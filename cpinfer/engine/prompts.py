@@ -60,10 +60,14 @@ def as_token_lists(given: Any, tokenizer: Any | None) -> list[tuple[int, ...]]:
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, Prompt) or (isinstance(prompt, Mapping) and "id" in prompt):
             raise UserError(f"prompt {index} has an id; prompts that are pooled are named by their pool. Leave it out.")
-    lists = [as_prompt(prompt, index, tokenizer).token_ids for index, prompt in enumerate(prompts)]
-    for index, tokens in enumerate(lists):
-        if not all(-(2**63) <= token < 2**63 for token in tokens):  # they travel as such numbers
-            raise UserError(f"prompt {index} is {quoted(tokens)}, which no vocabulary holds.")
+    lists = []
+    for index, prompt in enumerate(prompts):
+        try:
+            lists.append(as_prompt(prompt, index, tokenizer).token_ids)
+        except UserError as error:
+            raise UserError(f"prompt {index}: {error}") from error
+        if not all(-(2**63) <= token < 2**63 for token in lists[-1]):  # they travel as such numbers
+            raise UserError(f"prompt {index} is {quoted(lists[-1])}, which no vocabulary holds.")
     return lists
 
 

@@ -19,7 +19,7 @@ from cpinfer.errors import UserError
 
 CONFIGS = [json.loads(p.read_text("utf-8")) for p in sorted((Path(__file__).parents[2] / "configs").glob("*.json"))]
 LONGEST_MESSAGE = 400
-ONE_CHECK_MS = 500
+ONE_CHECK_MS = 5000
 QUICK = settings(max_examples=200, deadline=ONE_CHECK_MS, suppress_health_check=list(HealthCheck))
 LONG = settings(QUICK, max_examples=5000)
 

@@ -14,7 +14,7 @@ from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
 
 LONGEST_MESSAGE = 400
-QUICK = settings(max_examples=200, deadline=500, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=200, deadline=5000, suppress_health_check=list(HealthCheck))
 LONG = settings(QUICK, max_examples=5000)
 GOOD = '{"prompt_token_ids": [1], "id": "the good one"}'
 

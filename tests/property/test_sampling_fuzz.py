@@ -16,7 +16,7 @@ from cpinfer.errors import UserError
 from cpinfer.models.spec import ModelSpec
 
 VOCAB = 12
-QUICK = settings(max_examples=200, deadline=2000, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=200, deadline=10_000, suppress_health_check=list(HealthCheck))
 LONG = settings(QUICK, max_examples=5000)
 SPEC = ModelSpec.from_config(
     {
