@@ -177,6 +177,11 @@ class RolloutConfig:
     mismatch_every: int = _key(
         "compare rollout logprobs with the training forward's in every so many phases; 0 never does", 1
     )
+    overlong_prompts: Literal["error", "truncate_left"] = _key(
+        "prompts of a TRL trainer that leave no room for a whole answer: those that can never run end the run, or of "
+        "each such prompt the last tokens stand for it",
+        "error",
+    )
 
     def __post_init__(self) -> None:
         _check(self.mismatch_every >= 0, "mismatch_every", self.mismatch_every, "at least 0")
@@ -191,13 +196,19 @@ class TrainingConfig:
     learning_rate: float = _key("of AdamW, constant", 1e-6)
     batch_size: int = _key("samples per process and step", 8)
     num_generations: int = _key("samples per prompt: the group that rewards are compared in", 8)
-    kl_coef: float = _key("weight of the KL to the model before training; 0 keeps no second model", 0.0)
+    kl_coef: float = _key(
+        "weight of the KL to the model before training, which is kept beside it; 0 keeps none, LoRA needs none", 0.0
+    )
     entropy_coef: float = _key("weight of the entropy bonus", 0.0)
     zero_stage: Literal[0, 1, 2, 3] | None = _key("DeepSpeed ZeRO stage; null trains with DDP, without DeepSpeed", 0)
     lora_rank: int = _key("train a LoRA adapter of this rank on all linear layers; 0 trains all weights", 0)
-    fresh_weights: bool = _key("start from random weights instead of the model's", False)
+    fresh_weights: bool = _key(
+        "start from random weights instead of the model's; with `kl_coef` they are written to initial/ beside the "
+        "output, for the second model",
+        False,
+    )
     generator: Literal["cpinfer", "transformers"] = _key("who generates the rollouts", "cpinfer")
-    seed: int = _key("of weights, order of prompts and samples", 0)
+    seed: int = _key("of weights, order of prompts and, with `sampling.seed`, of samples: GRPOConfig's seed", 0)
 
     def __post_init__(self) -> None:
         _check(self.num_steps >= 1, "num_steps", self.num_steps, "at least 1")

@@ -21,7 +21,14 @@ from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pa
 from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.needs import attention_needs
 from cpinfer.engine.pooled_prompts import PooledPrompts
-from cpinfer.engine.prompts import PromptLike, as_prompt, check_prompt, check_scored_length, check_tokens
+from cpinfer.engine.prompts import (
+    PromptLike,
+    as_prompt,
+    check_prompt,
+    check_scored_length,
+    check_tokens,
+    longest_prompt,
+)
 from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
 from cpinfer.engine.step_runner import StepRunner
@@ -72,6 +79,10 @@ class Engine:
     def max_positions(self) -> int:
         """How many tokens the model can see at once, prompt and answer together."""
         return self._runner.spec.max_positions
+
+    def longest_prompt(self, sampling: SamplingParams) -> int:
+        """Tokens of the longest prompt that leaves room for a whole answer; below 1 when none does."""
+        return longest_prompt(sampling, self._runner.spec, self._pool_size)
 
     @property
     def is_awake(self) -> bool:
