@@ -97,7 +97,7 @@ def test_rollouts_agree_with_the_training_forward_however_the_weights_are_held(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("zero_stage", ["null", "0", "1", "2", "3"])
 def test_the_kl_is_to_the_model_before_training_however_its_weights_are_held(tmp_path: Path, zero_stage: str) -> None:
     options = [f"training.zero_stage={zero_stage}", "training.kl_coef=0.1", "training.num_steps=2"]
@@ -107,7 +107,7 @@ def test_the_kl_is_to_the_model_before_training_however_its_weights_are_held(tmp
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(400)
 @pytest.mark.parametrize("zero_stage", ["null", "3"])
 def test_training_is_the_same_whether_it_is_measured_or_not(tmp_path: Path, zero_stage: str) -> None:
     losses = []
