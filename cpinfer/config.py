@@ -178,8 +178,8 @@ class RolloutConfig:
         "compare rollout logprobs with the training forward's in every so many phases; 0 never does", 1
     )
     overlong_prompts: Literal["error", "truncate_left"] = _key(
-        "prompts of a TRL trainer that leave no room for a whole answer: those that can never run end the run, or of "
-        "each such prompt the last tokens stand for it",
+        "a TRL trainer's prompts that are too long: one that can never run is an error and ends the run; or each is "
+        "cut to the last tokens that leave room for a whole answer",
         "error",
     )
 

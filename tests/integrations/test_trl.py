@@ -214,15 +214,22 @@ def test_settings_that_trl_drops_on_this_path_are_refused_by_name(
         rollouts(TEXTS, trainer)
 
 
-@pytest.mark.parametrize("has", [{"tools": [len]}, {"environment_factories": {None: object}}], ids=str)
-def test_tools_and_environments_are_refused_before_anything_runs(
-    tokenizer: Any, tmp_path: Path, has: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("has", "value", "words"),
+    [
+        ("tools", [len], "tools and environments"),
+        ("environment_factories", {None: object}, "tools and environments"),
+        ("_is_vlm", True, "multimodal"),
+        ("use_vllm", True, "use_vllm=True"),
+    ],
+)
+def test_what_else_a_trainer_may_have_is_refused_before_anything_runs(
+    tokenizer: Any, tmp_path: Path, has: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rollouts = make_rollout_func(CONFIG)
     trainer = make_trainer(tokenizer, tmp_path, rollouts)
-    for name, value in has.items():
-        monkeypatch.setattr(trainer, name, value)
-    with pytest.raises(cpinfer.UserError, match="tools"):
+    monkeypatch.setattr(trainer.args if hasattr(trainer.args, has) else trainer, has, value)
+    with pytest.raises(cpinfer.UserError, match=words):
         rollouts(TEXTS, trainer)
     assert rollouts.records == []
 
