@@ -171,6 +171,11 @@ class RolloutConfig(Checked):
     mismatch_every: int = _key(
         "compare rollout logprobs with the training forward's in every so many phases; 0 never does", 1, within=_COUNT
     )
+    overlong_prompts: Literal["error", "truncate_left"] = _key(
+        "a TRL trainer's prompts that are too long: one that can never run is an error and ends the run; or each is "
+        "cut to the last tokens that leave room for a whole answer",
+        "error",
+    )
 
 
 @dataclass(frozen=True)
@@ -185,16 +190,26 @@ class TrainingConfig(Checked):
         "samples per prompt: the group that rewards are compared in", 8, within=Bounds(2, 2**16)
     )
     kl_coef: float = _key(
-        "weight of the KL to the model before training; 0 keeps no second model", 0.0, within=Bounds(0, 1e6)
+        "weight of the KL to the model before training, which is kept beside it; 0 keeps none, LoRA needs none",
+        0.0,
+        within=Bounds(0, 1e6),
     )
     entropy_coef: float = _key("weight of the entropy bonus", 0.0, within=Bounds(0, 1e6))
     zero_stage: Literal[0, 1, 2, 3] | None = _key("DeepSpeed ZeRO stage; null trains with DDP, without DeepSpeed", 0)
     lora_rank: int = _key(
         "train a LoRA adapter of this rank on all linear layers; 0 trains all weights", 0, within=Bounds(0, 2**16)
     )
-    fresh_weights: bool = _key("start from random weights instead of the model's", False)
+    fresh_weights: bool = _key(
+        "start from random weights instead of the model's; with `kl_coef` they are written to initial/ beside the "
+        "output, for the second model",
+        False,
+    )
     generator: Literal["cpinfer", "transformers"] = _key("who generates the rollouts", "cpinfer")
-    seed: int = _key("of weights, order of prompts and samples", 0, within=Bounds(0, 2**31 - 1))
+    seed: int = _key(
+        "of weights, order of prompts and, with `sampling.seed`, of samples: GRPOConfig's seed",
+        0,
+        within=Bounds(0, 2**31 - 1),
+    )
 
 
 @dataclass(frozen=True)

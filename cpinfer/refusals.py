@@ -98,6 +98,23 @@ REFUSALS: dict[str, Refusal] = {
         "Call fully_shard on the causal LM, its layers, or the PeftModel.",
     ),
     "fsdp_tp": Refusal("FSDP2 together with tensor parallelism", "Use FSDP2 alone, or tensor parallelism with DDP."),
+    "trl_vllm": Refusal(
+        "TRL's vLLM beside its own rollouts (use_vllm, vllm_structured_outputs_regex)",
+        "Leave both out of GRPOConfig: cpinfer generates.",
+    ),
+    "trl_transformers_generation": Refusal(
+        "GRPOConfig's options of Transformers' generation (generation_kwargs, cache_implementation, "
+        "use_transformers_continuous_batching)",
+        "Leave them out, and put what cpinfer knows of them under `sampling` of its config.",
+    ),
+    "trl_tools": Refusal(
+        "tools and environments of a GRPOTrainer (TRL asks for later turns past a rollout_func)",
+        "Train without tools and environment_factory, or without rollout_func.",
+    ),
+    "trl_mask_truncated": Refusal(
+        "TRL's mask_truncated_completions with answers that end otherwise than by an end-of-text token",
+        "Set it to False, or end answers by tokens that the model's generation_config has as eos_token_id.",
+    ),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }
 

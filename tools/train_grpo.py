@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import Config, load_config
 from cpinfer.engine.metrics import format_summary
 from cpinfer.engine.output import ResultWriter, summary_path, write_json
-from cpinfer.engine.prompts import check_prompt, read_input
+from cpinfer.engine.prompts import check_prompt, longest_prompt, read_input
+from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
+from cpinfer.layout.capacity import PoolSize
+from cpinfer.models.spec import ModelSpec
 from cpinfer.strict_json import read_text
 from grpo.curves import draw_curves, ends
 from grpo.rewards import Reward, find_reward
@@ -97,10 +101,10 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     _, complaints = read_input(
         config.input,
         tokenizer,
-        lambda prompt: check_prompt(prompt, config.sampling, spec, pool),
+        partial(_check_prompt, config, spec, pool),
         keep_other_keys=True,
     )
-    refuse_bad_lines(complaints, "Mend the input.")
+    refuse_bad_lines(complaints, "Fix the input.")
     output, existing = wanted_output(config, args, grid, launch.rank)
     return Training(
         config=config,
@@ -134,6 +138,14 @@ def _check_training(config: Config, world_size: int) -> None:
             f"tp_size is {config.tp_size}: this tool trains with data parallelism, whose weights are only cut for a "
             'phase under "training.zero_stage": 3 with "rollout.gather": "tp_shards". Use tp_size 1, or those.'
         )
+
+
+def _check_prompt(config: Config, spec: ModelSpec, pool: PoolSize, prompt: Prompt) -> None:
+    """UserError for a prompt that can never run. One that is too long can, where rollouts cut it."""
+    if config.training.generator == "cpinfer" and config.rollout.overlong_prompts == "truncate_left":
+        longest = longest_prompt(config.sampling, spec, pool)
+        prompt = replace(prompt, token_ids=prompt.token_ids[-max(longest, 1) :])
+    check_prompt(prompt, config.sampling, spec, pool)
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -14,11 +15,15 @@ from cpinfer.ops.float8 import rounded_through
 from cpinfer.ops.row_copies import copy_rows
 from cpinfer.ops.states import State
 
+# Where torch's own tensors begin, in bytes: vectorised kernels may sum in another order elsewhere.
+_ALIGNMENT = 64
+
 
 class PagedKVCache:
     """Keys and values of all layers, `[num_blocks * block_size, heads, dim]` each.
 
-    It starts as zeros: attention kernels read whole blocks, and what they mask must at least be finite. With
+    It starts as zeros: attention kernels read whole blocks, and what they mask must at least be finite. On CPU a page
+    of it takes memory, and time to be zeroed, when it is first touched: a phase pays for the blocks that it uses. With
     `has_spare_block` there is one block more, which no table names: tokens at `spare_slot` are written and never read.
 
     `dtype` is the model's, in which K and V are computed and travel. In `store_dtype` they are kept; where it is
@@ -53,7 +58,7 @@ class PagedKVCache:
 
         def zeros(dim: int) -> list[Tensor]:
             shape = (slots, layout.num_heads, dim)
-            return [torch.zeros(shape, dtype=self.store_dtype, device=device) for _ in range(num_layers)]
+            return [zeroed(shape, self.store_dtype, device) for _ in range(num_layers)]
 
         self._keys = zeros(layout.k_dim)
         self._values = (
@@ -156,3 +161,17 @@ class PagedKVCache:
     def new_rows(self, n: int, num_heads: int) -> Tensor:
         """Zeros `[n, num_heads, width]`: room for the parts of n tokens, side by side, as they travel."""
         return torch.zeros(n, num_heads, self.layout.width, dtype=self.dtype, device=self.device)
+
+
+def zeroed(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that cost nothing until they are touched, where the device can do that.
+
+    On CPU `torch.zeros` writes them all, which for a pool of 256 MiB takes longer than a short rollout; NumPy asks the
+    system for pages that it will zero by itself.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    store = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
+    start = -store.ctypes.data % _ALIGNMENT
+    return torch.from_numpy(store[start : start + num_bytes]).view(dtype).view(*shape)

@@ -32,6 +32,7 @@ from cpinfer.engine.prompts import (
     check_prompt,
     check_scored_length,
     check_tokens,
+    longest_prompt,
 )
 from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
@@ -83,6 +84,10 @@ class Engine:
     def max_positions(self) -> int:
         """How many tokens the model can see at once, prompt and answer together."""
         return self._runner.spec.max_positions
+
+    def longest_prompt(self, sampling: SamplingParams) -> int:
+        """Tokens of the longest prompt that leaves room for a whole answer; below 1 when none does."""
+        return longest_prompt(sampling, self._runner.spec, self._pool_size)
 
     @property
     def is_awake(self) -> bool:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NoReturn
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -43,14 +44,18 @@ class Lent:
 
 @dataclass(frozen=True)
 class PhaseReport:
-    """What a phase cost this rank beside its rollouts: seconds to bring the weights and to give them back, and bytes.
+    """What a phase cost this rank beside its rollouts: seconds, and bytes.
 
+    `gather_s` brings the weights, `attach_s` puts the engine on them with its KV pool; after the block `detach_s` takes
+    the engine off again and `release_s` gives the weights back. With the block's own time they make the phase's.
     `weights_bytes` counts the parameters that the forward uses, those of the trainer that it uses in place included;
     what the trainer keeps beside them (its partitions, optimiser state) is not in it.
     """
 
     how: str
     gather_s: float
+    attach_s: float
+    detach_s: float
     release_s: float
     weights_bytes: int
     kv_pool_bytes: int
@@ -72,19 +77,22 @@ def rollout_phase(
     `report` is called with what the phase cost, after one that did not fail. RuntimeError when an optimiser steps
     inside the block. Collective over all ranks of the job.
     """
-    started = time.perf_counter()
+    laps = [time.perf_counter()]
     with no_optimizer_steps(), lent.weights() as most_bytes:
-        gather_s = time.perf_counter() - started
+        laps.append(time.perf_counter())
         with attach(lent.module, lent.topology, config, tokenizer=tokenizer) as engine:
             engine.weights_version = weights_version
             weights_bytes = storage_bytes(lent.module.parameters()) if most_bytes is None else most_bytes
             kv_pool_bytes = engine.kv_pool_bytes
+            laps.append(time.perf_counter())
             yield engine
+            laps.append(time.perf_counter())
             engine.sleep()
-        started = time.perf_counter()
-    release_s = time.perf_counter() - started
+        laps.append(time.perf_counter())
+    laps.append(time.perf_counter())
+    gather_s, attach_s, _, detach_s, release_s = (end - start for start, end in pairwise(laps))
     if report is not None:
-        report(PhaseReport(lent.how, gather_s, release_s, weights_bytes, kv_pool_bytes))
+        report(PhaseReport(lent.how, gather_s, attach_s, detach_s, release_s, weights_bytes, kv_pool_bytes))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +149,13 @@ def check_distinct(prompts: Sequence[Prompt], seeds: Sequence[int]) -> None:
                 f'prompts {before} and {place} have the same "id" ({quoted(prompt.id)}) and seed; ids must '
                 'differ, they seed the samples. Leave "id" out to have prompts numbered.'
             )
+
+
+def longest_prompt(params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> int:
+    """Tokens of the longest prompt that leaves room for a whole answer; below 1 when none does."""
+    most_stored = bisect_right(range(spec.max_positions + 1), pool.num_blocks, key=pool.sharding.num_blocks) - 1
+    # The answer's last token is never stored, but it has a position.
+    return min(spec.max_positions, most_stored + 1) - params.max_new_tokens
 
 
 def check_scored_length(num_prompt: int, num_targets: int, spec: ModelSpec, pool: PoolSize) -> None:

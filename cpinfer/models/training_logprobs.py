@@ -1,17 +1,44 @@
-"""What the training forward says of sampled tokens: the model as the trainer calls it, nothing of ours in it."""
+"""What the training forward says of sampled tokens: the model as the trainer calls it, nothing of ours in it.
+
+But for its dropout: rollouts are drawn without, and to measure is not to train.
+"""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 Tokens = Sequence[int]
 
 
-@torch.no_grad()
+@contextmanager
+def only_measured(model: Any) -> Iterator[None]:
+    """The model without dropout and without gradients, for the length of the block; it changes nothing of training.
+
+    Every module has its mode back afterwards, and the random states of this process (torch's, on the model's device
+    too, NumPy's and Python's) are those from before, also after an error. Modules run in the order of training:
+    dropout is called, and does nothing.
+    """
+    modes = {module: module.training for module in model.modules()}
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
+
+
 def training_logprobs(
     model: Any,
     prompts: Sequence[Tokens],
@@ -24,8 +51,8 @@ def training_logprobs(
 ) -> list[list[float]]:
     """The logprob of every token of every completion, log_softmax(logits / temperature) in float32.
 
-    `model` is called, hooks and all, in the mode it is in; no cache, no gradients. Samples are batched by length and
-    padded on the right. Only completions meet the vocabulary, as far as batches are alike. An empty completion gives an
+    `model` is called, hooks and all, `only_measured`; no cache. Samples are batched by length and padded on the right.
+    Only completions meet the vocabulary, as far as batches are alike. An empty completion gives an
     empty list, no samples give none.
 
     Under ZeRO-3 or FSDP a forward is collective: all ranks must make as many. A rank makes at least `num_batches`, the
@@ -43,13 +70,14 @@ def training_logprobs(
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + len(completions[i]), len(prompts[i])))
     found: list[list[float]] = [[] for _ in prompts]
     num_called = 0
-    for rows in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
-        batch = [(prompts[i], completions[i]) for i in rows]
-        for i, logprobs in zip(rows, _of_batch(model, batch, temperature, pad_token_id), strict=True):
-            found[i] = logprobs.tolist()
-        num_called += 1
-    for _ in range(num_called, num_batches):
-        _logits(model, [[pad_token_id]], num_kept=1, pad_token_id=pad_token_id)
+    with only_measured(model):
+        for rows in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
+            batch = [(prompts[i], completions[i]) for i in rows]
+            for i, logprobs in zip(rows, _of_batch(model, batch, temperature, pad_token_id), strict=True):
+                found[i] = logprobs.tolist()
+            num_called += 1
+        for _ in range(num_called, num_batches):
+            _logits(model, [[pad_token_id]], num_kept=1, pad_token_id=pad_token_id)
     return found
 
 

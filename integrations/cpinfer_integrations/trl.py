@@ -13,35 +13,48 @@ the training forward's own logprobs. So how far the two lie apart is measured he
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from trl.data_utils import is_conversational
 
 from cpinfer.config import Config, SamplingParams
+from cpinfer.engine.engine import Engine
 from cpinfer.engine.mismatch import Compared, Mismatch
 from cpinfer.engine.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.engine.request import RolloutResult
+from cpinfer.errors import UserError
+from cpinfer.models.training_logprobs import only_measured
 from cpinfer_integrations.lending import lend
+from cpinfer_integrations.trl_settings import check_settings, ends_unknown_to_trl, sampling_of
+
+T = TypeVar("T")
+logger = logging.getLogger("cpinfer")
 
 
 @dataclass(frozen=True)
 class PhaseRecord:
     """One rollout phase: counts and mismatch over all ranks of the job, times of this rank.
 
-    `phase_s` is from the trainer's call to the model's return, of which `generate_s` is the engine's and `cost` what
-    lending took; measuring the mismatch comes after it.
+    `phase_s` is from the trainer's call to the model's return. Its parts are `prepare_s` (settings, lending, tokens),
+    `generate_s` (the engine's) and the four of `cost`; measuring the mismatch comes after it, and takes `mismatch_s`.
     """
 
     weights_version: int
     num_samples: int
     num_generated_tokens: int
     mismatch: Mismatch | None
+    mode: str = "train"
+    num_truncated_prompts: int = 0
     phase_s: float = 0.0
+    prepare_s: float = 0.0
     generate_s: float = 0.0
     mismatch_s: float = 0.0
     cost: PhaseReport | None = None
@@ -52,8 +65,11 @@ class PhaseRecord:
         cost.pop("how", None)  # not a number
         return {
             "weights_version": self.weights_version,
+            "num_truncated_prompts": self.num_truncated_prompts,
             "phase_s": self.phase_s,
+            "prepare_s": self.prepare_s,
             "generate_s": self.generate_s,
+            "mismatch_s": self.mismatch_s,
             "tokens_per_s": self.num_generated_tokens / self.phase_s,
             **cost,
             **({} if self.mismatch is None else self.mismatch.as_dict()),
@@ -65,60 +81,67 @@ def make_rollout_func(config: Config) -> RolloutFunc:
 
     The layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase; `config.rollout` says how dealt
     out weights are gathered. Temperature, top_k, top_p, min_p, repetition_penalty and the answer's length are the
-    trainer's; everything else of `config.sampling` holds as it stands.
+    trainer's; everything else of `config.sampling` holds as it stands. Samples are a function of the trainer's seed and
+    `config.sampling.seed`, of training or evaluation, of the optimiser step, and of the phase's number within it.
     """
     return RolloutFunc(config)
 
 
 class RolloutFunc:
-    """A `rollout_func` that remembers what the trainer lent, and counts phases. Made by `make_rollout_func`."""
+    """A `rollout_func` that remembers what the trainer lent, and records phases. Made by `make_rollout_func`."""
 
     def __init__(self, config: Config) -> None:
         self._config = config
         self._lent: Lent | None = None
         self._lender: Any = None
+        # Of each mode the step of its newest phase, and that phase's number within the step.
+        self._newest: dict[str, tuple[int, int]] = {}
         self.records: list[PhaseRecord] = []
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         """`prompt_ids`, `completion_ids` and processed `logprobs` for this rank's prompts, in their order.
 
-        UserError for a prompt that can never run, ValueError for what this path of TRL cannot serve. Collective over
-        all ranks of the job.
+        UserError for a prompt that can never run, and for what this path of TRL cannot serve. Collective over all ranks
+        of the job.
         """
-        start_s = time.perf_counter()
-        _check_trainer(trainer)
+        laps = [time.perf_counter()]
+        check_settings(trainer, self._config.sampling)
         sampling = sampling_of(trainer, self._config.sampling)
         lent = self._lent_by(trainer)
         prompt_ids = tokenize(prompts, trainer)
-        mode = "train" if trainer.model.training else "eval"
-        version = int(trainer.state.global_step)
-        # A name is a function of the training state, not of this process's life: a resumed run draws what an
-        # undisturbed one would.
-        num_before = sum(record.weights_version == version for record in self.records)
+        mode, step = "train" if trainer.model.training else "eval", int(trainer.state.global_step)
+        name = self._name_of_phase(trainer, mode, step)
         costs: list[PhaseReport] = []
-        with rollout_phase(
-            lent,
-            self._config,
-            tokenizer=trainer.processing_class,
-            weights_version=version,
-            report=costs.append,
-        ) as engine:
-            generate_s = time.perf_counter()
-            results = engine.generate_pooled(
-                prompt_ids, sampling, name=f"{mode}/{version}/{num_before}", num_copies=lent.num_copies
-            )
-            generate_s = time.perf_counter() - generate_s
-        phase_s = time.perf_counter() - start_s
-        every = self._config.rollout.mismatch_every
-        mismatch_s, measured = time.perf_counter(), None
-        if every and len(self.records) % every == 0:
-            measured = _mismatch(trainer, results, sampling)
-        mismatch_s = time.perf_counter() - mismatch_s
-        record = _over_all_ranks(version, results, measured, lent.num_copies)
-        record = replace(record, phase_s=phase_s, generate_s=generate_s, mismatch_s=mismatch_s, cost=costs[0])
-        self.records.append(record)
-        for key, value in record.metrics().items():
-            trainer._metrics[mode][f"rollout/{key}"].append(value)
+        laps.append(time.perf_counter())
+        with (
+            _lm_head_as_in_training(trainer),
+            rollout_phase(
+                lent, self._config, tokenizer=trainer.processing_class, weights_version=step, report=costs.append
+            ) as engine,
+        ):
+            start_s, num_truncated = time.perf_counter(), 0
+            if self._config.rollout.overlong_prompts == "truncate_left":
+                prompt_ids, num_truncated = _truncated(prompt_ids, engine, sampling)
+            results = engine.generate_pooled(prompt_ids, sampling, name=name, num_copies=lent.num_copies)
+            generate_s = time.perf_counter() - start_s
+        laps.append(time.perf_counter())
+        measured = _mismatch(trainer, results, sampling) if self._is_to_measure(mode) else None
+        laps.append(time.perf_counter())
+        prepare_s, lent_s, mismatch_s = (end - start for start, end in pairwise(laps))
+        own = PhaseRecord(
+            weights_version=step,
+            num_samples=len(results),
+            num_generated_tokens=sum(len(r.token_ids) for r in results),
+            mismatch=measured,
+            mode=mode,
+            num_truncated_prompts=num_truncated,
+            phase_s=prepare_s + lent_s,
+            prepare_s=prepare_s,
+            generate_s=generate_s,
+            mismatch_s=mismatch_s,
+            cost=costs[0],
+        )
+        self._record(_over_all_ranks(own, lent.num_copies), trainer)
         return {
             "prompt_ids": [list(r.prompt_token_ids) for r in results],
             "completion_ids": [list(r.token_ids) for r in results],
@@ -137,23 +160,39 @@ class RolloutFunc:
             self.close()
             self._lender = trainer.model_wrapped
             self._lent = lend(trainer.model_wrapped, self._config)
+            self._newest.clear()
+            if trainer.is_world_process_zero():
+                self._tell(self._lent, trainer)
         return self._lent
 
+    def _tell(self, lent: Lent, trainer: Any) -> None:
+        grid = lent.topology.grid
+        logger.info(
+            "rollouts in %d replica(s) of tp=%d pcp=%d dcp=%d, weights lent: %s",
+            grid.dp_size, grid.tp_size, grid.pcp_size, grid.dcp_size, lent.how,
+        )  # fmt: skip
+        if ends := ends_unknown_to_trl(trainer, self._config.sampling):
+            logger.warning(
+                "TRL counts answers that end by %s as clipped (completions/clipped_ratio); their tokens and rewards "
+                "are those of any other",
+                ends,
+            )
 
-def sampling_of(trainer: Any, base: SamplingParams) -> SamplingParams:
-    """The trainer's sampling parameters over the config's: its loss divides logits by its own temperature."""
-    stops = {*base.stop_token_ids, *trainer.eos_token_ids}
-    return replace(
-        base,
-        temperature=float(trainer.temperature),
-        top_k=int(trainer.top_k or 0),
-        top_p=float(trainer.top_p if trainer.top_p is not None else 1.0),
-        min_p=float(trainer.min_p or 0.0),
-        repetition_penalty=float(trainer.repetition_penalty or 1.0),
-        max_new_tokens=int(trainer.max_completion_length),
-        stop_token_ids=tuple(sorted(stops)),
-        n=1,
-    )
+    def _name_of_phase(self, trainer: Any, mode: str, step: int) -> str:
+        """A function of the training's state, not of this process's life: a resumed run draws what it would have."""
+        newest, number = self._newest.get(mode, (step, -1))
+        number = number + 1 if newest == step else 0
+        self._newest[mode] = (step, number)
+        return f"{trainer.args.seed}/{mode}/{step}/{number}"
+
+    def _is_to_measure(self, mode: str) -> bool:
+        every = self._config.rollout.mismatch_every
+        return every > 0 and sum(record.mode == mode for record in self.records) % every == 0
+
+    def _record(self, record: PhaseRecord, trainer: Any) -> None:
+        self.records.append(record)
+        for key, value in record.metrics().items():
+            trainer._metrics[record.mode][f"rollout/{key}"].append(value)
 
 
 def tokenize(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
@@ -165,7 +204,6 @@ def tokenize(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
         return list(tokenizer(text=list(prompts))["input_ids"])
     rendered = tokenizer.apply_chat_template(
         conversation=list(prompts),
-        tools=trainer.tools or None,
         chat_template=trainer.chat_template,
         add_generation_prompt=True,
         tokenize=True,
@@ -175,15 +213,39 @@ def tokenize(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
     return list(rendered["input_ids"])
 
 
-def _check_trainer(trainer: Any) -> None:
-    """What TRL would drop without a word on this path, or do behind our back."""
-    if trainer.use_vllm:
-        raise ValueError("use_vllm is set: TRL would load a second engine beside cpinfer; set use_vllm=False")
-    if trainer.args.generation_kwargs:
-        raise ValueError(
-            f"generation_kwargs={trainer.args.generation_kwargs!r} are for Transformers' generate; "
-            "put what cpinfer knows of them under `sampling` of its config"
+def _truncated(prompts: Sequence[list[int]], engine: Engine, sampling: SamplingParams) -> tuple[list[list[int]], int]:
+    """Prompts with their last tokens in place of those that leave no room for a whole answer, and how many those are.
+
+    Replicas may have pools of different sizes, yet share a group: the smallest counts. Collective over the job.
+    """
+    longest = min(_told_by_all(engine.longest_prompt(sampling)))
+    if longest < 1:
+        raise UserError(
+            f"max_completion_length={sampling.max_new_tokens} leaves no room for a prompt: the model has "
+            f"{engine.max_positions} positions, the KV pool holds {engine.kv_capacity_tokens} tokens. Ask for shorter "
+            "answers, or raise kv_cache_gib."
         )
+    return [ids[-longest:] for ids in prompts], sum(len(ids) > longest for ids in prompts)
+
+
+@contextmanager
+def _lm_head_as_in_training(trainer: Any) -> Iterator[None]:
+    """With `cast_lm_head_to_fp32` TRL's training forward leaves autocast for the head; so do rollouts in the block."""
+    if not trainer.args.cast_lm_head_to_fp32:
+        yield
+        return
+    head = trainer.model.get_output_embeddings()
+    in_float32, device_type = head.forward, head.weight.device.type
+
+    def without_autocast(hidden_states: torch.Tensor) -> Any:
+        with torch.autocast(device_type, enabled=False):
+            return in_float32(hidden_states)
+
+    head.forward = without_autocast
+    try:
+        yield
+    finally:
+        head.forward = in_float32
 
 
 def _mismatch(trainer: Any, results: Sequence[RolloutResult], sampling: SamplingParams) -> Mismatch | None:
@@ -214,7 +276,7 @@ def _training_logprobs(trainer: Any, results: Sequence[RolloutResult]) -> list[l
         ids[row, start : start + len(tokens)] = tokens
         mask[row, start : start + len(tokens)] = 1
     device = trainer.accelerator.device
-    with torch.no_grad():
+    with only_measured(trainer.model):
         logprobs, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model,
             ids.to(device),
@@ -225,19 +287,23 @@ def _training_logprobs(trainer: Any, results: Sequence[RolloutResult]) -> list[l
     return [row[: len(r.token_ids)].tolist() for row, r in zip(logprobs.float().cpu(), results, strict=True)]
 
 
-def _over_all_ranks(
-    version: int, results: Sequence[RolloutResult], mismatch: Mismatch | None, num_copies: int
-) -> PhaseRecord:
+def _over_all_ranks(own: PhaseRecord, num_copies: int) -> PhaseRecord:
     """Counts and mismatch of the whole job; ranks that train on the same data count once. Collective."""
-    own = (len(results), sum(len(r.token_ids) for r in results), mismatch)
+    told = _told_by_all(replace(own, cost=None))[::num_copies]
+    measured = [record.mismatch for record in told if record.mismatch is not None]
+    return replace(
+        own,
+        num_samples=sum(record.num_samples for record in told),
+        num_generated_tokens=sum(record.num_generated_tokens for record in told),
+        num_truncated_prompts=sum(record.num_truncated_prompts for record in told),
+        mismatch=Mismatch.merge(measured) if measured else None,
+    )
+
+
+def _told_by_all(own: T) -> list[T]:
+    """What each rank of the job says. Collective."""
     told = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
         told = [own] * dist.get_world_size()
         dist.all_gather_object(told, own)
-    counts, tokens, measured = zip(*told[::num_copies], strict=True)
-    return PhaseRecord(
-        weights_version=version,
-        num_samples=sum(counts),
-        num_generated_tokens=sum(tokens),
-        mismatch=None if mismatch is None else Mismatch.merge(part for part in measured if part is not None),
-    )
+    return told

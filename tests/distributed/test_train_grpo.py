@@ -97,6 +97,28 @@ def test_rollouts_agree_with_the_training_forward_however_the_weights_are_held(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("zero_stage", ["null", "0", "1", "2", "3"])
+def test_the_kl_is_to_the_model_before_training_however_its_weights_are_held(tmp_path: Path, zero_stage: str) -> None:
+    options = [f"training.zero_stage={zero_stage}", "training.kl_coef=0.1", "training.num_steps=2"]
+    run(tmp_path, *[word for option in options for word in ("--set", option)])
+    first, second = (line["kl"] for line in lines(tmp_path))
+    assert abs(first) <= 1e-6 < 1e-4 < second
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("zero_stage", ["null", "3"])
+def test_training_is_the_same_whether_it_is_measured_or_not(tmp_path: Path, zero_stage: str) -> None:
+    losses = []
+    for every in (0, 1):
+        options = [f"training.zero_stage={zero_stage}", f"rollout.mismatch_every={every}", "training.num_steps=3"]
+        run(tmp_path, *[word for option in options for word in ("--set", option)])
+        losses.append([(line["loss"], line["reward"], line["entropy"]) for line in lines(tmp_path)])
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_reward_rises_over_three_seeds_as_it_does_with_transformers_generation(tmp_path: Path) -> None:
     gains: dict[str, list[float]] = {"cpinfer": [], "transformers": []}

@@ -6,16 +6,18 @@ measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config
 
+from cpinfer.cache import paged_kv_cache
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.phase import PhaseReport, rollout_phase
 from cpinfer.models.local_weights import storage_bytes
@@ -50,7 +52,8 @@ def phase(config: Config, trainer: Trainer, inside: Callable[[], Any] = lambda: 
     reports: list[PhaseReport] = []
     lent = lend(trainer.trained, config)
     pointers = {name: local_pointer(x) for name, x in trainer.module.named_parameters()}
-    with LiveMemory() as memory:
+    # A pool whose every page is in use, and made where the count can see it.
+    with patch.object(paged_kv_cache, "zeroed", eager_zeros), LiveMemory() as memory:
         with rollout_phase(lent, config, report=reports.append) as engine:
             kept = inside()
             memory.used.clear()
@@ -66,6 +69,10 @@ def phase(config: Config, trainer: Trainer, inside: Callable[[], Any] = lambda: 
         "pointers_are_the_trainers": in_phase == pointers,
         "all_weights_are_used_where_they_are": set(in_phase.values()) <= used,
     }
+
+
+def eager_zeros(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def local_pointer(x: torch.Tensor) -> int:

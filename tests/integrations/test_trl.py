@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import random
+import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import cpinfer
-from cpinfer.config import SamplingParams, parse_config
-from cpinfer_integrations.trl import RolloutFunc, make_rollout_func, sampling_of, tokenize
+from cpinfer.config import Config, RolloutConfig, SamplingParams, config_to_dict, parse_config
+from cpinfer_integrations.trl import RolloutFunc, make_rollout_func, tokenize
+from cpinfer_integrations.trl_settings import sampling_of
 from tiny_models import make_model
 
 TINY = Path(__file__).parents[2] / "configs" / "grpo-tiny"
@@ -32,14 +41,23 @@ def tokenizer() -> Any:
     return tokenizer
 
 
-def make_trainer(tokenizer: Any, folder: Path, rollout_func: RolloutFunc, **options: Any) -> GRPOTrainer:
-    """Three steps of eight samples: two prompts, four samples each."""
+def make_trainer(
+    tokenizer: Any,
+    folder: Path,
+    rollout_func: Any,
+    *,
+    changed: Mapping[str, Any] = MappingProxyType({}),
+    peft_config: Any = None,
+    **options: Any,
+) -> GRPOTrainer:
+    """Three steps of eight samples: two prompts, four samples each. `changed`: of the model's config."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
         "bf16": False,
         "max_steps": 3,
         "per_device_train_batch_size": 8,
+        "per_device_eval_batch_size": 8,
         "num_generations": 4,
         "max_completion_length": 5,
         "learning_rate": 1e-2,
@@ -49,12 +67,14 @@ def make_trainer(tokenizer: Any, folder: Path, rollout_func: RolloutFunc, **opti
         "disable_tqdm": True,
     }
     trainer = GRPOTrainer(
-        model=make_model(AutoConfig.from_pretrained(TINY)),
+        model=make_model(AutoConfig.from_pretrained(TINY, **changed)),
         reward_funcs=[lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids]],
         args=GRPOConfig(**{**arguments, **options}),
         train_dataset=Dataset.from_dict({"prompt": TEXTS}),
+        eval_dataset=Dataset.from_dict({"prompt": TEXTS[:2]}),
         processing_class=tokenizer,
         rollout_func=rollout_func,
+        peft_config=peft_config,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -140,6 +160,21 @@ def test_the_trainers_parameters_win_over_the_configs(tokenizer: Any, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    "options", [{"bf16": True}, {"bf16": True, "cast_lm_head_to_fp32": True}, {"neftune_noise_alpha": 5.0}], ids=str
+)
+def test_rollouts_are_in_the_precision_of_the_training_forward_and_free_of_its_noise(
+    tokenizer: Any, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    rollouts = make_rollout_func(CONFIG)
+    trainer = make_trainer(tokenizer, tmp_path, rollouts, max_steps=1, **options)
+    forward = trainer.model.lm_head.__dict__.get("forward")
+    trainer.train()
+    mismatch = rollouts.records[0].mismatch
+    assert mismatch is not None and mismatch.max_abs <= 1e-4
+    assert trainer.model.lm_head.__dict__.get("forward") is forward
+
+
+@pytest.mark.parametrize(
     ("options", "is_measured"),
     [
         ({"temperature": 0.7}, True),
@@ -158,11 +193,75 @@ def test_mismatch_is_measured_where_both_know_a_distribution_and_left_out_elsewh
     assert mismatch is None or (mismatch.num_tokens > 0 and mismatch.max_abs <= 1e-4)
 
 
-def test_generation_kwargs_are_refused_and_not_dropped(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs={'num_beams': 2}"),
+        ({"cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True"),
+        ({"vllm_structured_outputs_regex": "a+"}, "vllm_structured_outputs_regex='a"),
+        ({"max_completion_length": None}, "max_completion_length=None"),
+        ({"temperature": 0.0}, "temperature=0"),
+        ({"mask_truncated_completions": True}, r"mask_truncated_completions=True.* with sampling.stop_token_ids=.99."),
+    ],
+)
+def test_settings_that_trl_drops_on_this_path_are_refused_by_name(
+    tokenizer: Any, tmp_path: Path, options: dict[str, Any], words: str
+) -> None:
     rollouts = make_rollout_func(CONFIG)
-    trainer = make_trainer(tokenizer, tmp_path, rollouts, generation_kwargs={"num_beams": 2})
-    with pytest.raises(ValueError, match="num_beams"):
+    trainer = make_trainer(tokenizer, tmp_path, rollouts, **options)
+    with pytest.raises(cpinfer.UserError, match=words):
         rollouts(TEXTS, trainer)
+
+
+@pytest.mark.parametrize(
+    ("has", "value", "words"),
+    [
+        ("tools", [len], "tools and environments"),
+        ("environment_factories", {None: object}, "tools and environments"),
+        ("_is_vlm", True, "multimodal"),
+        ("use_vllm", True, "use_vllm=True"),
+    ],
+)
+def test_what_else_a_trainer_may_have_is_refused_before_anything_runs(
+    tokenizer: Any, tmp_path: Path, has: str, value: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts = make_rollout_func(CONFIG)
+    trainer = make_trainer(tokenizer, tmp_path, rollouts)
+    monkeypatch.setattr(trainer.args if hasattr(trainer.args, has) else trainer, has, value)
+    with pytest.raises(cpinfer.UserError, match=words):
+        rollouts(TEXTS, trainer)
+    assert rollouts.records == []
+
+
+def test_answers_that_trl_takes_for_cut_short_may_not_be_masked_and_others_may(tokenizer: Any, tmp_path: Path) -> None:
+    options = {"mask_truncated_completions": True}
+    by_text = make_rollout_func(parse_config({**config_to_dict(CONFIG), "sampling": {"stop": [";"]}}))
+    with pytest.raises(cpinfer.UserError, match=r"sampling.stop=\[';'\]"):
+        by_text(TEXTS, make_trainer(tokenizer, tmp_path, by_text, **options))
+    eos = {"stop_token_ids": [tokenizer.eos_token_id]}
+    known = make_rollout_func(parse_config({**config_to_dict(CONFIG), "sampling": eos}))
+    make_trainer(tokenizer, tmp_path, known, **options, max_steps=1).train()
+    assert len(known.records) == 1
+
+
+def test_what_is_lent_and_what_trl_will_count_as_clipped_is_said_once(
+    tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rollouts = make_rollout_func(CONFIG)
+    trainer = make_trainer(tokenizer, tmp_path, rollouts)
+    with caplog.at_level("INFO", logger="cpinfer"):
+        rollouts(TEXTS, trainer)
+        rollouts(TEXTS, trainer)
+    told, warned = (record.getMessage() for record in caplog.records)
+    assert told == "rollouts in 1 replica(s) of tp=1 pcp=1 dcp=1, weights lent: in_place"
+    assert "sampling.stop_token_ids=[99]" in warned and "completions/clipped_ratio" in warned
+
+
+def test_ignore_eos_holds_in_a_trainer_too(tokenizer: Any, tmp_path: Path) -> None:
+    trainer = make_trainer(tokenizer, tmp_path, make_rollout_func(CONFIG))
+    assert set(trainer.eos_token_ids) <= set(sampling_of(trainer, SamplingParams()).stop_token_ids)
+    assert sampling_of(trainer, SamplingParams(ignore_eos=True, stop_token_ids=(99,))).stop_token_ids == (99,)
 
 
 def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(tokenizer: Any, tmp_path: Path) -> None:
@@ -171,3 +270,117 @@ def test_a_prompt_that_cannot_fit_is_refused_with_the_numbers(tokenizer: Any, tm
     with pytest.raises(cpinfer.UserError, match=r"the prompt has \d+ tokens"):
         rollouts([" word" * 4000], trainer)
     assert trainer.model.config._attn_implementation != "cpinfer"
+
+
+def test_of_an_overlong_prompt_the_last_tokens_stand_for_it_where_that_was_asked_for(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    room = AutoConfig.from_pretrained(TINY).max_position_embeddings - 5
+    data = config_to_dict(CONFIG)
+    cutting = make_rollout_func(parse_config({**data, "rollout": {"overlong_prompts": "truncate_left"}}))
+    trainer = make_trainer(tokenizer, tmp_path, cutting)
+    long = " boats" * (room + 7) + TEXTS[0]
+    outputs = cutting([long, TEXTS[1], long], trainer)
+    whole = tokenizer(text=[long])["input_ids"][0]
+    assert len(whole) > room
+    assert outputs["prompt_ids"] == [whole[-room:], tokenizer(text=TEXTS[1])["input_ids"], whole[-room:]]
+    assert all(len(ids) == 5 or ids[-1] in {99, *trainer.eos_token_ids} for ids in outputs["completion_ids"])
+    assert cutting.records[0].num_truncated_prompts == 2
+    assert trainer._metrics["eval"]["rollout/num_truncated_prompts"] == [2]
+    trainer.max_completion_length = room + 5
+    with pytest.raises(cpinfer.UserError, match="leaves no room for a prompt"):
+        cutting([TEXTS[0]], trainer)
+
+
+class Watched:
+    """A rollout func, and what it gave, in order: mode, step and completions of each phase."""
+
+    def __init__(self, config: Config) -> None:
+        self.rollouts = make_rollout_func(config)
+        self.phases: list[tuple[str, int, list[list[int]]]] = []
+
+    def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
+        outputs = self.rollouts(prompts, trainer)
+        mode = "train" if trainer.model.training else "eval"
+        self.phases.append((mode, trainer.state.global_step, outputs["completion_ids"]))
+        return outputs
+
+    def of_mode(self, mode: str) -> list[tuple[str, int, list[list[int]]]]:
+        return [phase for phase in self.phases if phase[0] == mode]
+
+
+def trained(tokenizer: Any, folder: Path, resume: Any = None, config: Config = CONFIG, **options: Any) -> Watched:
+    watched = Watched(config)
+    make_trainer(tokenizer, folder, watched, **options).train(resume_from_checkpoint=resume)
+    return watched
+
+
+def test_evaluation_and_a_resume_change_no_sample_of_training(tokenizer: Any, tmp_path: Path) -> None:
+    alone = trained(tokenizer, tmp_path / "alone")
+    assert len(alone.phases) == 3
+    saved = {"save_strategy": "steps", "save_steps": 1}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 1, **saved}
+    among = trained(tokenizer, tmp_path / "among", **evaluated)
+    assert len(among.of_mode("eval")) == 3
+    assert among.of_mode("train") == alone.phases
+    checkpoint = str(tmp_path / "among" / "checkpoint-1")
+    resumed = trained(tokenizer, tmp_path / "resumed", resume=checkpoint, **evaluated)
+    assert resumed.of_mode("train") == alone.phases[1:]
+    assert resumed.of_mode("eval") == among.of_mode("eval")[1:]
+
+
+def test_samples_are_those_of_the_trainers_seed_and_of_the_configs(tokenizer: Any, tmp_path: Path) -> None:
+    def sampled(seed: int, config: Config = CONFIG) -> list[list[int]]:
+        rollouts = make_rollout_func(config)
+        found: list[list[int]] = rollouts(TEXTS, make_trainer(tokenizer, tmp_path, rollouts, seed=seed))[
+            "completion_ids"
+        ]
+        return found
+
+    first = sampled(1)
+    assert sampled(1) == first
+    assert sampled(2) != first
+    assert sampled(1, replace(CONFIG, sampling=replace(CONFIG.sampling, seed=4))) != first
+
+
+@pytest.mark.parametrize("dropout", ["attention", "lora"])
+def test_measuring_the_mismatch_knows_no_dropout_and_changes_nothing_of_training(
+    tokenizer: Any, tmp_path: Path, dropout: str
+) -> None:
+    changed = {"attention_dropout": 0.5} if dropout == "attention" else {}
+    lora = LoraConfig(r=4, lora_dropout=0.5, target_modules="all-linear", init_lora_weights=False)
+
+    def run(every: int) -> tuple[RolloutFunc, GRPOTrainer]:
+        rollouts = make_rollout_func(replace(CONFIG, rollout=RolloutConfig(mismatch_every=every)))
+        adapter = copy.deepcopy(lora) if dropout == "lora" else None
+        trainer = make_trainer(tokenizer, tmp_path, rollouts, changed=changed, peft_config=adapter)
+        random.seed(1)
+        trainer.train()
+        return rollouts, trainer
+
+    rollouts, measured = run(1)
+    assert [record.mismatch is not None for record in rollouts.records] == [True] * 3
+    for record in rollouts.records:
+        assert record.mismatch is not None and record.mismatch.num_tokens > 0 and record.mismatch.max_abs <= 1e-4
+    states = torch.get_rng_state(), np.random.get_state()[2], random.getstate()
+    assert all(module.training for module in measured.model.modules())
+    rollouts, unmeasured = run(0)
+    assert [record.mismatch for record in rollouts.records] == [None] * 3
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert states[1:] == (np.random.get_state()[2], random.getstate())
+    losses = [[line["loss"] for line in t.state.log_history if "loss" in line] for t in (measured, unmeasured)]
+    assert len(losses[0]) == 3 and losses[0] == losses[1]
+    for one, other in zip(measured.model.parameters(), unmeasured.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_parts_of_a_phase_add_up_to_it(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of this thread's own time: on a busy machine it may be put off between the reading of two clocks.
+    monkeypatch.setattr(time, "perf_counter", time.thread_time)
+    rollouts = make_rollout_func(CONFIG)
+    trainer = make_trainer(tokenizer, tmp_path, rollouts)
+    rollouts(TEXTS, trainer)
+    logged = {key: values[-1] for key, values in trainer._metrics["eval"].items()}
+    parts = ("prepare_s", "gather_s", "attach_s", "generate_s", "detach_s", "release_s")
+    assert sum(logged[f"rollout/{part}"] for part in parts) == pytest.approx(logged["rollout/phase_s"], rel=0.01)
+    assert min(logged[f"rollout/{part}"] for part in ("prepare_s", "attach_s", "generate_s", "detach_s")) > 0

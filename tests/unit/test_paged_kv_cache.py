@@ -1,10 +1,13 @@
 """The KV cache: what is written to a slot is read there and nowhere else."""
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.cache.paged_kv_cache import PagedKVCache, zeroed
 from cpinfer.layout.capacity import KVLayout
 
 LAYERS, BLOCKS, BLOCK_SIZE = 2, 3, 4
@@ -270,3 +273,28 @@ def test_a_cleared_cache_is_zeros_in_the_same_memory_and_knows_no_fault(store_dt
     stores = [x for layer in range(LAYERS) for x in cache.read(layer)]
     assert all((x.float() == 0).all() for x in stores) and cache._fault == 0
     assert [x.data_ptr() for x in stores] + [cache._fault.data_ptr()] == places
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="counts this process's pages as Linux does")
+def test_a_pool_takes_memory_where_it_is_touched_and_nowhere_else():
+    before = resident_bytes()
+    cache = PagedKVCache(KVLayout(8, 64, 64), 2, 2048, 16, torch.float32, torch.device("cpu"))
+    size = sum(x.nbytes for layer in range(2) for x in cache.read(layer))
+    assert size == 256 * 2**20
+    assert resident_bytes() - before < size / 16
+    cache.clear()  # the control: what is written is there
+    assert resident_bytes() - before > size * 15 / 16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, *FP8], ids=str)
+@pytest.mark.parametrize("shape", [(5, 3, 7), (1, 1, 1), (0, 2, 4)])
+def test_lazy_zeros_are_zeros_that_begin_where_torchs_own_tensors_do(dtype, shape):
+    lazy = zeroed(shape, dtype, torch.device("cpu"))
+    eager = torch.zeros(shape, dtype=dtype)
+    assert lazy.shape == eager.shape and lazy.dtype == dtype and lazy.is_contiguous()
+    assert (lazy.view(torch.uint8) == 0).all()
+    assert lazy.nbytes == 0 or lazy.data_ptr() % 64 == eager.data_ptr() % 64 == 0

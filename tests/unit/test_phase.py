@@ -8,6 +8,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.phase import Lent, rollout_phase
 from cpinfer.models.hooks import hooks_asleep
+from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model
 
 CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=4))
@@ -34,6 +35,15 @@ def test_an_optimizer_step_inside_a_phase_is_refused_and_allowed_after_it():
     assert torch.equal(given.module.lm_head.weight, before)
     optimizer.step()
     assert not torch.equal(given.module.lm_head.weight, before)
+
+
+def test_of_a_compiled_model_the_model_inside_is_lent():
+    module = make_model(FAMILIES["qwen2"])
+    compiled = torch.compile(module, backend="eager")
+    with rollout_phase(lend(compiled, CONFIG), CONFIG) as engine:
+        results = engine.generate([[1, 2, 3]])
+    with rollout_phase(lend(module, CONFIG), CONFIG) as engine:
+        assert [r.token_ids for r in results] == [r.token_ids for r in engine.generate([[1, 2, 3]])]
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])

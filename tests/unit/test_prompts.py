@@ -18,6 +18,7 @@ from cpinfer.engine.prompts import (
     check_distinct,
     check_prompt,
     check_sampling,
+    longest_prompt,
     read_input,
 )
 from cpinfer.engine.request import Prompt
@@ -482,3 +483,28 @@ def test_sampling_names_only_tokens_that_the_model_has(bad, good):
     check_sampling(SamplingParams(**{k: list(v) if isinstance(v, range) else v for k, v in good.items()}), SPEC)
     with pytest.raises(UserError, match=f'"{next(iter(bad))}"'):
         check_sampling(SamplingParams(**{k: list(v) if isinstance(v, range) else v for k, v in bad.items()}), SPEC)
+
+
+@pytest.mark.parametrize("sharding", [(1, 16, 16), (2, 3, 4), (2, 48, 16), (4, 1, 8)], ids=str)
+@pytest.mark.parametrize("num_blocks", [1, 3, 10**6])
+@pytest.mark.parametrize("max_new_tokens", [1, 7])
+def test_the_longest_prompt_leaves_room_for_a_whole_answer_and_one_token_more_does_not(
+    sharding, num_blocks, max_new_tokens
+):
+    pool, params = PoolSize(num_blocks, KVSharding(*sharding)), SamplingParams(max_new_tokens=max_new_tokens)
+    longest = longest_prompt(params, SPEC, pool)
+
+    def fits(length):
+        try:
+            check_prompt(Prompt(0, "p", (1,) * length), params, SPEC, pool)
+        except UserError:
+            return False
+        return length + max_new_tokens <= SPEC.max_positions
+
+    assert longest < 1 or fits(longest)
+    assert not fits(max(longest, 0) + 1)
+
+
+def test_an_answer_as_long_as_the_models_positions_leaves_no_room_for_a_prompt():
+    params = SamplingParams(max_new_tokens=SPEC.max_positions)
+    assert longest_prompt(params, SPEC, PoolSize(10**6, KVSharding(1, 16, 16))) == 0

@@ -1,9 +1,12 @@
 """The training tool as a user meets it, in one process without DeepSpeed: steps and a curve, or one complaint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import tool_folder
 import train_grpo
@@ -113,6 +116,23 @@ def test_an_adapter_is_trained_and_in_effect_in_rollouts(folder):
     assert summary_of(out)["mismatch_max_abs"] <= 1e-4
 
 
+@pytest.mark.parametrize("start", ["fresh_weights", "fresh_weights and LoRA", "weights of the model"])
+def test_the_kl_is_to_the_model_before_training(folder, tmp_path, start):
+    """To rounding 0 in the first step, then not."""
+    model = folder.data["model"]
+    if start == "weights of the model":
+        model = str(tmp_path / "model")
+        shutil.copytree(folder.data["model"], model)
+        torch.manual_seed(5)
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model)).save_pretrained(model)
+    training = {"kl_coef": 0.1, "learning_rate": 1e-2, "fresh_weights": start.startswith("fresh")}
+    code, _, err = folder.run(model=model, training={**training, "lora_rank": 2 * ("LoRA" in start)})
+    assert code == 0, err
+    first, second = (line["kl"] for line in folder.lines())
+    assert abs(first) <= 1e-6 < 1e-4 < second
+    assert (tmp_path / "initial").exists() == (start == "fresh_weights")
+
+
 def test_a_dry_run_loads_nothing(folder, monkeypatch):
     monkeypatch.setattr(train_grpo, "train", lambda *_, **__: pytest.fail("loaded"))
     code, out, _ = folder.run("--dry-run")
@@ -151,6 +171,15 @@ def test_a_config_that_cannot_train_is_refused(folder, config, words):
     if "kv_cache_gib" in config:
         folder.file("in.jsonl", {"prompt": " Recall: Alice" * 100, "id": "p0"})
     assert_refused(folder.run(**config), *words)
+
+
+def test_an_overlong_prompt_trains_by_its_end_where_that_was_asked_for(folder):
+    folder.file("in.jsonl", {"prompt": " Recall: Alice" * 100, "id": "p0"})
+    small = {"kv_cache_gib": 0.0001, "block_size": 1, "rollout": {"overlong_prompts": "truncate_left"}}
+    code, _, err = folder.run(**small, training={"num_steps": 1, "batch_size": 2})
+    assert code == 0, err
+    assert folder.lines()[0]["num_truncated_prompts"] == 2
+    assert_refused(folder.run("--overwrite", **small, training={"generator": "transformers"}), "KV pool holds")
 
 
 def test_prompts_of_token_ids_are_refused_since_trl_wants_texts(folder):

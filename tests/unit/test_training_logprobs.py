@@ -1,12 +1,15 @@
 """The training forward's logprobs: one sample at a time, all logits, is the oracle; a wrong one must be seen."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
 import cpinfer
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.mismatch import Mismatch
-from cpinfer.models.training_logprobs import num_batches_of, training_logprobs
+from cpinfer.models.training_logprobs import num_batches_of, only_measured, training_logprobs
 from tiny_models import FAMILIES, make_model
 
 PAD = 0
@@ -100,15 +103,52 @@ def test_every_rank_makes_as_many_calls_as_the_busiest(plain):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_the_callers_and_no_graph_is_kept(plain, training):
+def test_the_mode_afterwards_is_the_callers_and_no_graph_is_kept(plain, training):
     counting = Counting(plain).train(training)
     try:
         given(counting)
         assert counting.training is plain.training is training
     finally:
         plain.eval()
-    assert set(counting.modes) == {(training, False)}
+    assert set(counting.modes) == {(False, False)}
     assert torch.is_grad_enabled()
+
+
+class Noisy(torch.nn.Module):
+    """A model that draws from everything that can be drawn from, whatever its mode, and has dropout in another."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+        self.dropout = torch.nn.Dropout(0.9)
+
+    def forward(self, ids, **words):
+        torch.rand(1), np.random.rand(), random.random()
+        out = self.module(ids, **words)
+        return type(out)(logits=self.dropout(out.logits))
+
+
+def random_states():
+    _, numbers, place, *_ = np.random.get_state()
+    return torch.get_rng_state().tolist(), (numbers.tolist(), place), random.getstate()
+
+
+def test_dropout_is_left_out_and_random_states_and_every_modules_mode_are_those_from_before(plain):
+    noisy = Noisy(plain).train()
+    noisy.module.lm_head.eval()  # frozen by its owner
+    modes, before = [m.training for m in noisy.modules()], random_states()
+    try:
+        assert Mismatch.of(oracle(plain, 1.0), given(noisy)).max_abs < 2e-5
+        assert [m.training for m in noisy.modules()] == modes and {True, False} <= set(modes)
+        assert random_states() == before
+        with pytest.raises(ZeroDivisionError), only_measured(noisy):
+            noisy(torch.tensor([[1, 2]]))
+            raise ZeroDivisionError
+        assert [m.training for m in noisy.modules()] == modes and random_states() == before
+        noisy(torch.tensor([[1, 2]]))  # the control: outside it draws
+        assert all(now != then for now, then in zip(random_states(), before, strict=True))
+    finally:
+        plain.eval()
 
 
 def test_rollouts_of_the_engine_agree_with_the_forward_at_their_temperature(plain):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
+from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import Config
 from cpinfer.engine.mismatch import Mismatch
 from cpinfer.models.loading import load_model
@@ -31,6 +33,7 @@ _FROM_LOG = {
     "reward_std": "reward_std",
     "loss": "loss",
     "entropy": "entropy",
+    "kl": "kl",
     "completions/mean_length": "completion_tokens_mean",
     "step_time": "step_s",
 }
@@ -72,9 +75,10 @@ def train(
 
         init_distributed()
     warnings.simplefilter("ignore", FutureWarning)  # what TRL and Transformers still call of each other's old names
+    path = _initial_weights(config, folder)
     arguments = _arguments(config, folder, device)
     # After the arguments: under ZeRO-3 Transformers then deals the weights out while it loads them.
-    model = _fresh_model(config) if training.fresh_weights else load_model(str(config.model), _dtype(config))
+    model = _fresh_model(config) if path is None else load_model(path, _dtype(config))
     rollouts = make_rollout_func(config) if training.generator == "cpinfer" else None
     with (
         redirect_stdout(io.StringIO()),  # DeepSpeed and TRL print on every rank what nobody asked for
@@ -186,6 +190,25 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> GRPOConfig
         report_to=[],
         disable_tqdm=True,
     )
+
+
+def _initial_weights(config: Config, folder: Path) -> str | None:
+    """Where the weights lie that training begins with; None for random ones that need not lie anywhere. Collective.
+
+    TRL loads the reference model of a KL term from the path that the policy's config names. The first process of each
+    node writes them, before DeepSpeed knows of a model that it would deal out.
+    """
+    training = config.training
+    if not training.fresh_weights:
+        return str(config.model)
+    if training.kl_coef == 0 or training.lora_rank > 0:  # an adapter's reference is the model without it
+        return None
+    path = folder / "initial"
+    if Launch.from_environ(os.environ).local_rank == 0:
+        _fresh_model(config).save_pretrained(path)
+    if dist.is_initialized():
+        dist.barrier()
+    return str(path)
 
 
 def _fresh_model(config: Config) -> Any:
