@@ -261,6 +261,11 @@ class Config:
     comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
     rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
     training: TrainingConfig = _key("reinforcement learning with TRL", factory=TrainingConfig)
+    collective_timeout_s: float = _key(
+        "seconds that a collective may wait for a rank before those that wait end; more than the slowest needs to load "
+        "weights and build kernels",
+        600.0,
+    )
     wandb: WandbConfig | None = _key(
         "log to W&B: an object with `project`, `name`, `group`, `mode`; without it nothing is", None
     )
@@ -276,6 +281,9 @@ class Config:
             object.__setattr__(self, "kv_cache_dtype", _SAME_KV_CACHE_DTYPES[self.kv_cache_dtype])
         gib = self.kv_cache_gib
         _check(gib is None or 0 < gib < math.inf, "kv_cache_gib", gib, "above 0 and finite")
+        timeout_s = self.collective_timeout_s
+        # Libraries count it in milliseconds, in 32 bits.
+        _check(0.001 <= timeout_s <= 2e6, "collective_timeout_s", timeout_s, "at least 0.001 and at most 2000000")
         ok = self.cascade_attention != "on" or not self.cuda_graphs
         _check(
             ok, "cascade_attention", self.cascade_attention, '"auto" or "off" with cuda_graphs, whose rows are fixed'
