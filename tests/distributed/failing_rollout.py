@@ -78,5 +78,6 @@ FAULTS = {"raise": fail, "kill": kill, "stop": stop, "orphan": orphan}
 
 
 if __name__ == "__main__":
-    put_fault(sys.argv[1])
-    sys.exit(rollout.main(sys.argv[2:]))
+    fault, *arguments = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    put_fault(fault)
+    sys.exit(rollout.main(arguments))

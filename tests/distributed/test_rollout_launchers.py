@@ -98,7 +98,7 @@ def faulty_rollout(fault: str, tmp_path: Path, *more: str) -> list[str]:
 
 def test_ranks_whose_launcher_was_killed_end_by_themselves(tmp_path: Path) -> None:
     """What they print ends with them, so `launch` waits for both."""
-    finished = launch(torchrun(2, *faulty_rollout("orphan", tmp_path)), timeout_s=ALL_END_WITHIN_S)
+    finished = launch(torchrun(2, *faulty_rollout("orphan", tmp_path)), timeout_s=90)
     assert finished.returncode == -signal.SIGKILL, finished
     for rank in range(2):
         assert f"rollout: rank {rank} ends because its launcher ended" in finished.stderr, finished
@@ -111,7 +111,7 @@ def test_ranks_end_with_every_launcher_whenever_it_is_killed(
     launcher: Callable[..., list[str]], fault: str, tmp_path: Path
 ) -> None:
     command = launcher(2, *faulty_rollout(fault, tmp_path))
-    finished = launch(command, timeout_s=ALL_END_WITHIN_S, env={"ACCELERATE_USE_CPU": "true"})
+    finished = launch(command, timeout_s=ALL_END_WITHIN_S + 30, env={"ACCELERATE_USE_CPU": "true"})
     assert finished.returncode != 0, finished
     assert finished.stderr.count("ends because its launcher ended") == 2, finished
 
