@@ -101,7 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             title="What a step costs beside the model",
             command="python tools/bench/step_cost.py",
             sections=sections,
-            resolved={"num_steps": num_steps, "prompt_len": PROMPT_LEN, **{k: asdict(v) for k, v in CHOICES.items()}},
+            resolved={
+                "clock": "the thread's time on its processor; medians",
+                "num_steps": num_steps,
+                "prompt_len": PROMPT_LEN,
+                **{k: asdict(v) for k, v in CHOICES.items()},
+            },
         )
         say(f"card: {card.write(args.results)}")
     worst = max(sum(us.values()) for us in steps.values())
@@ -251,6 +256,7 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
     config = Config(
         dtype="float32",
         max_num_seqs=num_sequences,
+        max_num_batched_tokens=2 * num_sequences * ADMITTED_LEN,
         kv_cache_gib=0.25,
         sampling=SamplingParams(temperature=0, max_new_tokens=num_steps, ignore_eos=True),
     )
