@@ -117,15 +117,6 @@ class PrefixCache:
         """Whether `evict` could free so many blocks: whether there are so many that no sequence reads."""
         return len(self._idle_blocks) >= num_blocks
 
-    def clear(self) -> None:
-        """Forget everything: the weights that computed it are no longer the model's."""
-        for unit in self._units.values():
-            self._pool.release(unit.blocks)
-        self._units.clear()
-        self._units_of.clear()
-        self._idle_blocks.clear()
-        self._queue.clear()
-
     def check_integrity(self) -> None:
         """What is known to be idle is what is idle. ValueError names the blocks where it is not."""
         idle = {block for block, keys in self._units_of.items() if self._pool.refs(block) == len(keys)}

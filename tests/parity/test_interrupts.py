@@ -99,17 +99,21 @@ def photograph(model: Any) -> dict[str, Any]:
     }
 
 
+def one_layer() -> Any:
+    return make_model(type(FAMILIES["llama"])(**{**TINY, "num_hidden_layers": 1}))
+
+
 @pytest.mark.parametrize(
     "places, num_interrupts",
     [
-        pytest.param(ANYWHERE, 60, id="anywhere"),
-        pytest.param(BOOKKEEPING, 60, id="blocks"),
-        pytest.param(ANYWHERE, 600, id="anywhere, often", marks=(pytest.mark.slow, pytest.mark.timeout(600))),
-        pytest.param(BOOKKEEPING, 600, id="blocks, often", marks=(pytest.mark.slow, pytest.mark.timeout(600))),
+        pytest.param(ANYWHERE, 40, id="anywhere"),
+        pytest.param(BOOKKEEPING, 40, id="blocks"),
+        pytest.param(ANYWHERE, 400, id="anywhere, often", marks=(pytest.mark.slow, pytest.mark.timeout(600))),
+        pytest.param(BOOKKEEPING, 400, id="blocks, often", marks=(pytest.mark.slow, pytest.mark.timeout(600))),
     ],
 )
 def test_after_an_interrupt_anywhere_the_next_call_is_right(places: tuple[str, ...], num_interrupts: int) -> None:
-    model = make_model(type(FAMILIES["llama"])(**{**TINY, "num_hidden_layers": 1}))
+    model = one_layer()
     model.train()
     before = photograph(model)
     chance = random.Random(num_interrupts)
@@ -128,3 +132,17 @@ def test_after_an_interrupt_anywhere_the_next_call_is_right(places: tuple[str, .
             check_nothing_is_lost(engine)
     assert num_raised > 0.9 * num_interrupts  # a call that finds more remembered has fewer lines
     assert photograph(model) == before
+
+
+def test_after_an_interrupt_while_prefixes_are_forgotten_the_next_call_is_right() -> None:
+    with cpinfer.attach(one_layer(), config=CONFIG) as engine:
+        expected = generate(engine)
+        counter = Interrupter(ANYWHERE)
+        counter.run(engine.weights_changed)
+        for at in range(1, counter.num_lines + 1, 2):
+            assert generate(engine) == expected and len(engine._homes[0].prefixes) > 0
+            Interrupter(ANYWHERE, at).interrupts(engine.weights_changed)
+            assert generate(engine) == expected
+            engine.weights_changed()
+            assert len(engine._homes[0].prefixes) == 0
+            check_nothing_is_lost(engine)

@@ -261,24 +261,12 @@ def test_of_units_with_blocks_in_common_one_in_use_keeps_what_they_share_and_no_
     check(pool, cache, first)
 
 
-def test_clearing_forgets_everything_and_leaves_sequences_their_blocks():
-    pool, cache = make_cache()
-    blocks = compute(pool, cache, A[:12])
-    remember(pool, cache, B[:12])
-    cache.clear()
-    assert len(cache) == num_evictable(cache) == 0 and list(cache.references()) == []
-    assert match(pool, cache, A) == []
-    check(pool, cache, blocks)
-    assert pool.num_free == 17
-
-
 def test_a_cache_that_is_switched_off_finds_nothing_and_keeps_nothing():
     pool, cache = make_cache(enabled=False)
     blocks = compute(pool, cache, A[:12])
     assert len(cache) == num_evictable(cache) == 0 and match(pool, cache, A) == []
     assert [pool.refs(block) for block in blocks] == [1, 1, 1]
     cache.evict(20)
-    cache.clear()
     check(pool, cache, blocks)
 
 

@@ -646,7 +646,7 @@ def test_every_sample_ends_once_and_nothing_leaks(
         assert len(s.sampled) == min(new, at) and s.blocks == []
         assert s.finish_reason == ("stop" if at <= new else "length")
     for home in scheduler.homes:
-        home.prefixes.clear()
+        home.prefixes.evict(home.pool.num_blocks)
         assert home.pool.num_free == num_blocks
     assert scheduler.num_unfinished == 0
 
