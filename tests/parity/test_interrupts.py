@@ -139,7 +139,7 @@ def test_after_an_interrupt_while_prefixes_are_forgotten_the_next_call_is_right(
         expected = generate(engine)
         counter = Interrupter(ANYWHERE)
         counter.run(engine.weights_changed)
-        for at in range(1, counter.num_lines + 1, 2):
+        for at in range(1, counter.num_lines + 1, 4):
             assert generate(engine) == expected and len(engine._homes[0].prefixes) > 0
             Interrupter(ANYWHERE, at).interrupts(engine.weights_changed)
             assert generate(engine) == expected
