@@ -2,8 +2,8 @@
 
 torchrun --nproc-per-node 2 tests/distributed/failing_rollout.py FAULT --config ...
 
-FAULT is raise, kill, stop, orphan, orphan_in_load or full. `orphan` kills the launcher, after which this rank comes to no
-collective any more; `full` is a disk that is full after a few lines, of every rank that writes.
+FAULT is raise, kill, stop, orphan, orphan_in_load or full. `orphan` kills the launcher, after which this rank comes to
+no collective any more; `full` is a disk that is full after a few lines, of every rank that writes.
 """
 
 from __future__ import annotations
