@@ -273,6 +273,12 @@ class Config(Checked):
     comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
     rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
     training: TrainingConfig = _key("reinforcement learning with TRL", factory=TrainingConfig)
+    collective_timeout_s: float = _key(
+        "seconds that a collective may wait for a rank before those that wait end; more than the slowest needs to load "
+        "weights and build kernels",
+        600.0,
+        within=Bounds(0.001, 2e6),  # libraries count it in milliseconds, in 32 bits
+    )
     wandb: WandbConfig | None = _key(
         "log to W&B: an object with `project`, `name`, `group`, `mode`; without it nothing is", None
     )

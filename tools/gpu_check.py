@@ -37,7 +37,7 @@ import torch
 import torch.distributed as dist
 
 from bench.harness import RESULTS, Card, say, slug, table, versions
-from cpinfer.comm.bootstrap import Launch, default_group
+from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
 from gpu import comm, graphs, model, parity, rollouts, throughput
 from gpu.stage import Found, Setting
 
@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     setting = Setting(device, is_smoke)
     command = "python tools/gpu_check.py " + " ".join(argv if argv is not None else sys.argv[1:])
     stages = {}
+    end_with_launcher(os.environ, program="gpu_check")
     with default_group(launch):
         for name in args.only or STAGES:
             if launch.rank == 0:

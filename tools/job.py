@@ -32,6 +32,7 @@ from cpinfer.comm.bootstrap import (
     Launch,
     default_group,
     die,
+    end_with_launcher,
     first_complaint,
     share_from_first,
 )
@@ -124,6 +125,7 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
         print(f"{tool}: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     os.environ.setdefault(*NO_REPORTS)
+    end_with_launcher(os.environ, program=tool)
     transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
     try:
         return _run(tool, launch, prepare, work)
@@ -145,7 +147,9 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
         job = prepare(launch)
     except UserError as error:
         complaint = str(error)
-    with default_group(launch), ExitStack() as stack:
+    # A rank that found something wrong may know no config: what it has to say is said soon.
+    timeout_s = Config.collective_timeout_s if job is None else job.config.collective_timeout_s
+    with default_group(launch, timeout_s), ExitStack() as stack:
         # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
         complaint = first_complaint(launch, complaint)
         if complaint is None:

@@ -49,7 +49,7 @@ from comparison.launches import check_can_launch, last_lines, launch, launch_com
 from comparison.layouts import AxisSizes, Layout, resolve_layouts
 from comparison.mismatches import WHOLE, Logprobs, Row, Sampled, rows_table, verdict
 from comparison.report import Section, html_report
-from cpinfer.comm.bootstrap import Launch, default_group
+from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
 from cpinfer.config import Config, config_to_dict, load_config
 from cpinfer.engine.mismatch import Compared
 from cpinfer.engine.output import default_output, meta_path, summary_path, write_json
@@ -243,7 +243,8 @@ def run_forward(task_file: Path) -> int:
     config, launched = load_config(task["config"]), Launch.from_environ(os.environ)
     compared = Compared.of(config.sampling)
     transformers.utils.logging.disable_progress_bar()
-    with default_group(launched):
+    end_with_launcher(os.environ, program="mismatch")
+    with default_group(launched, config.collective_timeout_s):
         model, topology = launch_inference(config, RankGrid(tp_size=launched.world_size), launched.device)
         found = {
             name: _forward(model, Sampled.read(Path(output), compared), compared.temperature, task["batch_size"])

@@ -9,6 +9,7 @@ import datetime
 import gc
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -18,16 +19,18 @@ from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
+from cpinfer.config import Config
 from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, StreamEndedError, UserError
 
 Shared = TypeVar("Shared")
 
-# How long a collective may wait for a rank that is alive but slow: a cold kernel build, a large checkpoint.
-_TIMEOUT = datetime.timedelta(minutes=30)
-
 # How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
 PEER_GRACE_S = 5.0
+
+# How often a rank looks whether its launcher is still there.
+_LAUNCHER_CHECK_S = 1.0
 
 # Words of gloo and NCCL for "the other end is gone".
 _PEER_LOSS_WORDS = (
@@ -38,6 +41,9 @@ _PEER_LOSS_WORDS = (
     "remote process exited",
     "ncclremoteerror",
 )
+
+# Words of gloo, of the store in which ranks meet, and of NCCL for "the other end is there and does not answer".
+_TIMEOUT_WORDS = ("timed out waiting", "wait timeout", "collective operation timeout", "socket timeout")
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,11 @@ class Launch:
 
 
 @contextmanager
-def default_group(launch: Launch) -> Iterator[None]:
+def default_group(launch: Launch, timeout_s: float = Config.collective_timeout_s) -> Iterator[None]:
     """The default process group for the length of the block: gloo on CPU, NCCL beside it on CUDA.
 
+    A collective of this group, or of any that is made in the block without a timeout of its own, whoever makes it,
+    waits `timeout_s` seconds for the other ranks and then fails.
     After an error it is not torn down in an orderly way, since that would wait for ranks that may wait for us.
     """
     if launch.world_size == 1:
@@ -77,12 +85,46 @@ def default_group(launch: Launch) -> Iterator[None]:
     cuda = launch.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(launch.device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_TIMEOUT)
-    yield
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    with _default_timeout(timeout):
+        yield
     # A group that outlives its destruction, in a reference cycle of anyone's, ends with the interpreter, and gloo's
     # threads then abort the process about once in ten runs.
     gc.collect()
     dist.destroy_process_group()
+
+
+@contextmanager
+def _default_timeout(timeout: datetime.timedelta) -> Iterator[None]:
+    """What torch gives groups without a timeout of their own, half an hour else: frameworks make such groups."""
+    before = {name: getattr(c10d, name) for name in ("default_pg_timeout", "default_pg_nccl_timeout")}
+    for name in before:
+        setattr(c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(c10d, name, value)
+
+
+def end_with_launcher(environ: Mapping[str, str], *, program: str) -> None:
+    """From now on, end this process when the launcher that started it has ended: nobody else would.
+
+    Nothing happens in a process that no launcher started; its parent, a shell perhaps, may go.
+    """
+    # Operators of clusters set the world's variables for a whole container; a local rank comes from a launcher alone.
+    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environ.keys():
+        return
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(_LAUNCHER_CHECK_S)
+        print(f"{program}: rank {environ['RANK']} ends because its launcher ended", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def first_complaint(launch: Launch, complaint: str | None) -> str | None:
@@ -127,6 +169,12 @@ def is_peer_loss(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in words for word in _PEER_LOSS_WORDS)
 
 
+def is_timeout(error: BaseException) -> bool:
+    """Whether `error` says that another rank did not come to a collective in time."""
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(word in words for word in _TIMEOUT_WORDS)
+
+
 def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
     """End this rank at once; the closed connections end the others. The rank that failed is the one that explains."""
     if isinstance(error, EngineFaultError):  # every rank has found the same
@@ -141,6 +189,14 @@ def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
         print(f"{program}: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, OutputError):
         print(f"{program}: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
+    elif is_timeout(error):
+        print(
+            f"{program}: rank {launch.rank} ends because another rank did not come to a collective in time; it is "
+            "stopped, stuck, or slower than collective_timeout_s allows. "
+            f"{str(error).strip().splitlines()[0]}",
+            file=sys.stderr,
+            flush=True,
+        )
     else:
         print(f"{program}: rank {launch.rank} failed", file=sys.stderr)
         traceback.print_exception(error)

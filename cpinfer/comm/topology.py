@@ -120,6 +120,18 @@ def _check_same_grid(grid: RankGrid) -> None:
                 )
 
 
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A process group of these ranks that waits for them as long as the default group does. Collective over all ranks.
+
+    torch would give it a timeout of its own, whatever the job has asked for.
+    """
+    world: Any = dist.group.WORLD
+    backend = world._get_backend(world._device_types[0])  # all of them have the same
+    timeout = getattr(getattr(backend, "options", None), "_timeout", None)
+    group: dist.ProcessGroup = dist.new_group(list(ranks), timeout=timeout)
+    return group
+
+
 def _own(groups: Sequence[Group], rank: int) -> Group:
     return next(group for group in groups if rank in group)
 
@@ -127,7 +139,7 @@ def _own(groups: Sequence[Group], rank: int) -> Group:
 def _create(groups: tuple[Group, ...], existing: dict[frozenset[int], Any], owned: list[Any], rank: int) -> None:
     """Create every group of an axis: `new_group` is collective over the world, so all ranks create all of them."""
     for ranks in groups:
-        group = dist.new_group(list(ranks))
+        group = new_group(ranks)
         if rank in ranks:
             existing[frozenset(ranks)] = group
             owned.append(group)

@@ -110,17 +110,17 @@ class Engine:
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; remembered prefixes are gone with it."""
         self._refuse_while_streaming("sleep")
-        self._steps = None
         self._forget_prefixes()
+        self._steps = None
 
     def weights_changed(self) -> None:
         """Tell the engine that the weights are new: `weights_version` rises, remembered prefixes are dropped."""
         self._refuse_when_closed()
         self._refuse_while_streaming("change weights")
+        self._forget_prefixes()
         self.weights_version += 1
         if self._steps is not None:
             self._steps.weights_changed()
-        self._forget_prefixes()
 
     def close(self) -> None:
         """End an open stream, free the KV pool, refuse what is asked later. `attach` calls it when its block ends."""
@@ -239,8 +239,8 @@ class Engine:
         ]
 
     def _forget_prefixes(self) -> None:
-        for home in self._homes:
-            home.prefixes.clear()
+        # Nothing else is in the homes between calls. They go all at once, so an interrupt finds them there or gone.
+        self._homes = self._empty_homes()
 
     def _together(self, prepare: Callable[[], Prepared[T]]) -> T:
         """What this rank prepares, when all ranks have prepared the same."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from cpinfer.layout.pool import BlockPool
 from cpinfer.layout.prefix_cache import PrefixCache
@@ -25,6 +25,12 @@ class KVHome:
         self.prefixes.evict(n)
         return self.pool.allocate(n, room=room, after=after)
 
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give back a sequence's blocks; those of remembered prefixes may now give way."""
+        self.pool.release(blocks)
+        self.prefixes.note_release(blocks)
+
     def check_integrity(self, referenced: Iterable[int]) -> None:
         """`referenced` are the blocks of all sequences. ValueError names a leak."""
         self.pool.check_integrity([*referenced, *self.prefixes.references()])
+        self.prefixes.check_integrity()

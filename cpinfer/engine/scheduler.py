@@ -96,6 +96,28 @@ class SchedulerStats:
     num_cached_prefill_tokens: int = 0
 
 
+@dataclass
+class HomeLoad:
+    """What is under way in one home: the samples that are prefilled or run, and the blocks that forks will take."""
+
+    num_active: int = 0
+    num_promised: int = 0
+
+
+@dataclass
+class _Draft:
+    """The chunks of a step so far, and how much more of it there may be."""
+
+    num_tokens: int
+    num_scored_places: int = MAX_SCORED_PLACES
+    chunks: list[Chunk] = field(default_factory=list)
+
+    def add(self, chunk: Chunk) -> None:
+        self.num_tokens -= chunk.end - chunk.start
+        self.num_scored_places -= len(chunk.scored_places)
+        self.chunks.append(chunk)
+
+
 def sum_stats(parts: ListLike[SchedulerStats]) -> SchedulerStats:
     """The counts of several schedulers together."""
     fields = [astuple(part) for part in parts]
@@ -122,8 +144,11 @@ class Scheduler:
     _waiting: deque[Sequence] = field(default_factory=deque)
     _prefilling: list[Prefill] = field(default_factory=list)
     _running: list[Sequence] = field(default_factory=list)
+    # Kept where it changes: to count it for every prompt that is admitted would cost by the square of their number.
+    _load: list[HomeLoad] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self._load = [HomeLoad() for _ in self.homes]
         # A decode step computes one token per sequence, so the token budget bounds the sequences too.
         self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
 
@@ -143,15 +168,14 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, None when all is done. The blocks it writes to are taken here."""
-        chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
+        draft = _Draft(self.max_num_batched_tokens)
         for prefill in self._prefilling:
-            budget = self._add_chunk(prefill, budget, chunks)
-        while budget > 0 and (admitted := self._admit()) is not None:
+            self._add_chunk(prefill, draft)
+        while draft.num_tokens > 0 and (admitted := self._admit()) is not None:
             self._prefilling.append(admitted)
-            budget = self._add_chunk(admitted, budget, chunks)
-        if chunks:
-            return Step(tuple(chunks), ())
+            self._add_chunk(admitted, draft)
+        if draft.chunks:
+            return Step(tuple(draft.chunks), ())
         self._extend_running()
         if self._running:
             return Step((), tuple(self._running))
@@ -185,6 +209,8 @@ class Scheduler:
                     finished.append(self._finish_scored(chunk.prefill))
             elif chunk.is_last:
                 started += self._fork(chunk.prefill)
+        if step.chunks:
+            self._prefilling = [p for p in self._prefilling if p.num_done < len(p.token_ids)]
         self._running += started
         for sequence in started if step.chunks else step.running:
             sequence.sampled.append(token_of[id(sequence)])
@@ -193,7 +219,7 @@ class Scheduler:
                 reason = "stop"
             if reason is not None:
                 sequence.finish_reason = reason
-                self._give_up_blocks(sequence)
+                self._leave(sequence)
                 finished.append(sequence)
             elif self.window is not None:
                 self._drop_dead(sequence, sequence.next_position)
@@ -210,37 +236,50 @@ class Scheduler:
     def abort_all(self) -> None:
         """Forget every unfinished sequence and free its blocks."""
         for sequence in self._holders():
-            self.homes[sequence.home].pool.release(sequence.take_blocks())
+            self.homes[sequence.home].release(sequence.take_blocks())
         self._running, self._prefilling, self._waiting = [], [], deque()
+        self._load = [HomeLoad() for _ in self.homes]
         self.copies.clear()
 
     def check_integrity(self) -> None:
         """Every block is free, remembered, or held by an unfinished sequence. ValueError names a leak."""
         for index, home in enumerate(self.homes):
             home.check_integrity(b for s in self._holders() if s.home == index for b in s.held_blocks)
+        counted = self._counted_load()
+        if counted != self._load:
+            raise ValueError(f"scheduler is inconsistent: it knows of {self._load}, under way are {counted}")
+
+    def _counted_load(self) -> list[HomeLoad]:
+        """What `_load` must be."""
+        load = [HomeLoad() for _ in self.homes]
+        for sequence in (*(s for p in self._prefilling for s in p.samples), *self._running):
+            load[sequence.home].num_active += 1
+        for prefill in self._prefilling:
+            mutable = self._num_mutable_blocks(len(prefill.token_ids))
+            for index in prefill.leaders:
+                num_forks = sum(s.home == index for s in prefill.samples) - 1
+                load[index].num_promised += num_forks * mutable
+        return load
 
     def _holders(self) -> list[Sequence]:
         return [*(s for p in self._prefilling for s in p.leaders.values()), *self._running]
 
-    def _add_chunk(self, prefill: Prefill, budget: int, chunks: list[Chunk]) -> int:
-        """Append the next chunk of a prefill within `budget` tokens; returns what is left of it."""
+    def _add_chunk(self, prefill: Prefill, draft: _Draft) -> None:
+        """Add the next chunk of a prefill to the step, as far as it has room for it."""
         start = prefill.num_done
-        end = min(start + budget, len(prefill.token_ids))
+        end = min(start + draft.num_tokens, len(prefill.token_ids))
         if end < len(prefill.token_ids):
             # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
             aligned = end // self.sharding.prefix_unit * self.sharding.prefix_unit
             end = aligned if aligned > start else end
         if prefill.scored is not None:  # logits are as wide as the vocabulary, so few tokens may have theirs at once
-            rows = MAX_SCORED_PLACES - sum(len(chunk.scored_places) for chunk in chunks)
-            end = min(end, max(start, prefill.first_scored) + rows)
+            end = min(end, max(start, prefill.first_scored) + draft.num_scored_places)
         if end > start:
-            chunks.append(Chunk(prefill, start, end))
-        return budget - (end - start)
+            draft.add(Chunk(prefill, start, end))
 
     def _admit(self) -> Prefill | None:
         """Start the first waiting sequence, with as many equal ones behind it as fit; None when it has to wait."""
-        num_active = len(self._running) + sum(len(p.samples) for p in self._prefilling)
-        places = self.max_num_seqs - num_active
+        places = self.max_num_seqs - sum(load.num_active for load in self._load)
         if not self._waiting or places <= 0:
             return None
         first = self._waiting[0]
@@ -250,46 +289,44 @@ class Scheduler:
                 if other.prompt is not first.prompt or other.sampled or other.targets:
                     break
                 group.append(other)
-        self._deal_to_homes(group)
         token_ids = first.all_token_ids
-        while not self._fits(token_ids, group):
+        members = self._deal_to_homes(group)
+        while not self._fits(len(token_ids), members):
             if len(group) == 1:
                 return None
-            group.pop()
+            members[group.pop().home] -= 1
         for _ in group:
             self._waiting.popleft()
+        for load, num_samples in zip(self._load, members, strict=True):
+            load.num_active += num_samples
+            load.num_promised += max(0, num_samples - 1) * self._num_mutable_blocks(len(token_ids))
         return self._start(token_ids, group)
 
-    def _deal_to_homes(self, group: list[Sequence]) -> None:
-        """Each sample to the home with the fewest active ones."""
-        load = [0] * len(self.homes)
-        for sequence in (s for p in self._prefilling for s in p.samples):
-            load[sequence.home] += 1
-        for sequence in self._running:
-            load[sequence.home] += 1
+    def _deal_to_homes(self, group: list[Sequence]) -> list[int]:
+        """Each sample to the home with the fewest active ones. Returns how many each home got."""
+        before = [load.num_active for load in self._load]
+        after = list(before)
         for sequence in group:
-            sequence.home = load.index(min(load))
-            load[sequence.home] += 1
+            sequence.home = after.index(min(after))
+            after[sequence.home] += 1
+        return [now - then for now, then in zip(after, before, strict=True)]
 
-    def _fits(self, token_ids: tuple[int, ...], group: list[Sequence]) -> bool:
-        """Whether every home has the blocks of its leader, and of what the others cannot share with it.
+    def _fits(self, length: int, members: list[int]) -> bool:
+        """Whether every home has the blocks of its leader, and of what its other `members` cannot share with it.
 
         What the samples of prefills under way will take when they fork is spoken for. Remembered prefixes of this very
         prompt are not counted in: that they are here does not make them free.
         """
-        whole = self.sharding.num_blocks(len(token_ids))
-        for index, home in enumerate(self.homes):
-            members = sum(s.home == index for s in group)
-            promised = sum(self._num_fork_blocks(p.token_ids, p.samples, index) for p in self._prefilling)
-            if members and not home.has(whole + self._num_fork_blocks(token_ids, group, index) + promised):
-                return False
-        return True
+        whole, mutable = self.sharding.num_blocks(length), self._num_mutable_blocks(length)
+        return all(
+            home.has(whole + (num_samples - 1) * mutable + load.num_promised)
+            for home, load, num_samples in zip(self.homes, self._load, members, strict=True)
+            if num_samples
+        )
 
-    def _num_fork_blocks(self, token_ids: tuple[int, ...], samples: ListLike[Sequence], home: int) -> int:
-        """Blocks that samples of a prefill take in `home` when they fork: all but the leader their own mutable ones."""
-        length = len(token_ids)
-        mutable = self.sharding.num_blocks(length) - self.sharding.num_immutable_blocks(length)
-        return max(0, sum(s.home == home for s in samples) - 1) * mutable
+    def _num_mutable_blocks(self, length: int) -> int:
+        """Blocks of a sequence of `length` tokens that samples cannot share when they fork: each takes its own."""
+        return self.sharding.num_blocks(length) - self.sharding.num_immutable_blocks(length)
 
     def _start(self, token_ids: tuple[int, ...], group: list[Sequence]) -> Prefill:
         """Find what is remembered of the tokens, and take blocks for the rest."""
@@ -303,7 +340,7 @@ class Scheduler:
         total = self.sharding.num_blocks(len(token_ids))
         for index, leader in leaders.items():
             home = self.homes[index]
-            home.pool.release(known[index][shortest:])
+            home.release(known[index][shortest:])
             blocks = known[index][:shortest]
             room = self.sharding.num_blocks(leader.max_cached_tokens) - shortest
             leader.blocks = blocks + home.take(total - shortest, room=room)
@@ -316,7 +353,6 @@ class Scheduler:
 
         A sample for which there is no block left goes back to the queue; the others are returned.
         """
-        self._prefilling.remove(prefill)
         length = len(prefill.token_ids)
         num_shared = self.sharding.num_immutable_blocks(length)
         started, put_back = [], []
@@ -325,6 +361,8 @@ class Scheduler:
         for sequence in prefill.samples:
             home, leader = self.homes[sequence.home], prefill.leaders[sequence.home]
             own = leader.blocks[num_shared:]
+            if sequence is not leader:
+                self._load[sequence.home].num_promised -= len(own)
             if sequence is leader:
                 started.append(sequence)
             elif home.has(len(own)):
@@ -337,22 +375,24 @@ class Scheduler:
                     self.copies.setdefault(sequence.home, []).extend(zip(own, copied, strict=True))
                 started.append(sequence)
             else:
+                self._load[sequence.home].num_active -= 1
                 put_back.append(sequence)
         self._waiting.extendleft(reversed(put_back))
         return started
 
     def _finish_scored(self, prefill: Prefill) -> Sequence:
-        self._prefilling.remove(prefill)
         [sequence] = prefill.samples
         sequence.finish_reason = "length"
+        self._load[sequence.home].num_active -= 1
         home = self.homes[sequence.home]
         home.prefixes.insert(prefill.token_ids, sequence.blocks)
-        home.pool.release(sequence.take_blocks())
+        home.release(sequence.take_blocks())
         return sequence
 
     def _extend_running(self) -> None:
         """A slot for the newest token of every running sequence; the youngest of a home make way when it has none."""
-        for sequence in list(self._running):
+        youngest_last: dict[int, list[Sequence]] = {}
+        for sequence in self._running:
             if not sequence.blocks:  # preempted by one before it
                 continue
             home = self.homes[sequence.home]
@@ -360,26 +400,31 @@ class Scheduler:
             if missing <= 0:
                 continue
             while not home.has(missing):
-                youngest = next(s for s in reversed(self._running) if s.home == sequence.home)
+                if sequence.home not in youngest_last:
+                    youngest_last[sequence.home] = [s for s in self._running if s.home == sequence.home]
+                youngest = youngest_last[sequence.home].pop()
                 self._preempt(youngest)
                 if youngest is sequence:
                     break
             else:
                 after = sequence.held_blocks[-1] if sequence.held_blocks else None
                 sequence.blocks += home.take(missing, after=after)
+        if youngest_last:
+            self._running = [s for s in self._running if s.blocks]
 
     def _preempt(self, sequence: Sequence) -> None:
+        """Back to the front of the queue, without blocks: who calls takes it out of those that run."""
         self.stats.num_preemptions += 1
-        self._running.remove(sequence)
-        self._give_up_blocks(sequence)
+        self._leave(sequence)
         self._waiting.appendleft(sequence)
 
-    def _give_up_blocks(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: Sequence) -> None:
         """Free a sequence's blocks; its whole units stay remembered as long as nobody needs the room."""
+        self._load[sequence.home].num_active -= 1
         home = self.homes[sequence.home]
         computed = sequence.all_token_ids[: sequence.next_position]
         home.prefixes.insert(computed, sequence.blocks)
-        home.pool.release(sequence.take_blocks())
+        home.release(sequence.take_blocks())
 
     def _drop_dead_of_leaders(self, prefill: Prefill) -> None:
         for index, leader in prefill.leaders.items():
@@ -392,4 +437,4 @@ class Scheduler:
         assert self.window is not None
         num_dead = self.sharding.num_dead_blocks(num_cached, self.window)
         if num_dead > sequence.num_dropped:
-            self.homes[sequence.home].pool.release(sequence.drop_blocks(num_dead))
+            self.homes[sequence.home].release(sequence.drop_blocks(num_dead))

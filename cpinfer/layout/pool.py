@@ -5,14 +5,19 @@ prefix cache. Neighbouring blocks matter, since a backend can read a run of them
 it has room to grow, and its next block is the one behind its last whenever that is free:
 
     a a . . b b . . . .        a, then b, of 2 blocks with room for 4; a's third block goes behind its second
+
+A call costs by the blocks that it names, not by those of the pool.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 
 import numpy as np
-from numpy.typing import NDArray
+
+from cpinfer.layout.free_runs import FreeRuns
 
 
 class BlockPool:
@@ -21,7 +26,8 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
-        self._refs = np.zeros(num_blocks, dtype=np.int32)
+        self._refs = [0] * num_blocks
+        self._free = FreeRuns(num_blocks)
         # Where the next sequence is placed; behind the room that the last one was given.
         self._next = 0
 
@@ -34,67 +40,82 @@ class BlockPool:
         if not 0 <= n <= self.num_free:
             raise ValueError(f"{n} blocks wanted, {self.num_free} of {self.num_blocks} are free")
         blocks = [] if after is None else self._run_behind(after, n)
+        self._take(blocks)
         if len(blocks) < n:
-            blocks += self._place(n - len(blocks), max(n, room), exclude=blocks)
-        self._refs[blocks] = 1
-        self.num_free -= n
+            blocks += self._place(n - len(blocks), max(n, room))
         return blocks
 
     def share(self, blocks: Sequence[int]) -> None:
-        """One more reference to each block. ValueError when one is free."""
-        self._refs += self._counts(blocks, taken=False)
+        """One more reference to each block. ValueError when one is free; then nothing changes."""
+        for block in blocks:
+            self._check(block, 1)
+        for block in blocks:
+            self._refs[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """One reference less to each block. ValueError when one has fewer than are taken away; then nothing changes."""
-        counts = self._counts(blocks, taken=True)
-        self._refs -= counts
-        self.num_free += int(((counts > 0) & (self._refs == 0)).sum())
+        counts = Counter(blocks)
+        for block, count in counts.items():
+            self._check(block, count)
+        for block, count in counts.items():
+            self._refs[block] -= count
+        freed = [block for block in counts if self._refs[block] == 0]
+        self._free.give(freed)
+        self.num_free += len(freed)
 
     def refs(self, block: int) -> int:
         """References to a block; 0 when it is free."""
-        return int(self._refs[block])
+        return self._refs[block]
 
     def check_integrity(self, referenced: Iterable[int]) -> None:
         """Every reference is known to a holder: `referenced` lists theirs, all of them. ValueError names leaks."""
         known = np.bincount(np.fromiter(referenced, dtype=np.int64), minlength=self.num_blocks)
-        wrong = np.flatnonzero(known != self._refs)
+        refs = np.array(self._refs, dtype=np.int64)
+        wrong = np.flatnonzero(known != refs)
         if len(wrong):
             raise ValueError(
-                f"block pool is inconsistent: blocks {wrong.tolist()} have {self._refs[wrong].tolist()} references, "
+                f"block pool is inconsistent: blocks {wrong.tolist()} have {refs[wrong].tolist()} references, "
                 f"their holders know of {known[wrong].tolist()}"
             )
-        if self.num_free != int((self._refs == 0).sum()):
+        if self.num_free != int((refs == 0).sum()):
             raise ValueError(f"block pool is inconsistent: {self.num_free} blocks counted as free")
+        misplaced = np.flatnonzero((refs == 0) != np.array(self._free.flags(), dtype=bool))
+        if len(misplaced):
+            raise ValueError(f"block pool is inconsistent: blocks {misplaced.tolist()} are searched wrongly")
 
-    def _counts(self, blocks: Sequence[int], *, taken: bool) -> NDArray[np.int32]:
-        """`[num_blocks]` how often each block is named. ValueError for a free one, or with fewer references to take."""
-        named = np.asarray(blocks, dtype=np.int64)
-        outside = named[(named < 0) | (named >= self.num_blocks)]
-        if len(outside):
-            raise ValueError(f"block {outside[0]} is not in use")
-        counts = np.bincount(named, minlength=self.num_blocks).astype(np.int32)
-        missing = np.flatnonzero((counts > 0) & (self._refs < (counts if taken else 1)))
-        if len(missing):
-            raise ValueError(f"block {missing[0]} is not in use")
-        return counts
+    def _check(self, block: int, references: int) -> None:
+        if not 0 <= block < self.num_blocks or self._refs[block] < references:
+            raise ValueError(f"block {block} is not in use")
 
     def _run_behind(self, block: int, n: int) -> list[int]:
-        behind = self._refs[block + 1 : block + 1 + n] == 0
-        run = len(behind) if behind.all() else int(behind.argmin())
-        return list(range(block + 1, block + 1 + run))
+        return list(takewhile(self._free.is_free, range(block + 1, block + 1 + n)))
 
-    def _place(self, n: int, room: int, exclude: Sequence[int]) -> list[int]:
-        free = self._refs == 0
-        free[list(exclude)] = False
-        edges = np.flatnonzero(np.diff(free, prepend=False, append=False))
-        starts, ends = edges[::2], edges[1::2]
-        # Of the runs from `_next` on the first with enough room, going round once; then any run that holds n.
-        begins = np.maximum(starts, self._next)
-        for candidates, wanted in ((begins, room), (starts, room), (starts, n)):
-            fits = np.flatnonzero(ends - candidates >= wanted)
-            if len(fits):
-                start = int(candidates[fits[0]])
-                self._next = (start + room) % self.num_blocks if wanted == room else self._next
-                return list(range(start, start + n))
-        blocks: list[int] = np.flatnonzero(free)[:n].tolist()
-        return blocks
+    def _place(self, n: int, room: int) -> list[int]:
+        """Take `n` blocks: where `room` fit, from `_next` on and going round once; else the first run that holds n."""
+        start = self._free.first(room, self._next)
+        if start is None:
+            start = self._free.first(room)
+        if start is not None:
+            self._next = (start + room) % self.num_blocks
+        else:
+            start = self._free.first(n)
+        if start is None:
+            return self._scattered(n)
+        return self._take(range(start, start + n))
+
+    def _scattered(self, n: int) -> list[int]:
+        """Take the first `n` free blocks."""
+        blocks: list[int] = []
+        while len(blocks) < n:
+            start = self._free.first(1, blocks[-1] + 1 if blocks else 0)
+            assert start is not None, "so many are free"
+            blocks += [start, *self._run_behind(start, n - len(blocks) - 1)]
+        return self._take(blocks)
+
+    def _take(self, blocks: Iterable[int]) -> list[int]:
+        taken = list(blocks)
+        for block in taken:
+            self._refs[block] = 1
+        self._free.take(taken)
+        self.num_free -= len(taken)
+        return taken

@@ -142,6 +142,11 @@ class StepCost:
         return np.maximum(tokens, self.floor_tokens) + rows * self.row_tokens + pairs / self.pairs_per_token
 
 
+# So many of a step's prompts are split at most: to consider more would cost by the square of their number, and among
+# so many the short ones balance the ranks whole.
+MAX_SPLIT = 256
+
+
 def deal_prompts(
     prompt_lens: Sequence[int],
     pcp_size: int,
@@ -153,17 +158,20 @@ def deal_prompts(
     `context_lens`: cached tokens that all new tokens of a prompt attend to as well; default 0.
 
     The longest are split, the others dealt whole, longest first, each to the rank that is soonest done with it. How
-    many are split is decided by the time of the slowest rank; as few as possible when that is equal.
+    many are split (up to `MAX_SPLIT`) is decided by the time of the slowest rank; as few as possible when it is equal.
 
     >>> deal_prompts([200], pcp_size=8), deal_prompts([4000], pcp_size=8)
     ([0], [None])
     >>> deal_prompts([4000, 300, 300], pcp_size=2)
     [None, 0, 1]
     """
+    if pcp_size == 1:
+        return [0] * len(prompt_lens)
     order = sorted(range(len(prompt_lens)), key=lambda i: (-prompt_lens[i], i))
     # All choices at once: in row j the j longest are split. One by one, each prompt would look better split.
-    load = np.zeros((len(order) + 1, pcp_size, 3))
-    takers = np.zeros((len(order), len(order) + 1), dtype=np.int64)
+    num_choices = min(len(order), MAX_SPLIT) + 1
+    load = np.zeros((num_choices, pcp_size, 3))
+    takers = np.zeros((len(order), num_choices), dtype=np.int64)
     for k, i in enumerate(order):
         q = prompt_lens[i]
         work = np.array([q, 1, q * (q + 1) / 2 + q * (context_lens[i] if context_lens else 0)])
@@ -171,7 +179,7 @@ def deal_prompts(
         whole = load[: k + 1]
         # Below the floor many ranks look equally free: of these the one with the fewest tokens.
         takers[k, : k + 1] = np.lexsort((whole[..., 0], cost.of(whole + work)), axis=-1)[:, 0]
-        whole[np.arange(k + 1), takers[k, : k + 1]] += work
+        whole[np.arange(len(whole)), takers[k, : k + 1]] += work
     num_split = int(cost.of(load).max(axis=1).argmin())
     dealt: list[int | None] = [None] * len(order)
     for k in range(num_split, len(order)):

@@ -4,15 +4,18 @@ A block holds tokens that interleaving took from all over a stretch of the seque
 the smallest run of tokens whose blocks hold these tokens and no others on every shard (`KVSharding.prefix_unit`). A
 unit is known by a hash of its tokens chained to the hash of the unit before it, so equal keys mean equal prefixes.
 
-The cache holds a reference of its own to each block of a unit. Units are evicted least recently used first; a use
-counts for the units before it too, so those that follow go before them.
+The cache holds a reference of its own to each block of a unit; a block that nobody else refers to is *idle*. Units
+that have one are evicted, least recently used first; a use counts for the units before it too, so those that follow go
+before them. Which blocks are idle is known at any time and never looked for: `note_release` is told of all that
+sequences give back.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -20,6 +23,15 @@ from cpinfer.layout.pool import BlockPool
 from cpinfer.layout.shards import KVSharding
 
 Key = bytes
+
+
+@dataclass
+class _Unit:
+    """Blocks of a unit, when it was last used, and of which use it stands in the queue of those to be evicted."""
+
+    blocks: list[int]
+    last_use: int = 0
+    queued_use: int = 0
 
 
 class PrefixCache:
@@ -30,11 +42,15 @@ class PrefixCache:
         self._unit = sharding.prefix_unit
         self._blocks_per_unit = sharding.prefix_unit // (sharding.num_shards * sharding.block_size)
         self._enabled = enabled
-        # In order of use, the least recent first (dicts keep insertion order).
-        self._units: dict[Key, list[int]] = {}
-        # References to each block that are the cache's. Samples share blocks of a prompt up to the last whole block,
-        # not the last whole unit, so units that begin alike and end differently have blocks in common.
-        self._held: Counter[int] = Counter()
+        self._units: dict[Key, _Unit] = {}
+        self._num_uses = 0
+        # Samples share blocks of a prompt up to the last whole block, not the last whole unit: units that begin alike
+        # and end differently have blocks in common. Each unit has a reference to each of its blocks.
+        self._units_of: dict[int, tuple[Key, ...]] = {}
+        # Only asked what it contains, never walked.
+        self._idle_blocks: set[int] = set()
+        # A heap of (last use, key): every unit with an idle block, and some that have been used since, or have none.
+        self._queue: list[tuple[int, Key]] = []
 
     def __len__(self) -> int:
         return len(self._units)
@@ -47,10 +63,20 @@ class PrefixCache:
                 if key not in self._units:
                     break
                 found.append(key)
-        blocks = [block for key in found for block in self._units[key]]
+        blocks = [block for key in found for block in self._units[key].blocks]
         self._pool.share(blocks)
+        self._idle_blocks.difference_update(blocks)
         self._touch(found)
         return blocks
+
+    def note_release(self, blocks: Sequence[int]) -> None:
+        """Take note that sequences have given `blocks` back to the pool."""
+        for block in blocks:
+            keys = self._units_of.get(block, ())
+            if keys and self._pool.refs(block) == len(keys):
+                self._idle_blocks.add(block)
+                for key in keys:
+                    self._enqueue(key)
 
     def tokens_of(self, blocks: Sequence[int]) -> int:
         """Tokens that the blocks of whole units hold."""
@@ -70,54 +96,72 @@ class PrefixCache:
                 if min(unit) < 0:
                     break
                 self._pool.share(unit)
-                self._held.update(unit)
-                self._units[key] = unit
+                self._units[key] = _Unit(unit)
+                for block in unit:
+                    self._units_of[block] = (*self._units_of.get(block, ()), key)
             keys.append(key)
         self._touch(keys)
 
     def evict(self, num_blocks: int) -> None:
         """Give up units until `num_blocks` blocks are free in the pool, or no block is left that could be."""
-        if self._pool.num_free >= num_blocks:
-            return
-        for key in list(self._units):
+        while self._pool.num_free < num_blocks and self._queue:
+            use, key = heappop(self._queue)
+            unit = self._units.get(key)
             # A unit whose every block a sequence reads would free nothing, and costs nothing to keep.
-            if any(map(self._is_ours_alone, self._units[key])):
-                unit = self._units.pop(key)
-                self._held.subtract(unit)
-                self._pool.release(unit)
-                if self._pool.num_free >= num_blocks:
-                    return
+            if unit is not None and unit.last_use == use:
+                unit.queued_use = 0
+                if not self._idle_blocks.isdisjoint(unit.blocks):
+                    self._forget(key)
 
     def can_evict(self, num_blocks: int) -> bool:
-        """Whether `evict` could free so many blocks: whether there are so many that no sequence reads.
+        """Whether `evict` could free so many blocks: whether there are so many that no sequence reads."""
+        return len(self._idle_blocks) >= num_blocks
 
-        Asked for every block that a sequence grows by, so it looks no further than it has to.
-        """
-        alone = (block for unit in self._units.values() for block in unit if self._is_ours_alone(block))
-        found: set[int] = set()
-        while len(found) < num_blocks and (block := next(alone, None)) is not None:
-            found.add(block)
-        return len(found) >= num_blocks
-
-    def clear(self) -> None:
-        """Forget everything: the weights that computed it are no longer the model's."""
-        for unit in self._units.values():
-            self._pool.release(unit)
-        self._units.clear()
-        self._held.clear()
+    def check_integrity(self) -> None:
+        """What is known to be idle is what is idle. ValueError names the blocks where it is not."""
+        idle = {block for block, keys in self._units_of.items() if self._pool.refs(block) == len(keys)}
+        if idle != self._idle_blocks:
+            raise ValueError(
+                f"prefix cache is inconsistent: blocks {sorted(idle ^ self._idle_blocks)} are counted wrongly"
+            )
+        queue = set(self._queue)
+        unlisted = [k for block in idle for k in self._units_of[block] if (self._units[k].last_use, k) not in queue]
+        if unlisted:
+            raise ValueError(f"prefix cache is inconsistent: {len(unlisted)} units would never be evicted")
 
     def references(self) -> Iterator[int]:
         """Every block the cache refers to, for the pool's integrity check."""
         for unit in self._units.values():
-            yield from unit
+            yield from unit.blocks
 
-    def _is_ours_alone(self, block: int) -> bool:
-        return self._pool.refs(block) == self._held[block]
+    def _forget(self, key: Key) -> None:
+        unit = self._units.pop(key)
+        self._pool.release(unit.blocks)
+        for block in unit.blocks:
+            rest = tuple(other for other in self._units_of.pop(block) if other != key)
+            if rest:
+                self._units_of[block] = rest
+            else:
+                self._idle_blocks.discard(block)
 
     def _touch(self, keys: Sequence[Key]) -> None:
         # Backwards: a unit is used by all that follow it, so it must be the last of them to go.
         for key in reversed(keys):
-            self._units[key] = self._units.pop(key)
+            unit = self._units[key]
+            self._num_uses += 1
+            unit.last_use = self._num_uses
+            if not self._idle_blocks.isdisjoint(unit.blocks):
+                self._enqueue(key)
+
+    def _enqueue(self, key: Key) -> None:
+        unit = self._units[key]
+        if unit.queued_use == unit.last_use:
+            return
+        unit.queued_use = unit.last_use
+        heappush(self._queue, (unit.last_use, key))
+        if len(self._queue) > 2 * len(self._units):  # most of it is old
+            self._queue = [(u.last_use, k) for k, u in self._units.items() if u.queued_use == u.last_use]
+            heapify(self._queue)
 
     def _keys(self, token_ids: Sequence[int]) -> Iterator[Key]:
         """The key of each whole unit."""

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.inference.engine import InferenceEngine
 
-from cpinfer.comm.topology import Topology
+from cpinfer.comm.topology import Topology, new_group
 from cpinfer.config import Config
 from cpinfer.engine.attach import config_errors, model_spec
 from cpinfer.engine.phase import Lent
@@ -115,7 +115,7 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
     init_distributed()
     tp_group, owned = None, []
     for ranks in grid.tp_groups:
-        group = dist.new_group(list(ranks))
+        group = new_group(ranks)
         if dist.get_rank() in ranks:
             tp_group, owned = group, [group]
     expand_kv_heads(model, grid.tp_size)

@@ -11,6 +11,7 @@ truncation are those of lm-eval's own `hf` model.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import logging
@@ -31,7 +32,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
-from cpinfer.comm.bootstrap import PEER_GRACE_S, Launch, default_group, die
+from cpinfer.comm.bootstrap import PEER_GRACE_S, Launch, default_group, die, end_with_launcher
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams, apply_override, load_config, parse_config
 from cpinfer.engine.attach import attach, config_errors
@@ -375,12 +376,13 @@ class CpinferLM(TemplateLM):
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
     """lm-eval's command line with the model `cpinfer`, on the processes that a launcher started."""
     launch = Launch.from_environ(environ)
+    end_with_launcher(environ, program="lm_eval")
     # lm-eval reads sys.argv; the DeepSpeed launcher has put its own argument there.
     sys.argv = [argv[0], *(arg for arg in argv[1:] if not arg.startswith(("--local_rank=", "--local-rank=")))]
     if launch.rank != 0:
         logging.disable(logging.WARNING)  # one voice
     try:
-        with default_group(launch):
+        with default_group(launch, _timeout_s(sys.argv)):
             try:
                 cli_evaluate()
             except UserError as error:  # every rank finds the same
@@ -396,6 +398,19 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if launch.world_size == 1:
             raise
         die(launch, error, program="lm_eval")
+
+
+def _timeout_s(argv: Sequence[str]) -> float:
+    """What the model arguments say of collectives, which begin before lm-eval reads them; what is wrong it will say."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_args", "-a", nargs="*", default=[])
+    try:
+        given = parser.parse_known_args(argv[1:])[0].model_args
+        args = utils.simple_parse_args_string(",".join(given))
+        keys = ("config", "pretrained", "collective_timeout_s")
+        return _config({key: args[key] for key in keys if key in args}).collective_timeout_s
+    except (ValueError, SystemExit):
+        return Config.collective_timeout_s
 
 
 def _config(args: Mapping[str, Any]) -> Config:

@@ -1,8 +1,9 @@
 """tools/rollout.py with a fault put into one rank, to see that all ranks end and the right one explains.
 
-torchrun --nproc-per-node 2 tests/distributed/failing_rollout.py {raise|kill|full} --config ...
+torchrun --nproc-per-node 2 tests/distributed/failing_rollout.py FAULT --config ...
 
-`full` is a disk that is full after a few lines, of every rank that writes.
+FAULT is raise, kill, stop, orphan, orphan_in_load or full. `orphan` kills the launcher, after which this rank comes to
+no collective any more; `full` is a disk that is full after a few lines, of every rank that writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import errno
 import os
 import signal
 import sys
-from typing import Any
+import time
+from typing import Any, NoReturn
 
 import rollout
 from cpinfer.engine.step_runner import StepRunner
@@ -46,14 +48,36 @@ def put_fault(fault: str) -> None:
 
         def faulty_decode(runner: StepRunner, *given: Any) -> Any:
             if next(steps, None) is None:
-                if fault == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise RuntimeError("the fault that was put in")
+                FAULTS[fault]()
             return decode(runner, *given)
 
-        StepRunner._decode = faulty_decode  # type: ignore[method-assign]
+        if fault == "orphan_in_load":
+            rollout.launch_inference = lambda *args: orphan()
+        else:
+            StepRunner._decode = faulty_decode  # type: ignore[method-assign]
+
+
+def fail() -> NoReturn:
+    raise RuntimeError("the fault that was put in")
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def orphan() -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    time.sleep(10**6)
+
+
+FAULTS = {"raise": fail, "kill": kill, "stop": stop, "orphan": orphan}
 
 
 if __name__ == "__main__":
-    put_fault(sys.argv[1])
-    sys.exit(rollout.main(sys.argv[2:]))
+    fault, *arguments = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+    put_fault(fault)
+    sys.exit(rollout.main(arguments))

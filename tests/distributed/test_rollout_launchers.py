@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -82,6 +84,48 @@ def test_one_failing_rank_ends_all_and_is_the_one_that_is_heard(fault: str, tmp_
     lines = (tmp_path / "results.jsonl").read_text(encoding="utf-8").splitlines()
     assert 0 < len(lines) < 64
     assert all(json.loads(line)["finish_reason"] in ("stop", "length") for line in lines)
+
+
+FAULTY = "tests/distributed/failing_rollout.py"
+
+
+def faulty_rollout(fault: str, tmp_path: Path, *more: str) -> list[str]:
+    """A rollout of two ranks in which one has a fault, without its launcher."""
+    arguments = ["--config", "configs/pcp2.json", "--input", few_prompts(tmp_path / "in.jsonl")]
+    arguments += ["--set", "max_num_seqs=2"]  # so that it has not ended before the fault comes
+    return [FAULTY, fault, *arguments, "--output", str(tmp_path / "results.jsonl"), *more]
+
+
+def test_ranks_whose_launcher_was_killed_end_by_themselves(tmp_path: Path) -> None:
+    """What they print ends with them, so `launch` waits for both."""
+    finished = launch(torchrun(2, *faulty_rollout("orphan", tmp_path)), timeout_s=90)
+    assert finished.returncode == -signal.SIGKILL, finished
+    for rank in range(2):
+        assert f"rollout: rank {rank} ends because its launcher ended" in finished.stderr, finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["orphan", "orphan_in_load"])
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed, accelerate], ids=lambda launcher: launcher.__name__)
+def test_ranks_end_with_every_launcher_whenever_it_is_killed(
+    launcher: Callable[..., list[str]], fault: str, tmp_path: Path
+) -> None:
+    command = launcher(2, *faulty_rollout(fault, tmp_path))
+    finished = launch(command, timeout_s=ALL_END_WITHIN_S + 30, env={"ACCELERATE_USE_CPU": "true"})
+    # What `deepspeed` itself returns is 0: it takes no note of a launcher that was killed.
+    assert finished.stderr.count("ends because its launcher ended") == 2, finished
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed, accelerate], ids=lambda launcher: launcher.__name__)
+def test_a_stopped_rank_ends_all_when_a_collective_has_waited_for_it(
+    launcher: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """The launcher kills the stopped one, which does not hear it, half a minute after the others have ended."""
+    command = launcher(2, *faulty_rollout("stop", tmp_path, "--set", "collective_timeout_s=5"))
+    finished = launch(command, timeout_s=ALL_END_WITHIN_S + 40, env={"ACCELERATE_USE_CPU": "true"})
+    assert finished.returncode != 0, finished
+    assert "rollout: rank 0 ends because another rank did not come to a collective in time" in finished.stderr, finished
 
 
 def test_a_run_killed_midway_resumes_with_exactly_what_is_missing(tmp_path: Path) -> None:

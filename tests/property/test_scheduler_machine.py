@@ -315,7 +315,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         """KV of old weights must not be found again."""
         self.kv.weights += 1
         for home in self.homes:
-            home.prefixes.clear()
+            home.prefixes.evict(home.pool.num_blocks)
             assert home.pool.num_free == home.pool.num_blocks
 
     def teardown(self):
@@ -329,7 +329,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             self.run_steps(1, 10**6)
         assert self.scheduler.schedule() is None and len(self.finished) == len(self.submitted)
         for home in self.homes:
-            home.prefixes.clear()
+            home.prefixes.evict(home.pool.num_blocks)
             assert home.pool.num_free == home.pool.num_blocks
 
 

@@ -1,6 +1,7 @@
 import pytest
 
 from cpinfer.layout.pool import BlockPool
+from line_count import lines_run
 
 
 def test_blocks_come_lowest_first_and_ascending():
@@ -142,3 +143,20 @@ def test_integrity_check_finds_a_leak_a_forgotten_reference_and_a_wrong_count():
     pool.num_free = 3
     with pytest.raises(ValueError, match="3 blocks counted as free"):
         pool.check_integrity([0, 0, 1])
+
+
+def test_integrity_check_finds_a_free_block_that_is_not_searched():
+    pool = BlockPool(4)
+    pool._free.take([2])
+    with pytest.raises(ValueError, match=r"blocks \[2\] are searched wrongly"):
+        pool.check_integrity([])
+
+
+def test_a_call_costs_by_its_blocks_and_not_by_the_pool():
+    def cost(num_blocks):
+        pool = BlockPool(num_blocks)
+        pool.allocate(num_blocks // 2)
+        blocks = []
+        return lines_run(lambda: blocks.extend(pool.allocate(8, room=16))) + lines_run(lambda: pool.release(blocks))
+
+    assert cost(1 << 14) <= 1.6 * cost(1 << 10)

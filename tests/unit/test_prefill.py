@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -143,3 +145,15 @@ def test_a_step_without_prompts_or_tokens_is_refused(lens):
 def test_a_block_table_that_is_too_short_is_an_error():
     with pytest.raises(IndexError):
         plan_prefill(split_prompts([9], 2), [[0, 1]], ONE_SHARD, pcp_rank=0, shard=0)
+
+
+def test_to_deal_many_prompts_takes_room_by_their_number_and_not_by_its_square():
+    def peak_bytes(num_prompts):
+        tracemalloc.start()
+        dealt = deal_prompts([5] * num_prompts, 2)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert sorted(set(dealt)) == [0, 1] and abs(2 * sum(dealt) - num_prompts) <= 1
+        return peak
+
+    assert peak_bytes(1200) <= 2.5 * peak_bytes(600)

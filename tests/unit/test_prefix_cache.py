@@ -7,6 +7,7 @@ import pytest
 from cpinfer.layout.pool import BlockPool
 from cpinfer.layout.prefix_cache import PrefixCache
 from cpinfer.layout.shards import KVSharding
+from line_count import lines_run
 
 SHARDING = KVSharding(num_shards=1, interleave=4, block_size=4)
 A, B = list(range(100, 140)), list(range(200, 240))
@@ -14,6 +15,13 @@ A, B = list(range(100, 140)), list(range(200, 240))
 
 def num_evictable(cache):
     return next(n for n in count() if not cache.can_evict(n + 1))
+
+
+def release(pool, cache, blocks):
+    """As a sequence gives its blocks back."""
+    pool.release(blocks)
+    cache.note_release(blocks)
+    cache.check_integrity()
 
 
 def make_cache(num_blocks=20, sharding=SHARDING, enabled=True):
@@ -31,14 +39,14 @@ def compute(pool, cache, tokens, sharding=SHARDING):
 def remember(pool, cache, tokens, sharding=SHARDING):
     """The same of a sequence that has ended."""
     blocks = compute(pool, cache, tokens, sharding)
-    pool.release(blocks)
+    release(pool, cache, blocks)
     return blocks
 
 
 def match(pool, cache, tokens, max_tokens=10**6):
     """What matches, without keeping the reference."""
     blocks = cache.match(tokens, max_tokens)
-    pool.release(blocks)
+    release(pool, cache, blocks)
     return blocks
 
 
@@ -124,8 +132,8 @@ def test_a_match_is_a_reference_for_the_caller_and_the_cache_keeps_its_own():
     found = cache.match(A, 4)
     assert [pool.refs(block) for block in blocks] == [3, 2]
     check(pool, cache, blocks, found)
-    pool.release(blocks)
-    pool.release(found)
+    release(pool, cache, blocks)
+    release(pool, cache, found)
     assert [pool.refs(block) for block in blocks] == [1, 1] and pool.num_free == 18
     check(pool, cache)
 
@@ -147,7 +155,7 @@ def test_blocks_in_use_are_not_evictable():
     assert num_evictable(cache) == 0
     cache.evict(4)
     assert len(cache) == 3 and pool.num_free == 1
-    pool.release(blocks[2:])
+    release(pool, cache, blocks[2:])
     assert num_evictable(cache) == 1
     cache.evict(4)
     assert len(cache) == 2 and pool.num_free == 2 and num_evictable(cache) == 0
@@ -173,7 +181,7 @@ def test_the_least_recently_used_goes_first():
     cache.evict(4)
     assert (match(pool, cache, A), match(pool, cache, B)) == (a, [])
     remember(pool, cache, B[:8])
-    pool.release(compute(pool, cache, A[:8]))  # to compute it again is to use it, too
+    release(pool, cache, compute(pool, cache, A[:8]))  # to compute it again is to use it, too
     cache.evict(4)
     assert (match(pool, cache, A), match(pool, cache, B)) == (a, [])
 
@@ -205,8 +213,8 @@ def test_branches_share_their_stem_which_goes_last():
     right += pool.allocate(1)
     cache.insert(A[:4] + B[:4], right)
     assert len(cache) == 3 and left[0] == right[0] == stem[0]
-    pool.release(left)
-    pool.release(right)
+    release(pool, cache, left)
+    release(pool, cache, right)
     cache.evict(7)
     assert match(pool, cache, A) == stem and match(pool, cache, A[:4] + B) == stem
     check(pool, cache)
@@ -230,9 +238,9 @@ def forked_units():
 def test_units_with_blocks_in_common_can_all_be_evicted_once_nobody_uses_them():
     pool, cache, first, second = forked_units()
     assert num_evictable(cache) == 0
-    pool.release(first)
+    release(pool, cache, first)
     assert num_evictable(cache) == 1
-    pool.release(second)
+    release(pool, cache, second)
     assert num_evictable(cache) == 4
     cache.evict(3)
     assert len(cache) == 1 and pool.num_free == 3  # the first to go frees the block that is its alone
@@ -245,23 +253,12 @@ def test_units_with_blocks_in_common_can_all_be_evicted_once_nobody_uses_them():
 def test_of_units_with_blocks_in_common_one_in_use_keeps_what_they_share_and_no_more():
     """Else what is evictable would shrink by more than what a match takes, and an admitted prompt find no blocks."""
     pool, cache, first, second = forked_units()
-    pool.release(second)
+    release(pool, cache, second)
     assert num_evictable(cache) == 1
     cache.evict(6)
     assert pool.num_free == 3 and second[2] not in cache.references()
     assert (match(pool, cache, A), match(pool, cache, A[:4] + B[:2])) == (first, [])
     check(pool, cache, first)
-
-
-def test_clearing_forgets_everything_and_leaves_sequences_their_blocks():
-    pool, cache = make_cache()
-    blocks = compute(pool, cache, A[:12])
-    remember(pool, cache, B[:12])
-    cache.clear()
-    assert len(cache) == num_evictable(cache) == 0 and list(cache.references()) == []
-    assert match(pool, cache, A) == []
-    check(pool, cache, blocks)
-    assert pool.num_free == 17
 
 
 def test_a_cache_that_is_switched_off_finds_nothing_and_keeps_nothing():
@@ -270,7 +267,6 @@ def test_a_cache_that_is_switched_off_finds_nothing_and_keeps_nothing():
     assert len(cache) == num_evictable(cache) == 0 and match(pool, cache, A) == []
     assert [pool.refs(block) for block in blocks] == [1, 1, 1]
     cache.evict(20)
-    cache.clear()
     check(pool, cache, blocks)
 
 
@@ -286,8 +282,45 @@ def test_two_caches_fed_alike_decide_alike():
             cache.evict(missing)
             blocks = known + pool.allocate(missing)
             cache.insert(tokens, blocks)
-            pool.release(blocks)
+            release(pool, cache, blocks)
             seen.append((tuple(blocks), sorted(cache.references()), pool.num_free))
         return seen, list(cache._units)
 
     assert history() == history()
+
+
+def test_a_block_is_found_to_evict_without_a_walk_over_those_in_use():
+    """Under a full pool this is asked for every block that a sequence grows by."""
+
+    def cost(num_in_use):
+        pool, cache = make_cache(num_in_use + 1)
+        for i in range(num_in_use):
+            compute(pool, cache, [i] * 4)
+        remember(pool, cache, A[:4])
+        assert pool.num_free == 0
+        asked = lines_run(lambda: cache.can_evict(1)) + lines_run(lambda: cache.evict(1))
+        assert pool.num_free == 1 and len(cache) == num_in_use
+        return asked
+
+    assert cost(400) <= 1.6 * cost(20)  # the tree over the pool is deeper
+
+
+def test_the_queue_does_not_grow_with_uses_that_evict_nothing():
+    pool, cache = make_cache()
+    remember(pool, cache, A[:16])
+    for _ in range(50):
+        match(pool, cache, A)
+    assert len(cache._queue) <= 2 * len(cache) + 1
+
+
+def test_integrity_check_finds_what_is_idle_and_not_known_to_be():
+    pool, cache = make_cache()
+    blocks = compute(pool, cache, A[:8])
+    cache.check_integrity()
+    pool.release(blocks)  # and nobody says so
+    with pytest.raises(ValueError, match=r"blocks \[0, 1\] are counted wrongly"):
+        cache.check_integrity()
+    cache.note_release(blocks)
+    cache._queue.clear()
+    with pytest.raises(ValueError, match="2 units would never be evicted"):
+        cache.check_integrity()

@@ -12,6 +12,7 @@ from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.layout.shards import KVSharding
+from line_count import lines_run
 
 SHARDING = KVSharding(num_shards=1, interleave=4, block_size=4)
 
@@ -645,7 +646,7 @@ def test_every_sample_ends_once_and_nothing_leaks(
         assert len(s.sampled) == min(new, at) and s.blocks == []
         assert s.finish_reason == ("stop" if at <= new else "length")
     for home in scheduler.homes:
-        home.prefixes.clear()
+        home.prefixes.evict(home.pool.num_blocks)
         assert home.pool.num_free == num_blocks
     assert scheduler.num_unfinished == 0
 
@@ -687,3 +688,60 @@ def test_blocks_that_a_group_will_fork_into_are_not_given_to_the_next():
     assert [len(chunk.prefill.samples) for chunk in step.chunks] == [3]
     scheduler.commit(step, tokens(step, 9), never)
     assert len(scheduler.schedule().running) == 3
+
+
+@pytest.mark.parametrize("counter", ["num_active", "num_promised"])
+def test_integrity_check_finds_a_load_that_is_not_what_is_under_way(counter):
+    _, scheduler = make_scheduler(num_homes=2)
+    submit(scheduler, *make_group(0, n=3, prompt_len=6))
+    scheduler.schedule()
+    scheduler.check_integrity()
+    load = scheduler._load[1]
+    setattr(load, counter, getattr(load, counter) + 1)
+    with pytest.raises(ValueError, match="scheduler is inconsistent"):
+        scheduler.check_integrity()
+
+
+def all_at_once(num_sequences, n=1, num_homes=2):
+    """A scheduler in which so many samples, `n` to a prompt, may start in one step."""
+    _, scheduler = make_scheduler(10 * num_sequences, num_sequences, 10 * num_sequences, num_homes=num_homes)
+    for index in range(num_sequences // n):
+        submit(scheduler, *make_group(index, n=n, prompt_len=6))
+    return scheduler
+
+
+def first_two_steps(scheduler):
+    for _ in range(2):
+        advance(scheduler)
+    assert len(scheduler._running) == scheduler.max_num_seqs
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_to_admit_a_prompt_costs_the_same_however_many_are_under_way(n):
+    few, many = (lines_run(lambda s=all_at_once(size, n): first_two_steps(s)) / size for size in (64, 512))
+    assert many <= 1.4 * few
+
+
+def test_to_admit_a_given_answer_costs_the_same_however_many_are_under_way():
+    def cost(num_sequences):
+        _, scheduler = make_scheduler(10 * num_sequences, num_sequences, 10 * num_sequences)
+        for index in range(num_sequences):
+            prompt = make_sequence(index, 6).prompt
+            submit(scheduler, Sequence(prompt, 0, SamplingParams(), 1, targets=(5,)))
+        return lines_run(scheduler.schedule) / num_sequences
+
+    assert cost(512) <= 1.4 * cost(64)
+
+
+def test_to_preempt_many_costs_the_same_for_each():
+    def cost(num_sequences):
+        """Every second sequence grows, in a home that is full; the others are in the other home, and need nothing."""
+        _, scheduler = make_scheduler(num_sequences, num_sequences, 10 * num_sequences, num_homes=2)
+        for index in range(num_sequences):
+            submit(scheduler, make_sequence(index, 5 if index % 2 else 8))
+        advance(scheduler)
+        lines = lines_run(scheduler.schedule, within="scheduler.py")
+        assert scheduler.stats.num_preemptions >= num_sequences // 6
+        return lines / num_sequences
+
+    assert cost(1024) <= 1.1 * cost(64)
