@@ -29,6 +29,7 @@ from cpinfer.engine.prompts import (
     as_prompts,
     as_sampling,
     as_token_lists,
+    check_distinct,
     check_prompt,
     check_scored_length,
     check_tokens,
@@ -279,14 +280,15 @@ class Engine:
         if self._tokenizer is None and any(params.stop for params in each):
             raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
         wanted = [as_prompt(prompt, index, self._tokenizer) for index, prompt in enumerate(given)]
+        check_distinct(wanted, [params.seed for params in each])
         scheduler = self._scheduler_of(wanted, each, skip)
-        distinct = list(dict.fromkeys(each))
+        distinct = {params: i for i, params in enumerate(dict.fromkeys(each))}
         return Prepared(
             scheduler,
             lambda: {
                 "call": "generate",
                 **self._state(),
-                "sampling": distinct[0] if len(distinct) == 1 else [distinct, [distinct.index(p) for p in each]],
+                "sampling": each[0] if len(distinct) == 1 else [list(distinct), [distinct[params] for params in each]],
                 "skip": sorted(skip),
                 "prompts": wanted,
             },

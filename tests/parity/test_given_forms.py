@@ -78,6 +78,7 @@ def test_a_pair_may_stand_alone(engine: Engine) -> None:
     [
         (lambda e: e.generate([1, "a"]), "prompt 0 is 1"),
         (lambda e: e.generate(None), "a prompt or a list of prompts was wanted"),
+        (lambda e: e.generate([{"prompt": "A", "id": "a"}, {"prompt": "B", "id": "a"}]), 'have the same "id" ("a")'),
         (lambda e: e.generate("A", {"temperature": 0}), "for sampling"),
         (lambda e: e.generate(["A", "B"], []), "0 sampling parameters for 2 prompts"),
         (lambda e: e.generate("A", SamplingParams(logit_bias={128: 1})), '"logit_bias" has token id 128'),
