@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = Path(args.output) if args.output else newest_results(Path("runs"))
         results, config = read_results(path)
+        assert config.model is not None, "a rollout has a model"
+        transformers.utils.logging.disable_progress_bar()  # loading takes no time beside the rest
+        model = load_model(config.model, getattr(torch, config.dtype))
     except UserError as error:
         print(f"check_rollout: {error}", file=sys.stderr)
         return 2
-    assert config.model is not None, "a rollout has a model"
-    transformers.utils.logging.disable_progress_bar()  # loading takes no time beside the rest
-    model = load_model(config.model, getattr(torch, config.dtype))
     summary = compare(model, results, config)
     ok = summary["num_same_tokens"] in (None, len(results)) and summary["max_abs_logprob_difference"] <= args.tolerance
     summary = {"output": str(path), **summary, "tolerance": args.tolerance, "ok": ok}

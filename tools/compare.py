@@ -46,7 +46,16 @@ from cpinfer.engine.output_lock import locked
 from cpinfer.errors import OutputError, UserError
 from cpinfer.models.spec import ModelSpec
 from evaluation import make_questions, settled
-from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, NO_REPORTS, Parser, needed_spec, needed_tokenizer
+from job import (
+    EXIT_BAD_INPUT,
+    EXIT_DONE,
+    EXIT_FAILURE,
+    NO_REPORTS,
+    Parser,
+    needed_spec,
+    needed_tokenizer,
+    needed_weights,
+)
 
 # Of a run of one layout, when nobody says otherwise.
 TIMEOUT_S = 6 * 3600.0
@@ -127,6 +136,7 @@ def prepare(args: argparse.Namespace) -> Job:
     asked = settled(config, spec.max_positions)
     wanted = args.layouts or config.comparison.layouts
     layouts = resolve_layouts(wanted, base, Path(args.config).parent, spec)
+    needed_weights(config)  # the same for all runs
     wanted_tolerance = args.tolerance if args.tolerance is not None else config.comparison.tolerance
     tolerance = TOLERANCE[config.dtype] if wanted_tolerance is None else wanted_tolerance
     if not 0 <= tolerance < float("inf"):

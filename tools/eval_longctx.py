@@ -66,6 +66,7 @@ from job import (
     log_to_wandb,
     needed_spec,
     needed_tokenizer,
+    needed_weights,
     pool_size,
     run_tool,
     wanted_output,
@@ -136,6 +137,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
     config = replace(config, output=args.output or config.output, evaluation=with_flags(config.evaluation, args))
     spec = needed_spec(config, args.config)
     grid = check_layout(launch, config, spec, args.config)
+    weights = needed_weights(config)
     config = settled(config, spec.max_positions)
     output, existing = wanted_output(config, args, grid, launch.rank)
     tokenizer = needed_tokenizer(config)
@@ -150,6 +152,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
     return EvaluationJob(
         config=config,
         spec=spec,
+        weights=weights,
         grid=grid,
         tokenizer=tokenizer,
         questions=tuple(questions),

@@ -41,13 +41,16 @@ from cpinfer.engine.attach import config_errors
 from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.output import Existing, check_output, default_output
 from cpinfer.engine.prompts import check_sampling
-from cpinfer.errors import OutputError, UserError
+from cpinfer.errors import EngineFaultError, OutputError, UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_spec, load_tokenizer
+from cpinfer.models.checkpoint import named
+from cpinfer.models.expected_weights import Weights
+from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.launching import grid_for
+from memory import Fit, MemoryNeeds, available_memory
 from opening import is_writer, open_together
 
 # W&B tells its makers of its own errors, also offline, unless this says no.
@@ -64,6 +67,7 @@ class Job(ABC):
 
     config: Config
     spec: ModelSpec
+    weights: Weights
     grid: RankGrid
     tokenizer: Any  # None where the model's folder has none
     output: Path
@@ -132,9 +136,9 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
     except SystemExit:  # --help
         raise
     except BaseException as error:
-        if launch.world_size == 1 and isinstance(error, OutputError):
-            print(f"{tool}: {error}", file=sys.stderr)
-            return EXIT_FAILURE
+        if launch.world_size == 1 and isinstance(error, (EngineFaultError, OutputError, UserError)):
+            print(f"{tool}: {error}", file=sys.stderr, flush=True)
+            return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
         if launch.world_size == 1:
             raise
         die(launch, error, program=tool)
@@ -164,7 +168,7 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
             if not job.dry_run:
                 work(launch, job)
             elif launch.rank == 0:
-                print(json.dumps(dry_run_summary(job, launch)), flush=True)
+                print(json.dumps(dry_run_summary(tool, job, launch)), flush=True)
             return EXIT_DONE
     if launch.rank == 0:
         print(f"{tool}: {complaint}", file=sys.stderr, flush=True)
@@ -183,15 +187,37 @@ def announce(tool: str, job: Job) -> None:
         f"{draw_grid(grid, job.spec.heads(grid.tp_size))}",
         file=sys.stderr,
     )
-    for note in job.notes:
+    for note in [*_weights_notes(job), *job.notes]:
         print(f"{tool}: {note}", file=sys.stderr)
 
 
-def dry_run_summary(job: Job, launch: Launch) -> dict[str, Any]:
-    """What a dry run leaves on stdout."""
+def _weights_notes(job: Job) -> list[str]:
+    unexpected = job.weights.unexpected
+    if not unexpected:
+        return []
+    return [
+        f"{len(unexpected)} tensor(s) of the model's files have no place in it and are left out: {named(unexpected)}"
+    ]
+
+
+def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
+    """What a dry run leaves on stdout. On stderr, whether this machine could hold it."""
     pool = pool_size(job.spec, job.grid, job.config, launch.device)
-    capacity = {"kv_capacity_tokens": pool.capacity_tokens}
-    return {"dry_run": True, **job.counts, **capacity, "layout": job.meta["layout"]}
+    num_heads = job.spec.heads(job.grid.tp_size).max_stored_heads(job.grid)
+    dtype = job.config.cache_dtype(job.config.dtype)
+    per_token = job.spec.kv_layout(num_heads).bytes_per_token(job.spec.num_layers, dtype)
+    tp_size = job.grid.tp_size
+    # AutoTP cuts a model that every rank has loaded whole, on the host.
+    loads_whole = tp_size == 1 or job.config.tensor_parallel.provider == "autotp"
+    needs = MemoryNeeds(
+        weights_bytes=job.weights.bytes_per_rank(tp_size),
+        kv_pool_bytes=pool.num_blocks * job.config.block_size * per_token,
+        loading_bytes=job.weights.bytes_per_rank(1 if loads_whole else tp_size),
+    )
+    memory = Fit(needs, available_memory(launch, os.environ))
+    print(f"{tool}: {memory.sentence}", file=sys.stderr, flush=True)
+    capacity = {"kv_capacity_tokens": pool.capacity_tokens, "num_parameters": job.weights.num_parameters}
+    return {"dry_run": True, **job.counts, **capacity, **memory.summary, "layout": job.meta["layout"]}
 
 
 def needed_spec(config: Config, config_path: str) -> ModelSpec:
@@ -199,6 +225,15 @@ def needed_spec(config: Config, config_path: str) -> ModelSpec:
     if config.model is None:
         raise UserError(f'config {config_path}: "model" is missing; a Hugging Face id or a folder was wanted.')
     return load_spec(config.model)
+
+
+def needed_weights(config: Config, *, in_files: bool = True) -> Weights:
+    """What is known of the model's weights; `in_files`: they are to be found, whole, in its files.
+
+    UserError when they are not, as far as the files are on this machine.
+    """
+    assert config.model is not None, "needed_spec has refused that"
+    return known_weights(config.model, getattr(torch, config.dtype), in_files=in_files)
 
 
 def needed_tokenizer(config: Config) -> Any:

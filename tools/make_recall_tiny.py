@@ -311,8 +311,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "by_length_tokens": {},
     }
     if not args.skip_eval:
-        model = AutoModelForCausalLM.from_pretrained(args.output).eval()
-        tokenizer = AutoTokenizer.from_pretrained(args.output)
+        model = AutoModelForCausalLM.from_pretrained(args.output, trust_remote_code=False).eval()
+        tokenizer = AutoTokenizer.from_pretrained(args.output, trust_remote_code=False)
         print("tokens  prompts  accuracy  margin median/min, nats  p median/min", file=sys.stderr)
         for length in args.lengths:
             num_prompts = args.num_prompts if length <= 8192 else args.num_prompts_long

@@ -61,7 +61,7 @@ from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_integrations.launching import grid_for, launch_inference
-from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, NO_REPORTS, Parser, needed_spec, pool_size
+from job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE, NO_REPORTS, Parser, needed_spec, needed_weights, pool_size
 
 ROLLOUT = Path(__file__).resolve().parent / "rollout.py"
 GENERATE = "Transformers generate"
@@ -149,6 +149,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
     spec = needed_spec(config, args.config)
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --set input=FILE.')
+    needed_weights(config)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1.")
     own = AxisSizes(config.tp_size, config.pcp_size, config.dcp_size, config.data_parallel_size or 1)

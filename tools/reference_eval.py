@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(json.dumps({"dry_run": True, **job.counts}), flush=True)
             else:
                 evaluate(job, launch.device)
+    except UserError as error:  # of weights that nobody could look at before they loaded
+        print(f"reference_eval: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
     except OutputError as error:
         print(f"reference_eval: {error}", file=sys.stderr)
         return EXIT_FAILURE

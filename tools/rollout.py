@@ -56,6 +56,7 @@ from job import (
     gather,
     log_to_wandb,
     needed_spec,
+    needed_weights,
     pool_size,
     refuse_bad_lines,
     run_tool,
@@ -114,6 +115,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
     grid = check_layout(launch, config, spec, args.config)
+    weights = needed_weights(config)
     tokenizer = load_tokenizer(config.model)
     if config.sampling.stop and tokenizer is None:
         raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
@@ -131,6 +133,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
     return Rollout(
         config=config,
         spec=spec,
+        weights=weights,
         grid=grid,
         tokenizer=tokenizer,
         inputs=tuple(inputs),

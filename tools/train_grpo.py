@@ -49,6 +49,7 @@ from job import (
     log_to_wandb,
     needed_spec,
     needed_tokenizer,
+    needed_weights,
     pool_size,
     refuse_bad_lines,
     run_tool,
@@ -96,6 +97,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     grid = check_layout(launch, config, spec, args.config)
     _check_training(config, launch.world_size)
     reward = find_reward(config.training.reward)
+    weights = needed_weights(config, in_files=not config.training.fresh_weights)
     tokenizer = needed_tokenizer(config)
     pool = pool_size(spec, grid, config, launch.device)
     _, complaints = read_input(
@@ -109,6 +111,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     return Training(
         config=config,
         spec=spec,
+        weights=weights,
         grid=grid,
         tokenizer=tokenizer,
         output=output,

@@ -197,6 +197,10 @@ def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
             file=sys.stderr,
             flush=True,
         )
+    elif isinstance(error, UserError):  # as a rule of all ranks: the first speaks, and the launcher ends the others
+        time.sleep(PEER_GRACE_S if launch.rank else 0)
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
     else:
         print(f"{program}: rank {launch.rank} failed", file=sys.stderr)
         traceback.print_exception(error)

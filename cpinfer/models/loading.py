@@ -1,4 +1,7 @@
-"""Reading models from a folder or by Hugging Face id: first the config alone, later the weights."""
+"""Reading models from a folder or by Hugging Face id: first the config, then what its files say, then the weights.
+
+What a folder holds is input like any other: it is checked before it is used, and code in it is never run.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
 
 from cpinfer.errors import UserError
-from cpinfer.models.spec import ModelSpec
+from cpinfer.models.checkpoint import first_line, local_folder, read_checkpoint
+from cpinfer.models.config_values import check_values
+from cpinfer.models.expected_weights import (
+    Weights,
+    check_loading_info,
+    check_weights,
+    expected_weights,
+    without_load_report,
+)
+from cpinfer.models.spec import ModelSpec, refuse_unsupported
 
 
 def load_spec(model: str) -> ModelSpec:
     """What a model is, from its config files alone. UserError when there is none, or when it is refused."""
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"model {model}: no config could be read ({_first_line(error)}). "
-            "Give a folder with a config.json, or the id of a model on the Hugging Face hub."
-        ) from error
-    try:
-        generation = GenerationConfig.from_pretrained(model).to_dict()
-    except (OSError, ValueError):
-        generation = None
-    return ModelSpec.from_config(config.to_dict(), generation)
+    return ModelSpec.from_config(_read_config(model).to_dict(), _read_generation_config(model))
 
 
 def load_tokenizer(model: str, **options: Any) -> Any | None:
@@ -34,15 +36,97 @@ def load_tokenizer(model: str, **options: Any) -> Any | None:
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {model}: its tokenizer could not be read ({_first_line(error)}).") from error
+        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **options)
+    except Exception as error:  # parsers of its files raise what they like
+        raise UserError(f"model {model}: its tokenizer could not be read ({first_line(error)}).") from error
 
 
-def load_model(model: str, dtype: torch.dtype) -> Any:
-    """The causal LM with its weights, in evaluation mode, on CPU."""
-    return AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
+def known_weights(model: str, dtype: torch.dtype, *, in_files: bool = True) -> Weights:
+    """What is known of a model's weights before they load. UserError when its files are not those of its config.
+
+    Files are looked at where they are on this machine already, never fetched, and by their headers; not `in_files`:
+    not at all.
+    """
+    config = _read_config(model)
+    folder = local_folder(model) if in_files else None
+    return expected_weights(config, dtype) if folder is None else check_weights(read_checkpoint(folder), config, dtype)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
+    """The causal LM with its weights, in evaluation mode, on CPU. UserError when its files lack any of them.
+
+    `options` as `AutoModelForCausalLM.from_pretrained` has them, for who wants it sharded as it loads.
+    """
+    config = _read_config(model)
+    if (folder := local_folder(model)) is not None:
+        read_checkpoint(folder)
+    try:
+        with without_load_report():
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                model,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"model {model}: its weights could not be read ({first_line(error)}).") from error
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise UserError(f"model {model}: it comes with an adapter; a whole model was wanted. Merge it into the model.")
+    check_loading_info(model, loaded, info)
+    return loaded.eval()
+
+
+def fresh_model(model: str, dtype: torch.dtype) -> Any:
+    """The causal LM of a config with random weights."""
+    return AutoModelForCausalLM.from_config(_read_config(model), dtype=dtype, trust_remote_code=False)
+
+
+def _read_config(model: str) -> Any:
+    """A model's config as an object of its own class, every value looked at before that class sees it."""
+    try:
+        values, _ = PretrainedConfig.get_config_dict(model)
+    except Exception as error:  # no file, no JSON, no object: whatever is wrong with it has a type of its own
+        raise _no_config(model, error) from error
+    refuse_unsupported(values)
+    check_values(values, whole=False)
+    if values.get("transformers_weights") is not None:
+        raise UserError(
+            f'model {model}: its config.json names its weights ("transformers_weights"); model.safetensors was wanted. '
+            "Rename the file and remove the key."
+        )
+    try:
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # its class computes with values that it has not checked
+        raise _no_config(model, error) from error
+    # Attention is the engine's; what a file asks for here may be missing, or be fetched from the hub as code.
+    config._attn_implementation = None
+    return config
+
+
+def _read_generation_config(model: str) -> dict[str, Any] | None:
+    """What a model's generation_config.json says, None where it has none."""
+    if Path(model).is_dir() and not (Path(model) / "generation_config.json").exists():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(model).to_dict()
+    except OSError as error:
+        if Path(model).is_dir():
+            raise _no_generation_config(model, error) from error
+        return None  # the hub has none
+    except Exception as error:
+        raise _no_generation_config(model, error) from error
+
+
+def _no_config(model: str, error: Exception) -> UserError:
+    return UserError(
+        f"model {model}: no config could be read ({first_line(error)}). "
+        "Give a folder with a config.json, or the id of a model on the Hugging Face hub."
+    )
+
+
+def _no_generation_config(model: str, error: Exception) -> UserError:
+    return UserError(f"model {model}: its generation_config.json could not be read ({first_line(error)}).")

@@ -9,6 +9,7 @@ from typing import Any
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.heads import HeadPlacement
+from cpinfer.models.config_values import OLD_NAMES, check_number, check_relations, check_token_ids, check_values
 from cpinfer.models.families import FAMILIES
 from cpinfer.refusals import refuse
 
@@ -24,14 +25,8 @@ _RECURRENT_FAMILIES = frozenset((
 _MULTIMODAL_KEYS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
 # Families that put `sliding_window` on every layer when they have one; the others list it per layer.
 _WINDOW_ON_EVERY_LAYER = frozenset(("mistral", "mixtral", "qwen3_moe"))
-# What GPT-BigCode calls the sizes that all others name alike.
-_OLD_NAMES = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-    "max_position_embeddings": "n_positions",
-}
+# Families whose attention is multi-head latent attention.
+_LATENT_FAMILIES = frozenset(("deepseek_v2", "deepseek_v3"))
 
 
 @dataclass(frozen=True)
@@ -79,13 +74,20 @@ class ModelSpec:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
-        """Read a Hugging Face config (as plain data). UnsupportedError for a model that cannot run here."""
-        _refuse_unsupported(config)
-        config = {**config, **{new: config[old] for new, old in _OLD_NAMES.items() if old in config}}
-        num_q_heads = config["num_attention_heads"]
+        """Read a Hugging Face config (as plain data).
+
+        UnsupportedError for a model that cannot run here, UserError for values that no model has.
+        """
+        refuse_unsupported(config)
+        check_values(config, whole=True)
+        config = {**config, **{new: config[old] for new, old in OLD_NAMES.items() if old in config}}
         latent = _latent_dims(config)
+        check_relations(config)
+        num_q_heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_q_heads
-        eos = (generation_config or {}).get("eos_token_id")
+        generation_config = generation_config or {}
+        check_token_ids(generation_config, "eos_token_id", "generation_config.json")
+        eos = generation_config.get("eos_token_id")
         eos = config.get("eos_token_id") if eos is None else eos
         return cls(
             family=config["model_type"],
@@ -132,8 +134,11 @@ def _num_kv_heads(config: Mapping[str, Any], num_q_heads: int) -> int:
 
 
 def _latent_dims(config: Mapping[str, Any]) -> LatentDims | None:
-    sizes = {name: config.get(name) for name in LatentDims.__dataclass_fields__}
-    return None if sizes["kv_lora_rank"] is None else LatentDims(**sizes)  # type: ignore[arg-type]
+    if config["model_type"] not in _LATENT_FAMILIES:
+        return None
+    for name in LatentDims.__dataclass_fields__:
+        check_number(config, name, 1, 2**20)
+    return LatentDims(**{name: config[name] for name in LatentDims.__dataclass_fields__})
 
 
 def _mlp_size(config: Mapping[str, Any]) -> int:
@@ -154,12 +159,14 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """UnsupportedError when a config, whole or as its file has it, names a model that cannot run here."""
     family = config.get("model_type")
-    if family is None:
+    if not isinstance(family, str):
         raise UserError('the model\'s config.json has no "model_type"; a Hugging Face causal LM was wanted.')
     found = f'model_type "{family}"'
-    layer_types = set(config.get("layer_types") or ())
+    layer_types = config.get("layer_types")
+    layer_types = {x for x in layer_types if isinstance(x, str)} if isinstance(layer_types, (list, tuple)) else set()
     if any(config.get(key) is not None for key in _MULTIMODAL_KEYS):
         raise refuse("multimodal", found)
     if family in _RECURRENT_FAMILIES or layer_types & {"linear_attention", "mamba", "recurrent", "conv"}:
@@ -168,6 +175,8 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise refuse("encoder_decoder", found)
     if config.get("quantization_config") is not None:
         raise refuse("quantized_weights", found)
+    if family not in FAMILIES and config.get("auto_map"):
+        raise refuse("remote_code", found)
     if family not in FAMILIES:
         raise refuse("family", found)
     if config.get("use_bidirectional_attention"):
@@ -176,6 +185,11 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise refuse("layer_type", f"{found} with layers of {', '.join(sorted(unknown))}")
     # Ranks and steps see different longest positions, so they would rotate one sequence by different angles. (`dynamic`
     # changes beyond max_positions alone, where no prompt can come.)
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if rope.get("rope_type", rope.get("type")) == "longrope":
+    if "longrope" in _rope_types(config.get("rope_parameters") or config.get("rope_scaling")):
         raise refuse("length_dependent_rope", f'{found} with rope_type "longrope"')
+
+
+def _rope_types(rope: Any) -> list[Any]:
+    """Kinds of RoPE in a config's `rope_parameters`, which has one set of them, or one for each kind of layer."""
+    sets = [rope, *rope.values()] if isinstance(rope, Mapping) else []
+    return [inner.get("rope_type", inner.get("type")) for inner in sets if isinstance(inner, Mapping)]

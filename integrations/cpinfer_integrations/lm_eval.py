@@ -39,7 +39,7 @@ from cpinfer.engine.attach import attach, config_errors
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
-from cpinfer.models.loading import load_spec, load_tokenizer
+from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
 from cpinfer_integrations.launching import grid_for, launch_inference
 
 # What lm-eval's own command line adds to every model's arguments; the engine batches, and knows its device, by itself.
@@ -121,6 +121,7 @@ class CpinferLM(TemplateLM):
         if errors:
             raise UserError(" ".join(errors))
         grid = grid_for(config, launch.world_size)
+        known_weights(config.model, getattr(torch, config.dtype))  # what is wrong with the files shows here
         bos = own.get("add_bos_token")
         tokenizer = load_tokenizer(config.model, **({} if bos is None else {"add_bos_token": bos}))
         if tokenizer is None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from cpinfer.comm.topology import Topology
@@ -20,6 +19,7 @@ from cpinfer.config import Config
 from cpinfer.engine.phase import Lent
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
+from cpinfer.models.loading import load_model
 
 
 def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
@@ -65,7 +65,7 @@ def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype) -> Launc
     replicas = grid.world_size // grid.tp_size
     more = {"fsdp_size": 1, "dp_replicate_size": replicas} if replicas > 1 else {}
     config = DistributedConfig(tp_size=grid.tp_size, **more)
-    module = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, distributed_config=config).eval()
+    module = load_model(model, dtype, distributed_config=config)
     return LaunchedModel(module, topology_from(module, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size))
 
 

@@ -16,13 +16,13 @@ import huggingface_hub.constants
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import Config
 from cpinfer.engine.mismatch import Mismatch
-from cpinfer.models.loading import load_model
+from cpinfer.models.loading import fresh_model, load_model
 from cpinfer_integrations.trl import PhaseRecord, make_rollout_func
 from grpo.rewards import Reward
 
@@ -78,7 +78,7 @@ def train(
     path = _initial_weights(config, folder)
     arguments = _arguments(config, folder, device)
     # After the arguments: under ZeRO-3 Transformers then deals the weights out while it loads them.
-    model = _fresh_model(config) if path is None else load_model(path, _dtype(config))
+    model = fresh_model(str(config.model), _dtype(config)) if path is None else load_model(path, _dtype(config))
     rollouts = make_rollout_func(config) if training.generator == "cpinfer" else None
     with (
         redirect_stdout(io.StringIO()),  # DeepSpeed and TRL print on every rank what nobody asked for
@@ -205,14 +205,10 @@ def _initial_weights(config: Config, folder: Path) -> str | None:
         return None
     path = folder / "initial"
     if Launch.from_environ(os.environ).local_rank == 0:
-        _fresh_model(config).save_pretrained(path)
+        fresh_model(str(config.model), _dtype(config)).save_pretrained(path)
     if dist.is_initialized():
         dist.barrier()
     return str(path)
-
-
-def _fresh_model(config: Config) -> Any:
-    return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model), dtype=_dtype(config))
 
 
 def _adapter(rank: int) -> Any | None:

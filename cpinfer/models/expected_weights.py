@@ -1,0 +1,159 @@
+"""What a model wants of its checkpoint against what is there, by Transformers' own loading, on tensors without values.
+
+A checkpoint's names are not a model's: Transformers renames, adds and drops prefixes, ties embeddings, and makes one
+tensor of many experts'. So its own loader is asked, with tensors on the meta device: a second at most, and no weights.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from cpinfer.errors import UserError
+from cpinfer.models.checkpoint import Checkpoint, StoredTensor, first_line, named
+from cpinfer.models.decoder_layers import decoder_layers
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is known of a model's weights before they load.
+
+    `layer_bytes` are those of the matrices in decoder layers, which tensor parallelism divides, `other_bytes` those of
+    all else, which it copies; both at the dtype that the model will have. `unexpected` are tensors of the checkpoint
+    that the model has no place for.
+    """
+
+    num_parameters: int
+    layer_bytes: int
+    other_bytes: int
+    unexpected: tuple[str, ...] = ()
+
+    def bytes_per_rank(self, tp_size: int) -> int:
+        """Bytes of weights that a rank keeps; an estimate, for every framework cuts a little differently."""
+        return -(-self.layer_bytes // tp_size) + self.other_bytes
+
+
+def expected_weights(config: Any, dtype: torch.dtype) -> Weights:
+    """The weights of a config's model, by the config alone. UserError when no model can be built from it."""
+    return _weights(_empty_model(config, dtype))
+
+
+def check_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Weights:
+    """The weights of a config's model, all found in a checkpoint. UserError names one that is missing or differs."""
+    floats = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.dtype in _DTYPES}
+    _check_experts(checkpoint, floats)
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta") for name, tensor in floats.items()
+    }
+    model = _empty_model(config, dtype)
+    try:
+        with without_load_report():
+            _, info = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                device_map="meta",
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except Exception as error:  # as from its converters, where tensors of experts do not fit together
+        raise UserError(
+            f"model {checkpoint.folder}: its tensors cannot be made into those of the model ({first_line(error)}). "
+            "Its files or its config.json are another model's."
+        ) from error
+    others = sorted({tensor.dtype for tensor in checkpoint.tensors.values()} - _DTYPES.keys())
+    hint = f" (tensors of {', '.join(others)} are no plain weights and do not count)" if others else ""
+    check_loading_info(str(checkpoint.folder), model, info, hint)
+    return replace(_weights(model), unexpected=tuple(sorted(info["unexpected_keys"])))
+
+
+def check_loading_info(name: str, model: Any, info: Mapping[str, Any], hint: str = "") -> None:
+    """UserError when Transformers has found a tensor missing or of another shape, and has made random weights of it."""
+    missing = sorted(set(info["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", None) or ()))
+    if missing:
+        raise UserError(
+            f"model {name}: {len(missing)} tensor(s) of the model are in none of its files: {named(missing)}{hint}. "
+            "Its files or its config.json are another model's, or incomplete; weights are never made up."
+        )
+    for tensor, found, wanted in sorted(info["mismatched_keys"]):
+        raise UserError(
+            f"model {name}: {tensor} is {list(found)} in its files, and {list(wanted)} by its config.json. "
+            "One of them is another model's."
+        )
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Without Transformers' table of what it missed, on every rank: what matters of it is an error here."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
+
+
+def _empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """A config's model on the meta device."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:  # a model's constructor raises what it likes at values that it did not expect
+        raise UserError(
+            f"no model can be built from the model's config.json ({type(error).__name__}: {first_line(error)}). "
+            "A config that Transformers can load was wanted."
+        ) from error
+
+
+def _weights(model: Any) -> Weights:
+    in_layers = {id(weight) for layer in decoder_layers(model) for weight in layer.parameters() if weight.ndim > 1}
+    sizes = {True: 0, False: 0}
+    weights = [*model.parameters(), *model.buffers()]
+    for weight in weights:
+        sizes[id(weight) in in_layers] += weight.numel() * weight.element_size()
+    return Weights(sum(weight.numel() for weight in model.parameters()), sizes[True], sizes[False])
+
+
+def _check_experts(checkpoint: Checkpoint, tensors: Mapping[str, StoredTensor]) -> None:
+    """UserError when experts of a layer are not numbered from 0 on, or not of one shape.
+
+    They become one tensor in order of their numbers: a missing one would be made up for by the next, or be reported
+    without its name.
+    """
+    experts: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
+    for name, tensor in tensors.items():
+        if found := _EXPERT.search(name):
+            experts[_EXPERT.sub("{}", name, count=1)][int(found[0])] = tensor.shape
+    count: dict[str, int] = defaultdict(int)
+    for pattern, shapes in experts.items():
+        layer = pattern.partition("{}")[0]
+        count[layer] = max(count[layer], len(shapes))
+    for pattern, shapes in sorted(experts.items()):
+        wanted = range(count[pattern.partition("{}")[0]])
+        if lacking := [pattern.format(number) for number in wanted if number not in shapes]:
+            raise UserError(
+                f"model {checkpoint.folder}: {named(lacking)} is in none of its files; the others of its experts are."
+            )
+        usual, _ = Counter(shapes.values()).most_common(1)[0]
+        for number, shape in sorted(shapes.items()):
+            if shape != usual:
+                raise UserError(
+                    f"model {checkpoint.folder}: {pattern.format(number)} is {list(shape)}, that of the other experts "
+                    f"{list(usual)}."
+                )
