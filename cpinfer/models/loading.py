@@ -5,12 +5,15 @@ What a folder holds is input like any other: it is checked before it is used, an
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from cpinfer.errors import UserError
 from cpinfer.models.checkpoint import first_line, local_folder, read_checkpoint
@@ -36,9 +39,16 @@ def load_tokenizer(model: str, **options: Any) -> Any | None:
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return None
     try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **options)
+        config = get_tokenizer_config(model)
+        if not _is_code(config):
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **options)
     except Exception as error:  # parsers of its files raise what they like
         raise UserError(f"model {model}: its tokenizer could not be read ({first_line(error)}).") from error
+    # Where Transformers has a tokenizer for the family it would take that one in silence.
+    raise UserError(
+        f"model {model}: its tokenizer is code of its own (auto_map in tokenizer_config.json), which is never run. "
+        "Save it as a tokenizer of Transformers (a tokenizer.json)."
+    )
 
 
 def known_weights(model: str, dtype: torch.dtype, *, in_files: bool = True) -> Weights:
@@ -72,8 +82,12 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"model {model}: its weights could not be read ({first_line(error)}).") from error
+    except Exception as error:
+        if (folder := local_folder(model)) is not None:  # by now at the latest; this check names the tensor
+            check_weights(read_checkpoint(folder), config, dtype)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"model {model}: its weights could not be read ({first_line(error)}).") from error
+        raise
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise UserError(f"model {model}: it comes with an adapter; a whole model was wanted. Merge it into the model.")
     check_loading_info(model, loaded, info)
@@ -91,6 +105,8 @@ def _read_config(model: str) -> Any:
         values, _ = PretrainedConfig.get_config_dict(model)
     except Exception as error:  # no file, no JSON, no object: whatever is wrong with it has a type of its own
         raise _no_config(model, error) from error
+    if not isinstance(values, dict) or not values:
+        raise _no_config(model, FileNotFoundError("it has no config.json, or one without an object in it"))
     refuse_unsupported(values)
     check_values(values, whole=False)
     if values.get("transformers_weights") is not None:
@@ -119,6 +135,13 @@ def _read_generation_config(model: str) -> dict[str, Any] | None:
         return None  # the hub has none
     except Exception as error:
         raise _no_generation_config(model, error) from error
+
+
+def _is_code(tokenizer_config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer_config.json names a class of its folder, and none of Transformers'."""
+    auto_map = tokenizer_config.get("auto_map")
+    own = auto_map.get("AutoTokenizer") if isinstance(auto_map, Mapping) else auto_map
+    return bool(own) and not hasattr(transformers, str(tokenizer_config.get("tokenizer_class")))
 
 
 def _no_config(model: str, error: Exception) -> UserError:

@@ -1,0 +1,187 @@
+"""What each family wants of its checkpoint: all of it is found in a whole one, and one change of any kind is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from cpinfer.errors import UserError
+from cpinfer.models import families
+from cpinfer.models.checkpoint import Checkpoint, StoredTensor, read_checkpoint
+from cpinfer.models.expected_weights import Weights, check_weights, expected_weights
+from cpinfer.models.loading import known_weights, load_model
+from tiny_models import FAMILIES, make_model
+
+Tensors = dict[str, StoredTensor]
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Checkpoint, Any]]:
+    """A family's tiny model as save_pretrained writes it, which is in the names that the hub has: header and config."""
+
+    @cache
+    def of(family: str) -> tuple[Checkpoint, Any]:
+        folder = tmp_path_factory.mktemp(family)
+        make_model(FAMILIES[family]).save_pretrained(folder)
+        return read_checkpoint(folder), AutoConfig.from_pretrained(folder)
+
+    return of
+
+
+def changed(checkpoint: Checkpoint, change: Callable[[Tensors], Tensors]) -> Checkpoint:
+    return replace(checkpoint, tensors=change(dict(checkpoint.tensors)))
+
+
+def without(checkpoint: Checkpoint, *names: str) -> Checkpoint:
+    return changed(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if k not in names})
+
+
+def one_of_each(checkpoint: Checkpoint) -> list[str]:
+    """Of the tensors that differ in numbers of layers and experts alone, the last."""
+    return list({re.sub(r"\d+", "N", name): name for name in checkpoint.tensors}.values())
+
+
+def in_the_model(name: str) -> str:
+    """What a tensor is called in messages: single experts by their files, what is renamed by the model."""
+    return name if ".experts." in name else name.replace("block_sparse_moe.gate", "mlp.gate")
+
+
+def bytes_of(model: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+
+def assert_refused(checkpoint: Checkpoint, config: Any, *words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_weights(checkpoint, config, torch.float32)
+    assert str(caught.value).startswith(f"model {checkpoint.folder}: ")
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_the_families_here_are_those_that_run() -> None:
+    assert set(FAMILIES) == set(families.FAMILIES)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_whole_checkpoint_is_whole_and_its_bytes_are_those_of_the_loaded_model(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    weights = check_weights(checkpoint, config, torch.float32)
+    model = load_model(str(checkpoint.folder), torch.float32)
+    assert weights.num_parameters == sum(p.numel() for p in model.parameters())
+    assert weights.bytes_per_rank(1) == bytes_of(model)
+    assert weights == expected_weights(config, torch.float32), "the config alone says the same"
+    half = load_model(str(checkpoint.folder), torch.bfloat16)  # some families keep some weights in float32 there
+    assert expected_weights(config, torch.bfloat16).bytes_per_rank(1) == bytes_of(half)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_tensor_is_missed_by_its_name(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    for name in one_of_each(checkpoint):
+        assert_refused(without(checkpoint, name), config, in_the_model(name), "in none of its files")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_tensor_of_another_shape_is_named_with_both(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    for name in one_of_each(checkpoint):
+        tensor = checkpoint.tensors[name]
+        wider = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
+        other = replace(checkpoint, tensors={**checkpoint.tensors, name: wider})
+        assert_refused(other, config, in_the_model(name), str(list(wider.shape)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tensor_in_a_quantized_dtype_is_as_good_as_missing(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    name, tensor = next((k, v) for k, v in checkpoint.tensors.items() if k.endswith("proj.weight") or "c_attn" in k)
+    bytes_only = replace(checkpoint, tensors={**checkpoint.tensors, name: replace(tensor, dtype="F8_E4M3")})
+    assert_refused(bytes_only, config, name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_more_layers_than_the_files_have_are_missed(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    key = "n_layer" if family == "gpt_bigcode" else "num_hidden_layers"
+    data = {**config.to_dict(), key: 3}
+    if data.get("layer_types"):
+        data["layer_types"] = [*data["layer_types"], data["layer_types"][0]]
+    assert_refused(checkpoint, type(config)(**data), ".2.", "in none of its files")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_prefix_on_every_name_is_all_missing_and_the_base_models_own_is_not(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    assert_refused(changed(checkpoint, lambda ts: {f"wrapped.{k}": v for k, v in ts.items()}), config, "in none of")
+    prefix = "transformer." if family == "gpt_bigcode" else "model."
+    bare = changed(checkpoint, lambda ts: {k.removeprefix(prefix): v for k, v in ts.items()})
+    assert check_weights(bare, config, torch.float32).unexpected == (), "as saved from the base model"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tensors_without_a_place_are_named_and_no_fault(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    more = {"vision.tower.weight": StoredTensor("F32", (3,)), "another.mask": StoredTensor("BOOL", (2, 2))}
+    weights = check_weights(replace(checkpoint, tensors={**checkpoint.tensors, **more}), config, torch.float32)
+    assert weights.unexpected == ("vision.tower.weight",)
+
+
+EXPERTS = {
+    "mixtral": "model.layers.1.block_sparse_moe.experts.{}.{}.weight",
+    "qwen3_moe": "model.layers.1.mlp.experts.{}.{}.weight",
+    "deepseek_v2": "model.layers.1.mlp.experts.{}.{}.weight",
+    "deepseek_v3": "model.layers.1.mlp.experts.{}.{}.weight",
+}
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_an_expert_that_is_missing_or_has_anothers_number_is_named(family: str, stored: Any) -> None:
+    checkpoint, config = stored(family)
+    parts = ("w1", "w2", "w3") if family == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    second = [EXPERTS[family].format(1, part) for part in parts]
+    assert set(second) <= set(checkpoint.tensors)
+    assert_refused(without(checkpoint, *second), config)
+    moved = {name: name.replace("experts.1.", "experts.99.") for name in second}
+    assert_refused(
+        changed(checkpoint, lambda ts: {moved.get(k, k): v for k, v in ts.items()}), config, "experts.1.", "in none"
+    )
+    count = sum(name.startswith(EXPERTS[family].partition("{}")[0]) for name in checkpoint.tensors) // len(parts)
+    last = [EXPERTS[family].format(count - 1, part) for part in parts]
+    assert_refused(without(checkpoint, *last), config)  # fewer, in good order: their shape is another
+    assert_refused(
+        without(checkpoint, *(n for n in checkpoint.tensors if "experts" in n and n.endswith(f"{parts[0]}.weight"))),
+        config,
+    )
+
+
+def test_tied_embeddings_are_wanted_once(tmp_path: Path) -> None:
+    config = type(FAMILIES["qwen2"])(**{**FAMILIES["qwen2"].to_dict(), "tie_word_embeddings": True})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    checkpoint = read_checkpoint(tmp_path)
+    assert "lm_head.weight" not in checkpoint.tensors
+    weights = check_weights(checkpoint, config, torch.float32)
+    assert weights.num_parameters == sum(p.numel() for p in load_model(str(tmp_path), torch.float32).parameters())
+    assert_refused(without(checkpoint, "model.embed_tokens.weight"), config, "model.embed_tokens.weight")
+
+
+@pytest.mark.parametrize(
+    "change", [{"hidden_act": "none_such"}, {"rope_parameters": {"rope_type": "none_such"}}, {"pad_token_id": 10**6}]
+)
+def test_a_config_that_transformers_builds_no_model_of_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**FAMILIES["llama"].to_dict(), **change}))
+    with pytest.raises(UserError, match=r"no (model can be built from|config could be read)"):
+        known_weights(str(tmp_path), torch.float32, in_files=False)
+
+
+def test_tensor_parallelism_divides_what_is_in_layers() -> None:
+    weights = Weights(num_parameters=0, layer_bytes=1001, other_bytes=10)
+    assert [weights.bytes_per_rank(tp) for tp in (1, 2, 4)] == [1011, 511, 261]
