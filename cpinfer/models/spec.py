@@ -145,7 +145,10 @@ def _mlp_size(config: Mapping[str, Any]) -> int:
     experts = config.get("num_experts_per_tok")
     if experts is None:
         return config.get("intermediate_size") or 4 * config["hidden_size"]
-    one = config.get("moe_intermediate_size") or config["intermediate_size"]
+    one = config.get("moe_intermediate_size")
+    if one is None:
+        check_number(config, "intermediate_size", 1, 2**22)
+        one = config["intermediate_size"]
     size: int = one * (experts + (config.get("n_shared_experts") or 0))
     return size
 

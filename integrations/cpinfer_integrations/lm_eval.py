@@ -121,11 +121,11 @@ class CpinferLM(TemplateLM):
         if errors:
             raise UserError(" ".join(errors))
         grid = grid_for(config, launch.world_size)
-        known_weights(config.model, getattr(torch, config.dtype))  # what is wrong with the files shows here
         bos = own.get("add_bos_token")
         tokenizer = load_tokenizer(config.model, **({} if bos is None else {"add_bos_token": bos}))
         if tokenizer is None:
             raise UserError(f"model {config.model} has no tokenizer; lm-eval's tasks are text and need one.")
+        known_weights(config.model, getattr(torch, config.dtype))  # what is wrong with its files shows here
         with ExitStack() as stack:
             module, topology = launch_inference(config, grid, launch.device)
             stack.callback(topology.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import check_rollout
+from broken_checkpoints import change_tensors, without
 from launching import Finished, accelerate, deepspeed, launch, torchrun
 
 ROLLOUT = "tools/rollout.py"
@@ -67,6 +69,40 @@ def test_bad_input_on_many_ranks_is_said_once_and_all_exit_2(tmp_path: Path) -> 
     assert finished.returncode == 2, finished
     assert finished.stderr.count("line 2: not valid JSON") == 1, finished
     assert "Traceback" not in finished.stderr.split("rollout:")[0], finished
+
+
+def test_broken_weights_on_many_ranks_are_said_once_and_all_exit_2(tmp_path: Path) -> None:
+    shutil.copytree("configs/recall-tiny", tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x13" * 4096)
+    arguments = ["--config", "configs/pcp2.json", "--set", f"model={tmp_path / 'model'}"]
+    finished = launch(torchrun(2, ROLLOUT, *arguments, "--output", str(tmp_path / "results.jsonl")), timeout_s=90)
+    assert "rollout: " in finished.stderr and finished.stderr.count("is no whole safetensors file") == 1, finished
+    assert "exitcode  : 2" in finished.stderr and "exitcode  : 1" not in finished.stderr, finished
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", ["transformers", "autotp"])
+def test_weights_that_are_found_broken_when_loaded_end_all_ranks_with_2(provider: str, tmp_path: Path) -> None:
+    """As of a model that is fetched from the hub: nobody could look at its files before."""
+    shutil.copytree("configs/recall-tiny", tmp_path / "model")
+    without(tmp_path / "model", "model.layers.1.mlp.up_proj.weight")
+    arguments = ["--config", "configs/tp2_pcp2_dcp2.json", "--set", "prefill_context_parallel_size=1"]
+    arguments += ["--set", "decode_context_parallel_size=1", "--set", f"tensor_parallel.provider={provider}"]
+    arguments += ["--set", f"model={tmp_path / 'model'}", "--output", str(tmp_path / "results.jsonl")]
+    finished = launch(torchrun(2, "tests/distributed/unseen_rollout.py", *arguments), timeout_s=ALL_END_WITHIN_S + 30)
+    assert finished.stderr.count("rollout: model ") == 1 and "Traceback" not in finished.stderr.split("rollout:")[0]
+    assert "model.layers.1.mlp.up_proj.weight" in finished.stderr and "exitcode  : 2" in finished.stderr, finished
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_are_said_once_and_end_all_ranks_with_1(tmp_path: Path) -> None:
+    shutil.copytree("configs/recall-tiny", tmp_path / "model")
+    change_tensors(tmp_path / "model", lambda tensors: {k: v * float("nan") for k, v in tensors.items()})
+    arguments = ["--config", "configs/pcp2.json", "--set", f"model={tmp_path / 'model'}"]
+    finished = launch(torchrun(2, ROLLOUT, *arguments, "--output", str(tmp_path / "results.jsonl")), timeout_s=90)
+    assert "logits are not finite" in finished.stderr and "exitcode  : 1" in finished.stderr, finished
+    assert finished.stderr.count("rollout: ") == 1, finished
 
 
 @pytest.mark.parametrize("fault", ["raise", "kill"])

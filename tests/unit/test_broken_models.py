@@ -6,6 +6,7 @@ What the folder shows is found before the model loads, with exit code 2; what on
 from __future__ import annotations
 
 import pickle
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,10 +47,16 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    make_model(FAMILIES["qwen2"]).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    make_model(FAMILIES["qwen2"]).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+def model(tmp_path: Path, whole: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "model"))
 
 
 @pytest.fixture
