@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from cpinfer.errors import UserError
 from cpinfer.models.checkpoint import Checkpoint, StoredTensor, first_line, named
@@ -56,10 +56,9 @@ def check_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> We
     tensors = {
         name: torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta") for name, tensor in floats.items()
     }
-    model = _empty_model(config, dtype)
     try:
         with without_load_report():
-            _, info = type(model).from_pretrained(
+            model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None,
                 config=config,
                 state_dict=tensors,
@@ -69,6 +68,7 @@ def check_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> We
                 output_loading_info=True,
             )
     except Exception as error:  # as from its converters, where tensors of experts do not fit together
+        _empty_model(config, dtype)  # says so where the config alone is at fault
         raise UserError(
             f"model {checkpoint.folder}: its tensors cannot be made into those of the model ({first_line(error)}). "
             "Its files or its config.json are another model's."

@@ -93,7 +93,7 @@ def test_each_tensor_is_missed_by_its_name(family: str, stored: Any) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_tensor_of_another_shape_is_named_with_both(family: str, stored: Any) -> None:
     checkpoint, config = stored(family)
-    for name in one_of_each(checkpoint):
+    for name in [n for i, n in enumerate(one_of_each(checkpoint)) if i % 3 == 0 or "experts" in n]:
         tensor = checkpoint.tensors[name]
         wider = replace(tensor, shape=(*tensor.shape[:-1], tensor.shape[-1] + 1))
         other = replace(checkpoint, tensors={**checkpoint.tensors, name: wider})
