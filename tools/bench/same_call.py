@@ -85,7 +85,7 @@ def work(task: dict[str, Any]) -> int:
     rounds, cpu = task["rounds"], torch.device("cpu")
     with default_group(launch):
         topology = cpinfer.Topology.from_world(RankGrid(pcp_size=2, dcp_size=2))
-        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False)
         config = parse_config({"dtype": "float32", "prefill_context_parallel_size": 2, "kv_cache_gib": 0.1})
         sampling = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
         numbers = torch.zeros(4, dtype=torch.int64)

@@ -260,7 +260,7 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
         kv_cache_gib=0.25,
         sampling=SamplingParams(temperature=0, max_new_tokens=num_steps, ignore_eos=True),
     )
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False)
     with (
         cpinfer.attach(model, config=config) as engine,
         mock.patch.object(Scheduler, "schedule", timed_schedule),
