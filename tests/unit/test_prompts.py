@@ -335,7 +335,6 @@ PROMPT = Prompt(3, "mine", (1, 2))
         ([], []),
         ((), []),
     ],
-    ids=str,
 )
 def test_what_can_be_one_prompt_only_is_one_and_a_list_is_many(given, prompts):
     found = as_prompts(given)
@@ -427,7 +426,6 @@ def test_what_cannot_be_pooled_is_named(given, words):
         ([([], [1])], [((), (1,))]),
         ([], []),
     ],
-    ids=str,
 )
 def test_a_pair_is_a_prompt_and_token_ids_and_one_may_stand_alone(given, pairs):
     assert as_pairs(given) == pairs
