@@ -249,7 +249,6 @@ class Engine:
 
     def _check_ready(self) -> None:
         """What has to hold when a call begins; where it does not on one rank, `_together` tells the others."""
-        self.raise_if_left_alone()
         if self._steps is None:
             raise RuntimeError("the engine sleeps; call wake() before generating or scoring")
         self._runner.check_unchanged()
@@ -463,6 +462,7 @@ class Engine:
         ]
 
     def _refuse_when_closed(self) -> None:
+        self.raise_if_left_alone()
         if self._is_closed:
             raise RuntimeError(
                 "the block of this engine has ended, and its model is the job's again; attach it anew for more"

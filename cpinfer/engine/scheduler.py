@@ -109,7 +109,7 @@ class _Draft:
     """The chunks of a step so far, and how much more of it there may be."""
 
     num_tokens: int
-    num_scored_places: int = MAX_SCORED_PLACES
+    num_scored_places: int
     chunks: list[Chunk] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
@@ -168,7 +168,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, None when all is done. The blocks it writes to are taken here."""
-        draft = _Draft(self.max_num_batched_tokens)
+        draft = _Draft(self.max_num_batched_tokens, MAX_SCORED_PLACES)
         for prefill in self._prefilling:
             self._add_chunk(prefill, draft)
         while draft.num_tokens > 0 and (admitted := self._admit()) is not None:

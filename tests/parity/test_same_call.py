@@ -217,21 +217,20 @@ def test_a_consumer_that_raises_keeps_its_error_and_the_others_are_told(model: A
     assert isinstance(second, KeyError)
 
 
-def test_the_next_call_of_a_rank_that_broke_off_is_an_error_on_all(model: Any) -> None:
-    """Whoever catches the error and goes on must not meet a rank that knows of none."""
+def test_each_rank_gets_the_end_of_a_stream_once_and_all_may_go_on(model: Any) -> None:
+    """Who broke off gets it at the next call, without waiting for others, who have it already and may have left."""
 
     def call(engine: cpinfer.Engine, is_odd_one: bool) -> Any:
         try:
             take_and(lambda: True)(engine, is_odd_one)
-        except StreamEndedError:
-            assert not is_odd_one
-        with pytest.raises(RanksDifferError, match=r"rank\(s\) \[1\] of the replica stopped"):
+            assert is_odd_one
             engine.generate(PROMPTS, GREEDY)
-        return [r.token_ids for r in engine.generate(PROMPTS, GREEDY)]  # and then all is well again
+        except StreamEndedError as error:
+            return str(error), [r.token_ids for r in engine.generate(PROMPTS, GREEDY)]
 
     first, second = outcomes(model, call)
     expected, _ = outcomes(model)
-    assert first == second == [r.token_ids for r in expected]
+    assert first == second == (first[0], [r.token_ids for r in expected])
 
 
 def test_all_may_leave_a_stream_together(model: Any) -> None:
