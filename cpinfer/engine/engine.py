@@ -199,8 +199,8 @@ class Engine:
         defaults to the config's. `skip` holds (prompt_index, sample_index) that are not wanted. UserError, before
         anything runs, for a prompt that can never run; RuntimeError when the engine sleeps, or still has another stream
         open; RanksDifferError when ranks do not make the same call. Every rank takes all results, or leaves the loop at
-        the same one: where some leave alone, all get StreamEndedError, they themselves at the end of the engine's
-        block. Collective over the replica: one small gather, beside the steps.
+        the same one: where some leave alone, all get StreamEndedError, they themselves at their next call or at the end
+        of the engine's block. Collective over the replica: one small gather, beside the steps.
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("start another stream")
