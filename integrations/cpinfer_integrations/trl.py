@@ -108,7 +108,7 @@ class RolloutFunc:
         check_settings(trainer, self._config.sampling)
         sampling = sampling_of(trainer, self._config.sampling)
         lent = self._lent_by(trainer)
-        prompt_ids = tokenize(prompts, trainer)
+        prompt_ids = _tokenized_by_all(prompts, trainer)
         mode, step = "train" if trainer.model.training else "eval", int(trainer.state.global_step)
         name = self._name_of_phase(trainer, mode, step)
         costs: list[PhaseReport] = []
@@ -193,6 +193,23 @@ class RolloutFunc:
         self.records.append(record)
         for key, value in record.metrics().items():
             trainer._metrics[record.mode][f"rollout/{key}"].append(value)
+
+
+def _tokenized_by_all(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
+    """This rank's prompts as token ids. What cannot be tokenized on one rank is an error on all. Collective."""
+    token_ids: list[list[int]] = []
+    own_error: Exception | None = None
+    try:
+        token_ids = tokenize(prompts, trainer)
+    except Exception as error:  # templates are programs of the model's author and raise what they like
+        own_error = error
+    told = _told_by_all(None if own_error is None else str(own_error) or type(own_error).__name__)
+    if own_error is not None:
+        raise own_error
+    for rank, complaint in enumerate(told):
+        if complaint is not None:
+            raise UserError(f"rank {rank} could not tokenize its prompts: {complaint}")
+    return token_ids
 
 
 def tokenize(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:

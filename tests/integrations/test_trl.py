@@ -384,3 +384,22 @@ def test_the_parts_of_a_phase_add_up_to_it(tokenizer: Any, tmp_path: Path, monke
     parts = ("prepare_s", "gather_s", "attach_s", "generate_s", "detach_s", "release_s")
     assert sum(logged[f"rollout/{part}"] for part in parts) == pytest.approx(logged["rollout/phase_s"], rel=0.01)
     assert min(logged[f"rollout/{part}"] for part in ("prepare_s", "attach_s", "generate_s", "detach_s")) > 0
+
+
+def test_prompts_that_one_rank_cannot_tokenize_are_an_error_on_all(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tokenizer, tmp_path, make_rollout_func(CONFIG))
+    told: list[Any] = []
+
+    def with_another_rank(own: Any) -> list[Any]:
+        told.append(own)
+        return [own, "no such role"]
+
+    monkeypatch.setattr("cpinfer_integrations.trl._told_by_all", with_another_rank)
+    with pytest.raises(cpinfer.UserError, match="rank 1 could not tokenize its prompts: no such role"):
+        make_rollout_func(CONFIG)(TEXTS[:2], trainer)
+    trainer.chat_template = "{{ raise_exception('a role of my own') }}"
+    with pytest.raises(Exception, match="a role of my own"):
+        make_rollout_func(CONFIG)([[{"role": "user", "content": "x"}]], trainer)
+    assert told == [None, "a role of my own"], "the other rank must be told, not left waiting"
