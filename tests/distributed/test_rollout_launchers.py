@@ -36,6 +36,7 @@ def few_prompts(path: Path, n: int = 8) -> str:
     return str(path)
 
 
+@pytest.mark.timeout(200)  # eight processes on two cores: the launch has a bound of its own, below this one
 def test_deepspeed_on_8_processes_gives_the_answers_of_the_unsharded_model(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
     command = deepspeed(8, ROLLOUT, "--config", "configs/pcp2_dcp2.json", "--output", str(output))
