@@ -1,7 +1,8 @@
 """Which blocks are free, so that a run of free neighbours is found without looking at all of them.
 
 A tree over the blocks: a node of level k stands for 2**k neighbours and knows how many are free at its start, at its
-end, and in its longest run. Whatever changes or asks goes one path up or down.
+end, and in its longest run. A search goes one path up and down. What has changed since the last one goes up before it,
+many blocks at once; the place right where a search begins is looked at first, and as a rule is free.
 
     blocks    . . a a . . . .        level 3    head 2, tail 4, best 4: four fit at block 4
               2     0 |   4
@@ -33,14 +34,18 @@ class FreeRuns:
             self._head.append([1 << level] * whole + [rest, 0])
             self._tail.append([1 << level] * whole + [0, 0])
             self._best.append([1 << level] * whole + [rest, 0])
+        # A block is all of its own run.
+        self._flags = self._head[0] = self._tail[0] = self._best[0]
+        # Nodes of level 1 over blocks that have changed since the tree was last searched.
+        self._stale: set[int] = set()
 
     def is_free(self, block: int) -> bool:
         """Whether a block is free; none is outside of the pool."""
-        return 0 <= block < self._num_blocks and self._best[0][block] == 1
+        return 0 <= block < self._num_blocks and self._flags[block] == 1
 
     def flags(self) -> list[int]:
         """For each block 1 when it is free, 0 when it is not."""
-        return self._best[0][: self._num_blocks]
+        return self._flags[: self._num_blocks]
 
     def take(self, blocks: Iterable[int]) -> None:
         """Blocks that are free no longer."""
@@ -52,6 +57,9 @@ class FreeRuns:
 
     def first(self, length: int, start: int = 0) -> int | None:
         """The first block from `start` on with which `length` free neighbours begin; None where there are none."""
+        if self._flags[start : start + length].count(1) == length:
+            return start
+        self._refresh()
         place, run = start, 0  # `run`: free blocks right before `place`, none of them before `start`
         while place < self._num_blocks:
             # The largest node that begins here.
@@ -78,10 +86,13 @@ class FreeRuns:
         return node
 
     def _set(self, blocks: Iterable[int], free: int) -> None:
-        nodes = set()
         for block in blocks:
-            self._head[0][block] = self._tail[0][block] = self._best[0][block] = free
-            nodes.add(block >> 1)
+            self._flags[block] = free
+            self._stale.add(block >> 1)
+
+    def _refresh(self) -> None:
+        """Let the tree know of all that has changed."""
+        nodes = self._stale
         for level in range(1, self._top + 1):
             size = 1 << (level - 1)
             heads, tails, bests = self._head[level - 1], self._tail[level - 1], self._best[level - 1]
@@ -93,3 +104,4 @@ class FreeRuns:
                 self._tail[level][node] = tails[left] + size if tail == size else tail
                 self._best[level][node] = max(bests[left], bests[right], between)
             nodes = {node >> 1 for node in nodes}
+        self._stale = set()

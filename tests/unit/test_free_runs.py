@@ -42,9 +42,23 @@ def test_a_search_costs_by_the_depth_of_the_tree_however_many_runs_there_are():
     def cost(num_blocks):
         runs = FreeRuns(num_blocks)
         runs.take(range(0, num_blocks - 1, 2))
+        runs.first(2)  # the tree learns of what was taken
         before = lines_run(lambda: runs.first(2))
         given = lines_run(lambda: runs.give([num_blocks - 2]))
-        assert runs.first(2) == num_blocks - 3
-        return before + given + lines_run(lambda: runs.first(2))
+        return before + given + lines_run(lambda: runs.first(2)), runs.first(2)
 
-    assert cost(1 << 14) <= 1.6 * cost(1 << 10)
+    small, large = 1 << 10, 1 << 14
+    assert (cost(small)[1], cost(large)[1]) == (small - 3, large - 3)
+    assert cost(large)[0] <= 1.6 * cost(small)[0]
+
+
+def test_what_changes_between_searches_goes_up_the_tree_at_once():
+    """So neighbours that are taken one after another share their way up."""
+
+    def cost(num_changes):
+        runs = FreeRuns(1 << 12)
+        for block in range(num_changes):
+            runs.take([block])
+        return lines_run(lambda: runs.first(2))
+
+    assert cost(1024) <= 128 * cost(1), "alone each would go up all twelve levels: 1,024 times the cost of one"
