@@ -21,7 +21,7 @@ from cpinfer.layout.rules import LayoutSizes, layout_errors
 from cpinfer.models.families import FAMILIES
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
-from cpinfer.models.weight_samples import software_versions, weight_identity
+from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
 from cpinfer.models.wrappers import unwrapped
 from cpinfer.refusals import refuse
 
@@ -54,7 +54,7 @@ def attach(
             pool = own_pool(runner, topology, config)
             return Prepared(
                 (runner, pool),
-                lambda: what_runs(spec, config, tokenizer),
+                lambda: {**what_runs(spec, config, tokenizer), "model's config": config_identity(unwrapped(model))},
                 lambda: weight_identity(unwrapped(model), full=config.check_ranks == "full"),
                 number=pool.num_blocks,
             )
@@ -70,7 +70,7 @@ def attach(
 
 
 def what_runs(spec: ModelSpec, config: Config, tokenizer: Any | None) -> Mapping[str, object]:
-    """What ranks that attach together must have in common, weights aside."""
+    """What ranks that attach together must have in common, the model they hold aside."""
     keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NOT_THE_ENGINES}
     words = None if tokenizer is None else (type(tokenizer).__name__, len(tokenizer))
     return {"call": "attach", **keys, "model": spec, "tokenizer": words, "version": software_versions()}

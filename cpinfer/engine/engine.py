@@ -276,8 +276,7 @@ class Engine:
         self._check_ready()
         given = as_prompts(prompts)
         each = as_sampling(sampling, len(given), self._config.sampling)
-        if self._tokenizer is None and any(params.stop for params in each):
-            raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
+        self._refuse_unread_stops(each)
         wanted = [as_prompt(prompt, index, self._tokenizer) for index, prompt in enumerate(given)]
         check_distinct(wanted, [params.seed for params in each])
         scheduler = self._scheduler_of(wanted, each, skip)
@@ -300,6 +299,10 @@ class Engine:
         self._check_ready()
         if not isinstance(params, SamplingParams):
             raise UserError(f"found a {type(params).__name__} for sampling; SamplingParams were wanted.")
+        self._refuse_unread_stops([params])
+        num_ranks = self._topology.replica.size
+        if type(num_copies) is not int or num_copies < 1 or num_ranks % num_copies:
+            raise UserError(f"num_copies is {num_copies!r}; a divisor of the replica's {num_ranks} rank(s) was wanted.")
         own = as_token_lists(own_prompts, self._tokenizer)
         for i, tokens in enumerate(own):
             try:
@@ -329,22 +332,31 @@ class Engine:
 
     def _results(self, scheduler: Scheduler) -> Generator[RolloutResult, None, None]:
         self._open = finished = self._run(scheduler)
+        version = self.weights_version
         try:
             for sequence in finished:
-                yield self._result(sequence)
+                yield self._result(sequence, version)
         finally:
             finished.close()
-            self._open = None
+            if self._open is finished:
+                self._open = None
 
     def _run(self, scheduler: Scheduler) -> Generator[Sequence, None, None]:
-        """Steps until all is done; sequences as they finish."""
+        """Steps until all is done; sequences as they finish.
+
+        Those of the last step come when it has ended: a consumer that lingers over them keeps nobody waiting, and may
+        make the next call before it has taken them all.
+        """
         assert self._steps is not None
         self.stats = scheduler.stats
         self._is_cut = True  # until it has come to an end that all ranks know
         self._steps.begin()
+        finished: list[Sequence] = []
         try:
             while (step := scheduler.schedule()) is not None:
                 finished = self._advance(scheduler, step)
+                if not scheduler.num_unfinished:
+                    break
                 try:
                     yield from finished
                 except BaseException:  # whoever takes the results has left
@@ -356,6 +368,7 @@ class Engine:
             self._forget_prefixes()
             raise
         self._end(scheduler)
+        yield from finished
 
     def _advance(self, scheduler: Scheduler, step: Step, *, leaves: bool = False) -> list[Sequence]:
         """Run a step and take note of it; the sequences that it finished."""
@@ -389,6 +402,7 @@ class Engine:
         scheduler.abort_all()
         scheduler.check_integrity()
         self._is_cut = False
+        self._open = None
 
     def _scheduler_of(
         self,
@@ -415,7 +429,7 @@ class Engine:
             window=self._runner.spec.widest_window,
         )
 
-    def _result(self, sequence: Sequence) -> RolloutResult:
+    def _result(self, sequence: Sequence, weights_version: int) -> RolloutResult:
         assert sequence.finish_reason and sequence.first_token_s and sequence.finished_s
         later_tokens = len(sequence.sampled) - 1
         decode_s = sequence.finished_s - sequence.first_token_s
@@ -431,7 +445,7 @@ class Engine:
             finish_reason=sequence.finish_reason,
             ttft_s=sequence.first_token_s - sequence.submitted_s,
             tpot_s=decode_s / later_tokens if later_tokens else None,
-            weights_version=self.weights_version,
+            weights_version=weights_version,
             top_logprobs=tuple(s.top for s in sequence.sampled) if sequence.params.top_logprobs else None,
         )
 
@@ -460,6 +474,10 @@ class Engine:
             )
             for _ in range(self._topology.grid.num_homes)
         ]
+
+    def _refuse_unread_stops(self, sampling: ListLike[SamplingParams]) -> None:
+        if self._tokenizer is None and any(params.stop for params in sampling):
+            raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
 
     def _refuse_when_closed(self) -> None:
         self.raise_if_left_alone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import numbers
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -100,7 +101,8 @@ def as_sampling(given: Any, num_prompts: int, default: SamplingParams) -> list[S
 def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
     """The prompt with token ids. UserError when it has no token, is in no known form, or needs a missing tokenizer."""
     if isinstance(given, Prompt):
-        return given
+        token_ids = _token_ids("prompt_token_ids", given.token_ids, None)
+        return _with_tokens(given if token_ids is given.token_ids else dataclasses.replace(given, token_ids=token_ids))
     if isinstance(given, str):
         given = {"prompt": given}
     elif not isinstance(given, Mapping):
@@ -113,9 +115,7 @@ def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
         if key not in LINE_KEYS:
             raise UserError(unknown_word("key", key, LINE_KEYS))
     token_ids = _token_ids(forms[0], given[forms[0]], tokenizer)
-    if not token_ids:
-        raise UserError("the prompt is empty; at least one token was wanted.")
-    return Prompt(index, _id_of(given.get("id", index)), token_ids)
+    return _with_tokens(Prompt(index, _id_of(given.get("id", index)), token_ids))
 
 
 def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> None:
@@ -300,6 +300,12 @@ def _ints(value: Any) -> tuple[int, ...] | None:
 def _named(value: Any) -> str:
     """A value that is no prompt, by its type and its beginning."""
     return f"{quoted(value)} (a {type(value).__name__})"
+
+
+def _with_tokens(prompt: Prompt) -> Prompt:
+    if not prompt.token_ids:
+        raise UserError("the prompt is empty; at least one token was wanted.")
+    return prompt
 
 
 def _id_of(name: Any) -> str:

@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from cpinfer.errors import UserError
 from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
 from cpinfer.models.attention_steps import AttentionStep
+from cpinfer.models.checkpoint import first_line
 
 
 class _DecoderReachedError(Exception):
@@ -39,7 +41,8 @@ class _Probe(nn.Module):
 def autocast_dtype(outermost: Any, model: Any) -> torch.dtype | None:
     """The dtype to which the forward of `outermost` casts, None when it does not; `model` is the causal LM inside.
 
-    Found by running that forward until it reaches the decoder: nothing is computed, no rank is needed.
+    Found by running that forward until it reaches the decoder: nothing is computed, no rank is needed. UserError when
+    it does not get there.
     """
     prefix, device = model.base_model_prefix, model.get_input_embeddings().weight.device
     decoder = model._modules[prefix]
@@ -48,9 +51,18 @@ def autocast_dtype(outermost: Any, model: Any) -> torch.dtype | None:
         outermost.forward(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     except _DecoderReachedError as reached:
         return reached.dtype
+    except Exception as error:  # of a wrapper that takes other arguments, or has no forward
+        raise _no_forward(outermost, model, first_line(error)) from error
     finally:
         model._modules[prefix] = decoder
-    return None
+    raise _no_forward(outermost, model, "it does not call the model's decoder")
+
+
+def _no_forward(outermost: Any, model: Any, why: str) -> UserError:
+    return UserError(
+        f"the forward of a {type(outermost).__name__} could not be run on input_ids ({why}), so nobody knows whether "
+        f"it runs under autocast. Pass the {type(model).__name__} inside it."
+    )
 
 
 class CastStep:

@@ -105,6 +105,8 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
         raise UserError(f'{path} has no "weight_map" from names of tensors to names of files.')
+    if not isinstance(data.get("metadata"), dict):  # Transformers reads no index without one
+        raise UserError(f'{path} has no "metadata", an object, beside "weight_map". Add "metadata": {{}} to it.')
     for name in sorted(set(weight_map.values())):
         if PurePath(name).is_absolute() or ".." in PurePath(name).parts or not name.endswith(".safetensors"):
             raise UserError(f'{path} names the file "{name}"; a .safetensors file in its own folder was wanted.')
@@ -143,5 +145,6 @@ def named(names: Iterable[str], most: int = 3) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, cut to its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error of another library says, cut to its first line, or to two where the first announces the other."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])

@@ -20,8 +20,8 @@ _TOKENIZERS = (
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Where there are none of those.
 _OLDER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")
-# What Transformers writes of itself.
-_NOT_THE_MODEL = ("transformers_version", "_name_or_path")
+# What Transformers writes of itself into a config.
+NOT_THE_MODEL = ("transformers_version", "_name_or_path")
 # Files up to this size are read whole. Of larger ones the header (names, shapes and dtypes of all tensors) and as many
 # samples, spread evenly, each somewhere in its stretch: training changes every matrix, and no stretch is that long.
 _WHOLE_BYTES = 64 << 20
@@ -79,7 +79,7 @@ def _plain(path: Path) -> bytes:
     except ValueError:
         return raw
     if isinstance(data, dict):
-        data = {key: value for key, value in data.items() if key not in _NOT_THE_MODEL}
+        data = {key: value for key, value in data.items() if key not in NOT_THE_MODEL}
     return path.name.encode() + json.dumps(data, sort_keys=True).encode()
 
 

@@ -1,4 +1,4 @@
-"""What of a model has to be the same on every rank that computes with it: versions, shapes, dtypes, and its values.
+"""What of a model has to be the same on every rank that computes with it: versions, config, weights' shapes and values.
 
 Values are compared by samples: the bits of a few elements of every tensor, in places that follow from its name. That
 sees another checkpoint, another seed, an optimiser step that one rank has missed. It does not see a change of single
@@ -19,6 +19,7 @@ import transformers
 from torch import Tensor
 
 from cpinfer.models.local_weights import local, shape_in_use
+from cpinfer.models.model_files import NOT_THE_MODEL
 
 # Elements of a tensor that are compared.
 _NUM_SAMPLES = 32
@@ -32,6 +33,14 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def software_versions() -> dict[str, str]:
     """Versions of the libraries that compute, which may differ between hosts."""
     return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def config_identity(model: Any) -> dict[str, object]:
+    """What a model's config says, in order of names: modules also compute by what no weight shows (norms' epsilons,
+    activations, experts per token).
+    """
+    values = model.config.to_dict()
+    return {name: values[name] for name in sorted(values) if name not in NOT_THE_MODEL}
 
 
 def weight_identity(model: Any, *, full: bool = False) -> Mapping[str, object]:

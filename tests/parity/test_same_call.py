@@ -91,6 +91,19 @@ def test_configs_that_differ_are_named_when_the_engine_attaches(model: Any, conf
     assert_told(outcomes(model, config=config), told)
 
 
+def test_model_configs_that_differ_beside_equal_weights_are_named_when_the_engine_attaches(model: Any) -> None:
+    def touch(own: Any) -> None:
+        own.config.rms_norm_eps = 0.01
+        own.config._name_or_path = "elsewhere"
+
+    assert_told(outcomes(model, touch=touch), "rank 1 has model's config.rms_norm_eps 0.01, rank 0 has 1e-06")
+
+
+def test_the_same_model_may_lie_elsewhere_on_a_rank(model: Any) -> None:
+    first, second = outcomes(model, touch=lambda own: setattr(own.config, "_name_or_path", "elsewhere"))
+    assert [r.token_ids for r in first] == [r.token_ids for r in second]
+
+
 def test_what_a_tool_reads_may_differ(model: Any) -> None:
     first, second = outcomes(model, config={"output": "elsewhere.jsonl", "model": "/another/mount"})
     assert [r.token_ids for r in first] == [r.token_ids for r in second]
@@ -261,6 +274,23 @@ def test_a_rank_may_leave_at_the_very_last_result(model: Any) -> None:
     assert first == second
 
 
+def test_a_rank_may_linger_over_the_results_of_the_last_step(model: Any) -> None:
+    """All steps have run: the next call finds every rank, and what is taken late is what it was."""
+
+    def call(engine: cpinfer.Engine, is_odd_one: bool) -> Any:
+        stream = engine.stream(PROMPTS, GREEDY)
+        late = [next(stream)] if is_odd_one else list(stream)
+        again = engine.generate(PROMPTS, GREEDY)
+        engine.weights_changed()
+        late += stream
+        engine.weights_changed()
+        return [r.token_ids for r in late + again], [r.weights_version for r in late], engine.generate(PROMPTS, GREEDY)
+
+    (first, versions, _), (second, late_versions, _) = outcomes(model, call)
+    assert first == second
+    assert versions == late_versions == [0, 0, 0]
+
+
 def test_a_call_costs_one_gather_and_a_step_none_beyond_its_own(model: Any) -> None:
     traffic = []
 
@@ -299,6 +329,17 @@ def test_ranks_that_train_on_the_same_data_must_bring_the_same_prompts(model: An
         return engine.generate_pooled(PROMPTS[1:] if is_odd_one else PROMPTS[:2], GREEDY, num_copies=2)
 
     assert_told(outcomes(model, call), "should bring the same prompts")
+
+
+@pytest.mark.parametrize("num_copies", [0, -1, 3, 1.0, True])
+def test_copies_that_do_not_divide_the_ranks_are_refused(model: Any, num_copies: Any) -> None:
+    results = outcomes(model, lambda engine, _: engine.generate_pooled(PROMPTS, GREEDY, num_copies=num_copies))
+    assert_told(results, f"num_copies is {num_copies}; a divisor of the replica's 2 rank(s) was wanted", UserError)
+
+
+def test_a_pool_wants_a_tokenizer_for_stop_strings(model: Any) -> None:
+    sampling = dataclasses.replace(GREEDY, stop=("x",))
+    assert_told(outcomes(model, lambda engine, _: engine.generate_pooled(PROMPTS, sampling)), "tokenizer", UserError)
 
 
 def test_an_engine_is_refused_after_its_block_and_its_streams_do_not_end_as_if_complete(model: Any) -> None:

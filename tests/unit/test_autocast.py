@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.attach import attach
+from cpinfer.errors import UserError
 from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from tiny_models import FAMILIES, make_model, prompts_of
@@ -39,6 +41,25 @@ def test_what_the_forward_casts_to_is_found_without_computing_anything():
     assert autocast_dtype(plain, plain) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert autocast_dtype(plain, plain) is torch.bfloat16
+
+
+class Around(nn.Module):
+    """A value head of another library, or one without a forward."""
+
+    def __init__(self, model, forward=None):
+        super().__init__()
+        self.pretrained_model = model
+        if forward is not None:
+            self.forward = forward
+
+
+@pytest.mark.parametrize("forward", [None, lambda tokens: tokens, lambda input_ids: input_ids])
+def test_a_forward_that_cannot_be_asked_is_refused_with_what_to_pass(forward):
+    model = make_model(FAMILIES["qwen2"])
+    decoder = model.model
+    with pytest.raises(UserError, match=r"Around could not be run on input_ids .*Pass the Qwen2ForCausalLM inside"):
+        autocast_dtype(Around(model, forward), model)
+    assert model.model is decoder
 
 
 @pytest.mark.parametrize("family, share", [("qwen2", 0.1), ("mixtral", 0.2), ("gemma2", 0.8), ("deepseek_v3", 0.8)])

@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from broken_checkpoints import INDEX, WEIGHTS, header_of, in_two_files, with_header, write_index
 from cpinfer.errors import UserError
 from cpinfer.models import checkpoint
-from cpinfer.models.checkpoint import StoredTensor, local_folder, read_checkpoint
+from cpinfer.models.checkpoint import StoredTensor, first_line, local_folder, read_checkpoint
 
 TENSORS = {
     "a.weight": torch.zeros(3, 4),
@@ -155,6 +156,22 @@ def test_an_index_without_a_map_is_refused(folder: Path, index: str) -> None:
     (folder / INDEX).write_text(index)
     with pytest.raises(UserError, match=rf"{INDEX} (cannot be read as JSON|has no \"weight_map\")"):
         read_checkpoint(folder)
+
+
+@pytest.mark.parametrize("rest", [{}, {"metadata": None}, {"metadata": []}])
+def test_an_index_that_transformers_could_not_read_is_refused(folder: Path, rest: dict[str, Any]) -> None:
+    weight_map = in_two_files(folder)
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map, **rest}))
+    with pytest.raises(UserError, match=rf"{INDEX} has no \"metadata\", an object"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [("a:\n  b\nc", "a: b"), ("a\nb", "a"), ("", "ValueError"), ("a:", "a:")],
+)
+def test_of_another_librarys_error_the_line_that_says_what_is_wrong_is_told(said: str, told: str) -> None:
+    assert first_line(ValueError(said)) == told
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "x.ckpt"])

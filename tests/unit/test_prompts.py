@@ -68,6 +68,14 @@ def test_the_library_takes_the_same_forms_and_plain_values(tokenizer):
     assert as_prompt(prompt, 0, None) is prompt
 
 
+def test_a_prompt_made_in_python_is_checked_as_its_json_is():
+    assert as_prompt(Prompt(5, "mine", [1, 2]), 0, None) == Prompt(5, "mine", (1, 2))
+    with pytest.raises(UserError, match="the prompt is empty"):
+        as_prompt(Prompt(5, "mine", ()), 0, None)
+    with pytest.raises(UserError, match="must be a list of whole numbers"):
+        as_prompt(Prompt(5, "mine", (1.5,)), 0, None)
+
+
 def test_ids_default_to_the_index_and_may_be_text_or_number(read):
     inputs, complaints = read(
         {"prompt_token_ids": [1]}, {"prompt_token_ids": [1], "id": "x"}, {"prompt_token_ids": [1], "id": 77}
