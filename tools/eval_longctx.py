@@ -14,6 +14,9 @@ table go to stderr; the last line that rank 0 writes to stdout is the summary, o
 
 from __future__ import annotations
 
+# Before torch: it asks which process started this one.
+import cpinfer  # isort: skip
+
 import argparse
 import json
 import resource
@@ -27,7 +30,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import cpinfer
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import EvaluationConfig, load_config
 from cpinfer.engine.finished import check_complete, read_finished

@@ -27,6 +27,9 @@ stderr, the last line of stdout is one JSON object.
 
 from __future__ import annotations
 
+# Before torch: it asks which process started this one.
+import cpinfer  # isort: skip  # noqa: F401
+
 import argparse
 import datetime
 import json

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from cpinfer.comm.parent import first_parent
 from cpinfer.config import Config
 from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, StreamEndedError, UserError
 
@@ -116,7 +117,7 @@ def end_with_launcher(environ: Mapping[str, str], *, program: str) -> None:
     # Operators of clusters set the world's variables for a whole container; a local rank comes from a launcher alone.
     if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environ.keys():
         return
-    launcher = os.getppid()
+    launcher = first_parent()
 
     def watch() -> None:
         while os.getppid() == launcher:
