@@ -41,8 +41,7 @@ from cpinfer.engine.output import (
     summary_path,
     write_json,
 )
-from cpinfer.engine.prompts import check_prompt
-from cpinfer.errors import UserError
+from cpinfer.engine.prompts import check_prompt, naming
 from cpinfer_integrations.launching import launch_inference
 from evaluation import (
     DEFAULTS,
@@ -146,10 +145,8 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
     questions = make_questions(config, tokenizer)
     pool = pool_size(spec, grid, config, launch.device)
     for question in questions[: len(questions) // len(config.evaluation.seeds)]:  # other seeds ask the same
-        try:
+        with naming(f"task {question.task.name}, sample", question.sample.sample_index):
             check_prompt(question.prompt, question.sampling(config.sampling), spec, pool)
-        except UserError as error:
-            raise UserError(f"task {question.task.name}, sample {question.sample.sample_index}: {error}") from error
     meta = describe_run(config, grid, launch, evaluation_made_of(config, questions))
     return EvaluationJob(
         config=config,
