@@ -12,6 +12,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import cpinfer.comm.parent  # noqa: F401  # asks now, before anything slow is imported
+
 if TYPE_CHECKING:
     from cpinfer.comm.topology import Topology
     from cpinfer.config import Config, SamplingParams, load_config, parse_config

@@ -14,6 +14,9 @@ table go to stderr; the last line that rank 0 writes to stdout is the summary, o
 
 from __future__ import annotations
 
+# Before torch: it asks which process started this one.
+import cpinfer  # isort: skip
+
 import argparse
 import json
 import resource
@@ -27,7 +30,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import cpinfer
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import EvaluationConfig, load_config
 from cpinfer.engine.finished import check_complete, read_finished
@@ -39,8 +41,7 @@ from cpinfer.engine.output import (
     summary_path,
     write_json,
 )
-from cpinfer.engine.prompts import check_prompt
-from cpinfer.errors import UserError
+from cpinfer.engine.prompts import check_prompt, naming
 from cpinfer_integrations.launching import launch_inference
 from evaluation import (
     DEFAULTS,
@@ -144,10 +145,8 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
     questions = make_questions(config, tokenizer)
     pool = pool_size(spec, grid, config, launch.device)
     for question in questions[: len(questions) // len(config.evaluation.seeds)]:  # other seeds ask the same
-        try:
+        with naming(f"task {question.task.name}, sample", question.sample.sample_index):
             check_prompt(question.prompt, question.sampling(config.sampling), spec, pool)
-        except UserError as error:
-            raise UserError(f"task {question.task.name}, sample {question.sample.sample_index}: {error}") from error
     meta = describe_run(config, grid, launch, evaluation_made_of(config, questions))
     return EvaluationJob(
         config=config,

@@ -19,6 +19,9 @@ object. Exit codes: 0 all targets reached, 1 one missed or a stage failed, 2 not
 
 from __future__ import annotations
 
+# Before torch: it asks which process started this one.
+import cpinfer  # isort: skip  # noqa: F401
+
 import argparse
 import json
 import os

@@ -27,6 +27,9 @@ stderr, the last line of stdout is one JSON object.
 
 from __future__ import annotations
 
+# Before torch: it asks which process started this one.
+import cpinfer  # isort: skip  # noqa: F401
+
 import argparse
 import datetime
 import json
@@ -54,7 +57,7 @@ from cpinfer.config import Config, config_to_dict, load_config
 from cpinfer.engine.mismatch import Compared
 from cpinfer.engine.output import default_output, meta_path, summary_path, write_json
 from cpinfer.engine.output_lock import locked
-from cpinfer.engine.prompts import InputLine, check_prompt, read_input
+from cpinfer.engine.prompts import InputLine, check_prompt, naming, read_input
 from cpinfer.errors import OutputError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
@@ -339,10 +342,8 @@ def _read_input(config: Config, spec: ModelSpec, layouts: Sequence[Layout]) -> l
     for layout in layouts:
         pool = pool_size(spec, grid_for(layout.config, layout.sizes.world_size), layout.config, Launch().device)
         for line in inputs:
-            try:
+            with naming(f'layout "{layout.name}": prompt', line.prompt.index):
                 check_prompt(line.prompt, config.sampling, spec, pool)
-            except UserError as error:
-                raise UserError(f'layout "{layout.name}": prompt {line.prompt.index}: {error}') from error
     return inputs
 
 

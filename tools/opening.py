@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from cpinfer.comm.bootstrap import Launch, first_complaint, share_from_first
+from cpinfer.engine.finished import flat
 from cpinfer.engine.output import check_output, open_output, part_path
 from cpinfer.engine.output_lock import locked
 from cpinfer.errors import UserError
@@ -66,7 +67,7 @@ def open_together(launch: Launch, job: J, stack: ExitStack) -> tuple[J, str | No
 
 
 def _begin(launch: Launch, job: J, stack: ExitStack, until_seen: ExitStack) -> Opening:
-    place, made_of = _place(job.output), job.meta.get("made_of", {})
+    place, made_of = _place(job.output), flat(job.meta.get("made_of", {}))
     try:
         if job.dry_run:
             return Opening(None, place, "", job.read_done(), made_of)
@@ -89,7 +90,7 @@ def _complaint_of_opening(job: Job) -> str | None:
 
 def _doubt(launch: Launch, job: Job, opening: Opening) -> str | None:
     """Why this rank cannot take part: it runs something else, or its replica would write somewhere else."""
-    mine = job.meta.get("made_of", {})
+    mine = flat(job.meta.get("made_of", {}))
     others = [name for name in opening.made_of if mine.get(name) != opening.made_of[name]]
     if others:
         return (

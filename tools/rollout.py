@@ -124,7 +124,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
         config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
     )
     if not args.skip_bad_prompts:
-        refuse_bad_lines(complaints, "Mend the input, or pass --skip-bad-prompts to run the rest.")
+        refuse_bad_lines(complaints, "Fix the input, or pass --skip-bad-prompts to run the rest.")
     if not inputs:
         raise UserError(f"input {config.input}: no line can be run. {complaints[0]}")
     output, existing = wanted_output(config, args, grid, launch.rank)

@@ -16,19 +16,20 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from cpinfer.comm.bootstrap import Launch
-from cpinfer.config import Config, load_config
+from cpinfer.comm.bootstrap import Launch, is_launched
+from cpinfer.config import Config, SamplingParams, load_config
 from cpinfer.engine.metrics import format_summary
 from cpinfer.engine.output import ResultWriter, summary_path, write_json
 from cpinfer.engine.prompts import check_prompt, longest_prompt, read_input
@@ -55,6 +56,9 @@ from job import (
     run_tool,
     wanted_output,
 )
+
+# What GRPOConfig has of `sampling`: Transformers' generation takes no more of it.
+OF_TRAINER = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --input.')
     grid = check_layout(launch, config, spec, args.config)
     _check_training(config, launch.world_size)
+    _check_trainer(config, os.environ)
     reward = find_reward(config.training.reward)
     weights = needed_weights(config, in_files=not config.training.fresh_weights)
     tokenizer = needed_tokenizer(config)
@@ -141,6 +146,25 @@ def _check_training(config: Config, world_size: int) -> None:
             f"tp_size is {config.tp_size}: this tool trains with data parallelism, whose weights are only cut for a "
             'phase under "training.zero_stage": 3 with "rollout.gather": "tp_shards". Use tp_size 1, or those.'
         )
+
+
+def _check_trainer(config: Config, environ: Mapping[str, str]) -> None:
+    """UserError for what DeepSpeed or Transformers' generation would fail at, or leave out without a word."""
+    training = config.training
+    if training.zero_stage is not None and not is_launched(environ):
+        raise UserError(
+            f'"training.zero_stage" is {training.zero_stage}, and DeepSpeed needs a launcher also for one process. '
+            'Start it with `deepspeed --num_gpus 1`, or set "training.zero_stage" to null.'
+        )
+    if training.generator == "cpinfer":
+        return
+    default = SamplingParams()
+    for name in (field.name for field in fields(SamplingParams) if field.name not in OF_TRAINER):
+        if (value := getattr(config.sampling, name)) != getattr(default, name):
+            raise UserError(
+                f'"sampling.{name}" is {json.dumps(value)}, which GRPOTrainer does not hand to Transformers\' '
+                'generation. Leave it out, or set "training.generator" to "cpinfer".'
+            )
 
 
 def _check_prompt(config: Config, spec: ModelSpec, pool: PoolSize, prompt: Prompt) -> None:

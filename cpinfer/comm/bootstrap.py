@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from cpinfer.comm.parent import first_parent
 from cpinfer.config import Config
 from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, StreamEndedError, UserError
 
@@ -108,15 +109,20 @@ def _default_timeout(timeout: datetime.timedelta) -> Iterator[None]:
             setattr(c10d, name, value)
 
 
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether a launcher has started this process, be it the only one."""
+    # Operators of clusters set the world's variables for a whole container; a local rank comes from a launcher alone.
+    return {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environ.keys()
+
+
 def end_with_launcher(environ: Mapping[str, str], *, program: str) -> None:
     """From now on, end this process when the launcher that started it has ended: nobody else would.
 
     Nothing happens in a process that no launcher started; its parent, a shell perhaps, may go.
     """
-    # Operators of clusters set the world's variables for a whole container; a local rank comes from a launcher alone.
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= environ.keys():
+    if not is_launched(environ):
         return
-    launcher = os.getppid()
+    launcher = first_parent()
 
     def watch() -> None:
         while os.getppid() == launcher:

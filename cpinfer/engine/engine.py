@@ -34,6 +34,7 @@ from cpinfer.engine.prompts import (
     check_scored_length,
     check_tokens,
     longest_prompt,
+    naming,
 )
 from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
@@ -277,7 +278,11 @@ class Engine:
         given = as_prompts(prompts)
         each = as_sampling(sampling, len(given), self._config.sampling)
         self._refuse_unread_stops(each)
-        wanted = [as_prompt(prompt, index, self._tokenizer) for index, prompt in enumerate(given)]
+        wanted = []
+        for index, (prompt, params) in enumerate(zip(given, each, strict=True)):
+            with naming("prompt", index):
+                wanted.append(as_prompt(prompt, index, self._tokenizer))
+                check_prompt(wanted[-1], params, self._runner.spec, self._pool_size)
         check_distinct(wanted, [params.seed for params in each])
         scheduler = self._scheduler_of(wanted, each, skip)
         distinct = {params: i for i, params in enumerate(dict.fromkeys(each))}
@@ -305,17 +310,18 @@ class Engine:
             raise UserError(f"num_copies is {num_copies!r}; a divisor of the replica's {num_ranks} rank(s) was wanted.")
         own = as_token_lists(own_prompts, self._tokenizer)
         for i, tokens in enumerate(own):
-            try:
+            with naming("prompt", i):
                 check_prompt(as_prompt(tokens, i, None), params, self._runner.spec, self._pool_size)
-            except UserError as error:
-                raise UserError(f"prompt {i}: {error}") from error
         packed = pack_token_lists([[secrets.randbits(62)], *own])
         call = {"call": "generate_pooled", "sampling": params, "name": name, "num_copies": num_copies}
         return Prepared(packed, lambda: {**call, **self._state()}, number=len(packed))
 
     def _to_score_together(self, pairs: Iterable[tuple[PromptLike, ListLike[int]]]) -> Prepared[list[Sequence]]:
         self._check_ready()
-        sequences = [self._to_score(index, *pair) for index, pair in enumerate(as_pairs(pairs))]
+        sequences = []
+        for index, pair in enumerate(as_pairs(pairs)):
+            with naming("pair", index):
+                sequences.append(self._to_score(index, *pair))
         tokens = [(s.prompt.token_ids, s.targets) for s in sequences]
         return Prepared(sequences, lambda: {"call": "score", **self._state(), "pairs": tokens})
 
@@ -323,7 +329,7 @@ class Engine:
         prompt = as_prompt(given, index, self._tokenizer)
         targets = tuple(continuation)
         if not targets:
-            raise UserError(f"pair {index}: the continuation is empty; at least one token was wanted.")
+            raise UserError("the continuation is empty; at least one token was wanted.")
         params = SamplingParams(max_new_tokens=len(targets))
         check_tokens(prompt.token_ids, self._runner.spec)
         check_tokens(targets, self._runner.spec)
@@ -410,10 +416,9 @@ class Engine:
         sampling: ListLike[SamplingParams],
         skip: frozenset[tuple[int, int]],
     ) -> Scheduler:
-        """A scheduler with a sequence for every wanted sample. UserError for a prompt that can never run."""
+        """A scheduler with a sequence for every wanted sample of prompts that can run."""
         scheduler = self._scheduler()
         for prompt, params in zip(prompts, sampling, strict=True):
-            check_prompt(prompt, params, self._runner.spec, self._pool_size)
             room = self._runner.spec.max_positions - len(prompt.token_ids)
             for sample_index in range(params.n):
                 if (prompt.index, sample_index) not in skip:

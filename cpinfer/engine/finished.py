@@ -107,6 +107,7 @@ def _check_made_of(path: Path, before: Any, now: Mapping[str, Any]) -> None:
             f"output {path} is of a version that did not write down what its results are made of, so it cannot be "
             f"known whether this run would continue them. {_INSTEAD}"
         )
+    before, now = flat(before), flat(now)
     for name in (*now, *(name for name in before if name not in now)):
         old, new = before.get(name), now.get(name)
         if old == new:
@@ -119,6 +120,18 @@ def _check_made_of(path: Path, before: Any, now: Mapping[str, Any]) -> None:
             f"output {path} was made with {name}={json.dumps(old)}, this run has {json.dumps(new)}. Use the same, "
             "another --output, or --overwrite."
         )
+
+
+def flat(values: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Objects within objects as one, by keys as a config has them: `sampling.seed`.
+
+    >>> flat({"a": 1, "b": {"c": 2, "d": {}}})
+    {'a': 1, 'b.c': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= flat(value, f"{where}{name}.") if isinstance(value, Mapping) else {f"{where}{name}": value}
+    return found
 
 
 def _read_lines(path: Path, expected: Mapping[Key, Line], key_of: Callable[[Line], Key]) -> dict[Key, bytes]:

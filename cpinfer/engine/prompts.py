@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,13 +65,20 @@ def as_token_lists(given: Any, tokenizer: Any | None) -> list[tuple[int, ...]]:
             raise UserError(f"prompt {index} has an id; prompts that are pooled are named by their pool. Leave it out.")
     lists = []
     for index, prompt in enumerate(prompts):
-        try:
+        with naming("prompt", index):
             lists.append(as_prompt(prompt, index, tokenizer).token_ids)
-        except UserError as error:
-            raise UserError(f"prompt {index}: {error}") from error
         if not all(-(2**63) <= token < 2**63 for token in lists[-1]):  # they travel as such numbers
             raise UserError(f"prompt {index} is {quoted(lists[-1])}, which no vocabulary holds.")
     return lists
+
+
+@contextmanager
+def naming(what: str, index: int) -> Iterator[None]:
+    """In the block a UserError says of which of many things it speaks, by their number in the call."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{what} {index}: {error}") from error
 
 
 def as_pairs(given: Any) -> list[tuple[PromptLike, tuple[int, ...]]]:

@@ -122,8 +122,8 @@ def test_bad_pairs_are_refused_before_anything_runs() -> None:
         assert engine.score([]) == []
         for pair, complaint in (
             (([1], []), "pair 0: the continuation is empty"),
-            (([], [1]), "the prompt is empty"),
-            (([1], [128]), "token id 128 is outside the vocabulary"),
+            (([], [1]), "pair 0: the prompt is empty"),
+            (([1], [128]), "pair 0: token id 128 is outside the vocabulary"),
             (([1] * 500, [1] * 20), "512 positions"),
         ):
             with pytest.raises(cpinfer.UserError, match=complaint):

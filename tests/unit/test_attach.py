@@ -150,8 +150,13 @@ def test_a_block_that_fails_still_gives_the_model_back(model):
 def test_a_prompt_that_is_refused_leaves_engine_and_model_usable(model):
     before = photograph(model)
     with attach(model, config=CONFIG) as engine:
-        with pytest.raises(UserError, match="token id 64"):
-            engine.generate([[1, 2], [64]])
+        for bad, complaint in (
+            ([64], "token id 64"),
+            ([], "the prompt is empty"),
+            ([1] * 999, "the prompt has 999 tokens"),
+        ):
+            with pytest.raises(UserError, match=f"^prompt 1: {complaint}"):
+                engine.generate([[1, 2], bad])
         assert len(engine.generate([[1, 2]])) == 1
     assert_same(before, photograph(model))
 

@@ -99,11 +99,12 @@ def test_a_group_of_ours_waits_as_long_as_the_jobs():
         dist.destroy_process_group()
 
 
-def watched(monkeypatch, environ, parents):
+def watched(monkeypatch, environ, parents, launcher=7):
     """Watch a launcher while parents come as given, the last for good; whether anything watches."""
     seen = iter(parents)
     parent = [parents[-1]]
     monkeypatch.setattr(os, "getppid", lambda: next(seen, parent[0]))
+    monkeypatch.setattr(bootstrap, "first_parent", lambda: launcher)
     monkeypatch.setattr(bootstrap, "_LAUNCHER_CHECK_S", 0.001)
     before = set(threading.enumerate())
     end_with_launcher(environ, program="tool")
@@ -111,8 +112,9 @@ def watched(monkeypatch, environ, parents):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_rank_ends_when_its_launcher_has(ended, monkeypatch, capsys):
-    for thread in watched(monkeypatch, LAUNCHED, [7, 7, 7, 1]):
+@pytest.mark.parametrize("parents", [[7, 7, 7, 1], [1]], ids=["later", "before it was watched"])
+def test_a_rank_ends_when_its_launcher_has(parents, ended, monkeypatch, capsys):
+    for thread in watched(monkeypatch, LAUNCHED, parents):
         thread.join(timeout=5)
     assert ended == [1]
     assert capsys.readouterr().err == "tool: rank 1 ends because its launcher ended\n"
@@ -128,7 +130,7 @@ def test_a_process_that_no_launcher_started_may_lose_its_parent(missing, ended, 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_launcher_that_is_the_first_process_of_a_container_is_a_launcher(ended, monkeypatch):
     """That the parent is process 1 says nothing; that it changes does."""
-    [thread] = watched(monkeypatch, LAUNCHED, [1])
+    [thread] = watched(monkeypatch, LAUNCHED, [1], launcher=1)
     thread.join(timeout=0.05)
     assert thread.is_alive() and ended == []
     monkeypatch.setattr(os, "getppid", lambda: 7)

@@ -268,7 +268,7 @@ def test_another_evaluation_is_not_continued(folder, no_loading):
     (folder.path / "out.jsonl").write_text("")
     meta = {"config": {}, "made_of": {"dtype": "float32", "kv_cache_dtype": "auto", "cp_wire_dtype": "float32"}}
     (folder.path / "out.jsonl.meta.json").write_text(json.dumps(meta))
-    assert_refused(folder.run("--resume"), "was made with sampling=null")
+    assert_refused(folder.run("--resume"), "was made with sampling.temperature=null, this run has 0")
     assert_refused(folder.run(), "exists. Continue it with --resume, or replace it with --overwrite")
 
 

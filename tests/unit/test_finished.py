@@ -112,7 +112,7 @@ def test_a_line_that_is_no_result_of_this_run_is_refused_with_its_number(path, b
         (make_meta(dtype="float32"), 'was made with dtype="bfloat16", this run has "float32"'),
         (make_meta(kv_cache_dtype="fp8"), "was made with kv_cache_dtype="),
         (make_meta(cp_wire_dtype="float32"), "was made with cp_wire_dtype="),
-        (make_meta(sampling=SamplingParams(seed=1)), "was made with sampling="),
+        (make_meta(sampling=SamplingParams(seed=1)), "was made with sampling.seed=0, this run has 1. Use the same"),
     ],
 )
 def test_results_of_another_run_are_not_mixed_in(path, other, words):

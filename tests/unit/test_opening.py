@@ -108,6 +108,14 @@ def test_a_rank_that_runs_something_else_names_it(path, rank):
     )
 
 
+def test_a_rank_with_another_sampling_names_the_key(path):
+    path.with_name("out.jsonl.12345678").touch()
+    said = doubt(
+        path, 1, made_of={**MADE_OF, "sampling.seed": 1}, meta={"made_of": {**MADE_OF, "sampling": {"seed": 0}}}
+    )
+    assert "does not have rank 0's sampling.seed: 0 there, 1 on rank 0" in said
+
+
 def test_a_writer_whose_part_cannot_be_written_says_so(path):
     path.with_name("out.jsonl.12345678").touch()
     path.with_name("out.jsonl.dp1").mkdir()

@@ -223,7 +223,11 @@ def test_resuming_another_run_or_a_foreign_file_is_refused_before_loading(folder
     folder.output.unlink()
     monkeypatch.undo()
     assert folder.run()[0] == 0
-    assert_refused(folder.run("--resume", "--set", "sampling.seed=1"), "was made with sampling=", "--overwrite")
+    assert_refused(
+        folder.run("--resume", "--set", "sampling.seed=1"),
+        "was made with sampling.seed=0, this run has 1",
+        "--overwrite",
+    )
 
 
 def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):

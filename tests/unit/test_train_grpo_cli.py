@@ -151,6 +151,7 @@ def test_a_dry_run_loads_nothing(folder, monkeypatch):
         ({"learning_rate": 0}, ['"training.learning_rate" is 0']),
         ({"zero_stage": 4}, ['"training.zero_stage" is 4']),
         ({"generator": "vllm"}, ['"training.generator" is "vllm"']),
+        ({"zero_stage": 0}, ['"training.zero_stage" is 0', "deepspeed --num_gpus 1", "to null"]),
     ],
 )
 def test_a_bad_training_section_is_said_in_one_line_before_anything_loads(folder, monkeypatch, training, words):
@@ -171,6 +172,15 @@ def test_a_config_that_cannot_train_is_refused(folder, config, words):
     if "kv_cache_gib" in config:
         folder.file("in.jsonl", {"prompt": " Recall: Alice" * 100, "id": "p0"})
     assert_refused(folder.run(**config), *words)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("stop", ["e"]), ("seed", 3), ("logit_bias", {"5": 1}), ("ignore_eos", True)]
+)
+def test_what_the_other_generator_would_leave_out_is_refused(folder, monkeypatch, key, value):
+    monkeypatch.setattr(train_grpo, "train", lambda *_, **__: pytest.fail("loaded"))
+    refused = folder.run(sampling={"max_new_tokens": 4, key: value}, training={"generator": "transformers"})
+    assert_refused(refused, f'"sampling.{key}" is', "does not hand to Transformers", '"cpinfer"')
 
 
 def test_an_overlong_prompt_trains_by_its_end_where_that_was_asked_for(folder):
