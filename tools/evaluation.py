@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import defaultdict
@@ -13,7 +12,7 @@ from typing import Any
 from cpinfer.config import Config, EvaluationConfig, SamplingParams, config_to_dict
 from cpinfer.engine.finished import content_hash, numbers_of, whole_number
 from cpinfer.engine.request import Prompt, RolloutResult
-from cpinfer.errors import UserError
+from cpinfer.errors import UserError, quoted
 from cpinfer.models.model_files import model_hashes
 from longctx.local_files import read_task_file
 from longctx.metrics import METRICS
@@ -124,7 +123,7 @@ def line_key(line: Mapping[str, Any]) -> Key:
     """What tells one line of an evaluation from the others. ValueError for a line that has no such key."""
     task = line.get("task")
     if not isinstance(task, str):
-        raise ValueError(f'"task" is {json.dumps(task)[:40]}; a text was wanted')
+        raise ValueError(f'"task" is {quoted(task)}; a text was wanted')
     return task, whole_number(line, "length"), whole_number(line, "sample_index"), whole_number(line, "seed")
 
 

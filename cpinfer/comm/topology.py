@@ -88,6 +88,11 @@ class Topology:
         return self.grid.coords(self.rank)
 
     @property
+    def replica_ranks(self) -> Group:
+        """The ranks of this dp replica, in the order of their places along `replica`."""
+        return _own(self.grid.replica_groups, self.rank)
+
+    @property
     def kv_shard(self) -> int:
         return self.dcp.index
 

@@ -26,6 +26,7 @@ from cpinfer.engine.request import SampledToken, TokenScore
 from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
 
 T = TypeVar("T")
+Number = TypeVar("Number", bound=np.generic)
 
 # What a rank says before a call: it can begin, its user made a mistake, something else went wrong.
 _READY, _USER_ERROR, _ERROR = range(3)
@@ -85,7 +86,7 @@ def begin_together(topology: Topology, device: torch.device, prepare: Callable[[
         _raise_complaint(topology, device, states, own_error)
     assert prepared is not None, "a rank without an error is prepared"
     tp_size = topology.grid.tp_size
-    ranks = next(group for group in topology.grid.replica_groups if topology.rank in group)
+    ranks = topology.replica_ranks
     everyone, column = [0] * replica.size, [i % tp_size for i in range(replica.size)]
     for values, references, mine in zip(digests, (everyone, column), (same, in_column), strict=True):
         if any(value != values[reference] for value, reference in zip(values, references, strict=True)):
@@ -105,7 +106,7 @@ def _raise_complaint(
     texts = _gather_texts(topology.replica, told, device)
     if own_error is not None:
         raise own_error
-    ranks = next(group for group in topology.grid.replica_groups if topology.rank in group)
+    ranks = topology.replica_ranks
     place = next(i for i, state in enumerate(states) if state)
     if states[place] == _USER_ERROR:
         raise UserError(f"rank {ranks[place]}: {texts[place]}")
@@ -200,20 +201,23 @@ def gather_packed(
 
     One collective, none of which depends on this rank alone.
     """
-    padded = np.zeros(max(lens), dtype=np.int64)
-    padded[: len(own)] = own
-    gathered = replica.all_gather(torch.from_numpy(padded).to(device)).cpu().tolist()
-    return [_unpack(numbers) for numbers in gathered]
+    return [_unpack(numbers) for numbers in _gather_rows(replica, own, lens, device).tolist()]
 
 
 def _gather_texts(replica: AxisComm, text: str, device: torch.device) -> list[str]:
     """What each rank has to say, in rank order. Two collectives."""
     own = np.frombuffer(text.encode(errors="replace"), dtype=np.uint8)
     lens = replica.all_gather(torch.tensor([len(own)], device=device)).flatten().tolist()
-    padded = np.zeros(max(max(lens), 1), dtype=np.uint8)
-    padded[: len(own)] = own
-    gathered = replica.all_gather(torch.from_numpy(padded).to(device)).cpu().numpy()
+    gathered = _gather_rows(replica, own, lens, device)
     return [row[:n].tobytes().decode(errors="replace") for row, n in zip(gathered, lens, strict=True)]
+
+
+def _gather_rows(replica: AxisComm, own: NDArray[Number], lens: Sequence[int], device: torch.device) -> NDArray[Number]:
+    """`[ranks, longest]`: rows of every rank, of the lengths `lens`, with zeros behind them. One collective."""
+    padded = np.zeros(max(*lens, 1), dtype=own.dtype)
+    padded[: len(own)] = own
+    gathered: NDArray[Number] = replica.all_gather(torch.from_numpy(padded).to(device)).cpu().numpy()
+    return gathered
 
 
 def _unpack(numbers: list[int]) -> list[tuple[int, ...]]:

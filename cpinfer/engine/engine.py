@@ -256,7 +256,7 @@ class Engine:
         if self._runner.notice_adapters():  # switched, merged or scaled since the last call, they make other weights
             self.weights_changed()
         if self._is_cut:  # an error or an interrupt may have come between taking blocks and writing them down
-            self._homes = self._empty_homes()
+            self._forget_prefixes()
             self._is_cut = False
 
     def _state(self) -> dict[str, object]:
@@ -311,7 +311,7 @@ class Engine:
         own = as_token_lists(own_prompts, self._tokenizer)
         for i, tokens in enumerate(own):
             with naming("prompt", i):
-                check_prompt(as_prompt(tokens, i, None), params, self._runner.spec, self._pool_size)
+                check_prompt(Prompt(i, str(i), tokens), params, self._runner.spec, self._pool_size)
         packed = pack_token_lists([[secrets.randbits(62)], *own])
         call = {"call": "generate_pooled", "sampling": params, "name": name, "num_copies": num_copies}
         return Prepared(packed, lambda: {**call, **self._state()}, number=len(packed))

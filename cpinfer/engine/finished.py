@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.output import meta_path, part_paths, read_meta, whole_lines
 from cpinfer.engine.request import Prompt
-from cpinfer.errors import OutputError, UserError
+from cpinfer.errors import OutputError, UserError, quoted
 
 SampleKey = tuple[int, int]
 Line = Mapping[str, Any]
@@ -45,7 +45,7 @@ def whole_number(line: Line, name: str) -> int:
         raise ValueError(f'"{name}" is missing')
     value = line[name]
     if type(value) is not int or value < 0:
-        raise ValueError(f'"{name}" is {json.dumps(value)[:40]}; a whole number of at least 0 was wanted')
+        raise ValueError(f'"{name}" is {quoted(value)}; a whole number of at least 0 was wanted')
     return value
 
 
@@ -152,14 +152,13 @@ def _read_lines(path: Path, expected: Mapping[Key, Line], key_of: Callable[[Line
 
 def _checked_key(line: Any, expected: Mapping[Key, Line], key_of: Callable[[Line], Key]) -> Key:
     if not isinstance(line, dict):
-        raise ValueError(f"found {json.dumps(line)[:40]}; an object was wanted")
+        raise ValueError(f"found {quoted(line)}; an object was wanted")
     key = key_of(line)
     if key not in expected:
         raise ValueError(f"{key} is no sample of this run")
     for name, wanted in expected[key].items():
         if line.get(name) != wanted:
-            said = json.dumps(line.get(name))[:40]
-            raise ValueError(f'"{name}" is {said}; {json.dumps(wanted)[:40]} was wanted')
+            raise ValueError(f'"{name}" is {quoted(line.get(name))}; {quoted(wanted)} was wanted')
     if not isinstance(line.get("token_ids"), list) or not line["token_ids"]:
         raise ValueError('it has no "token_ids"')
     return key
