@@ -36,14 +36,14 @@ from comparison.evaluations import (
     evaluations_of,
     is_complete,
 )
-from comparison.launches import check_can_launch, last_lines, sigterm_interrupts
+from comparison.launches import check_can_launch, interruptible, last_lines
 from comparison.layouts import Layout, load_comparison, resolve_layouts
 from comparison.results import Results, log_to_wandb, summarize, write_results
 from comparison.samples import Run, read_run
 from cpinfer.config import Config
 from cpinfer.engine.output import default_output
 from cpinfer.engine.output_lock import locked
-from cpinfer.errors import OutputError, UserError
+from cpinfer.errors import UserError
 from cpinfer.models.spec import ModelSpec
 from evaluation import make_questions, settled
 from job import (
@@ -112,18 +112,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"compare: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
-        return _compare_or_say_why_not(job)
-
-
-def _compare_or_say_why_not(job: Job) -> int:
-    try:
-        with sigterm_interrupts():
-            return compare(job)
-    except (UserError, OutputError, OSError) as error:
-        print(f"compare: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print(f"compare: interrupted. --output {job.output} --reuse goes on with what is missing.", file=sys.stderr)
-    return EXIT_FAILURE
+        code = interruptible(
+            "compare", lambda: compare(job), f"--output {job.output} --reuse goes on with what is missing."
+        )
+        return EXIT_FAILURE if code is None else code
 
 
 def prepare(args: argparse.Namespace) -> Job:

@@ -48,7 +48,7 @@ import transformers
 
 from bench.harness import Card, machine_name, versions
 from comparison.generated import generate_samples
-from comparison.launches import check_can_launch, last_lines, launch, launch_command, sigterm_interrupts
+from comparison.launches import check_can_launch, interruptible, last_lines, launch, launch_command
 from comparison.layouts import AxisSizes, Layout, resolve_layouts
 from comparison.mismatches import WHOLE, Logprobs, Row, Sampled, rows_table, verdict
 from comparison.report import Section, html_report
@@ -58,7 +58,7 @@ from cpinfer.engine.mismatch import Compared
 from cpinfer.engine.output import default_output, meta_path, summary_path, write_json
 from cpinfer.engine.output_lock import locked
 from cpinfer.engine.prompts import InputLine, check_prompt, naming, read_input
-from cpinfer.errors import OutputError, UserError
+from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
@@ -129,18 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except UserError as error:
             print(f"mismatch: {error}", file=sys.stderr)
             return EXIT_BAD_INPUT
-        return _measure_or_say_why_not(job)
-
-
-def _measure_or_say_why_not(job: Job) -> int:
-    try:
-        with sigterm_interrupts():
-            return measure(job)
-    except (UserError, OutputError, OSError) as error:
-        print(f"mismatch: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("mismatch: interrupted.", file=sys.stderr)
-    return EXIT_FAILURE
+        code = interruptible("mismatch", lambda: measure(job))
+        return EXIT_FAILURE if code is None else code
 
 
 def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:

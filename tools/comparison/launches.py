@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from typing import IO, Literal, NoReturn
 
 import psutil
 
-from cpinfer.errors import UserError
+from cpinfer.errors import OutputError, UserError
 
 Launcher = Literal["torchrun", "deepspeed"]
 # How long a launcher may take to end its processes when it is asked to, before they are killed.
@@ -139,6 +139,21 @@ def sigterm_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def interruptible(tool: str, act: Callable[[], int], instead: str = "") -> int | None:
+    """What `act` returns; None where it could not end, for a reason or an interrupt that people are then told of.
+
+    `instead` is what to do after an interrupt.
+    """
+    try:
+        with sigterm_interrupts():
+            return act()
+    except (UserError, OutputError, OSError) as error:
+        print(f"{tool}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(" ".join(filter(None, (f"{tool}: interrupted.", instead))), file=sys.stderr)
+    return None
 
 
 def last_lines(log: Path, count: int = 12) -> str:
