@@ -33,7 +33,8 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "family": Refusal("model families without a row in the table of families", "Use one of those in the table."),
     "remote_code": Refusal(
-        "models that bring code of their own (auto_map: it is never run)", "Use one of those in the table of families."
+        "models that bring code of their own (auto_map)",
+        "Such code is never run; use one of those in the table of families.",
     ),
     "layer_type": Refusal("attention other than full and sliding-window (chunked, ...)", "Use another model."),
     "bidirectional": Refusal("bidirectional attention", "Set use_bidirectional_attention to false."),
