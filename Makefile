@@ -36,7 +36,7 @@ check: $(VENV)/.installed-test
 
 # Rewrite the parts of the README that come from code.
 docs: $(VENV)/.installed
-	$(BIN)/python tools/docs.py
+	$(BIN)/python tools/dev/docs.py
 
 # torch first and pinned: anything else that wants "torch" is then content with it.
 $(VENV)/.installed: pyproject.toml constraints.txt

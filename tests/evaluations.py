@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from comparison.samples import Pass, Run, Sample
+from cpinfer_tools.verify.comparison.samples import Pass, Run, Sample
 
 Line = dict[str, Any]
 

@@ -1,8 +1,8 @@
 """FlashInfer's wrappers for CPU, as literal as can be: page tables are walked key by key, nothing is clever.
 
 What a call may look like is bound against the real signatures, `flashinfer_signatures.json` (made from the wheels by
-`tools/flashinfer_signatures.py`). What it means is written down here once more, from the documentation: indptr, pages,
-the last page's length, causal masks aligned to the end, windows, soft caps, and an lse to base 2.
+`tools/dev/flashinfer_signatures.py`). What it means is written down here once more, from the documentation: indptr,
+pages, the last page's length, causal masks aligned to the end, windows, soft caps, and an lse to base 2.
 
 A library is a value with three classes in it. `lse_base` and `causal` make wrong ones, for negative controls.
 """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from comparison.launches import end_processes
+from cpinfer_tools.verify.comparison.launches import end_processes
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +22,7 @@ _ENVIRON = {
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}:{os.environ['PATH']}",
     # As pytest has it, and this checkout's packages before those of any other that is installed.
-    "PYTHONPATH": ":".join(str(ROOT / folder) for folder in ("tools", "tests", ".", "integrations")),
+    "PYTHONPATH": ":".join(str(ROOT / folder) for folder in ("tests", ".", "integrations", "tools")),
 }
 
 

@@ -9,7 +9,7 @@ import sys
 
 from failing_rollout import put_fault
 
-import eval_longctx
+from cpinfer_tools.evaluation import eval_longctx
 
 if __name__ == "__main__":
     put_fault(sys.argv[1])

@@ -15,8 +15,8 @@ import sys
 import time
 from typing import Any, NoReturn
 
-import rollout
 from cpinfer.engine.step_runner import StepRunner
+from cpinfer_tools import rollout
 
 FAULTY_RANK = 1
 STEPS_BEFORE_FAULT = 5

@@ -9,7 +9,7 @@ import sys
 
 from failing_rollout import put_fault
 
-import train_grpo
+from cpinfer_tools.grpo import train_grpo
 
 if __name__ == "__main__":
     put_fault(sys.argv[1])

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-import check_rollout
 import cpinfer
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 PROMPT_LENS = (1, 2, 3, 17, 64, 200)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import opening
+from cpinfer_tools import opening
 
 
 def main(folder: Path, delay_s: float, tool: str, *arguments: str) -> int:

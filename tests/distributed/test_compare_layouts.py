@@ -67,7 +67,7 @@ def wait_for_workers(pid: int) -> list[psutil.Process]:
     for _ in range(600):
         below = psutil.Process(pid).children(recursive=True)
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if sum("eval_longctx.py" in " ".join(p.cmdline()) for p in below) >= 2:
+            if sum("eval_longctx" in " ".join(p.cmdline()) for p in below) >= 2:
                 return below
         time.sleep(0.1)
     raise AssertionError("no evaluation was started")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cpinfer.engine.output import part_paths
+from cpinfer_tools.results.output import part_paths
 from launching import ROOT, Finished, launch, torchrun
 
 CONFIG = ["--config", str(ROOT / "configs" / "single.json"), "--set", "sampling.max_new_tokens=4"]

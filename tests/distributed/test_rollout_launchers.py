@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import check_rollout
 from broken_checkpoints import change_tensors, without
+from cpinfer_tools.verify import check_rollout
 from launching import Finished, accelerate, deepspeed, launch, torchrun
 
 ROLLOUT = "tools/rollout.py"

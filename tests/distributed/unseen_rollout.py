@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-import rollout
 from cpinfer.models import loading
+from cpinfer_tools import rollout
 
 if __name__ == "__main__":
     loading.local_folder = lambda model: None

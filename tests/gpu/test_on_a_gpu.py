@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-import gpu_check
 from cpinfer.backends.base import AttentionNeeds, make_backend
 from cpinfer.layout.capacity import KVLayout
+from cpinfer_tools.gpu import gpu_check
 
 pytestmark = [
     pytest.mark.gpu,

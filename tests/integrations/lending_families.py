@@ -10,10 +10,10 @@ import torch
 from lending_costs import GREEDY, PROMPTS
 from peft import LoraConfig, get_peft_model
 
-import check_rollout
 from cpinfer.config import Config
 from cpinfer.engine.phase import rollout_phase
 from cpinfer_integrations.lending import lend
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model
 from trainers import changes, deepspeed_trainer, photograph
 

@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
-import check_rollout
 from cpinfer.config import Config, parse_config
 from cpinfer.engine.phase import rollout_phase
 from cpinfer.errors import UserError
 from cpinfer_integrations.lending import lend
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model
 from trainers import changes, photograph, torch_trainer
 

@@ -30,12 +30,12 @@ from lending_costs import GREEDY, PROMPTS
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import check_rollout
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import Config, parse_config
 from cpinfer.engine.phase import PhaseReport, rollout_phase
 from cpinfer_integrations.deepspeed import init_distributed
 from cpinfer_integrations.lending import lend
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model
 from trainers import Trainer, accelerate_trainer, changes, deepspeed_trainer, everywhere, photograph, torch_trainer
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import check_rollout
 import cpinfer
 from cpinfer.config import SamplingParams, parse_config
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 NUM_NEW_TOKENS = 8

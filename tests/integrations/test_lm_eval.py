@@ -34,9 +34,9 @@ from cpinfer.config import Config, parse_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer_integrations.lm_eval import CpinferLM, _timeout_s
+from cpinfer_tools.evaluation.longctx.local_files import GSM8K_STOP
+from cpinfer_tools.evaluation.longctx.metrics import METRICS, strict_answer
 from launching import accelerate, deepspeed, launch, torchrun
-from longctx.local_files import GSM8K_STOP
-from longctx.metrics import METRICS, strict_answer
 
 TASKS = ["recall_choice", "recall_generate", "recall_perplexity"]
 INCLUDE = "tests/integrations/lm_eval_tasks"

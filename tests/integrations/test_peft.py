@@ -7,13 +7,13 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-import check_rollout
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import Config, SamplingParams, TensorParallel
 from cpinfer.engine.attach import attach, model_spec
 from cpinfer.errors import ModelChangedError, UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.tensor_parallel import cuts
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import check_rollout
 import cpinfer
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer_integrations.transformers import launch_inference
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 

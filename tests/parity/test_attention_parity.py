@@ -21,7 +21,7 @@ from cpinfer.layout.prefill import PrefillPlan
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_bytes
 from cpinfer.ops.states import State
-from gpu.attention_ranks import Case, Tampering, run_case
+from cpinfer_tools.gpu.attention_ranks import Case, Tampering, run_case
 
 # float32 against float64: logits up to about 30 leave some 1e-6 of the weights; values are of size 1.
 TOLERANCE = 1e-5

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_engine_parity import generate, grid_name
 
-import check_rollout
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 GRIDS = [RankGrid(), RankGrid(pcp_size=2, dcp_size=2), RankGrid(pcp_size=2, dcp_size=1)]

@@ -13,7 +13,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import check_rollout
 import cpinfer
 from cpinfer.backends.cascade import CascadePlan
 from cpinfer.comm.threads import run_ranks
@@ -21,6 +20,7 @@ from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 RECALL_TINY = "configs/recall-tiny"

@@ -6,7 +6,7 @@ import pytest
 
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
 from cpinfer.layout.rules import LayoutSizes, layout_errors
-from gpu.attention_ranks import Case, run_case
+from cpinfer_tools.gpu.attention_ranks import Case, run_case
 
 MAX_RANKS = 12
 NUM_Q_HEADS = 12

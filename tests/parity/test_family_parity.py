@@ -27,7 +27,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-import check_rollout
 import cpinfer
 from cpinfer.config import SamplingParams
 from cpinfer.engine.attach import model_spec
@@ -38,6 +37,7 @@ from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.models import latent_attention
 from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
 from cpinfer.models.attention_steps import DecodeStep, PrefillStep
+from cpinfer_tools.verify import check_rollout
 from tiny_models import EXPERTS, FAMILIES, LATENT, TINY, YARN, make_model, prompts_of
 
 TOLERANCE = 1e-4

@@ -15,13 +15,13 @@ import torch
 from test_engine_parity import TOLERANCE as LOGPROB_TOLERANCE
 from test_engine_parity import generate, grid_name
 
-import check_rollout
 from cpinfer.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.backends.flashinfer_backend import FlashInferBackend
 from cpinfer.config import SamplingParams
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.gpu.attention_ranks import Case, Tampering, run_case
+from cpinfer_tools.verify import check_rollout
 from fake_flashinfer import VERSIONS, fake_flashinfer
-from gpu.attention_ranks import Case, Tampering, run_case
 from tiny_models import FAMILIES, make_model, prompts_of
 
 CPU = torch.device("cpu")

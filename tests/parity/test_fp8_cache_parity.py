@@ -18,7 +18,6 @@ import torch
 from test_family_parity import CHUNKS, CONFIG, GREEDY, GRIDS, NUM_BLOCKS, PROMPTS, SLOW, TOLERANCE, grid_name, whole
 from thread_tp import on_ranks
 
-import check_rollout
 import cpinfer
 from cpinfer.backends.base import AttentionNeeds
 from cpinfer.config import SamplingParams, parse_config
@@ -26,6 +25,7 @@ from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.verify import check_rollout
 from fake_flashinfer import VERSIONS
 from tiny_models import FAMILIES, prompts_of
 

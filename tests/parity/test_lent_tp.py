@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import check_rollout
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
@@ -15,6 +14,7 @@ from cpinfer.errors import UnsupportedError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.local_weights import storage_bytes
 from cpinfer.models.tensor_parallel import cuts, sliced
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 SLICED = [family for family in FAMILIES if family != "gpt_bigcode"]

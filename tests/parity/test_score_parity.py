@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-import check_rollout
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine import scheduler as scheduler_module
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 TOLERANCE = 1e-4

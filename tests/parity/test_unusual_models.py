@@ -8,10 +8,10 @@ from thread_tp import on_ranks
 from torch import nn
 from torch.nn.utils import parametrize
 
-import check_rollout
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)

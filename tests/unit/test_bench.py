@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import cascade, engine, scaling
-from bench.harness import Card, Timing, has_time_for_another, machine_name, rotated, slug, table
-from bench.workloads import (
+import cascade
+import engine
+import scaling
+from cpinfer_tools.measuring.harness import Card, Timing, has_time_for_another, machine_name, rotated, slug, table
+from cpinfer_tools.measuring.workloads import (
     QUICK_SHAPE,
     ModelShape,
     Speed,

@@ -15,9 +15,6 @@ from typing import Any
 import pytest
 import torch
 
-import job
-import reference_eval
-import rollout
 import tool_folder
 from broken_checkpoints import (
     INDEX,
@@ -34,7 +31,9 @@ from broken_checkpoints import (
 from cpinfer.errors import UserError
 from cpinfer.models import loading
 from cpinfer.models.loading import known_weights, load_model, load_spec, load_tokenizer
-from memory import AvailableMemory
+from cpinfer_tools import job, rollout
+from cpinfer_tools.memory import AvailableMemory
+from cpinfer_tools.verify import reference_eval
 from tiny_models import FAMILIES, make_model
 from tool_folder import ToolFolder, summary_of
 

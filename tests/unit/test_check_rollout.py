@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import check_rollout
 import cpinfer
 from cpinfer.config import SamplingParams, parse_config
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 

@@ -17,17 +17,21 @@ from typing import Any
 import psutil
 import pytest
 
-import compare
-from comparison import evaluations as evaluations_module
-from comparison.agreement import agree, first_difference, is_greedy_near_tie
-from comparison.evaluations import Evaluation, contents_of, evaluate, evaluations_of, is_complete
-from comparison.launches import Ended, last_lines, launch, launch_command
-from comparison.layouts import legal_names, load_comparison, parse_name, resolve_layouts
-from comparison.plots import accuracy_by_length, heat_map
-from comparison.report import html_report, html_table, markdown_report
-from comparison.results import Written
-from comparison.samples import read_run
-from comparison.tables import (
+from cpinfer.config import WandbConfig
+from cpinfer.errors import UserError
+from cpinfer.models.loading import load_spec
+from cpinfer_tools.results.output_lock import locked
+from cpinfer_tools.verify import compare
+from cpinfer_tools.verify.comparison import evaluations as evaluations_module
+from cpinfer_tools.verify.comparison.agreement import agree, first_difference, is_greedy_near_tie
+from cpinfer_tools.verify.comparison.evaluations import Evaluation, contents_of, evaluate, evaluations_of, is_complete
+from cpinfer_tools.verify.comparison.launches import Ended, last_lines, launch, launch_command
+from cpinfer_tools.verify.comparison.layouts import legal_names, load_comparison, parse_name, resolve_layouts
+from cpinfer_tools.verify.comparison.plots import accuracy_by_length, heat_map
+from cpinfer_tools.verify.comparison.report import html_report, html_table, markdown_report
+from cpinfer_tools.verify.comparison.results import Written
+from cpinfer_tools.verify.comparison.samples import read_run
+from cpinfer_tools.verify.comparison.tables import (
     accuracy_rows,
     accuracy_table,
     expected_capacity,
@@ -36,10 +40,6 @@ from comparison.tables import (
     markdown,
     seed_score,
 )
-from cpinfer.config import WandbConfig
-from cpinfer.engine.output_lock import locked
-from cpinfer.errors import UserError
-from cpinfer.models.loading import load_spec
 from evaluations import changed, line, run, some_lines, summary, write_run
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ TOLERANCE = 1e-4
 
 @pytest.mark.parametrize("name", ["agreement", "layouts"])
 def test_examples_in_docstrings_are_true(name: str) -> None:
-    result = doctest.testmod(importlib.import_module(f"comparison.{name}"))
+    result = doctest.testmod(importlib.import_module(f"cpinfer_tools.verify.comparison.{name}"))
     assert result.attempted and not result.failed
 
 
@@ -574,14 +574,14 @@ def test_past_its_time_a_launch_and_workers_in_sessions_of_their_own_are_ended(t
 
 
 def test_torchrun_is_asked_for_as_many_processes_and_its_workers_exit_code_is_found(tmp_path: Path) -> None:
-    script = tmp_path / "bad.py"
+    script = tmp_path / "ends_badly.py"
     # The first that fails is the one that counts: torchrun ends the other, and lists it before.
     waits = "import os, time\nif os.environ['RANK'] == '0':\n    time.sleep(60)\n"
     script.write_text(f"{waits}print('why', flush=True)\nraise SystemExit(2)\n")
-    command = launch_command("torchrun", 2, script, [])
+    command = launch_command("torchrun", 2, "ends_badly", [])
     assert "--nproc-per-node 2" in " ".join(command)
-    assert "--num_gpus 4" in " ".join(launch_command("deepspeed", 4, script, []))
-    assert launch(command, tmp_path / "log", 90, os.environ).returncode == 2
+    assert "--num_gpus 4" in " ".join(launch_command("deepspeed", 4, "ends_badly", []))
+    assert launch(command, tmp_path / "log", 90, {**os.environ, "PYTHONPATH": str(tmp_path)}).returncode == 2
     assert last_lines(tmp_path / "log") == "why"
 
 

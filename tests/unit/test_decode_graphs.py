@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 
-import check_rollout
 import cpinfer
 from cpinfer.backends.flashinfer_backend import FlashInferBackend
 from cpinfer.backends.torch_backend import TorchBackend
@@ -28,6 +27,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.decode_graphs import why_no_graphs
 from cpinfer.models.runner import attached
+from cpinfer_tools.verify import check_rollout
 from fake_flashinfer import fake_flashinfer
 from tiny_models import FAMILIES, make_model, prompts_of
 

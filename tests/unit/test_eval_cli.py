@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import eval_longctx
-import reference_eval
 import tool_folder
+from cpinfer_tools.evaluation import eval_longctx
+from cpinfer_tools.verify import reference_eval
 from tool_folder import ToolFolder, summary_of
 
 ROOT = Path(__file__).parents[2]

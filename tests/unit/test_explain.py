@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -7,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[2] / "tools" / "explain.py"
+from cpinfer_tools.explain import main
+
+ROOT = Path(__file__).parents[2]
 KEYS = [
     "valid",
     "errors",
@@ -36,24 +37,12 @@ COPIES = {1: {(2, 2, 2): 2, (2, 2, 4): 1, (4, 2, 2): 4, (4, 2, 4): 2, (8, 1, 2):
 COPIES[2] = {(2, 2, 2): 1, (2, 2, 4): 1, (4, 2, 2): 2, (4, 2, 4): 1, (8, 1, 2): 2}
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("explain_tool", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = path
-    del sys.modules[spec.name]
-
-
 @pytest.fixture
-def explain(tool, capsys):
+def explain(capsys):
     """Runs the tool with `--json`: (exit code, the JSON of the last line, what was printed before it, stderr)."""
 
     def run(*flags):
-        code = tool.main([*map(str, flags), "--json"])
+        code = main([*map(str, flags), "--json"])
         out, err = capsys.readouterr()
         *text, last = out.splitlines()
         return code, json.loads(last), "\n".join(text), err
@@ -332,10 +321,10 @@ def test_a_bad_layout_or_flag_exits_2_with_the_reason_in_words_and_in_json(expla
     assert message in err
 
 
-def test_without_json_there_is_none(tool, capsys):
-    assert tool.main(list(map(str, layout(2, 2, 2)))) == 0
+def test_without_json_there_is_none(capsys):
+    assert main(list(map(str, layout(2, 2, 2)))) == 0
     assert "{" not in capsys.readouterr().out
-    assert tool.main(list(map(str, layout(2, 2, 3)))) == 2
+    assert main(list(map(str, layout(2, 2, 3)))) == 2
     assert capsys.readouterr().out == ""
 
 
@@ -422,11 +411,12 @@ def test_a_model_config_that_cannot_be_read_is_named(explain, tmp_path, model, m
     assert message in answer["errors"][0]
 
 
-def test_the_tool_runs_from_a_checkout_without_an_installed_cpinfer_and_imports_numpy_alone(tmp_path):
-    """`-I` hides the current folder and the environment; every import beyond numpy and the tree is listed."""
+def test_the_tool_runs_from_a_checkout_and_imports_numpy_alone(tmp_path):
+    """Every import beyond numpy and the tree is listed; `-I` hides the current folder and the environment."""
     code = (
         "import runpy, sys; before = set(sys.modules); sys.argv[1:] = sys.argv[2:]\n"
-        f"try: runpy.run_path({str(TOOL)!r}, run_name='__main__')\n"
+        f"sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tools')!r}]\n"
+        f"try: runpy.run_path({str(ROOT / 'tools' / 'explain.py')!r}, run_name='__main__')\n"
         "except SystemExit as end: assert end.code == 0, end.code\n"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
         "print(sorted(new), sys.modules['cpinfer'].__file__)"
@@ -440,7 +430,7 @@ def test_the_tool_runs_from_a_checkout_without_an_installed_cpinfer_and_imports_
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == f"['cpinfer', 'numpy'] {TOOL.parents[1] / 'cpinfer' / '__init__.py'}"
+    assert done.stdout.splitlines()[-1] == f"['cpinfer', 'cpinfer_tools', 'numpy'] {ROOT / 'cpinfer' / '__init__.py'}"
 
 
 def test_all_listed_layouts_use_every_gpu_are_valid_and_follow_both_orders(explain):

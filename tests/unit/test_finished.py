@@ -5,7 +5,9 @@ import json
 import pytest
 
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.finished import (
+from cpinfer.engine.request import Prompt
+from cpinfer.errors import OutputError, UserError
+from cpinfer_tools.results.finished import (
     check_complete,
     content_hash,
     numbers_of,
@@ -13,9 +15,7 @@ from cpinfer.engine.finished import (
     rollout_key,
     rollout_lines,
 )
-from cpinfer.engine.output import meta_path, part_path, write_json
-from cpinfer.engine.request import Prompt
-from cpinfer.errors import OutputError, UserError
+from cpinfer_tools.results.output import meta_path, part_path, write_json
 
 PROMPTS = [Prompt(index, f"p{index}", (index, 7)) for index in range(6)]
 EXPECTED = rollout_lines(PROMPTS, 2)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-import gpu_check
-from gpu.stage import Figure, Found, Setting, median_s
+from cpinfer_tools.gpu import gpu_check
+from cpinfer_tools.gpu.stage import Figure, Found, Setting, median_s
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import DeepseekV2Config, DeepseekV3Config
 
-import check_rollout
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import Config
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.latent_attention import is_latent_attention, latent_attention
 from cpinfer.ops.attention import dense_attention
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, LATENT, TINY, YARN, make_model, prompts_of
 
 SHAPE = {**TINY, **LATENT}

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import cpinfer
-from bench import long_tail
-from bench.harness import Timing
-from bench.long_tail import FULL, NUM_SAMPLES, OURS, PLAIN, QUICK, Way, floor_s, floors_s, long_tail_workloads, unlikely
-from bench.talk import Talk
-from bench.workloads import ModelShape, Speed, Workload, make_model
+import long_tail
+from cpinfer_tools.measuring.harness import Timing
+from cpinfer_tools.measuring.workloads import ModelShape, Speed, Workload, make_model
+from long_tail import FULL, NUM_SAMPLES, OURS, PLAIN, QUICK, Way, floor_s, floors_s, long_tail_workloads, unlikely
+from talk import Talk
 
 SHAPE = ModelShape()
 SPEED = Speed(gflop_per_s=50.0, gbyte_per_s=8.0)

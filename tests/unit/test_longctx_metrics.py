@@ -2,7 +2,7 @@
 
 import pytest
 
-from longctx.metrics import METRICS, flexible_answer, strict_answer
+from cpinfer_tools.evaluation.longctx.metrics import METRICS, flexible_answer, strict_answer
 
 
 def score(metric, prediction, *references):

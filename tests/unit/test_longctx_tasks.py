@@ -13,12 +13,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from cpinfer.errors import UserError
-from longctx import haystack
-from longctx.local_files import read_task_file
-from longctx.recall_text import DOES, NAMES, THINGS, filler_sentence
-from longctx.ruler import frequent_words
-from longctx.tasks import TASKS, find_task, make_sample, make_samples, parse_length
-from longctx.words import distinct_pairs, distinct_words
+from cpinfer_tools.evaluation.longctx import haystack
+from cpinfer_tools.evaluation.longctx.local_files import read_task_file
+from cpinfer_tools.evaluation.longctx.recall_text import DOES, NAMES, THINGS, filler_sentence
+from cpinfer_tools.evaluation.longctx.ruler import frequent_words
+from cpinfer_tools.evaluation.longctx.tasks import TASKS, find_task, make_sample, make_samples, parse_length
+from cpinfer_tools.evaluation.longctx.words import distinct_pairs, distinct_words
 
 ROOT = Path(__file__).parents[2]
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -218,15 +218,15 @@ def test_haystacks_grow_without_changing_what_was_there():
     assert few[0] == filler_sentence(haystack.random.Random(1))
 
 
-@pytest.mark.parametrize("name", ["longctx.haystack", "longctx.metrics", "evaluation"])
+@pytest.mark.parametrize("name", ["evaluation.longctx.haystack", "evaluation.longctx.metrics", "evaluation.questions"])
 def test_examples_in_docstrings_are_true(name):
-    found = doctest.testmod(importlib.import_module(name))
+    found = doctest.testmod(importlib.import_module(f"cpinfer_tools.{name}"))
     assert found.attempted and not found.failed
 
 
 def test_no_torch_is_needed():
-    code = "import sys, longctx.tasks, longctx.local_files; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT / "tools", check=True, timeout=60)
+    code = "import sys; from cpinfer_tools.evaluation.longctx import tasks; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 @pytest.fixture

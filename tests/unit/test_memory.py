@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-import memory
 from cpinfer.comm.bootstrap import Launch
-from memory import AvailableMemory, Fit, MemoryNeeds, available_memory, host_available_bytes
+from cpinfer_tools import memory
+from cpinfer_tools.memory import AvailableMemory, Fit, MemoryNeeds, available_memory, host_available_bytes
 
 MEMINFO = "MemTotal:       8000 kB\nMemFree:         100 kB\nMemAvailable:   4000 kB\nHugePages_Total: 0\n"
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from cpinfer.engine.metrics import SampleMetrics, format_summary, summarize
 from cpinfer.engine.request import RolloutResult
+from cpinfer_tools.results.metrics import SampleMetrics, format_summary, summarize
 
 
 def make_result(text="Mary;", num_tokens=3, tpot_s=0.1):

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-import mismatch
-import rollout
-from comparison.generated import generate_samples
-from comparison.mismatches import WHOLE, Row, Sampled, rows_table, verdict
 from cpinfer.config import SamplingParams
 from cpinfer.engine.mismatch import Compared, Mismatch
 from cpinfer.engine.request import Prompt
 from cpinfer.models.loading import load_model, load_spec
 from cpinfer.models.training_logprobs import training_logprobs
+from cpinfer_tools import rollout
+from cpinfer_tools.verify import mismatch
+from cpinfer_tools.verify.comparison.generated import generate_samples
+from cpinfer_tools.verify.comparison.mismatches import WHOLE, Row, Sampled, rows_table, verdict
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "single.json"
@@ -156,8 +156,8 @@ def config(tmp_path: Path) -> Path:
 def launch_here(monkeypatch: pytest.MonkeyPatch, planted: float = 0.0) -> None:
     """Rollouts run in this process; their last logprob is moved by `planted`."""
 
-    def run(job: mismatch.Job, script: Path, num_ranks: int, arguments: list[str], log: Path) -> None:
-        assert (script.name, num_ranks) == ("rollout.py", 1)
+    def run(job: mismatch.Job, module: str, num_ranks: int, arguments: list[str], log: Path) -> None:
+        assert (module, num_ranks) == ("cpinfer_tools.rollout", 1)
         assert rollout.main(arguments) == 0
         output = Path(arguments[arguments.index("--output") + 1])
         lines = [json.loads(line) for line in output.read_text().splitlines()]

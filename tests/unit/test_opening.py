@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-import opening
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.engine.output import meta_path
-from cpinfer.engine.output_lock import lock_path
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
-from opening import Opening, is_writer, open_together
+from cpinfer_tools import opening
+from cpinfer_tools.opening import Opening, is_writer, open_together
+from cpinfer_tools.results.output import meta_path
+from cpinfer_tools.results.output_lock import lock_path
 
 MADE_OF = {"prompts": "sha256:1", "weights": "sha256:2"}
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from cpinfer.engine.finished import rollout_key
-from cpinfer.engine.output import (
+from cpinfer.engine.request import RolloutResult
+from cpinfer.errors import OutputError, UserError
+from cpinfer_tools.results.finished import rollout_key
+from cpinfer_tools.results.output import (
     ResultWriter,
     check_output,
     default_output,
@@ -23,8 +25,6 @@ from cpinfer.engine.output import (
     summary_path,
     write_json,
 )
-from cpinfer.engine.request import RolloutResult
-from cpinfer.errors import OutputError, UserError
 
 
 def result(prompt_index, sample_index=0, text="x"):

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-from cpinfer.engine.output_lock import lock_path, locked
 from cpinfer.errors import UserError
+from cpinfer_tools.results.output_lock import lock_path, locked
 
-HOLDER = "import sys, time; from pathlib import Path; from cpinfer.engine.output_lock import locked\n"
+HOLDER = "import sys, time; from pathlib import Path; from cpinfer_tools.results.output_lock import locked\n"
 HOLDER += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
 
 

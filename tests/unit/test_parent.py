@@ -21,7 +21,6 @@ class AtTorch:
             os._exit(0)
 
 sys.meta_path.insert(0, AtTorch())
-sys.path.insert(0, "tools")
 importlib.import_module(sys.argv[1])
 """
 
@@ -42,7 +41,14 @@ def test_a_process_that_was_forked_since_has_a_parent_of_its_own():
     assert found.stdout == "0\n"
 
 
-TOOLS = ["rollout", "eval_longctx", "train_grpo", "mismatch", "gpu_check", "cpinfer_integrations.lm_eval"]
+TOOLS = [
+    "cpinfer_tools.rollout",
+    "cpinfer_tools.evaluation.eval_longctx",
+    "cpinfer_tools.grpo.train_grpo",
+    "cpinfer_tools.verify.mismatch",
+    "cpinfer_tools.gpu.gpu_check",
+    "cpinfer_integrations.lm_eval",
+]
 
 
 @pytest.mark.parametrize("module", TOOLS)

@@ -20,7 +20,7 @@ SHIPPED = ROOT / "configs" / "recall-tiny"
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
     # By path: tools/ is no package. Registered, because dataclasses look their module up by name.
-    spec = importlib.util.spec_from_file_location("make_recall_tiny", ROOT / "tools" / "make_recall_tiny.py")
+    spec = importlib.util.spec_from_file_location("make_recall_tiny", ROOT / "tools" / "dev" / "make_recall_tiny.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -14,13 +14,11 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import job
-import opening
-import rollout
 import tool_folder
-from cpinfer.engine import output as output_module
-from cpinfer.engine.output_lock import locked
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools import job, opening, rollout
+from cpinfer_tools.results import output as output_module
+from cpinfer_tools.results.output_lock import locked
 from tool_folder import ToolFolder, summary_of
 
 ROOT = Path(__file__).parents[2]

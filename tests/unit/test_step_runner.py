@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
-import check_rollout
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import Config
 from cpinfer.engine import step_runner
 from cpinfer.layout.grid import RankGrid
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 TOLERANCE = 1e-4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-import check_rollout
 from cpinfer.models.families import FAMILIES as SUPPORTED
+from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 

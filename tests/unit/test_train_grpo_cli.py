@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tool_folder
-import train_grpo
-from grpo import rewards
+from cpinfer_tools.grpo import rewards, train_grpo
 from tool_folder import ToolFolder, summary_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -23,10 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.harness import (
+from cpinfer_tools.measuring.harness import (
     Timing,
     bench_parser,
     has_time_for_another,
@@ -36,7 +33,7 @@ from bench.harness import (
     timed,
     write_card,
 )
-from bench.workloads import (
+from cpinfer_tools.measuring.workloads import (
     NEAR_TIE,
     QUICK_SHAPE,
     ModelShape,
@@ -88,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if complaints:
         say("cascade: no times, the ways disagree:\n" + "\n".join(complaints))
     else:
-        from bench.contestants import BLOCK_SIZE
+        from cpinfer_tools.measuring.contestants import BLOCK_SIZE
 
         body = describe(runs, workloads, size, speed)
         say(body)
@@ -150,8 +147,8 @@ def compare(
 def rollout(model: Any, shape: ModelShape, workload: Workload, way: str) -> Run:
     """One rollout, with the engine made for it."""
     import cpinfer
-    from bench.contestants import Cpinfer
     from cpinfer.config import SamplingParams, config_to_dict, parse_config
+    from cpinfer_tools.measuring.contestants import Cpinfer
 
     contestant = Cpinfer(model, cpinfer.Topology.single(), shape)
     changes = {"cascade_attention": way, "enable_prefix_caching": False}

@@ -28,10 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.harness import (
+from cpinfer_tools.measuring.harness import (
     ROOT,
     Timing,
     WorkersFailedError,
@@ -45,7 +42,7 @@ from bench.harness import (
     timed,
     write_card,
 )
-from bench.workloads import (
+from cpinfer_tools.measuring.workloads import (
     NEAR_TIE,
     QUICK_SHAPE,
     ModelShape,
@@ -60,7 +57,7 @@ from bench.workloads import (
 )
 
 if TYPE_CHECKING:
-    from bench.talk import Talk
+    from talk import Talk
 
 TP_SIZES = (1, 2)
 # Layers are alike: two of them leave time for rounds.
@@ -129,10 +126,10 @@ def work(task: dict[str, Any]) -> int:
     import transformers
 
     import cpinfer
-    from bench.contestants import Contestant, Cpinfer, Generate, GenerateBatch
-    from bench.talk import Talk
     from cpinfer.comm.bootstrap import Launch, default_group
     from cpinfer.layout.grid import RankGrid
+    from cpinfer_tools.measuring.contestants import Contestant, Cpinfer, Generate, GenerateBatch
+    from talk import Talk
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -171,7 +168,7 @@ def run_rounds(
     model: Any,
 ) -> dict[str, Any]:
     """Warm up on a tiny workload, then let all contestants take turns; seconds and tokens of everything that ran."""
-    from bench.contestants import attention_restored
+    from cpinfer_tools.measuring.contestants import attention_restored
 
     by_name = {c.name: c for c in contestants}
     seconds: dict[str, dict[str, list[float]]] = {w.name: {name: [] for name in by_name} for w in workloads}

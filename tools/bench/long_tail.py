@@ -29,10 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.harness import (
+from cpinfer_tools.measuring.harness import (
     Timing,
     WorkersFailedError,
     bench_parser,
@@ -45,7 +42,7 @@ from bench.harness import (
     timed,
     write_card,
 )
-from bench.workloads import (
+from cpinfer_tools.measuring.workloads import (
     FLOAT32_BYTES,
     NEAR_TIE,
     QUICK_SHAPE,
@@ -62,8 +59,8 @@ if TYPE_CHECKING:
     import torch
 
     import cpinfer
-    from bench.talk import Talk
     from cpinfer.comm.axis import AxisComm
+    from talk import Talk
 
 NUM_RANKS = 2
 NUM_SAMPLES = 8
@@ -282,9 +279,9 @@ def work(task: Mapping[str, Any]) -> int:
     import transformers
 
     import cpinfer
-    from bench.talk import Talk
     from cpinfer.comm.bootstrap import Launch, default_group
     from cpinfer.layout.grid import RankGrid
+    from talk import Talk
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -20,10 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.harness import ROOT, bench_parser, read_task, run_workers, say, table, write_card
+from cpinfer_tools.measuring.harness import ROOT, bench_parser, read_task, run_workers, say, table, write_card
 
 MODEL = ROOT / "configs" / "recall-tiny"
 NEW_TOKENS = 16

@@ -33,10 +33,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.harness import (
+from cpinfer_tools.measuring.harness import (
     Timing,
     WorkersFailedError,
     bench_parser,
@@ -49,11 +46,18 @@ from bench.harness import (
     timed,
     write_card,
 )
-from bench.workloads import FLOAT32_BYTES, QUICK_SHAPE, ModelShape, make_model, random_prompts, shape_as_dict
+from cpinfer_tools.measuring.workloads import (
+    FLOAT32_BYTES,
+    QUICK_SHAPE,
+    ModelShape,
+    make_model,
+    random_prompts,
+    shape_as_dict,
+)
 
 if TYPE_CHECKING:
     import cpinfer
-    from bench.talk import Talk
+    from talk import Talk
 
 NUM_RANKS = 2
 BLOCK_SIZE = 16
@@ -147,10 +151,10 @@ def work(task: dict[str, Any]) -> int:
     import transformers
 
     import cpinfer
-    from bench.talk import Talk
     from cpinfer.comm.axis import CountingComm
     from cpinfer.comm.bootstrap import Launch, default_group
     from cpinfer.layout.grid import RankGrid
+    from talk import Talk
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -293,11 +297,11 @@ def measure_decode(
 ) -> dict[str, Any]:
     """A decode step of `batch` sequences, sampling and agreement included, over caches filled with the same KV."""
     import cpinfer
-    from bench.decode_steps import DecodeSteps
     from cpinfer.engine.attach import model_spec
     from cpinfer.layout.capacity import KVLayout
     from cpinfer.layout.traffic import decode_bytes
     from cpinfer.models.runner import attached
+    from decode_steps import DecodeSteps
 
     rows = -(-batch // NUM_RANKS)
     with attached(model, model_spec(model), 1) as runner:

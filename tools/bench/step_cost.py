@@ -33,11 +33,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-if __name__ == "__main__":  # started as a file: the modules beside it are found as they are in tests
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import cpinfer
-from bench.harness import RESULTS, ROOT, Card, say, table
 from cpinfer.backends.torch_backend import TorchBackend
 from cpinfer.comm.axis import SoloComm
 from cpinfer.config import Config, SamplingParams
@@ -50,6 +46,7 @@ from cpinfer.engine.scheduler import Scheduler, Step
 from cpinfer.engine.stopping import Stopping
 from cpinfer.layout.decode import DecodePlan, plan_decode
 from cpinfer.layout.shards import KVSharding
+from cpinfer_tools.measuring.harness import RESULTS, ROOT, Card, say, table
 
 MODEL = ROOT / "configs" / "recall-tiny"
 TARGET_US = 20.0

@@ -1,0 +1,1 @@
+"""Long-context evaluation: questions of the tasks, put to the engine, scored."""

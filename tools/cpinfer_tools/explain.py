@@ -1,0 +1,392 @@
+"""Explains a layout before anything runs: grid, groups, heads, KV shards, prefill parts, capacity and traffic.
+
+    python tools/explain.py --tp 2 --pcp 2 --dcp 2 --num-q-heads 8 --num-kv-heads 2 --seq-len 1000
+    python tools/explain.py --config configs/pcp2_dcp2.json --json
+    python tools/explain.py --gpus 8 --num-q-heads 64 --num-kv-heads 8
+    python tools/explain.py --tp 4 --pcp 2 --dcp 8 --num-q-heads 128 --kv-lora-rank 512 --qk-rope-head-dim 64
+
+Nothing is measured and no device is needed: from a checkout, numpy is enough. The second form reads a rollout config
+and the `config.json` of its model; flags win over both. The third lists the legal layouts of a machine, best first.
+The last is a model with MLA (DeepSeek): its cache is one latent head, whose copies on all tp ranks can become shards.
+With `--json` the last line of stdout is one JSON object. Exit 0 for a legal layout, 2 for one that is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from cpinfer.config import KV_CACHE_DTYPES, load_config
+from cpinfer.errors import UserError
+from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
+from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout
+from cpinfer.layout.explain import Explanation, Question, draw_grid, explain
+from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.heads import HeadPlacement
+from cpinfer.layout.prefill import deal_prompts
+from cpinfer.layout.rules import LayoutSizes
+
+AXES = ("tp", "pcp", "dcp", "dp")
+ADVICE = """\
+*  the published advice, in our terms: pcp=2 and dcp = pcp * tp / num_kv_heads while there are copies of KV heads to
+   shard, else dcp = pcp; MLA has one KV head, its latent, so dcp = pcp * tp.
+m  mixes KV heads in DCP groups, whose ranks then store all of them: sequences get no longer than with the largest
+   unmixed dcp of the same tp and pcp, and more travels.
+Longest sequence and tokens in all are relative to the best. A rank holds 1/tp of the weights, which must fit; in a
+trainer tp is given, so add --tp."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What a model's `config.json` says; None where it says nothing."""
+
+    num_q_heads: int | None = None
+    num_kv_heads: int | None = None
+    num_layers: int | None = None
+    head_dim: int | None = None
+    kv_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    max_model_len: int | None = None
+
+
+class _Parser(argparse.ArgumentParser):
+    """Bad flags end like any other bad input: one message, and one JSON line when that was asked for."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    result: dict[str, Any]
+    try:
+        args = _parser().parse_args(argv)
+        result = _list_layouts(args) if args.gpus else _explain_layout(args)
+    except UserError as error:
+        result = asdict(Explanation(valid=False, errors=[str(error)]))
+    for message in result["errors"]:
+        print(f"error: {message}", file=sys.stderr)
+    if "--json" in argv:
+        sys.stderr.flush()
+        print(json.dumps(result))
+    return 0 if result["valid"] else 2
+
+
+def _explain_layout(args: argparse.Namespace) -> dict[str, Any]:
+    question = _question(args)
+    answer = explain(question)
+    if answer.valid:
+        print(describe(question, answer))
+    return asdict(answer)
+
+
+def _list_layouts(args: argparse.Namespace) -> dict[str, Any]:
+    model = _model_facts(args, load_config(args.config).model if args.config else None)
+    num_q_heads, num_kv_heads = _heads(args, model, _latent(args, model))
+    options = legal_layouts(
+        args.gpus,
+        num_q_heads,
+        num_kv_heads,
+        tp_size=args.tp,
+        pcp_size=args.pcp,
+        dcp_size=args.dcp,
+        dp_size=args.dp,
+    )
+    title = f"{_count(args.gpus, 'GPU')}, {_count(num_q_heads, 'query head')} over {_count(num_kv_heads, 'KV head')}"
+    if not options:
+        sizes = " ".join(f"{axis}={getattr(args, axis)}" for axis in AXES if getattr(args, axis) is not None)
+        wish = f" with {sizes}" if sizes else ""
+        raise UserError(f"{title}: no legal layout{wish} uses them all. Use another number of GPUs, or other sizes.")
+    print(f"{title}: {_count(len(options), 'legal layout')}, best first.")
+    result: dict[str, Any] = {"valid": True, "errors": []}
+    orders = (
+        ("long_prompt", "a long prompt", for_long_prompt),
+        ("many_sequences", "many sequences", for_many_sequences),
+    )
+    for key, title, best_first in orders:
+        order = best_first(options)
+        print(f"\nFor {title}:\n{_table(order)}")
+        result[key] = [_plain(option) for option in order]
+    print(f"\n{ADVICE}")
+    return result
+
+
+def describe(question: Question, answer: Explanation) -> str:
+    """The explanation of a legal layout in prose and tables."""
+    sizes = question.sizes
+    grid = RankGrid(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)
+    heads = HeadPlacement(sizes.num_q_heads, sizes.num_kv_heads, sizes.tp_size)
+    assert answer.groups is not None and answer.ranks is not None and answer.decode is not None
+    latent = question.kv_head is not None and question.kv_head.v_is_prefix_of_k
+    copies, homes = {n for place in answer.ranks for n in place.kv_copies}, grid.num_homes
+    lines = [
+        f"{sizes} dp={grid.dp_size}: {_count(grid.world_size, 'rank')}, {_count(heads.num_q_heads, 'query head')} over "
+        f"{_count(heads.num_kv_heads, 'KV head')}{' (the latent)' if latent else ''}",
+        "rank: query heads / stored KV heads / KV shard / prefill part" + (" / home" if homes > 1 else ""),
+        "",
+        draw_grid(grid, heads),
+        "",
+        *(f"{axis.ljust(4)}groups  {json.dumps(groups)}" for axis, groups in answer.groups.items()),
+        f"shards      {_count(grid.dcp_size, 'shard')}, dealt {_count(sizes.interleave, 'token')} at a time, in blocks "
+        f"of {sizes.block_size}; {_count(homes, 'home')}, each (KV head, shard) stored "
+        + _times(copies)
+        + (" in each" if homes > 1 else ""),
+    ]
+    if heads.mixes_heads(grid):
+        lines.append(
+            f"            groups mix KV heads: a rank stores all those of its group, up to "
+            f"{heads.max_stored_heads(grid)}, and computes {heads.kv_heads_per_rank}"
+        )
+    if answer.kv_local_lens is not None:
+        lines.append(f"            {question.seq_len:,} tokens: {', '.join(f'{n:,}' for n in answer.kv_local_lens)}")
+    lines += _describe_capacity(question, answer, homes)
+    lines += _describe_prefill(question, answer)
+    decode = answer.decode
+    lines.append(
+        f"decode      {decode.collectives_per_layer} collectives per layer; sequences of a home dealt over "
+        f"{_count(decode.row_ranks, 'pcp rank')}"
+    )
+    if decode.received_bytes_per_rank_per_layer_per_row is not None:
+        lines.append(
+            f"            a rank receives {decode.received_bytes_per_rank_per_layer_per_row:,} bytes per layer for "
+            "each row dealt to it"
+        )
+    return "\n".join(lines)
+
+
+def _describe_capacity(question: Question, answer: Explanation, homes: int) -> list[str]:
+    if answer.kv_bytes_per_token_per_rank is None:
+        return ["capacity    unknown without --num-layers and --head-dim (MLA: --kv-lora-rank and --qk-rope-head-dim)"]
+    lines = [
+        f"capacity    a token is {answer.kv_bytes_per_token_per_rank:,} bytes of "
+        f"{question.cache_dtype or question.dtype} where it is stored"
+    ]
+    if answer.kv_capacity_tokens is None:
+        return lines
+    lines.append(f"            {question.kv_cache_gib} GiB per rank hold {answer.kv_capacity_tokens:,} tokens")
+    if homes > 1:
+        lines[-1] += f" in a home, {answer.kv_capacity_tokens_total:,} in {homes}"
+    if answer.max_concurrency is not None:
+        lines[-1] += f": {answer.max_concurrency:,.1f} sequences of {question.max_model_len:,}"
+    return lines
+
+
+def _describe_prefill(question: Question, answer: Explanation) -> list[str]:
+    cost, seq_len = answer.prefill, question.seq_len
+    if cost is None or seq_len is None:
+        return []
+    lines = []
+    for part, pieces in enumerate(cost.pieces):
+        label = "prefill" if part == 0 else ""
+        ranges = " + ".join(f"[{start:,}, {end:,})" for start, end in pieces) or "nothing"
+        lines.append(f"{label.ljust(12)}p{part}  {ranges}: {cost.pairs_per_rank[part]:,} query-key pairs")
+    lines.append(f"            max/mean work {cost.max_over_mean_work:.4f}")
+    if cost.received_bytes_per_rank_per_layer:
+        lines[-1] += f"; a rank receives {cost.received_bytes_per_rank_per_layer:,} bytes per layer in one K/V gather"
+    if len(cost.pieces) > 1 and deal_prompts([seq_len], len(cost.pieces)) != [None]:
+        lines.append("            (the engine leaves so short a prompt whole on one rank)")
+    return lines
+
+
+def _table(options: Sequence[LayoutOption]) -> str:
+    """Rows in the given order; `*` marks the published advice, `m` groups that mix KV heads."""
+    longest = max(o.longest_sequence for o in options)
+    most = max(o.total_tokens for o in options)
+    header = "     tp  pcp  dcp   dp | longest seq | tokens in all | decode collectives/layer (with TP's) | weights"
+    rows = [
+        f"{'*' if o.is_advised else 'm' if o.is_mixed else ' '} {s.tp_size:5} {s.pcp_size:4} {s.dcp_size:4} "
+        f"{s.dp_size:4} | {o.longest_sequence / longest:11.3f} | {o.total_tokens / most:13.3f} | "
+        f"{o.collectives_per_layer:36} | 1/{s.tp_size}"
+        for o in options
+        for s in (o.sizes,)
+    ]
+    return "\n".join([header, *rows])
+
+
+def _plain(option: LayoutOption) -> dict[str, Any]:
+    sizes = option.sizes
+    return {
+        "tp": sizes.tp_size,
+        "pcp": sizes.pcp_size,
+        "dcp": sizes.dcp_size,
+        "dp": sizes.dp_size,
+        "advised": option.is_advised,
+        "mixed": option.is_mixed,
+        "longest_sequence": option.longest_sequence,
+        "total_tokens": option.total_tokens,
+        "collectives_per_layer": option.collectives_per_layer,
+    }
+
+
+def _question(args: argparse.Namespace) -> Question:
+    """Flags, then the config, then the model's `config.json`, then defaults."""
+    config = load_config(args.config) if args.config else None
+    model = _model_facts(args, config.model if config else None)
+    latent = _latent(args, model)
+    num_q_heads, num_kv_heads = _heads(args, model, latent)
+    head_dim = _first(args.head_dim, model.head_dim)
+    pcp = _first(args.pcp, config and config.pcp_size, 1)
+    block_size = _first(args.block_size, config and config.block_size, 16)
+    sizes = LayoutSizes(
+        tp_size=_first(args.tp, config and config.tp_size, 1),
+        pcp_size=pcp,
+        dcp_size=_first(args.dcp, config and config.decode_context_parallel_size, pcp),
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        dp_size=_first(args.dp, config and config.data_parallel_size, 1),
+        interleave=_first(args.interleave, config and config.cp_kv_cache_interleave_size, block_size),
+        block_size=block_size,
+    )
+    dtype = _first(args.dtype, config and config.dtype, "bfloat16")
+    kept = _first(args.kv_cache_dtype, config and config.kv_cache_dtype, "auto")
+    return Question(
+        sizes,
+        num_layers=_first(args.num_layers, model.num_layers),
+        kv_head=latent or (KVLayout(1, head_dim, head_dim) if head_dim is not None else None),
+        dtype=dtype,
+        cache_dtype=KV_CACHE_DTYPES[kept],
+        wire_dtype=config.cp_wire_dtype if config and config.cp_wire_dtype != "auto" else None,
+        kv_cache_gib=_first(args.kv_cache_gib, config and config.kv_cache_gib),
+        max_model_len=_first(args.max_model_len, model.max_model_len),
+        seq_len=args.seq_len,
+    )
+
+
+def _heads(args: argparse.Namespace, model: ModelFacts, latent: KVLayout | None) -> tuple[int, int]:
+    """Query and KV heads; with a `latent` that is the one KV head, whatever the model says of others."""
+    num_q_heads = _first(args.num_q_heads, model.num_q_heads)
+    num_kv_heads = _first(args.num_kv_heads, latent and latent.num_heads, model.num_kv_heads)
+    if num_q_heads is None or num_kv_heads is None:
+        raise UserError("the model's heads are unknown. Pass --num-q-heads and --num-kv-heads.")
+    return num_q_heads, num_kv_heads
+
+
+def _latent(args: argparse.Namespace, model: ModelFacts) -> KVLayout | None:
+    """What MLA caches: a latent, which serves as V, and behind it the rotated key. None for a model without."""
+    rank = _first(args.kv_lora_rank, model.kv_lora_rank)
+    rope = _first(args.qk_rope_head_dim, model.qk_rope_head_dim)
+    if rank is None and args.qk_rope_head_dim is None:
+        return None
+    if rank is None or rope is None:
+        raise UserError("MLA caches a latent and a rotated key. Pass both --kv-lora-rank and --qk-rope-head-dim.")
+    if args.num_kv_heads not in (None, 1):
+        raise UserError(
+            f"--num-kv-heads {args.num_kv_heads}, but MLA caches one latent head for all query heads. Leave it out."
+        )
+    if args.head_dim is not None:
+        raise UserError("MLA caches no heads of --head-dim. Leave it out: --kv-lora-rank and --qk-rope-head-dim count.")
+    return KVLayout(1, rank + rope, rank, v_is_prefix_of_k=True)
+
+
+def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
+    """Read from the folder of `model`. UserError when it is none and the flags do not say what is needed."""
+    if model is None:
+        return ModelFacts()
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        if args.num_q_heads is not None and _first(args.num_kv_heads, args.kv_lora_rank) is not None:
+            return ModelFacts()
+        raise UserError(
+            f'model "{model}" is not a folder with a config.json, and nothing is downloaded here. Pass --num-q-heads '
+            "and --num-kv-heads (and --num-layers, --head-dim, --max-model-len) beside --config."
+        )
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: {error}. A Hugging Face config.json was wanted.") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds a {type(data).__name__}. A Hugging Face config.json was wanted.")
+
+    def size(key: str) -> int | None:
+        value = data.get(key)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise UserError(f'{path}: "{key}" is {json.dumps(value)}; a whole number from 1 was wanted.')
+        return value
+
+    heads, width = size("num_attention_heads"), size("hidden_size")
+    return ModelFacts(
+        num_q_heads=heads,
+        num_kv_heads=_first(size("num_key_value_heads"), heads),
+        num_layers=size("num_hidden_layers"),
+        head_dim=_first(size("head_dim"), width // heads if width and heads else None),
+        kv_lora_rank=size("kv_lora_rank"),
+        qk_rope_head_dim=size("qk_rope_head_dim"),
+        max_model_len=size("max_position_embeddings"),
+    )
+
+
+def _first(*values: Any) -> Any:
+    """The first value that is known."""
+    return next((value for value in values if value is not None), None)
+
+
+def _times(counts: set[int]) -> str:
+    if len(counts) > 1:
+        return f"{min(counts)} to {max(counts)} times"
+    (n,) = counts
+    return {1: "once", 2: "twice"}.get(n, f"{n} times")
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" + ("" if n == 1 else "s")
+
+
+def positive_int(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} must be above 0")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="explain.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    layout = parser.add_argument_group("layout")
+    layout.add_argument("--config", metavar="FILE", help="a rollout config; flags win over it")
+    layout.add_argument(
+        "--gpus", type=positive_int, help="list the legal layouts of so many ranks (sizes given narrow it)"
+    )
+    layout.add_argument("--tp", type=int, help="ranks that share the weights (default 1)")
+    layout.add_argument("--pcp", type=int, help="ranks that share a prefill (default 1)")
+    layout.add_argument("--dcp", type=int, help="KV shards of a sequence (default pcp)")
+    layout.add_argument("--dp", type=int, help="independent replicas (default 1)")
+    layout.add_argument("--interleave", type=int, help="tokens dealt to a shard at a time (default block size)")
+    layout.add_argument("--block-size", type=int, help="tokens of one shard per KV block (default 16)")
+    model = parser.add_argument_group("model")
+    model.add_argument("--num-q-heads", type=int)
+    model.add_argument("--num-kv-heads", type=int, help="not with MLA, whose latent counts as one")
+    model.add_argument("--num-layers", type=positive_int)
+    model.add_argument("--head-dim", type=positive_int)
+    model.add_argument("--kv-lora-rank", type=positive_int, metavar="R", help="MLA: width of the latent")
+    model.add_argument("--qk-rope-head-dim", type=positive_int, metavar="D", help="MLA: width of the rotated key")
+    model.add_argument("--dtype", choices=sorted(DTYPE_BYTES), help="of activations and KV cache (default bfloat16)")
+    model.add_argument(
+        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="of the KV cache alone, as the config key has it"
+    )
+    load = parser.add_argument_group("load")
+    load.add_argument("--seq-len", type=positive_int, help="show the split of a sequence of so many tokens")
+    load.add_argument("--kv-cache-gib", type=positive_number, help="KV pool per rank")
+    load.add_argument("--max-model-len", type=positive_int, help="tokens of a sequence for max_concurrency")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

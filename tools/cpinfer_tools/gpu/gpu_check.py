@@ -1,0 +1,156 @@
+"""Check and measure cpinfer on a GPU, stage by stage.
+
+    python tools/gpu_check.py                                    # everything that one GPU can show
+    python tools/gpu_check.py --only parity                      # one stage; each is made to end within 8 minutes
+    torchrun --nproc-per-node 8 tools/gpu_check.py --only comm   # the exchanges, over NCCL
+    python tools/gpu_check.py --device cpu                       # smoke: tiny, torch alone; shows that the tool works
+
+- parity      kernels and layouts against attention in float32
+- model       whole models, played ranks against Transformers
+- graphs      decode replayed from CUDA graphs against the same steps launch by launch
+- throughput  prefill, decode and merge, each with its bound
+- rollouts    tokens per second beside Transformers
+- comm        the exchanges between processes; needs torchrun
+
+The first stage that needs a kernel waits for FlashInfer to compile it. Cards of what was measured on a GPU go to
+tools/bench/results/gpu_<stage>_<name of the GPU>.md. A table goes to stderr, the last stdout line of rank 0 is one JSON
+object. Exit codes: 0 all targets reached, 1 one missed or a stage failed, 2 nothing could be run.
+"""
+
+from __future__ import annotations
+
+# Before torch: it asks which process started this one.
+import cpinfer  # isort: skip  # noqa: F401
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
+from cpinfer_tools.gpu import comm, graphs, model, parity, rollouts, throughput
+from cpinfer_tools.gpu.stage import Found, Setting
+from cpinfer_tools.measuring.harness import RESULTS, Card, say, slug, table, versions
+
+STAGES: Mapping[str, Callable[[Setting], Found]] = {
+    "parity": parity.run,
+    "model": model.run,
+    "graphs": graphs.run,
+    "throughput": throughput.run,
+    "rollouts": rollouts.run,
+    "comm": comm.run,
+}
+EXIT_DONE, EXIT_MISSED, EXIT_BAD_INPUT = 0, 1, 2
+
+
+def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=STAGES, action="append", help="run this stage; may be repeated")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a smoke run")
+    parser.add_argument("--no-card", action="store_true", help="write no cards")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
+    args = parser.parse_args(argv)
+    is_smoke = args.device == "cpu"
+    if not is_smoke and not torch.cuda.is_available():
+        say("gpu_check: there is no CUDA device. On CPU only a smoke run is possible: --device cpu.")
+        return EXIT_BAD_INPUT
+    launch = Launch.from_environ(os.environ)
+    device = torch.device("cpu") if is_smoke else launch.device
+    setting = Setting(device, is_smoke)
+    command = "python tools/gpu_check.py " + " ".join(argv if argv is not None else sys.argv[1:])
+    stages = {}
+    end_with_launcher(os.environ, program="gpu_check")
+    with default_group(launch):
+        for name in args.only or STAGES:
+            if launch.rank == 0:
+                say(f"gpu_check: {name} ...")
+            stages[name] = told = _run(STAGES[name], setting)
+            if launch.rank == 0:
+                _print(name, told)
+                if not is_smoke and not args.no_card and told["figures"]:
+                    say(f"  -> {_write_card(name, told, command.strip(), setting, results)}")
+    if launch.rank == 0:
+        print(json.dumps({"device": _device_name(device), "is_smoke": is_smoke, "stages": stages}), flush=True)
+    return EXIT_DONE if all(told["ok"] is not False for told in stages.values()) else EXIT_MISSED
+
+
+def _run(stage: Callable[[Setting], Found], setting: Setting) -> dict[str, Any]:
+    """What a stage says, as plain data. One that fails is not ok; the others still run."""
+    start_s = time.perf_counter()
+    try:
+        found, error = stage(setting), None
+    except Exception as caught:
+        if dist.is_initialized():  # the other ranks wait in a collective: all must end
+            raise
+        found, error = Found(), traceback.format_exc()
+        say(error)
+        error = f"{type(caught).__name__}: {caught}"
+    return {
+        "ok": False if error else found.ok,
+        "wall_s": time.perf_counter() - start_s,
+        "figures": [figure.as_json() for figure in found.figures],
+        "notes": list(found.notes),
+        "error": error,
+    }
+
+
+def _rows(figures: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    def number(value: float | None) -> str:
+        return "" if value is None else f"{value:,.4g}"
+
+    words = {None: "", True: "yes", False: "**NO**"}
+    return [
+        [
+            figure["name"],
+            f"{number(figure['value'])} {figure['unit']}".strip(),
+            number(figure["bound"]),
+            "" if figure["share_of_bound"] is None else f"{figure['share_of_bound']:.1%}",
+            number(figure["target"]),
+            words[figure["ok"]],
+        ]
+        for figure in figures
+    ]
+
+
+HEADER = ["", "measured", "bound", "of it", "target", "reached"]
+
+
+def _print(name: str, told: Mapping[str, Any]) -> None:
+    if told["figures"]:
+        say(table(HEADER, _rows(told["figures"])))
+    for note in told["notes"]:
+        say(f"  {note}")
+    say(f"gpu_check: {name}: {'ok' if told['ok'] else told['ok']}, {told['wall_s']:.0f} s\n")
+
+
+def _write_card(name: str, told: Mapping[str, Any], command: str, setting: Setting, folder: Path) -> Path:
+    gpu = _device_name(setting.device)
+    notes = [("Notes", "\n".join(f"- {note}" for note in told["notes"]))] if told["notes"] else []
+    card = Card(
+        theme=f"gpu_{name}",
+        title=f"GPU check: {name}",
+        command=command,
+        sections=(("Figures", table(HEADER, _rows(told["figures"]))), *notes),
+        resolved={"stage": name, "dtype": str(setting.dtype), "wall_s": round(told["wall_s"], 1)},
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"gpu_{name}_{slug(gpu)}.md"
+    path.write_text(card.text(gpu, {**versions(), "cuda": torch.version.cuda}), encoding="utf-8")
+    return path
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

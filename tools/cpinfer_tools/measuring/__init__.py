@@ -1,0 +1,1 @@
+"""What measurements share: timings, cards, workloads, the engines they compare."""
