@@ -20,9 +20,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionNeeds
-from cpinfer.backends.flashinfer_backend import FlashInferBackend
-from cpinfer.backends.self_check import check_backend
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
+from cpinfer.attention.backends.self_check import check_backend
 
 SIGNATURES = json.loads((Path(__file__).parent / "flashinfer_signatures.json").read_text(encoding="utf-8"))
 VERSIONS = tuple(SIGNATURES)

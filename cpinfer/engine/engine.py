@@ -13,12 +13,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpinfer.backends.base import make_backend
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.base import make_backend
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pack_token_lists
-from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.needs import attention_needs
 from cpinfer.engine.pooled_prompts import PooledPrompts
 from cpinfer.engine.prompts import (
@@ -41,6 +39,8 @@ from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
+from cpinfer.kv_cache.home import KVHome
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.runner import ModelRunner
 

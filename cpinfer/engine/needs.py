@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from cpinfer.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
 from cpinfer.errors import UserError

@@ -16,9 +16,9 @@ from collections.abc import Sequence as ListLike
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 
-from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import FinishReason, SampledToken, Sequence, TokenScore
 from cpinfer.errors import EngineFaultError
+from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
 
 # Places of given answers that one step scores at most, so that logits stay small: 0.6 GB with 150k words.

@@ -12,16 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, FixedSizeBackend
-from cpinfer.backends.cascade import plan_sharing
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.base import AttentionBackend, FixedSizeBackend
+from cpinfer.attention.cascade import plan_sharing
+from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
+from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.steps import AttentionStep, DecodeStep, IdleStep, PrefillStep
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
 from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
+from cpinfer.engine.decode_graphs import DecodeGraphs, why_no_graphs
 from cpinfer.engine.request import SampledToken, Sequence, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.scheduler import Chunk, Step
 from cpinfer.engine.stopping import Stopping
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.context import (
     Context,
     StepContext,
@@ -43,11 +47,7 @@ from cpinfer.layout.prefill import (
 )
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
-from cpinfer.models.attention_steps import AttentionStep, DecodeStep, IdleStep, PrefillStep
-from cpinfer.models.context_attention import ContextAttention, KVContext, QueryContext, WindowContext
-from cpinfer.models.decode_graphs import DecodeGraphs, why_no_graphs
 from cpinfer.models.runner import ModelRunner
-from cpinfer.models.state_exchange import StateExchange
 
 
 @dataclass(frozen=True)

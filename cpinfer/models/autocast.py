@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.steps import AttentionStep
 from cpinfer.errors import UserError
-from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
-from cpinfer.models.attention_steps import AttentionStep
 from cpinfer.models.checkpoint import first_line
 
 

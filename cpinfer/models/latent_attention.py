@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
-from cpinfer.models.attention_steps import AttentionStep
+from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.steps import AttentionStep
 from cpinfer.models.local_weights import local
 
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from cpinfer.attention.layer import AttentionLayer
+from cpinfer.attention.steps import AttentionStep
 from cpinfer.errors import EngineFaultError
-from cpinfer.models.attention_layer import AttentionLayer
-from cpinfer.models.attention_steps import AttentionStep
 
 
 class EveryLayerOnce:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from cpinfer.attention.layer import AttentionLayer
+from cpinfer.attention.steps import AttentionStep
 from cpinfer.errors import UserError
 from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters_under_tp
 from cpinfer.models.attachment import Attachment, attending_by, claimed, replaced, uncompiled
-from cpinfer.models.attention_layer import AttentionLayer
-from cpinfer.models.attention_steps import AttentionStep
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.decoder_layers import check_layers, decoder_layers
 from cpinfer.models.hooks import hooks_asleep

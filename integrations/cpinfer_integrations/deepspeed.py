@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 from deepspeed.inference.engine import InferenceEngine
 
+from cpinfer.colocate.phase import Lent
+from cpinfer.colocate.weight_slices import cuts
 from cpinfer.comm.topology import Topology, new_group
 from cpinfer.config import Config
 from cpinfer.engine.attach import config_errors, model_spec
-from cpinfer.engine.phase import Lent
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
-from cpinfer.models.tensor_parallel import cuts
 from cpinfer.refusals import refuse
 from cpinfer_integrations import deepspeed_zero3 as zero3
 

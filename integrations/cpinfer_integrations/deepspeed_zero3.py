@@ -19,11 +19,11 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from cpinfer.colocate.weight_slices import cuts, sliced
 from cpinfer.comm.axis import AxisComm
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.hooks import hooks_asleep
 from cpinfer.models.spec import ModelSpec
-from cpinfer.models.tensor_parallel import cuts, sliced
 from cpinfer.models.wrappers import unwrapped
 
 _OWNER = "deepspeed"

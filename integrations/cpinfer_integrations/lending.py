@@ -8,9 +8,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
+from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
-from cpinfer.engine.phase import Lent
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.wrappers import without_replication
 from cpinfer.refusals import refuse

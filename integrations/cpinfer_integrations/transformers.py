@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from transformers.distributed import DistributedConfig
 
+from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
-from cpinfer.engine.phase import Lent
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model

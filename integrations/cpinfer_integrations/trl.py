@@ -25,13 +25,13 @@ import torch
 import torch.distributed as dist
 from trl.data_utils import is_conversational
 
+from cpinfer.colocate.mismatch import Compared, Mismatch
+from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
+from cpinfer.colocate.training_logprobs import only_measured
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.engine import Engine
-from cpinfer.engine.mismatch import Compared, Mismatch
-from cpinfer.engine.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
-from cpinfer.models.training_logprobs import only_measured
 from cpinfer_integrations.lending import lend
 from cpinfer_integrations.trl_settings import check_settings, ends_unknown_to_trl, sampling_of
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpinfer.backends.base import AttentionNeeds, make_backend
+from cpinfer.attention.backends.base import AttentionNeeds, make_backend
 from cpinfer.layout.capacity import KVLayout
 from cpinfer_tools.gpu import gpu_check
 

@@ -17,9 +17,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config
 
-from cpinfer.cache import paged_kv_cache
+from cpinfer.colocate.phase import PhaseReport, rollout_phase
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.phase import PhaseReport, rollout_phase
+from cpinfer.kv_cache import paged_kv_cache
 from cpinfer.models.local_weights import storage_bytes
 from cpinfer_integrations.lending import lend
 from live_memory import LiveMemory

@@ -10,8 +10,8 @@ import torch
 from lending_costs import GREEDY, PROMPTS
 from peft import LoraConfig, get_peft_model
 
+from cpinfer.colocate.phase import rollout_phase
 from cpinfer.config import Config
-from cpinfer.engine.phase import rollout_phase
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model

@@ -15,8 +15,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+from cpinfer.colocate.phase import rollout_phase
 from cpinfer.config import Config, RolloutConfig, TensorParallel
-from cpinfer.engine.phase import rollout_phase
 from cpinfer.errors import UserError
 from cpinfer_integrations import deepspeed_zero3
 from cpinfer_integrations.lending import lend

@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from cpinfer.colocate.phase import rollout_phase
 from cpinfer.config import Config, parse_config
-from cpinfer.engine.phase import rollout_phase
 from cpinfer.errors import UserError
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout

@@ -30,9 +30,9 @@ from lending_costs import GREEDY, PROMPTS
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from cpinfer.colocate.phase import PhaseReport, rollout_phase
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import Config, parse_config
-from cpinfer.engine.phase import PhaseReport, rollout_phase
 from cpinfer_integrations.deepspeed import init_distributed
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout

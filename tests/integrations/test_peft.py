@@ -7,12 +7,12 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from cpinfer.colocate.weight_slices import cuts
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import Config, SamplingParams, TensorParallel
 from cpinfer.engine.attach import attach, model_spec
 from cpinfer.errors import ModelChangedError, UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.tensor_parallel import cuts
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 

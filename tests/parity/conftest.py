@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from cpinfer.backends.base import AttentionNeeds
-from cpinfer.backends.flashinfer_backend import FlashInferBackend
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
 from fake_flashinfer import checked_backend, fake_flashinfer
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, PlannedAttention
+from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
 from cpinfer.comm.axis import AxisComm
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.capacity import KVLayout

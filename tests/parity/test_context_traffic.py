@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpinfer.backends.torch_backend import TorchBackend
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.torch_backend import TorchBackend
+from cpinfer.attention.context import KVContext, QueryContext
+from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.layer import AttentionLayer, LatentSpace
 from cpinfer.comm.axis import CountingComm
 from cpinfer.comm.threads import run_ranks
 from cpinfer.comm.topology import Topology
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import (
     Context,
@@ -23,9 +26,6 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import split_prompts
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
-from cpinfer.models.context_attention import KVContext, QueryContext
-from cpinfer.models.state_exchange import StateExchange
 
 CPU = torch.device("cpu")
 NUM_NEW = [40, 7, 90]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cpinfer
-from cpinfer.backends.cascade import CascadePlan
+from cpinfer.attention.cascade import CascadePlan
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import RolloutResult
@@ -272,7 +272,7 @@ def test_samples_of_one_prompt_attend_to_it_together_where_it_is_long(
         cuts.append(plans)
         return CascadePlan(*plans)
 
-    monkeypatch.setattr("cpinfer.backends.cascade.CascadePlan", counted)
+    monkeypatch.setattr("cpinfer.attention.cascade.CascadePlan", counted)
     prompts, sampling = prompts_of((num_tokens,), vocab_size=128), SamplingParams(max_new_tokens=4, n=8)
     found = generate(llama, RankGrid(), prompts, sampling, cascade_attention=option)
     assert bool(cuts) == expected

@@ -28,6 +28,8 @@ from transformers import (
 )
 
 import cpinfer
+from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.steps import DecodeStep, PrefillStep
 from cpinfer.config import SamplingParams
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
@@ -35,8 +37,6 @@ from cpinfer.engine.scheduler import SchedulerStats
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.models import latent_attention
-from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
-from cpinfer.models.attention_steps import DecodeStep, PrefillStep
 from cpinfer_tools.verify import check_rollout
 from tiny_models import EXPERTS, FAMILIES, LATENT, TINY, YARN, make_model, prompts_of
 

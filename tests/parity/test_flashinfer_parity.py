@@ -15,8 +15,8 @@ import torch
 from test_engine_parity import TOLERANCE as LOGPROB_TOLERANCE
 from test_engine_parity import generate, grid_name
 
-from cpinfer.backends.base import AttentionBackend, AttentionNeeds
-from cpinfer.backends.flashinfer_backend import FlashInferBackend
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
 from cpinfer.config import SamplingParams
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.gpu.attention_ranks import Case, Tampering, run_case

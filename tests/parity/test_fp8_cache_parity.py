@@ -19,7 +19,7 @@ from test_family_parity import CHUNKS, CONFIG, GREEDY, GRIDS, NUM_BLOCKS, PROMPT
 from thread_tp import on_ranks
 
 import cpinfer
-from cpinfer.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult

@@ -20,16 +20,16 @@ from cpinfer.engine.engine import Engine
 from tiny_models import FAMILIES, TINY, make_model, prompts_of
 
 ROOT = Path(cpinfer.__file__).parent
-ANYWHERE = (str(ROOT / "engine"), str(ROOT / "layout"))
+ANYWHERE = (str(ROOT / "engine"), str(ROOT / "layout"), str(ROOT / "kv_cache"))
 # Where blocks are taken, and written down.
 BOOKKEEPING = tuple(
     str(ROOT / name)
     for name in (
         "engine/scheduler.py",
-        "engine/kv_home.py",
-        "layout/pool.py",
-        "layout/free_runs.py",
-        "layout/prefix_cache.py",
+        "kv_cache/home.py",
+        "kv_cache/block_pool.py",
+        "kv_cache/free_runs.py",
+        "kv_cache/prefix_cache.py",
     )
 )
 # A tight pool and few tokens at once: chunks, forks with blocks to copy, preemption, evicted prefixes.

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 import cpinfer
+from cpinfer.colocate.weight_slices import cuts, sliced
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
 from cpinfer.errors import UnsupportedError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.local_weights import storage_bytes
-from cpinfer.models.tensor_parallel import cuts, sliced
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 

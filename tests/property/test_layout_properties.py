@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from cpinfer.kv_cache.block_pool import BlockPool
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.explain import rank_places
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.pool import BlockPool
 from cpinfer.layout.prefill import deal_prompts, plan_prefill, split_prompts
 from cpinfer.layout.shards import KVSharding
 

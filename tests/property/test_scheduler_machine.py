@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
 from cpinfer.engine.scheduler import Scheduler
+from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.prefill import deal_prompts, plan_prefill, split_prompts
 from cpinfer.layout.shards import KVSharding

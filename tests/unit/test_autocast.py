@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from cpinfer.attention.layer import AttentionLayer
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UserError
-from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from tiny_models import FAMILIES, make_model, prompts_of
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from cpinfer.backends.base import AttentionBackend, AttentionNeeds
-from cpinfer.backends.cascade import CascadePlan, plan_sharing
-from cpinfer.backends.flashinfer_backend import FlashInferBackend
-from cpinfer.backends.torch_backend import MIN_SAVED_KEYS, TorchBackend
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
+from cpinfer.attention.backends.torch_backend import MIN_SAVED_KEYS, TorchBackend
+from cpinfer.attention.cascade import CascadePlan, plan_sharing
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shared_prefix import share_prefix
 from fake_flashinfer import fake_flashinfer

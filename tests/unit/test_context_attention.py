@@ -4,17 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from cpinfer.backends.torch_backend import TorchBackend
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.torch_backend import TorchBackend
+from cpinfer.attention.context import CachedRowsGather, WindowContext, room_for_all, run_stored_heads
+from cpinfer.attention.layer import AttentionLayer
 from cpinfer.comm.axis import SoloComm
 from cpinfer.comm.threads import run_ranks
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import WindowExchange
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.layout.rows import AttentionRows
-from cpinfer.models.attention_layer import AttentionLayer
-from cpinfer.models.context_attention import CachedRowsGather, WindowContext, room_for_all, run_stored_heads
 from cpinfer.ops.attention import dense_attention
 
 CPU = torch.device("cpu")

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 import cpinfer
-from cpinfer.backends.flashinfer_backend import FlashInferBackend
-from cpinfer.backends.torch_backend import TorchBackend
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
+from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
+from cpinfer.engine.decode_graphs import why_no_graphs
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.decode import bucket_of, deal_rows, plan_decode, writing_all
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.decode_graphs import why_no_graphs
 from cpinfer.models.runner import attached
 from cpinfer_tools.verify import check_rollout
 from fake_flashinfer import fake_flashinfer
@@ -97,7 +97,7 @@ def on_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
             lambda name, device, needs: FlashInferBackend(device, needs, fake_flashinfer()),
         )
         monkeypatch.setattr("cpinfer.engine.step_runner.why_no_graphs", lambda runner, backend, layerwise: None)
-        monkeypatch.setattr("cpinfer.models.decode_graphs.capture_on_cuda", lambda: capture)
+        monkeypatch.setattr("cpinfer.engine.decode_graphs.capture_on_cuda", lambda: capture)
 
     return use
 
@@ -172,7 +172,7 @@ def test_a_rank_that_cannot_capture_beside_one_that_can_is_no_hang(
     graphs = Graphs()
     on_fake_cuda(None)
     captures = iter([refuse_to_capture, graphs.capture])
-    monkeypatch.setattr("cpinfer.models.decode_graphs.capture_on_cuda", lambda: next(captures))
+    monkeypatch.setattr("cpinfer.engine.decode_graphs.capture_on_cuda", lambda: next(captures))
     with pytest.warns(UserWarning, match="capturing failed"):
         assert_right(*generate("qwen2", RankGrid(pcp_size=2, dcp_size=2), (5, 33, 17, 2, 9), cuda_graphs=True))
     assert graphs.num_captured >= 2
@@ -259,7 +259,7 @@ def test_where_graphs_are_impossible_it_is_said_and_decode_goes_on() -> None:
     ],
 )
 def test_what_keeps_a_model_from_graphs_is_known_before_any_step(family: str, backend: Any, why: str | None) -> None:
-    from cpinfer.backends.base import AttentionNeeds
+    from cpinfer.attention.backends.base import AttentionNeeds
 
     model = make_model(FAMILIES[family])
     with attached(model, model_spec(model), 1) as runner:

@@ -11,11 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
-from cpinfer.backends.flashinfer_backend import FA3_TILE_QUERIES, FlashInferBackend, check_flashinfer, flashinfer_error
-from cpinfer.backends.flashinfer_limits import replayed_workspace_bytes
-from cpinfer.backends.self_check import check_backend
-from cpinfer.backends.torch_backend import TorchBackend
+from cpinfer.attention.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
+from cpinfer.attention.backends.flashinfer.backend import (
+    FA3_TILE_QUERIES,
+    FlashInferBackend,
+    check_flashinfer,
+    flashinfer_error,
+)
+from cpinfer.attention.backends.flashinfer.limits import replayed_workspace_bytes
+from cpinfer.attention.backends.self_check import check_backend
+from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
@@ -491,7 +496,7 @@ def test_known_shapes_want_the_package_alone(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device is needed to choose: the backends themselves are stand-ins."""
-    module = "cpinfer.backends.flashinfer_backend"
+    module = "cpinfer.attention.backends.flashinfer.backend"
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
     monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
     monkeypatch.setattr(f"{module}.check_flashinfer", lambda device, needs: None)
@@ -505,7 +510,7 @@ def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeyp
 
 
 def test_what_is_needed_is_checked_once_per_process_and_anything_else_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = "cpinfer.backends.flashinfer_backend"
+    module = "cpinfer.attention.backends.flashinfer.backend"
     checks: list[AttentionNeeds] = []
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
     monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from cpinfer.layout.free_runs import FreeRuns
+from cpinfer.kv_cache.free_runs import FreeRuns
 from line_count import lines_run
 
 

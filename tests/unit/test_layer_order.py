@@ -5,8 +5,8 @@ import types
 import pytest
 import torch
 
+from cpinfer.attention.layer import AttentionLayer
 from cpinfer.errors import EngineFaultError
-from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.layer_order import EveryLayerOnce
 
 WINDOWS = (None, 8, None)

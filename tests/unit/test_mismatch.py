@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from cpinfer.engine.mismatch import Mismatch
+from cpinfer.colocate.mismatch import Mismatch
 
 NAN = math.nan
 

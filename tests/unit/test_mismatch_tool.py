@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from cpinfer.colocate.mismatch import Compared, Mismatch
+from cpinfer.colocate.training_logprobs import training_logprobs
 from cpinfer.config import SamplingParams
-from cpinfer.engine.mismatch import Compared, Mismatch
 from cpinfer.engine.request import Prompt
 from cpinfer.models.loading import load_model, load_spec
-from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_tools import rollout
 from cpinfer_tools.verify import mismatch
 from cpinfer_tools.verify.comparison.generated import generate_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cpinfer.backends.page_table import PageTable, page_table
+from cpinfer.attention.backends.flashinfer.page_table import PageTable, page_table
 from cpinfer.layout.rows import AttentionRows
 
 TABLES = [[7, 8, 9, 2, 3], [], [4], [0, 1]]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from cpinfer.cache.paged_kv_cache import PagedKVCache, zeroed
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache, zeroed
 from cpinfer.layout.capacity import KVLayout
 
 LAYERS, BLOCKS, BLOCK_SIZE = 2, 3, 4

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from cpinfer.colocate.phase import Lent, rollout_phase
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
-from cpinfer.engine.phase import Lent, rollout_phase
 from cpinfer.models.hooks import hooks_asleep
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model

@@ -4,8 +4,8 @@ from itertools import count
 
 import pytest
 
-from cpinfer.layout.pool import BlockPool
-from cpinfer.layout.prefix_cache import PrefixCache
+from cpinfer.kv_cache.block_pool import BlockPool
+from cpinfer.kv_cache.prefix_cache import PrefixCache
 from cpinfer.layout.shards import KVSharding
 from line_count import lines_run
 

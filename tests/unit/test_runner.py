@@ -5,9 +5,9 @@ import types
 import pytest
 import torch
 
+from cpinfer.attention.layer import AttentionLayer
 from cpinfer.engine.attach import model_spec
 from cpinfer.errors import UserError
-from cpinfer.models.attention_layer import AttentionLayer
 from cpinfer.models.runner import RankStep, attached, attend_by_step
 from tiny_models import FAMILIES, make_model
 

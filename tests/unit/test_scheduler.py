@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
 from cpinfer.engine.scheduler import Scheduler
+from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
 from line_count import lines_run
 

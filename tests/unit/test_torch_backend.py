@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from cpinfer.backends.base import AttentionNeeds, make_backend
-from cpinfer.backends.torch_backend import MIN_RUN_TOKENS, TorchBackend
+from cpinfer.attention.backends.base import AttentionNeeds, make_backend
+from cpinfer.attention.backends.torch_backend import MIN_RUN_TOKENS, TorchBackend
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops import attention
@@ -393,7 +393,7 @@ def test_rows_of_like_lengths_share_a_call_and_few_rows_do_not(monkeypatch):
     shapes = []
     kernel = attention.flash_single_queries_cpu
     monkeypatch.setattr(
-        "cpinfer.backends.torch_backend.flash_single_queries_cpu",
+        "cpinfer.attention.backends.torch_backend.flash_single_queries_cpu",
         lambda q, k, v, n, **options: shapes.append(tuple(k.shape[:2])) or kernel(q, k, v, n, **options),
     )
     keys, values = make_store(4 * 4096, torch.float32)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import cpinfer
+from cpinfer.colocate.mismatch import Mismatch
+from cpinfer.colocate.training_logprobs import num_batches_of, only_measured, training_logprobs
 from cpinfer.config import SamplingParams, parse_config
-from cpinfer.engine.mismatch import Mismatch
-from cpinfer.models.training_logprobs import num_batches_of, only_measured, training_logprobs
 from tiny_models import FAMILIES, make_model
 
 PAD = 0

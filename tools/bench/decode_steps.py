@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 import cpinfer
-from cpinfer.backends.torch_backend import TorchBackend
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import Prompt, SampledToken, Sequence
 from cpinfer.engine.scheduler import Step
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.shards import KVSharding
 
 

@@ -34,16 +34,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cpinfer
-from cpinfer.backends.torch_backend import TorchBackend
+from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.comm.axis import SoloComm
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import agree_on_tokens
-from cpinfer.engine.kv_home import KVHome
 from cpinfer.engine.request import Prompt, SampledToken
 from cpinfer.engine.request import Sequence as Sample
 from cpinfer.engine.sampling import sample_tokens
 from cpinfer.engine.scheduler import Scheduler, Step
 from cpinfer.engine.stopping import Stopping
+from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import DecodePlan, plan_decode
 from cpinfer.layout.shards import KVSharding
 from cpinfer_tools.measuring.harness import RESULTS, ROOT, Card, say, table

@@ -14,12 +14,16 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend
-from cpinfer.backends.torch_backend import TorchBackend
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.base import AttentionBackend
+from cpinfer.attention.backends.torch_backend import TorchBackend
+from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
+from cpinfer.attention.exchange import StateExchange, StateReturn
+from cpinfer.attention.layer import AttentionLayer
+from cpinfer.attention.steps import DecodeStep, PrefillStep
 from cpinfer.comm.axis import CountingComm, Traffic
 from cpinfer.comm.threads import run_ranks
 from cpinfer.comm.topology import Topology
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import (
     Context,
@@ -36,10 +40,6 @@ from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, deal_prompts, plan_prefill, split_prompts
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_layer import AttentionLayer
-from cpinfer.models.attention_steps import DecodeStep, PrefillStep
-from cpinfer.models.context_attention import ContextAttention, KVContext, QueryContext, WindowContext
-from cpinfer.models.state_exchange import StateExchange, StateReturn
 from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.states import State, merge_states
 

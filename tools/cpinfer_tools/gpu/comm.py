@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cpinfer.attention.exchange import StateExchange
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.state_exchange import StateExchange
 from cpinfer.ops.states import merge_states
 from cpinfer_tools.gpu.stage import Figure, Found, Setting, median_s
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, AttentionNeeds
-from cpinfer.backends.cascade import plan_sharing
-from cpinfer.backends.flashinfer_backend import FlashInferBackend, flashinfer_error
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, flashinfer_error
+from cpinfer.attention.cascade import plan_sharing
 from cpinfer.layout.advice import legal_layouts
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, AttentionNeeds
-from cpinfer.backends.cascade import plan_sharing
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.cascade import plan_sharing
+from cpinfer.attention.layer import AttentionLayer
+from cpinfer.attention.steps import PrefillStep
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.grid import RankGrid
@@ -25,8 +27,6 @@ from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import plan_prefill, split_prompts
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_layer import AttentionLayer
-from cpinfer.models.attention_steps import PrefillStep
 from cpinfer.ops.states import merge_packed, pack_by_place
 from cpinfer_tools.gpu.stage import Figure, Found, Setting, copy_bytes_per_s, flops_per_s, host_s, median_s
 

@@ -19,9 +19,9 @@ from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
+from cpinfer.colocate.mismatch import Mismatch
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import Config
-from cpinfer.engine.mismatch import Mismatch
 from cpinfer.models.loading import fresh_model, load_model
 from cpinfer_integrations.trl import PhaseRecord, make_rollout_func
 from cpinfer_tools.grpo.rewards import Reward

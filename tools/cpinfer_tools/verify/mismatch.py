@@ -46,15 +46,15 @@ from typing import Any
 import torch
 import transformers
 
+from cpinfer.colocate.mismatch import Compared
+from cpinfer.colocate.training_logprobs import training_logprobs
 from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
 from cpinfer.config import Config, config_to_dict, load_config
-from cpinfer.engine.mismatch import Compared
 from cpinfer.engine.prompts import InputLine, check_prompt, naming, read_input
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
-from cpinfer.models.training_logprobs import training_logprobs
 from cpinfer_integrations.launching import grid_for, launch_inference
 from cpinfer_tools.job import (
     EXIT_BAD_INPUT,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cpinfer.engine.mismatch import Compared, Mismatch
+from cpinfer.colocate.mismatch import Compared, Mismatch
 from cpinfer.errors import UserError
 from cpinfer_tools.verify.comparison.tables import markdown
 

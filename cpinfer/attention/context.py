@@ -10,13 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, PlannedAttention
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
+from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.layer import AttentionLayer
 from cpinfer.comm.axis import AxisComm
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.context import KVExchange, QueryExchange, WindowExchange
 from cpinfer.layout.heads import GroupHeads
-from cpinfer.models.attention_layer import AttentionLayer
-from cpinfer.models.state_exchange import StateExchange
 from cpinfer.ops.row_copies import copy_rows
 from cpinfer.ops.states import State, merge_states
 

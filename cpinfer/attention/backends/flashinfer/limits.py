@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cpinfer.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.layout.rows import Int32Array
 
 # What FlashInfer recommends.

@@ -60,7 +60,7 @@ class StateExchange:
         R, H, D = q.shape
         packed = [q, *new_kv]
         gathered = self._comm.all_gather(torch.cat([x.flatten(1) for x in packed], dim=-1))
-        q_part, *kv_parts = gathered.split([x[0].numel() for x in packed], dim=-1)
+        q_part, *kv_parts = torch.split(gathered, [x[0].numel() for x in packed], dim=-1)
         stored = [self._stored_heads(part, x) for part, x in zip(kv_parts, new_kv, strict=True)]
         return self._rows_by_heads(q_part, R, H, D), stored
 

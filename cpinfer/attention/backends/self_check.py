@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.errors import BackendFaultError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows

@@ -3,18 +3,18 @@
 import pytest
 import torch
 
-from cpinfer.backends.torch_backend import TorchBackend
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.torch_backend import TorchBackend
+from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
 from cpinfer.comm.threads import run_ranks
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.decode import plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import plan_prefill, split_prompts
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
-from cpinfer.models.attention_steps import DecodeStep, IdleStep, PrefillStep
-from cpinfer.models.state_exchange import StateExchange
 from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.float8 import rounded_through
 from cpinfer.ops.states import count_sinks, merge_states

@@ -15,16 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, PlannedAttention
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
+from cpinfer.attention.context import ContextAttention, WindowContext, room_for_all, run_stored_heads
+from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.layer import AttentionLayer
 from cpinfer.comm.axis import AxisComm
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.decode import DecodePlan
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.prefill import PrefillPlan
 from cpinfer.layout.rows import AttentionRows
-from cpinfer.models.attention_layer import AttentionLayer
-from cpinfer.models.context_attention import ContextAttention, WindowContext, room_for_all, run_stored_heads
-from cpinfer.models.state_exchange import StateExchange
 from cpinfer.ops.row_copies import copy_rows
 from cpinfer.ops.states import State, count_sinks, merge_states
 

@@ -19,7 +19,7 @@ from heapq import heapify, heappop, heappush
 
 import numpy as np
 
-from cpinfer.layout.pool import BlockPool
+from cpinfer.kv_cache.block_pool import BlockPool
 from cpinfer.layout.shards import KVSharding
 
 Key = bytes

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from cpinfer.layout.pool import BlockPool
-from cpinfer.layout.prefix_cache import PrefixCache
+from cpinfer.kv_cache.block_pool import BlockPool
+from cpinfer.kv_cache.prefix_cache import PrefixCache
 from cpinfer.layout.shards import KVSharding
 
 

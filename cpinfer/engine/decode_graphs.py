@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, FixedSize, FixedSizeBackend, ReplannedAttention
-from cpinfer.cache.paged_kv_cache import PagedKVCache
+from cpinfer.attention.backends.base import AttentionBackend, FixedSize, FixedSizeBackend, ReplannedAttention
+from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.steps import DecodeStep, RowsByWindow
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.decode import DecodePlan, writing_all
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
-from cpinfer.models.attention_steps import DecodeStep, RowsByWindow
 from cpinfer.models.runner import ModelRunner
-from cpinfer.models.state_exchange import StateExchange
 
 # What captures: given a function that launches work, and gives None, one that launches it again.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]

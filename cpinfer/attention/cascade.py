@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionBackend, PlannedAttention
+from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shared_prefix import share_prefix
 from cpinfer.ops.states import State, merge_states

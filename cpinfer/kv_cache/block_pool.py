@@ -17,7 +17,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from cpinfer.layout.free_runs import FreeRuns
+from cpinfer.kv_cache.free_runs import FreeRuns
 
 
 class BlockPool:

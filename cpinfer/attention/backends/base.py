@@ -96,7 +96,7 @@ class AttentionNeeds:
 
 def check_choice(name: str, device: torch.device, needs: AttentionNeeds) -> None:
     """UserError when the backend asked for by name cannot run `needs` on `device`; `auto` can always."""
-    from cpinfer.backends.flashinfer_backend import flashinfer_error
+    from cpinfer.attention.backends.flashinfer.backend import flashinfer_error
 
     if name not in ("auto", "torch", "flashinfer"):
         raise UserError(f'backend "{name}" is unknown; "auto", "torch" or "flashinfer" was wanted.')
@@ -115,8 +115,8 @@ def make_backend(name: str, device: torch.device, needs: AttentionNeeds) -> Atte
     Errors as `check_choice` has them; BackendFaultError when FlashInfer is there and wrong. When `auto` has to pass
     over it on CUDA, it says why.
     """
-    from cpinfer.backends.flashinfer_backend import FlashInferBackend, check_flashinfer, flashinfer_error
-    from cpinfer.backends.torch_backend import TorchBackend
+    from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, check_flashinfer, flashinfer_error
+    from cpinfer.attention.backends.torch_backend import TorchBackend
 
     check_choice(name, device, needs)
     if name == "torch" or device.type != "cuda":

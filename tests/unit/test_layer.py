@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cpinfer.models.attention_layer import AttentionLayer, LatentSpace
+from cpinfer.attention.layer import AttentionLayer, LatentSpace
 from cpinfer.ops.attention import dense_attention
 
 T, S, H, C, R, N, V = 4, 9, 6, 10, 4, 8, 5

@@ -41,10 +41,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import AttentionNeeds, FixedSize
-from cpinfer.backends.flashinfer_limits import has_latent_room, replayed_workspace_bytes, workspace_bytes
-from cpinfer.backends.page_table import PageTable, page_table
-from cpinfer.backends.self_check import check_backend
+from cpinfer.attention.backends.base import AttentionNeeds, FixedSize
+from cpinfer.attention.backends.flashinfer.limits import has_latent_room, replayed_workspace_bytes, workspace_bytes
+from cpinfer.attention.backends.flashinfer.page_table import PageTable, page_table
+from cpinfer.attention.backends.self_check import check_backend
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows, Int32Array
 from cpinfer.ops.states import State

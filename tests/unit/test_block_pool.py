@@ -1,6 +1,6 @@
 import pytest
 
-from cpinfer.layout.pool import BlockPool
+from cpinfer.kv_cache.block_pool import BlockPool
 from line_count import lines_run
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from cpinfer.attention.exchange import StateExchange
 from cpinfer.comm.axis import CountingComm, SoloComm
 from cpinfer.comm.threads import run_ranks
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.state_exchange import StateExchange
 from cpinfer.ops.states import merge_states
 
 R, H, K, D = 3, 2, 1, 4

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cpinfer.backends.base import PlannedAttention
+from cpinfer.attention.backends.base import PlannedAttention
 from cpinfer.ops.states import State
 
 
@@ -30,7 +30,7 @@ class LatentSpace:
 
     def absorb(self, q: Tensor) -> Tensor:
         """`[T, H, C + R]` queries of latents, from q `[T, H, N + R]`."""
-        plain, rotated = q.split([self.w_k.shape[1], q.shape[-1] - self.w_k.shape[1]], dim=-1)
+        plain, rotated = torch.split(q, [self.w_k.shape[1], q.shape[-1] - self.w_k.shape[1]], dim=-1)
         return torch.cat([torch.einsum("thn,hnc->thc", plain, self.w_k), rotated], dim=-1)
 
     def project(self, out: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The subject: attention over sharded KV. `layer`: one layer; `steps`, `context`: a step; `exchange`: over ranks."""

@@ -1,0 +1,1 @@
+"""FlashInfer's kernels as a backend; its words (page, indptr) stay in here."""
