@@ -182,7 +182,7 @@ def _failed(name: str, evaluation: Evaluation, returncode: int | None, job: Job)
     how = f"did not end within {job.args.timeout_s:g} s" if returncode is None else f"ended with exit code {returncode}"
     print(f"compare: {name} {how}; the end of {evaluation.log}:", file=sys.stderr)
     print(last_lines(evaluation.log), file=sys.stderr)
-    print(f"compare: mend it, then --output {job.output} --reuse keeps what is complete.", file=sys.stderr, flush=True)
+    print(f"compare: fix it, then --output {job.output} --reuse keeps what is complete.", file=sys.stderr, flush=True)
     # What an evaluation says of its tasks before it loads a model is bad input to us as well.
     return EXIT_BAD_INPUT if returncode == EXIT_BAD_INPUT else EXIT_FAILURE
 
