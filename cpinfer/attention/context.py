@@ -1,4 +1,6 @@
-"""Attention to what earlier steps cached of the prompts of a prefill step.
+"""Attention to what earlier steps cached of the prompts of a prefill step: chunks, cached prefixes, further turns.
+
+No ring attention: what a ring would pass on in steps, queries or KV, is gathered at once.
 
 Letters: T new tokens of this rank, H query heads and K KV heads of this rank, W values of a cached row.
 """

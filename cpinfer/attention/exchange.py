@@ -1,5 +1,7 @@
 """How partial attention over KV shards becomes whole: rows to every shard, states back to the rows' owners.
 
+Rows go by all-gather; states come back by one all-to-all, or by all-gather and reduce-scatter, as in vLLM.
+
 The places of the axis run pcp fastest: a gathered `[S, ...]` is `[C, pcp, ...]`, with C tp columns. Query heads of the
 columns stand side by side, in order. Their KV heads are copies of one, of which any column's will do, or differ (mixed
 groups): then `kv_columns` says whose make up the heads that every rank of the group stores.

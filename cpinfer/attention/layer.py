@@ -54,8 +54,8 @@ class LatentSpace:
 class AttentionLayer:
     """One layer: its place in the cache, and how it turns logits into weights.
 
-    `window`: a query sees so many of the last tokens, its own included; None all. `sinks [H]`: logit of a key without
-    value. `latent` says that q has heads, but k and v are one latent head for all of them.
+    `window`: a query sees so many of the last tokens, its own included; None all. `sinks [H]`: attention sinks, the
+    logit of a key without value. `latent` says that q has heads, but k and v are one latent head for all of them.
     """
 
     index: int

@@ -3,7 +3,8 @@
     d = training logprob - rollout logprob, one for each sampled token
 
 Both at the same temperature and of the same distribution; then every d is rounding, and an importance ratio exp(d) is 1
-up to it. What is more than rounding makes on-policy training silently off-policy.
+up to it. What is more than rounding makes on-policy training silently off-policy; truncated importance sampling (TIS)
+corrects for that, here it is measured.
 """
 
 from __future__ import annotations

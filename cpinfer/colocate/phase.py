@@ -1,4 +1,6 @@
-"""A rollout phase: the time in which a trainer lends its model, and gets it back bit for bit.
+"""A phase of colocated rollouts: the time in which a trainer lends its model, and gets it back bit for bit.
+
+A hybrid engine without a second copy of the weights, and so without weights to synchronise:
 
     trainer --lends--> Lent(module, topology, weights) --rollout_phase--> Engine --generate--> results
             <---------------------- everything as it was ----------------------  (and a PhaseReport, who wants it)

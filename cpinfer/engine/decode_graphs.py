@@ -7,10 +7,10 @@ was launched on, so everything that differs between steps lies where it lay, and
     model forward, collectives included                       <- captured once, replayed
     logits [R, vocab]                                         -> one buffer for all graphs
 
-Steps are padded to a few sizes (`bucket_of`), which all ranks of a home know alike. Padding rows have no keys, and what
-they write goes to a slot that nobody reads. Nothing that the others notice depends on whether capturing succeeds: not
-how much is padded, nor how often a step runs before it is captured. So a rank whose capture failed still meets the
-others in every collective: it runs the same steps, launch by launch.
+Steps are padded to a few CUDA-graph batch sizes (`bucket_of`), which all ranks of a home know alike.
+Padding rows have no keys, and what they write goes to a slot that nobody reads. Nothing that the others notice depends
+on whether capturing succeeds: not how much is padded, nor how often a step runs before it is captured. So a rank whose
+capture failed still meets the others in every collective: it runs the same steps, launch by launch.
 
 Graphs read weights where they were. When those have moved, or are others, all ranks forget their graphs together.
 """

@@ -1,4 +1,6 @@
-"""Who runs in the next step. Pure Python and replicated: every rank holds one and all decide alike.
+"""Who runs in the next step: continuous batching, with chunked prefill and preemption by recompute.
+
+Pure Python and replicated: every rank holds one and all decide alike.
 
 For that to hold, nothing that differs between ranks may enter a decision: no clock, no local memory reading, no set
 order, no randomised hash.
@@ -29,8 +31,9 @@ MAX_SCORED_PLACES = 1024
 class Prefill:
     """Tokens being computed for all `samples` that continue them: n samples of a prompt, or one that was preempted.
 
-    In each home with samples one of them is the leader, which owns the blocks until the others fork off. `num_done`
-    tokens have KV in the home of every leader. A given answer is computed with its prompt, by a single sample.
+    In each home with samples one of them is the leader, which owns the blocks until the others fork off.
+    `num_done` tokens have KV in the home of every leader. A given answer is computed with its prompt, by a single
+    sample.
     """
 
     token_ids: tuple[int, ...]
@@ -129,9 +132,10 @@ class Scheduler:
     """Continuous batching over the homes' KV blocks, first come first served.
 
     Prompts go before decode steps, so that a batch fills up before it advances. When a running sequence needs a block
-    and its home has none, the youngest there is put back in front of the queue and computed again later. `copies` are
-    blocks to copy, per home, before the next step: what a forked sample may not share with its leader. `window`: how
-    many of the last tokens any layer sees, None for all; blocks without such a token are given back as it moves on.
+    and its home has none, the youngest there is put back in front of the queue and computed again later.
+    `copies` are copied, per home, before the next step: what a forked sample may not share with its leader.
+    `window`: how many of the last tokens any layer sees, None for all; blocks without such a token are given back as
+    it moves on.
     """
 
     homes: ListLike[KVHome]

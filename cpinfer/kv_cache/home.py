@@ -1,4 +1,4 @@
-"""The KV blocks of one home: its pool, and the prefixes it remembers."""
+"""The KV blocks of one home, a KV replica group: its pool, and the prefixes it remembers."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class RankGrid:
 
     @property
     def num_homes(self) -> int:
-        """Sets of pcp ranks that each hold whole sequences; above 1 only when `dcp_size < pcp_size`."""
+        """KV replica groups: sets of pcp ranks that each hold whole sequences; above 1 only when dcp < pcp."""
         return max(1, self.pcp_size // self.dcp_size)
 
     @property

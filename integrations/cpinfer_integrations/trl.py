@@ -79,10 +79,16 @@ class PhaseRecord:
 def make_rollout_func(config: Config) -> RolloutFunc:
     """What to give a `GRPOTrainer` as `rollout_func`: generation by cpinfer, in the layout of `config`.
 
-    The layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase; `config.rollout` says how dealt
-    out weights are gathered. Temperature, top_k, top_p, min_p, repetition_penalty and the answer's length are the
-    trainer's; everything else of `config.sampling` holds as it stands. Samples are a function of the trainer's seed and
-    `config.sampling.seed`, of training or evaluation, of the optimiser step, and of the phase's number within it.
+    Colocated rollouts: the layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase.
+    Temperature, top_k, top_p, min_p, repetition_penalty and the answer's length are the trainer's; everything else of
+    `config.sampling` holds as it stands. Samples are a function of the trainer's seed and `config.sampling.seed`, of
+    training or evaluation, of the optimiser step, and of the phase's number within it.
+
+    Args:
+        config: the layout, the sampling, and under `rollout` how weights are gathered that the trainer has sharded.
+
+    Returns:
+        The callable, which keeps a `PhaseRecord` of every phase in `records`.
     """
     return RolloutFunc(config)
 
