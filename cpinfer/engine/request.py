@@ -16,7 +16,13 @@ DROPPED = -1
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as token ids, at least one. `id` names it in results and in its randomness; `index` is its place."""
+    """One prompt as token ids.
+
+    Attributes:
+        index: its place among the prompts of a call, from 0.
+        id: names it in results and in its randomness; no two of a call are alike.
+        token_ids: its tokens, at least one.
+    """
 
     index: int
     id: str
@@ -114,7 +120,9 @@ class Sequence:
 class ScoreResult:
     """How likely the model finds a given continuation, in its raw distribution (temperature 1, nothing processed).
 
-    `logprobs`, one per token of the continuation; `is_greedy`, whether greedy decoding would have written all of it.
+    Attributes:
+        logprobs: one per token of the continuation, natural log.
+        is_greedy: whether greedy decoding would have written all of it.
     """
 
     logprobs: tuple[float, ...]
@@ -130,11 +138,21 @@ class ScoreResult:
 class RolloutResult:
     """One finished sample; its fields are the keys of an output line.
 
-    `token_ids` includes the stop token that ended it. `logprobs` are the raw distribution's (temperature 1, nothing
-    processed), `processed_logprobs` those of the distribution that was sampled from: 0 under greedy decoding, which
-    leaves one token. `ttft_s` counts from submission; `tpot_s` is null for a single token. `text` is null without a
-    tokenizer. `weights_version` counts the weight changes that the engine was told of. `top_logprobs`, for each token
-    the likeliest tokens and their raw logprobs, is None (and no key of an output line) unless it was asked for.
+    Attributes:
+        id: the prompt's.
+        prompt_index: the prompt's place in the call, from 0.
+        sample_index: which of the prompt's samples this is, from 0.
+        prompt_token_ids: the prompt's tokens.
+        token_ids: the answer's, with the stop token that ended it.
+        text: the answer up to its first stop string; None without a tokenizer.
+        logprobs: one per token of the answer, natural log, in the raw distribution (temperature 1, nothing processed).
+        processed_logprobs: the same in the distribution that was sampled from; 0 under greedy decoding.
+        finish_reason: "stop" or "length".
+        ttft_s: seconds from submission to the first token.
+        tpot_s: seconds per later token; None for a single token.
+        weights_version: weight changes that the engine had been told of.
+        top_logprobs: for each token the likeliest ones with their raw logprobs; None (and no key of an output line)
+            unless asked for.
     """
 
     id: str
