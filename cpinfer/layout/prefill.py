@@ -191,7 +191,7 @@ def deal_prompts(
 def split_prompts(
     prompt_lens: Sequence[int], pcp_size: int, *, page_size: int = 1, dealt: Sequence[int | None] | None = None
 ) -> PrefillSplit:
-    """The zigzag split of prompts, each of at least one token. `dealt` is of `deal_prompts`; None splits every one."""
+    """The zigzag split of prompts of at least one token each. `dealt` is of `deal_prompts`, None splits all."""
     if min(prompt_lens, default=0) < 1:
         raise ValueError("a prefill step needs at least one prompt, and every prompt at least one token")
     offsets = [0] * pcp_size
