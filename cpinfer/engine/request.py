@@ -1,4 +1,4 @@
-"""A request, its running sequence, and its result."""
+"""A request: one sample of one prompt while it runs, and its result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cpinfer.config import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
-# Stands in a block table for a block that its sequence gave back.
+# Stands in a block table for a block that its request gave back.
 DROPPED = -1
 
 
@@ -45,7 +45,7 @@ class TokenScore:
 
 
 @dataclass(eq=False)
-class Sequence:
+class Request:
     """One sample of one prompt while it runs: what the scheduler knows of it.
 
     With `targets` its answer is given, and it is scored instead of sampled: `scores` are those of the targets.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence as ListLike
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -21,7 +21,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
 from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
 from cpinfer.engine.decode_graphs import DecodeGraphs, why_no_graphs
-from cpinfer.engine.request import SampledToken, Sequence, TokenScore
+from cpinfer.engine.request import Request, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.scheduler import Chunk, Step
 from cpinfer.engine.stopping import Stopping
@@ -55,7 +55,7 @@ class StepOutput:
     """The tokens of `step.samples`, and the scores of its chunks' `scored_places`, one after another."""
 
     sampled: list[SampledToken]
-    scores: ListLike[TokenScore] = ()
+    scores: Sequence[TokenScore] = ()
 
 
 # Who computed a token: its pcp rank, and the row of that rank's record.
@@ -147,11 +147,11 @@ class StepRunner:
             return self._prefill(step.chunks, step.samples, leaves)
         return StepOutput(self._decode(step.running, leaves))
 
-    def copy_blocks(self, pairs: ListLike[tuple[int, int]]) -> None:
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks of this rank's home, (from, to)."""
         self._cache.copy_blocks(pairs)
 
-    def _prefill(self, chunks: ListLike[Chunk], samples: ListLike[Sequence], leaves: bool) -> StepOutput:
+    def _prefill(self, chunks: Sequence[Chunk], samples: Sequence[Request], leaves: bool) -> StepOutput:
         pcp_size, pcp_rank = self._topology.grid.pcp_size, self._topology.coords.pcp_rank
         starts = [chunk.start for chunk in chunks]
         lens = [chunk.end - chunk.start for chunk in chunks]
@@ -187,21 +187,21 @@ class StepRunner:
             self._score(logits[len(mine) :], chunks, scored, leaves),
         )
 
-    def _score(self, logits: Tensor, chunks: ListLike[Chunk], scored: ScoredRows, leaves: bool) -> list[TokenScore]:
+    def _score(self, logits: Tensor, chunks: Sequence[Chunk], scored: ScoredRows, leaves: bool) -> list[TokenScore]:
         """The scores of all `scored_places`, from this rank's rows of them."""
-        own: ListLike[TokenScore | None] = []
+        own: Sequence[TokenScore | None] = []
         if not bool(torch.isfinite(logits).all()):
             own = [None] * len(logits)
         elif self._topology.coords.tp_rank == 0:
             targets = []
             for i, place in scored.own:
-                sequence = chunks[i].prefill.samples[0]
-                targets.append(sequence.targets[place - chunks[i].prefill.first_scored])
+                request = chunks[i].prefill.samples[0]
+                targets.append(request.targets[place - chunks[i].prefill.first_scored])
             own = score_tokens(logits, targets)
         topology, device = self._topology, self._runner.device
         return agree_on_scores(topology.replica, topology.grid.tp_size, scored.places, own, device, leaves=leaves)
 
-    def _prefill_attention(self, plan: PrefillPlan, chunks: ListLike[Chunk]) -> PrefillStep:
+    def _prefill_attention(self, plan: PrefillPlan, chunks: Sequence[Chunk]) -> PrefillStep:
         """The attention of a prefill step, with what earlier steps cached of its prompts."""
         rows: dict[int | None, AttentionRows] = {None: plan.rows} if self._has_full_layers else {}
         context, window_contexts = None, {}
@@ -241,7 +241,7 @@ class StepRunner:
         kv_plan = plan_kv_exchange(step, index, workspace_tokens)
         return KVContext(kv_plan, self._backend, self._cache, self._context_comm, self._heads)
 
-    def _decode(self, running: ListLike[Sequence], leaves: bool) -> list[SampledToken]:
+    def _decode(self, running: Sequence[Request], leaves: bool) -> list[SampledToken]:
         grid = self._topology.grid
         by_home = [[s for s in running if s.home == home] for home in range(grid.num_homes)]
         here = by_home[self._home]
@@ -276,14 +276,14 @@ class StepRunner:
             logits = self._forward(tokens + padding, plan.positions, attention, range(len(mine)))
         return self._sample(logits, mine, running, [places[id(s)] for s in running], leaves)
 
-    def _decode_places(self, by_home: ListLike[ListLike[Sequence]]) -> dict[int, TokenPlace]:
-        """Who computes each running sequence, by `id`."""
+    def _decode_places(self, by_home: Sequence[Sequence[Request]]) -> dict[int, TokenPlace]:
+        """Who computes each running request, by `id`."""
         places = {}
-        for home, sequences in enumerate(by_home):
-            rows_per_rank = self._rows_per_rank(len(sequences))
-            for i, sequence in enumerate(sequences):  # neighbours on each rank, as `deal_rows` has them
+        for home, requests in enumerate(by_home):
+            rows_per_rank = self._rows_per_rank(len(requests))
+            for i, request in enumerate(requests):  # neighbours on each rank, as `deal_rows` has them
                 pcp_rank, record = divmod(i, rows_per_rank)
-                places[id(sequence)] = (home * self._topology.grid.row_ranks + pcp_rank, record)
+                places[id(request)] = (home * self._topology.grid.row_ranks + pcp_rank, record)
         return places
 
     def _rows_per_rank(self, num_rows: int) -> int:
@@ -293,10 +293,10 @@ class StepRunner:
 
     def _forward(
         self,
-        token_ids: ListLike[int],
-        positions: IntArray | ListLike[int],
+        token_ids: Sequence[int],
+        positions: IntArray | Sequence[int],
         attention: AttentionStep,
-        keep: IntArray | ListLike[int],
+        keep: IntArray | Sequence[int],
     ) -> Tensor:
         """`[len(keep), vocab]` logits. Models crash on zero rows, so where there is none a dummy is computed."""
         has_tokens, has_keep = len(token_ids) > 0, len(keep) > 0
@@ -311,17 +311,17 @@ class StepRunner:
     def _sample(
         self,
         logits: Tensor,
-        sequences: list[Sequence],
-        samples: ListLike[Sequence],
-        places: ListLike[TokenPlace],
+        requests: list[Request],
+        samples: Sequence[Request],
+        places: Sequence[TokenPlace],
         leaves: bool,
     ) -> list[SampledToken]:
-        """Sample this rank's rows, `sequences`, where it is their authority; learn the tokens of all `samples`."""
-        own: ListLike[SampledToken | None] = []
+        """Sample this rank's rows, `requests`, where it is their authority; learn the tokens of all `samples`."""
+        own: Sequence[SampledToken | None] = []
         if not bool(torch.isfinite(logits).all()):
-            own = [None] * len(sequences)
+            own = [None] * len(requests)
         elif self._topology.coords.tp_rank == 0:
-            own = sample_tokens(logits, sequences, self._stopping)
+            own = sample_tokens(logits, requests, self._stopping)
         topology, device = self._topology, self._runner.device
         num_top = max((s.params.top_logprobs for s in samples), default=0)
         return agree_on_tokens(topology.replica, topology.grid.tp_size, places, own, device, num_top, leaves=leaves)
