@@ -34,7 +34,8 @@ from cpinfer.engine.prompts import (
     naming,
 )
 from cpinfer.engine.request import Prompt, Request, RolloutResult, ScoreResult
-from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
+from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
+from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError

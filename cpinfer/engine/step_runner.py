@@ -23,7 +23,7 @@ from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
 from cpinfer.engine.decode_graphs import DecodeGraphs, why_no_graphs
 from cpinfer.engine.request import Request, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
-from cpinfer.engine.scheduler import Chunk, Step
+from cpinfer.engine.step import Chunk, Step
 from cpinfer.engine.stopping import Stopping
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.context import (

@@ -11,7 +11,7 @@ import cpinfer
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.request import Prompt, Request, SampledToken
-from cpinfer.engine.scheduler import Step
+from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache

@@ -40,7 +40,8 @@ from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import agree_on_tokens
 from cpinfer.engine.request import Prompt, Request, SampledToken
 from cpinfer.engine.sampling import sample_tokens
-from cpinfer.engine.scheduler import Scheduler, Step
+from cpinfer.engine.scheduler import Scheduler
+from cpinfer.engine.step import Step
 from cpinfer.engine.stopping import Stopping
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import DecodePlan, plan_decode
