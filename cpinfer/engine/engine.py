@@ -33,7 +33,7 @@ from cpinfer.engine.prompts import (
     longest_prompt,
     naming,
 )
-from cpinfer.engine.request import Prompt, Request, RolloutResult, ScoreResult
+from cpinfer.engine.request import Prompt, Request, RolloutResult, SampledRequest, ScoredRequest, ScoreResult
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
@@ -221,8 +221,8 @@ class Engine:
         requests = self._together(lambda: self._to_score_together(pairs))
         # The first of those that share a prompt goes ahead, so that the others find it.
         seen: set[tuple[int, ...]] = set()
-        first: list[Request] = []
-        later: list[Request] = []
+        first: list[ScoredRequest] = []
+        later: list[ScoredRequest] = []
         for request in requests:
             (later if request.prompt.token_ids in seen else first).append(request)
             seen.add(request.prompt.token_ids)
@@ -235,10 +235,7 @@ class Engine:
                 pass
             stats.append(scheduler.stats)
         self.stats = sum_stats(stats)
-        return [
-            ScoreResult(tuple(s.logprob for s in request.scores), all(s.is_greedy for s in request.scores))
-            for request in requests
-        ]
+        return [request.result() for request in requests]
 
     def _forget_prefixes(self) -> None:
         # Nothing else is in the homes between calls. They go all at once, so an interrupt finds them there or gone.
@@ -316,32 +313,32 @@ class Engine:
         call = {"call": "generate_pooled", "sampling": params, "name": name, "num_copies": num_copies}
         return Prepared(packed, lambda: {**call, **self._state()}, number=len(packed))
 
-    def _to_score_together(self, pairs: Iterable[tuple[PromptLike, Sequence[int]]]) -> Prepared[list[Request]]:
+    def _to_score_together(self, pairs: Iterable[tuple[PromptLike, Sequence[int]]]) -> Prepared[list[ScoredRequest]]:
         self._check_ready()
         requests = []
         for index, pair in enumerate(as_pairs(pairs)):
             with naming("pair", index):
                 requests.append(self._to_score(index, *pair))
-        tokens = [(s.prompt.token_ids, s.targets) for s in requests]
+        tokens = [(r.prompt.token_ids, r.targets) for r in requests]
         return Prepared(requests, lambda: {"call": "score", **self._state(), "pairs": tokens})
 
-    def _to_score(self, index: int, given: PromptLike, continuation: Sequence[int]) -> Request:
+    def _to_score(self, index: int, given: PromptLike, continuation: Sequence[int]) -> ScoredRequest:
         prompt = as_prompt(given, index, self._tokenizer)
         targets = tuple(continuation)
         if not targets:
             raise UserError("the continuation is empty; at least one token was wanted.")
-        params = SamplingParams(max_new_tokens=len(targets))
         check_tokens(prompt.token_ids, self._runner.spec)
         check_tokens(targets, self._runner.spec)
         check_scored_length(len(prompt.token_ids), len(targets), self._runner.spec, self._pool_size)
-        return Request(prompt, 0, params, len(targets), targets=targets)
+        return ScoredRequest(prompt, targets)
 
     def _results(self, scheduler: Scheduler) -> Generator[RolloutResult, None, None]:
         self._open = finished = self._run(scheduler)
         version = self.weights_version
         try:
             for request in finished:
-                yield self._result(request, version)
+                assert isinstance(request, SampledRequest), "nothing else is in the scheduler of a stream"
+                yield request.result(self._stopping.text(request), version)
         finally:
             finished.close()
             if self._open is finished:
@@ -386,8 +383,8 @@ class Engine:
         for request in step.samples:
             if request.sampled:  # one that was put back has no token yet
                 request.first_token_s = request.first_token_s or now
-        for request in finished:
-            request.finished_s = now
+        for ended in finished:
+            ended.finished_s = now
         return finished
 
     def _leave(self, scheduler: Scheduler) -> None:
@@ -422,7 +419,7 @@ class Engine:
             room = self._runner.spec.max_positions - len(prompt.token_ids)
             for sample_index in range(params.n):
                 if (prompt.index, sample_index) not in skip:
-                    scheduler.add(Request(prompt, sample_index, params, min(params.max_new_tokens, room)))
+                    scheduler.add(SampledRequest(prompt, sample_index, params, min(params.max_new_tokens, room)))
         return scheduler
 
     def _scheduler(self) -> Scheduler:
@@ -432,26 +429,6 @@ class Engine:
             self._config.max_num_seqs,
             self._config.max_num_batched_tokens,
             window=self._runner.spec.widest_window,
-        )
-
-    def _result(self, request: Request, weights_version: int) -> RolloutResult:
-        assert request.finish_reason and request.first_token_s and request.finished_s
-        later_tokens = len(request.sampled) - 1
-        decode_s = request.finished_s - request.first_token_s
-        return RolloutResult(
-            id=request.prompt.id,
-            prompt_index=request.prompt.index,
-            sample_index=request.sample_index,
-            prompt_token_ids=request.prompt.token_ids,
-            token_ids=tuple(request.token_ids),
-            text=self._stopping.text(request),
-            logprobs=tuple(s.logprob for s in request.sampled),
-            processed_logprobs=tuple(s.processed_logprob for s in request.sampled),
-            finish_reason=request.finish_reason,
-            ttft_s=request.first_token_s - request.submitted_s,
-            tpot_s=decode_s / later_tokens if later_tokens else None,
-            weights_version=weights_version,
-            top_logprobs=tuple(s.top for s in request.sampled) if request.params.top_logprobs else None,
         )
 
     def _made_steps(self) -> StepRunner:

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import Request, SampledToken, TokenScore
+from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.stopping import Stopping
 from cpinfer.models.logits import logits_processors
 
 
-def sample_tokens(logits: Tensor, requests: Sequence[Request], stopping: Stopping) -> list[SampledToken]:
+def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], stopping: Stopping) -> list[SampledToken]:
     """One token for each row of `logits [N, vocab]`, float32, chosen as each row's request wants. Empty for N = 0.
 
     A row that may not end yet (`min_new_tokens`) does not choose a token that would end it.
@@ -37,7 +37,7 @@ def sample_tokens(logits: Tensor, requests: Sequence[Request], stopping: Stoppin
     return [sampled[row] for row in range(len(requests))]
 
 
-def _sample_alike(logits: Tensor, requests: list[Request], suppressed: tuple[int, ...]) -> list[SampledToken]:
+def _sample_alike(logits: Tensor, requests: list[SampledRequest], suppressed: tuple[int, ...]) -> list[SampledToken]:
     """Sample rows whose requests share the shape of their distribution."""
     params = requests[0].params
     scores = _process(logits, requests, params, suppressed)
@@ -67,7 +67,9 @@ def score_tokens(logits: Tensor, targets: Sequence[int]) -> list[TokenScore]:
     return [TokenScore(*score) for score in zip(logprobs.tolist(), is_greedy.tolist(), strict=True)]
 
 
-def _process(logits: Tensor, requests: list[Request], params: SamplingParams, suppressed: tuple[int, ...]) -> Tensor:
+def _process(
+    logits: Tensor, requests: list[SampledRequest], params: SamplingParams, suppressed: tuple[int, ...]
+) -> Tensor:
     processors: Callable[[Tensor, Tensor], Tensor] = logits_processors(params, suppressed)
     if params.repetition_penalty == 1:
         # Nothing else looks at the text so far; one token stands in for it.
@@ -90,7 +92,7 @@ def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def uniforms(requests: Sequence[Request]) -> list[float]:
+def uniforms(requests: Sequence[SampledRequest]) -> list[float]:
     """The random numbers in [0, 1) of the requests' next tokens (Philox, Salmon et al., SC 2011)."""
     generator = np.random.Philox(key=0)
     state = generator.state  # one generator put to each place: making one takes six times as long

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 
-from cpinfer.engine.request import FinishReason, Request, SampledToken, TokenScore
+from cpinfer.engine.request import FinishReason, Request, SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.step import Chunk, Prefill, Step, StepDraft
 from cpinfer.errors import EngineFaultError
 from cpinfer.kv_cache.home import KVHome
@@ -67,7 +67,7 @@ class Scheduler:
     copies: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _waiting: deque[Request] = field(default_factory=deque)
     _prefilling: list[Prefill] = field(default_factory=list)
-    _running: list[Request] = field(default_factory=list)
+    _running: list[SampledRequest] = field(default_factory=list)
     # Kept where it changes: to count it for every prompt that is admitted would cost by the square of their number.
     _load: list[HomeLoad] = field(default_factory=list)
 
@@ -78,14 +78,14 @@ class Scheduler:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._waiting) + sum(len(p.samples) for p in self._prefilling) + len(self._running)
+        return len(self._waiting) + sum(len(p.requests) for p in self._prefilling) + len(self._running)
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError, with the numbers, when it could never run."""
-        needed = self.sharding.num_blocks(request.max_cached_tokens)
+        needed, length = self.sharding.num_blocks(request.max_cached_tokens), len(request.prompt.token_ids)
         if needed > self.homes[0].pool.num_blocks:
             raise ValueError(
-                f"prompt {request.prompt.id!r}: {len(request.prompt.token_ids)} tokens and {request.max_new_tokens} "
+                f"prompt {request.prompt.id!r}: {length} tokens and {request.max_length - length} "
                 f"new ones need {needed} KV blocks, the pool has {self.homes[0].pool.num_blocks}"
             )
         self._waiting.append(request)
@@ -111,7 +111,7 @@ class Scheduler:
         self,
         step: Step,
         sampled: Sequence[SampledToken],
-        stops: Callable[[Request], bool],
+        stops: Callable[[SampledRequest], bool],
         scores: Sequence[TokenScore] = (),
     ) -> list[Request]:
         """Take note of a step that ran. Returns the finished requests.
@@ -120,19 +120,19 @@ class Scheduler:
         """
         token_of = dict(zip(map(id, step.samples), sampled, strict=True))
         next_scores = iter(scores)
-        started: list[Request] = []
+        started: list[SampledRequest] = []
         finished: list[Request] = []
         for chunk in step.chunks:
             chunk.prefill.num_done = chunk.end
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
             if self.window is not None:
                 self._drop_dead_of_leaders(chunk.prefill)
-            if chunk.prefill.scored is not None:
-                chunk.prefill.scored.scores += islice(next_scores, len(chunk.scored_places))
-                if chunk.is_last:
-                    finished.append(self._finish_scored(chunk.prefill))
-            elif chunk.is_last:
+            for scored in chunk.prefill.scored:
+                scored.scores += islice(next_scores, len(chunk.scored_places))
+            if chunk.is_last:
+                self._remember(chunk.prefill)
                 started += self._fork(chunk.prefill)
+                finished += self._end_scored(chunk.prefill)
         if step.chunks:
             self._prefilling = [p for p in self._prefilling if p.num_done < len(p.token_ids)]
         self._running += started
@@ -176,17 +176,17 @@ class Scheduler:
     def _counted_load(self) -> list[HomeLoad]:
         """What `_load` must be."""
         load = [HomeLoad() for _ in self.homes]
-        for request in (*(s for p in self._prefilling for s in p.samples), *self._running):
+        for request in (*(r for p in self._prefilling for r in p.requests), *self._running):
             load[request.home].num_active += 1
         for prefill in self._prefilling:
             mutable = self._num_mutable_blocks(len(prefill.token_ids))
             for index in prefill.leaders:
-                num_forks = sum(s.home == index for s in prefill.samples) - 1
+                num_forks = sum(r.home == index for r in prefill.requests) - 1
                 load[index].num_promised += num_forks * mutable
         return load
 
     def _holders(self) -> list[Request]:
-        return [*(s for p in self._prefilling for s in p.leaders.values()), *self._running]
+        return [*(r for p in self._prefilling for r in p.leaders.values()), *self._running]
 
     def _add_chunk(self, prefill: Prefill, draft: StepDraft) -> None:
         """Add the next chunk of a prefill to the step, as far as it has room for it."""
@@ -196,8 +196,8 @@ class Scheduler:
             # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
             aligned = end // self.sharding.prefix_unit * self.sharding.prefix_unit
             end = aligned if aligned > start else end
-        if prefill.scored is not None:  # logits are as wide as the vocabulary, so few tokens may have theirs at once
-            end = min(end, max(start, prefill.first_scored) + draft.num_scored_places)
+        # Logits are as wide as the vocabulary, so few tokens may have theirs at once.
+        end -= max(0, len(Chunk(prefill, start, end).scored_places) - draft.num_scored_places)
         if end > start:
             draft.add(Chunk(prefill, start, end))
 
@@ -208,11 +208,10 @@ class Scheduler:
             return None
         first = self._waiting[0]
         group = [first]
-        if not first.sampled and not first.targets:
-            for other in islice(self._waiting, 1, places):
-                if other.prompt is not first.prompt or other.sampled or other.targets:
-                    break
-                group.append(other)
+        for other in islice(self._waiting, 1, places):
+            if not first.shares_prefill_with(other):
+                break
+            group.append(other)
         token_ids = first.all_token_ids
         members = self._deal_to_homes(group)
         while not self._fits(len(token_ids), members):
@@ -257,9 +256,8 @@ class Scheduler:
         leaders: dict[int, Request] = {}
         for request in group:
             leaders.setdefault(request.home, request)
-        # What predicts a token is computed, for its logits; and every home starts where the poorest does.
-        needed = len(group[0].prompt.token_ids) - 1 if group[0].targets else len(token_ids) - 1
-        known = {h: self.homes[h].prefixes.match(token_ids, needed) for h in leaders}
+        # Whose logits are read is computed; and every home starts where the poorest does.
+        known = {h: self.homes[h].prefixes.match(token_ids, group[0].first_logits_place) for h in leaders}
         shortest = min(map(len, known.values()))
         total = self.sharding.num_blocks(len(token_ids))
         for index, leader in leaders.items():
@@ -272,7 +270,7 @@ class Scheduler:
         self.stats.num_cached_prefill_tokens += num_done
         return Prefill(token_ids, tuple(group), leaders, num_done)
 
-    def _fork(self, prefill: Prefill) -> list[Request]:
+    def _fork(self, prefill: Prefill) -> list[SampledRequest]:
         """End a prefill: samples share their leader's blocks, but for those that they will write to.
 
         A sample for which there is no block left goes back to the queue; the others are returned.
@@ -280,8 +278,6 @@ class Scheduler:
         length = len(prefill.token_ids)
         num_shared = self.sharding.num_immutable_blocks(length)
         started, put_back = [], []
-        for index, leader in prefill.leaders.items():
-            self.homes[index].prefixes.insert(prefill.token_ids, leader.blocks)
         for request in prefill.samples:
             home, leader = self.homes[request.home], prefill.leaders[request.home]
             own = leader.blocks[num_shared:]
@@ -304,18 +300,15 @@ class Scheduler:
         self._waiting.extendleft(reversed(put_back))
         return started
 
-    def _finish_scored(self, prefill: Prefill) -> Request:
-        [request] = prefill.samples
-        request.finish_reason = "length"
-        self._load[request.home].num_active -= 1
-        home = self.homes[request.home]
-        home.prefixes.insert(prefill.token_ids, request.blocks)
-        home.release(request.take_blocks())
-        return request
+    def _end_scored(self, prefill: Prefill) -> tuple[Request, ...]:
+        """A prefill that is all a request is for ends it, too."""
+        for request in prefill.scored:
+            self._free(request)
+        return prefill.scored
 
     def _extend_running(self) -> None:
         """A slot for the newest token of every running request; the youngest of a home make way when it has none."""
-        youngest_last: dict[int, list[Request]] = {}
+        youngest_last: dict[int, list[SampledRequest]] = {}
         for request in self._running:
             if not request.blocks:  # preempted by one before it
                 continue
@@ -336,24 +329,30 @@ class Scheduler:
         if youngest_last:
             self._running = [s for s in self._running if s.blocks]
 
-    def _preempt(self, request: Request) -> None:
+    def _preempt(self, request: SampledRequest) -> None:
         """Back to the front of the queue, without blocks: who calls takes it out of those that run."""
         self.stats.num_preemptions += 1
         self._leave(request)
         self._waiting.appendleft(request)
 
-    def _leave(self, request: Request) -> None:
+    def _leave(self, request: SampledRequest) -> None:
         """Free a request's blocks; its whole units stay remembered as long as nobody needs the room."""
-        self._load[request.home].num_active -= 1
-        home = self.homes[request.home]
         computed = request.all_token_ids[: request.next_position]
-        home.prefixes.insert(computed, request.blocks)
-        home.release(request.take_blocks())
+        self.homes[request.home].prefixes.insert(computed, request.blocks)
+        self._free(request)
+
+    def _free(self, request: Request) -> None:
+        self._load[request.home].num_active -= 1
+        self.homes[request.home].release(request.take_blocks())
+
+    def _remember(self, prefill: Prefill) -> None:
+        """A prompt that is sampled again or continued is worth remembering, as far as it is computed."""
+        for index, leader in prefill.leaders.items():
+            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_done], leader.blocks)
 
     def _drop_dead_of_leaders(self, prefill: Prefill) -> None:
-        for index, leader in prefill.leaders.items():
-            # A prompt that is sampled again or continued is worth remembering; answers are not hashed block by block.
-            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_done], leader.blocks)
+        self._remember(prefill)  # answers are not hashed block by block
+        for leader in prefill.leaders.values():
             self._drop_dead(leader, prefill.num_done)
 
     def _drop_dead(self, request: Request, num_cached: int) -> None:

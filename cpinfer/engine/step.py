@@ -4,31 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cpinfer.engine.request import Request
+from cpinfer.engine.request import Request, SampledRequest, ScoredRequest
 
 
 @dataclass(eq=False)
 class Prefill:
-    """Tokens being computed for all `samples` that continue them: n samples of a prompt, or one that was preempted.
+    """Tokens being computed for all `requests` that continue them: n samples of a prompt, or one request alone.
 
-    In each home with samples one of them is the leader, which owns the blocks until the others fork off. `num_done`
-    tokens have KV in the home of every leader. A given answer is computed with its prompt, by a single sample.
+    In each home with requests one of them is the leader, which owns the blocks until the others fork off. `num_done`
+    tokens have KV in the home of every leader.
     """
 
     token_ids: tuple[int, ...]
-    samples: tuple[Request, ...]
+    requests: tuple[Request, ...]
     leaders: dict[int, Request]
     num_done: int
 
     @property
-    def scored(self) -> Request | None:
-        """The request whose given answer this computes, if it is one."""
-        return self.samples[0] if self.samples[0].targets else None
+    def samples(self) -> tuple[SampledRequest, ...]:
+        """Those that get a token when all is computed, and then run."""
+        return tuple(r for r in self.requests if isinstance(r, SampledRequest))
 
     @property
-    def first_scored(self) -> int:
-        """The place from which on tokens predict those of the answer: the last token of the prompt."""
-        return len(self.samples[0].prompt.token_ids) - 1
+    def scored(self) -> tuple[ScoredRequest, ...]:
+        """Those that end when all is computed: one, or none."""
+        return tuple(r for r in self.requests if isinstance(r, ScoredRequest))
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,14 @@ class Chunk:
         return self.end == len(self.prefill.token_ids)
 
     @property
-    def samples(self) -> tuple[Request, ...]:
+    def samples(self) -> tuple[SampledRequest, ...]:
         """The requests that get a token by this chunk."""
-        return self.prefill.samples if self.is_last and self.prefill.scored is None else ()
+        return self.prefill.samples if self.is_last else ()
 
     @property
     def scored_places(self) -> range:
-        """Places in the sequence whose logits score a token of a given answer."""
-        if self.prefill.scored is None:
-            return range(0)
-        return range(max(self.start, self.prefill.first_scored), self.end)
+        """Places in the sequence whose logits score a token of a given answer: of the one request that has one."""
+        return self.prefill.requests[0].scored_places(self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,10 @@ class Step:
     """One step of the model: either chunks of prefills, or one token of every running request."""
 
     chunks: tuple[Chunk, ...]
-    running: tuple[Request, ...]
+    running: tuple[SampledRequest, ...]
 
     @property
-    def samples(self) -> tuple[Request, ...]:
+    def samples(self) -> tuple[SampledRequest, ...]:
         """The requests that get a token, in the order in which `commit` wants them."""
         return tuple(s for chunk in self.chunks for s in chunk.samples) if self.chunks else self.running
 

@@ -21,7 +21,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
 from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
 from cpinfer.engine.decode_graphs import DecodeGraphs, why_no_graphs
-from cpinfer.engine.request import Request, SampledToken, TokenScore
+from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.step import Chunk, Step
 from cpinfer.engine.stopping import Stopping
@@ -151,7 +151,7 @@ class StepRunner:
         """Copy KV blocks of this rank's home, (from, to)."""
         self._cache.copy_blocks(pairs)
 
-    def _prefill(self, chunks: Sequence[Chunk], samples: Sequence[Request], leaves: bool) -> StepOutput:
+    def _prefill(self, chunks: Sequence[Chunk], samples: Sequence[SampledRequest], leaves: bool) -> StepOutput:
         pcp_size, pcp_rank = self._topology.grid.pcp_size, self._topology.coords.pcp_rank
         starts = [chunk.start for chunk in chunks]
         lens = [chunk.end - chunk.start for chunk in chunks]
@@ -193,10 +193,7 @@ class StepRunner:
         if not bool(torch.isfinite(logits).all()):
             own = [None] * len(logits)
         elif self._topology.coords.tp_rank == 0:
-            targets = []
-            for i, place in scored.own:
-                request = chunks[i].prefill.samples[0]
-                targets.append(request.targets[place - chunks[i].prefill.first_scored])
+            targets = [r.target_at(place) for i, place in scored.own for r in chunks[i].prefill.scored]
             own = score_tokens(logits, targets)
         topology, device = self._topology, self._runner.device
         return agree_on_scores(topology.replica, topology.grid.tp_size, scored.places, own, device, leaves=leaves)
@@ -241,7 +238,7 @@ class StepRunner:
         kv_plan = plan_kv_exchange(step, index, workspace_tokens)
         return KVContext(kv_plan, self._backend, self._cache, self._context_comm, self._heads)
 
-    def _decode(self, running: Sequence[Request], leaves: bool) -> list[SampledToken]:
+    def _decode(self, running: Sequence[SampledRequest], leaves: bool) -> list[SampledToken]:
         grid = self._topology.grid
         by_home = [[s for s in running if s.home == home] for home in range(grid.num_homes)]
         here = by_home[self._home]
@@ -276,7 +273,7 @@ class StepRunner:
             logits = self._forward(tokens + padding, plan.positions, attention, range(len(mine)))
         return self._sample(logits, mine, running, [places[id(s)] for s in running], leaves)
 
-    def _decode_places(self, by_home: Sequence[Sequence[Request]]) -> dict[int, TokenPlace]:
+    def _decode_places(self, by_home: Sequence[Sequence[SampledRequest]]) -> dict[int, TokenPlace]:
         """Who computes each running request, by `id`."""
         places = {}
         for home, requests in enumerate(by_home):
@@ -311,8 +308,8 @@ class StepRunner:
     def _sample(
         self,
         logits: Tensor,
-        requests: list[Request],
-        samples: Sequence[Request],
+        requests: list[SampledRequest],
+        samples: Sequence[SampledRequest],
         places: Sequence[TokenPlace],
         leaves: bool,
     ) -> list[SampledToken]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import Request
+from cpinfer.engine.request import SampledRequest
 
 
 class Stopping:
@@ -15,7 +15,7 @@ class Stopping:
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
 
-    def stops(self, request: Request) -> bool:
+    def stops(self, request: SampledRequest) -> bool:
         """Whether the newest token ends the request."""
         params = request.params
         if len(request.sampled) < params.min_new_tokens:
@@ -34,7 +34,7 @@ class Stopping:
         eos = () if params.ignore_eos else self._eos_token_ids
         return tuple(sorted({*params.stop_token_ids, *eos}))
 
-    def text(self, request: Request) -> str | None:
+    def text(self, request: SampledRequest) -> str | None:
         """The answer's text up to its first stop string, special tokens left out; None without a tokenizer."""
         if self._tokenizer is None:
             return None

@@ -10,7 +10,7 @@ import torch
 import cpinfer
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.config import SamplingParams, parse_config
-from cpinfer.engine.request import Prompt, Request, SampledToken
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
@@ -52,7 +52,7 @@ class DecodeSteps:
         params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
         sequences = []
         for i, block_table in enumerate(tables):
-            sequence = Request(Prompt(i, str(i), (0,) * context_tokens), 0, params, params.max_new_tokens)
+            sequence = SampledRequest(Prompt(i, str(i), (0,) * context_tokens), 0, params, params.max_new_tokens)
             sequence.blocks = block_table
             # Its first token is there: the step computes it, at position `context_tokens`, and samples the second.
             sequence.sampled = [SampledToken(i, 0.0, 0.0)]
