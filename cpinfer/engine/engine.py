@@ -36,6 +36,7 @@ from cpinfer.engine.prompts import (
 from cpinfer.engine.request import Prompt, Request, RolloutResult, SampledRequest, ScoredRequest, ScoreResult
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step import Step
+from cpinfer.engine.step_factory import make_step_runner
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
@@ -445,7 +446,7 @@ class Engine:
             store_dtype=self._needs.cache_dtype,
         )
         backend = make_backend(self._config.backend, runner.device, self._needs)
-        return StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
+        return make_step_runner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
 
     def _empty_homes(self) -> list[KVHome]:
         return [

@@ -1,0 +1,54 @@
+"""Over which axes the attention of an engine's steps exchanges what, as its layout and its config want."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cpinfer.attention.exchange import StateExchange
+from cpinfer.comm.axis import AxisComm
+from cpinfer.comm.topology import Topology
+from cpinfer.config import Config
+from cpinfer.layout.heads import GroupHeads
+
+
+@dataclass(frozen=True)
+class Exchanges:
+    """`prefill_comm`: where new K/V are gathered; `context_comm`: where cached K/V, or the queries for them, travel.
+
+    `decode` and `context` bring queries to shards and states back. A decode row is computed by one of `row_ranks` pcp
+    ranks of its home.
+    """
+
+    prefill_comm: AxisComm
+    context_comm: AxisComm
+    decode: StateExchange
+    context: StateExchange
+    row_ranks: int
+
+    @classmethod
+    def of(cls, topology: Topology, heads: GroupHeads, config: Config, dtype: torch.dtype) -> Exchanges:
+        """Those of one rank, which stores `heads`, for a model of this dtype."""
+        grid = topology.grid
+        wire_dtype = dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)
+        state_return = config.decode_exchange
+        # With replicated queries a decode row is computed by every rank of the home, so rows are dealt to one place.
+        row_ranks = 1 if state_return == "replicate_q" else grid.row_ranks
+        decode_exchange = StateExchange(
+            topology.dcp,
+            pcp_size=row_ranks,
+            wire_dtype=wire_dtype,
+            state_return=state_return,
+            kv_columns=heads.columns,
+        )
+        context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp
+        context_exchange = StateExchange(
+            context_comm,
+            pcp_size=grid.pcp_size,
+            wire_dtype=wire_dtype,
+            state_return="a2a" if state_return == "replicate_q" else state_return,
+        )
+        # New K/V of a prefill go to all who store them or attend to them: beyond the pcp axis where heads are mixed.
+        prefill_comm = topology.dcp if heads.is_mixed else topology.pcp
+        return cls(prefill_comm, context_comm, decode_exchange, context_exchange, row_ranks)
