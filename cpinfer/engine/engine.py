@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpinfer.attention.backends.base import make_backend
+from cpinfer.attention.backends.registry import make_backend
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pack_token_lists

@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpinfer.attention.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
+from cpinfer.attention.backends.base import AttentionNeeds, FixedSize
 from cpinfer.attention.backends.flashinfer.backend import (
     FA3_TILE_QUERIES,
     FlashInferBackend,
     check_flashinfer,
-    flashinfer_error,
+    unfit,
 )
 from cpinfer.attention.backends.flashinfer.limits import replayed_workspace_bytes
+from cpinfer.attention.backends.registry import check_choice, make_backend
 from cpinfer.attention.backends.self_check import check_backend
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
@@ -444,7 +445,7 @@ def test_on_cpu_it_is_refused_by_name() -> None:
     ],
 )
 def test_what_no_kernel_exists_for_is_refused_by_name(needs: AttentionNeeds, words: str) -> None:
-    error = flashinfer_error(needs, CUDA)
+    error = unfit(CUDA, needs)
     assert isinstance(error, UnsupportedError) and words in str(error) and "Set backend" in str(error)
 
 
@@ -472,7 +473,7 @@ def test_latents_in_fp8_are_refused_where_no_kernel_widens_them(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     latents = ((128, KVLayout(1, 576, 512, v_is_prefix_of_k=True)), (16, KVLayout(16, 192, 128)))
     needs = AttentionNeeds(dtype, latents, cache_dtype=cache_dtype)
-    error = flashinfer_error(needs, CUDA)
+    error = unfit(CUDA, needs)
     assert (error is not None) == is_refused
     if is_refused:
         assert isinstance(error, UnsupportedError) and "latents cached in float8" in str(error)
@@ -481,28 +482,28 @@ def test_latents_in_fp8_are_refused_where_no_kernel_widens_them(
         with pytest.warns(UserWarning, match="torch alone, which is slow on CUDA: latents cached in"):
             assert make_backend("auto", CUDA, needs).name == "torch"
     # Heads have kernels everywhere.
-    assert flashinfer_error(replace(HALF, dtype=dtype, cache_dtype=cache_dtype), CUDA) is None
+    assert unfit(CUDA, replace(HALF, dtype=dtype, cache_dtype=cache_dtype)) is None
 
 
 def test_known_shapes_want_the_package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     latent = (128, KVLayout(1, 576, 512, v_is_prefix_of_k=True))
     for calls in (HALF.calls, (latent, (16, KVLayout(16, 192, 128))), ((8, KVLayout(1, 64, 64)),)):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        error = flashinfer_error(AttentionNeeds(torch.bfloat16, calls), CUDA)
+        error = unfit(CUDA, AttentionNeeds(torch.bfloat16, calls))
         assert error is not None and not isinstance(error, UnsupportedError) and "cpinfer[flashinfer]" in str(error)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-        assert flashinfer_error(AttentionNeeds(torch.bfloat16, calls), CUDA) is None
+        assert unfit(CUDA, AttentionNeeds(torch.bfloat16, calls)) is None
 
 
 def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device is needed to choose: the backends themselves are stand-ins."""
     module = "cpinfer.attention.backends.flashinfer.backend"
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
+    monkeypatch.setattr(f"{module}.unfit", lambda device, needs: None)
     monkeypatch.setattr(f"{module}.check_flashinfer", lambda device, needs: None)
     assert make_backend("auto", CUDA, HALF) == make_backend("flashinfer", CUDA, HALF) == ("flashinfer", "cuda")
     assert make_backend("torch", CUDA, HALF).name == "torch"
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: UserError("it is not there."))
+    monkeypatch.setattr(f"{module}.unfit", lambda device, needs: UserError("it is not there."))
     with pytest.warns(UserWarning, match="torch alone, which is slow on CUDA: it is not there"):
         assert make_backend("auto", CUDA, HALF).name == "torch"
     with pytest.raises(UserError, match="it is not there"):
@@ -513,7 +514,7 @@ def test_what_is_needed_is_checked_once_per_process_and_anything_else_anew(monke
     module = "cpinfer.attention.backends.flashinfer.backend"
     checks: list[AttentionNeeds] = []
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
+    monkeypatch.setattr(f"{module}.unfit", lambda device, needs: None)
     monkeypatch.setattr(f"{module}.check_backend", lambda backend, needs, device: checks.append(needs))
     check_flashinfer.cache_clear()
     other = replace(HALF, dtype=torch.float16)
@@ -535,5 +536,5 @@ def test_what_is_needed_is_checked_once_per_process_and_anything_else_anew(monke
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(UserError, match='"warp" is unknown'):
+    with pytest.raises(UserError, match='unknown backend "warp"'):
         check_choice("warp", CPU, HALF)

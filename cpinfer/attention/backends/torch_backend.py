@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.attention import (
     dense_attention,
@@ -73,6 +75,16 @@ class _SharedCall:
     queries: Tensor
     slots: Tensor
     num_keys: Tensor
+
+
+def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
+    """None: it can do all that there is, on every device."""
+    return None
+
+
+def make(device: torch.device, needs: AttentionNeeds) -> TorchBackend:
+    """It needs no check: it is the definition of attention, and tests hold it to that."""
+    return TorchBackend(device)
 
 
 class TorchBackend:

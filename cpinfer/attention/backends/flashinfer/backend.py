@@ -83,8 +83,10 @@ class _Kind:
     tensor_cores: bool = False
 
 
-def flashinfer_error(needs: AttentionNeeds, device: torch.device) -> UserError | None:
-    """Why FlashInfer cannot do what is needed, on a CUDA device; None when it can."""
+def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
+    """Why FlashInfer cannot do what is needed; None when it can."""
+    if device.type != "cuda":
+        return refuse("flashinfer_device", f'backend="flashinfer" on {device.type}')
     if needs.dtype not in (torch.bfloat16, torch.float16):
         return refuse("flashinfer_dtype", f'backend="flashinfer" with {_name(needs.dtype)}')
     for _, layout in needs.calls:
@@ -103,6 +105,12 @@ def flashinfer_error(needs: AttentionNeeds, device: torch.device) -> UserError |
             'Run `pip install "cpinfer[flashinfer]"`, or set backend to "torch".'
         )
     return None
+
+
+def make(device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
+    """The backend, when it has passed its check."""
+    check_flashinfer(device, needs)
+    return FlashInferBackend(device, needs)
 
 
 @functools.cache
