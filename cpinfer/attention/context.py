@@ -40,7 +40,7 @@ class QueryContext:
         exchange: StateExchange,
         heads: GroupHeads,
     ) -> None:
-        self._planned = backend.plan(plan.rows)
+        self._planned = backend.plan(plan.rows.over(cache.layout))
         self._cache = cache
         self._exchange = exchange
         self._heads = heads

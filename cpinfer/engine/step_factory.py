@@ -46,6 +46,7 @@ def make_step_runner(
         in_buckets=graphs is not None,
         windows=spec.windows,
         pairs_per_token=spec.pairs_per_token,
+        kv_layout=cache.layout,
     )
     attention = StepAttention(spec, config, heads, exchanges, backend, cache)
     return StepRunner(runner, cache, planner, attention, LogitsReader(topology, runner.device, stopping), graphs)

@@ -12,6 +12,7 @@ from itertools import count
 
 from cpinfer.engine.request import SampledRequest
 from cpinfer.engine.step import Chunk
+from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import Context, StepContext, exchange_places
 from cpinfer.layout.decode import DecodePlan, bucket_of, plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
@@ -76,6 +77,7 @@ class StepPlanner:
     """Plans steps for one rank. Decode rows are dealt over `row_ranks` of a home; `in_buckets`: padded to few sizes.
 
     `windows`: of the model's layers, how many of the last tokens each sees; `pairs_per_token` as `StepCost` has it.
+    `kv_layout`: of what decode rows attend to, the cache.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class StepPlanner:
         in_buckets: bool,
         windows: Sequence[int | None],
         pairs_per_token: int,
+        kv_layout: KVLayout,
     ) -> None:
         self._grid = grid
         self._pcp_rank = grid.coords(rank).pcp_rank
@@ -99,6 +102,7 @@ class StepPlanner:
         self._in_buckets = in_buckets
         # In a fixed order, the same on every rank.
         self._windows: list[int | None] = sorted(set(windows), key=lambda window: -1 if window is None else window)
+        self._kv_layout = kv_layout
         self._cost = StepCost(pairs_per_token=pairs_per_token)
         self._places = exchange_places(grid, rank)
 
@@ -167,6 +171,7 @@ class StepPlanner:
             else rows_in_window(plan, positions, self._sharding, self._shard, window)
             for window in self._windows
         }
+        rows = {window: r.over(self._kv_layout) for window, r in rows.items()}
         return DecodeInput(plan, rows, [here[i] for i in plan.own if i >= 0], places)
 
     def _decode_places(self, by_home: Sequence[Sequence[SampledRequest]]) -> dict[int, TokenPlace]:

@@ -111,7 +111,7 @@ def test_states_equal_dense_attention(library: Any, rows: AttentionRows, layout:
         assert out.shape == (0, 8, layout.v_dim) and lse.shape == (0, 8)
         return
     q, (k, v) = queries(rows, layout), store(layout)
-    found = backend_of(library).plan(rows).run(q, k, v, scale=0.3, soft_cap=cap)
+    found = backend_of(library).plan(rows.over(layout)).run(q, k, v, scale=0.3, soft_cap=cap)
     assert_equal(found, oracle(rows, q, k, v, 0.3, cap))
 
 
@@ -120,7 +120,7 @@ def test_states_over_latents_equal_dense_attention(library: Any, name: str) -> N
     rows = ROWS[name]
     if rows.num_rows:
         q, (k, v) = queries(rows, LATENT), store(LATENT)
-        found = backend_of(library).plan(rows).run(q, k, v, scale=0.3)
+        found = backend_of(library).plan(rows.over(LATENT)).run(q, k, v, scale=0.3)
         assert_equal(found, oracle(rows, q, k, v, 0.3, None))
 
 
@@ -146,7 +146,7 @@ def test_decode_takes_tensor_cores_where_queries_share_kv_heads(library: Any, he
 )
 def test_each_kind_of_call_goes_to_its_wrapper(library: Any, name: str, layout: KVLayout, kind: str) -> None:
     q, (k, v) = queries(ROWS[name], layout), store(layout)
-    backend_of(library).plan(ROWS[name]).run(q, k, v, scale=0.3)
+    backend_of(library).plan(ROWS[name].over(layout)).run(q, k, v, scale=0.3)
     assert [made["name"] for made in library.log.made] == [kind]
     assert [name for name, _ in library.log.plans] == [kind]
 
@@ -164,7 +164,7 @@ def test_on_hopper_many_queries_over_equal_head_dims_take_its_own_kernels(
     backend._is_hopper = True
     rows = AttentionRows.build([q_len], [18], BLOCKS[4][:1], block_size=4, causal=False)
     q, (k, v) = queries(rows, layout), store(layout)
-    assert_equal(backend.plan(rows).run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
+    assert_equal(backend.plan(rows.over(layout)).run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
     assert library.log.made[0]["backend"] == family
 
 
@@ -239,7 +239,7 @@ def test_a_wrong_number_of_queries_is_an_error(library: Any) -> None:
 def test_latents_are_refused_what_their_kernels_do_wrong_or_not_at_all(name: str, cap: float | None, why: str) -> None:
     q, (k, v) = queries(ROWS[name], LATENT), store(LATENT)
     with pytest.raises(ValueError, match=why):
-        backend_of(fake_flashinfer()).plan(ROWS[name]).run(q, k, v, scale=0.3, soft_cap=cap)
+        backend_of(fake_flashinfer()).plan(ROWS[name].over(LATENT)).run(q, k, v, scale=0.3, soft_cap=cap)
 
 
 def test_more_latent_queries_than_a_plan_has_room_for_are_refused() -> None:
@@ -247,7 +247,7 @@ def test_more_latent_queries_than_a_plan_has_room_for_are_refused() -> None:
     rows = AttentionRows.build([16200], [1], [[0]], block_size=1, causal=False)
     k, v = store(LATENT)
     with pytest.raises(ValueError, match=r"16200 queries of 128 heads .* Lower max_num_batched_tokens"):
-        backend_of(fake_flashinfer()).plan(rows).run(torch.zeros(16200, 128, 12), k, v, scale=0.3)
+        backend_of(fake_flashinfer()).plan(rows.over(LATENT)).run(torch.zeros(16200, 128, 12), k, v, scale=0.3)
 
 
 def test_a_nan_comes_through_but_not_into_rows_without_keys(library: Any) -> None:
@@ -270,7 +270,7 @@ def test_a_plan_of_fixed_size_takes_other_rows_in_the_same_memory(library: Any, 
     for kv_lens in ([18, 0, 6, 8], [1, 0, 0, 5], [0, 0, 7, 2], [0, 0, 0, 0]):
         rows = AttentionRows.build([1] * 4, kv_lens, BLOCKS[4], block_size=4, causal=False)
         q = queries(rows, layout)
-        plan.update(rows)
+        plan.update(rows.over(layout))
         out, lse = plan.run(q, k, v, scale=0.3)
         assert_equal((out, lse), oracle(rows, q, k, v, 0.3, None))
         places.add(out.data_ptr())
@@ -320,7 +320,8 @@ def test_states_over_fp8_latents_equal_dense_attention_over_the_numbers_in_them(
     for rows in (ROWS["context"], ROWS["decode"]):
         q, (k, v) = queries(rows, LATENT), rounded_store(LATENT, torch.float8_e4m3fn)
         assert_equal(
-            backend_of(library).plan(rows).run(q, k, v, scale=0.3), oracle(rows, q, k.float(), v.float(), 0.3, None)
+            backend_of(library).plan(rows.over(LATENT)).run(q, k, v, scale=0.3),
+            oracle(rows, q, k.float(), v.float(), 0.3, None),
         )
 
 
@@ -341,7 +342,7 @@ def test_on_hopper_fp8_pages_of_heads_take_the_older_family(
     backend._is_hopper = True
     rows = AttentionRows.build([FA3_TILE_QUERIES + 1], [18], [BLOCKS[4][0]], block_size=4, causal=False)
     k, v = rounded_store(layout, key_dtype)
-    backend.plan(rows).run(queries(rows, layout), k, v, scale=0.3)
+    backend.plan(rows.over(layout)).run(queries(rows, layout), k, v, scale=0.3)
     [made], [(_, plan)] = library.log.made, library.log.plans
     assert made["backend"] == family and plan["kv_data_type"] == key_dtype and plan["q_data_type"] == torch.float32
 

@@ -11,6 +11,7 @@ from cpinfer.engine.request import Prompt, SampledRequest, SampledToken, ScoredR
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step_plans import StepPlanner
 from cpinfer.kv_cache.home import KVHome
+from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.shards import KVSharding
 
@@ -35,6 +36,7 @@ def planners_of(grid, *, in_buckets=False, row_ranks=None):
             in_buckets=in_buckets,
             windows=WINDOWS,
             pairs_per_token=100,
+            kv_layout=KVLayout(1, 8, 8),
         )
         for rank in range(grid.world_size)
     ]

@@ -144,6 +144,7 @@ def _error(
     keys, values = store[..., : layout.k_dim], store[..., -layout.v_dim :]
     if layout.v_is_prefix_of_k:
         values = keys[..., : layout.v_dim]
+    rows = rows.over(layout)
     scale = layout.k_dim**-0.5
     plan = backend.plan(rows) if rows.causal else plan_sharing(backend, rows, min_saved_keys=0)
     out, lse = plan.run(q, keys, values, scale=scale)
