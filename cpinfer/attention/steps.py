@@ -89,9 +89,7 @@ class PrefillStep:
         rows = gathered[self._column]
         if layer.window in self._window_contexts:
             rows = self._window_contexts[layer.window].before(layer, rows)
-        keys, values = self._cache.views(rows)
-        if layer.latent is not None:
-            keys, values = layer.latent.expand(keys)
+        keys, values = layer.expand(*self._cache.views(rows))
         state = layer.run(self._planned[layer.window], q[:T], keys, values)
         if self._context is not None and layer.window is None:
             state = merge_states([self._context.attend(layer, q[:T]), state])
@@ -148,13 +146,12 @@ class DecodeStep:
         self._write_slots.copy_(torch.from_numpy(plan.write_slots))
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        own_q = q if layer.latent is None else layer.latent.absorb(q)
-        q_rows, new_kv = self._exchange.gather_qkv(own_q, self._cache.parts(*self._cache.rounded(k, v)))
+        q_rows, new_kv = self._exchange.gather_qkv(layer.absorb(q), self._cache.parts(*self._cache.rounded(k, v)))
         self._cache.write(layer.index, self._write_slots, new_kv, self._write_src)
         planned = self._planned[layer.window]
         state = run_stored_heads(planned, q_rows, *self._cache.read(layer.index), self._heads, layer)
         out = _output(layer, self._exchange.return_partials(self._cache.with_faults(state)), q.dtype)
-        return out if layer.latent is None else layer.latent.project(out)
+        return layer.project(out)
 
 
 class IdleStep:
@@ -163,8 +160,7 @@ class IdleStep:
     num_tokens = 0
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        v_dim = v.shape[-1] if layer.latent is None else layer.latent.w_v.shape[1]
-        return q.new_zeros(*q.shape[:-1], v_dim)
+        return q.new_zeros(*q.shape[:-1], layer.v_dim(v))
 
 
 def _output(layer: AttentionLayer, state: State, dtype: torch.dtype) -> Tensor:

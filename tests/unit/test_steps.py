@@ -5,7 +5,7 @@ import torch
 
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.attention.exchange import StateExchange
-from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.layer import AttentionLayer, LatentLayer
 from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
 from cpinfer.comm.threads import run_ranks
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -186,7 +186,7 @@ def test_a_step_without_sequences_gives_zeros_of_the_values_width():
     q, k, v = torch.randn(1, 4, D), torch.randn(1, 2, D), torch.randn(1, 2, 5)
     assert torch.equal(IdleStep().attend(AttentionLayer(0, 1.0), q, k, v), torch.zeros(1, 4, 5))
     # Of latents the values are as wide as what they are projected to.
-    layer = AttentionLayer(0, 1.0, latent=LatentSpace(torch.zeros(4, D, 9), torch.zeros(4, 7, 9)))
+    layer = LatentLayer(0, 1.0, w_k=torch.zeros(4, D, 9), w_v=torch.zeros(4, 7, 9))
     assert torch.equal(IdleStep().attend(layer, q, torch.randn(1, 1, 12), torch.randn(1, 1, 9)), torch.zeros(1, 4, 7))
 
 
