@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.base import StateExchange
 from cpinfer.attention.layer import AttentionLayer
 from cpinfer.comm.axis import AxisComm
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache

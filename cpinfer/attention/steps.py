@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
 from cpinfer.attention.context import ContextAttention, WindowContext, room_for_all, run_stored_heads
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.base import StateExchange
 from cpinfer.attention.layer import AttentionLayer
 from cpinfer.comm.axis import AxisComm
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -120,7 +120,7 @@ class DecodeStep:
           -> all rows and heads attend to the keys of this shard: (out, lse) [pcp * R, C * H, V + 1]
           -> each rank gets the S partial states of its own rows and heads, merged in shard order
 
-    With queries replicated (`exchange.replicated`) all ranks have computed all rows, so nothing needs to be gathered
+    With rows replicated (`exchange.replicates_rows`) all ranks have computed all rows, so nothing needs to be gathered
     first; the partial states come back by one all_gather.
     """
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, FixedSize, FixedSizeBackend, ReplannedAttention
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.base import StateExchange
 from cpinfer.attention.steps import DecodeStep, RowsByWindow
 from cpinfer.comm.axis import AxisComm
 from cpinfer.engine.agreement import smallest

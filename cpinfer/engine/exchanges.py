@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.base import StateExchange
+from cpinfer.attention.exchanges.registry import context_exchange, decode_exchange
 from cpinfer.comm.axis import AxisComm
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
@@ -32,23 +33,11 @@ class Exchanges:
         """Those of one rank, which stores `heads`, for a model of this dtype."""
         grid = topology.grid
         wire_dtype = dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)
-        state_return = config.decode_exchange
-        # With replicated queries a decode row is computed by every rank of the home, so rows are dealt to one place.
-        row_ranks = 1 if state_return == "replicate_q" else grid.row_ranks
-        decode_exchange = StateExchange(
-            topology.dcp,
-            pcp_size=row_ranks,
-            wire_dtype=wire_dtype,
-            state_return=state_return,
-            kv_columns=heads.columns,
-        )
+        of_decode, of_context = decode_exchange(config.decode_exchange), context_exchange(config.decode_exchange)
+        row_ranks = of_decode.row_ranks(grid)
+        decode = of_decode(topology.dcp, pcp_size=row_ranks, wire_dtype=wire_dtype, kv_columns=heads.columns)
         context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp
-        context_exchange = StateExchange(
-            context_comm,
-            pcp_size=grid.pcp_size,
-            wire_dtype=wire_dtype,
-            state_return="a2a" if state_return == "replicate_q" else state_return,
-        )
+        context = of_context(context_comm, pcp_size=grid.pcp_size, wire_dtype=wire_dtype)
         # New K/V of a prefill go to all who store them or attend to them: beyond the pcp axis where heads are mixed.
         prefill_comm = topology.dcp if heads.is_mixed else topology.pcp
-        return cls(prefill_comm, context_comm, decode_exchange, context_exchange, row_ranks)
+        return cls(prefill_comm, context_comm, decode, context, row_ranks)

@@ -7,7 +7,7 @@ import torch
 
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.attention.context import KVContext, QueryContext
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
 from cpinfer.attention.layer import AttentionLayer, LatentLayer
 from cpinfer.comm.axis import CountingComm
 from cpinfer.comm.threads import run_ranks
@@ -73,7 +73,7 @@ def check(grid: RankGrid, heads: HeadPlacement, kv: KVLayout, layer: AttentionLa
         stored = heads.in_group(grid, topology.coords.tp_rank)
         assert len(stored.kv_heads) == kv.num_heads
         if exchange == "queries":
-            states = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
+            states = AllToAllExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
             plan = plan_query_exchange(step, comm.index)
             context: QueryContext | KVContext = QueryContext(plan, backend, cache, states, stored)
         else:
