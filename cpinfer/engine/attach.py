@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from cpinfer.attention.exchanges.registry import decode_exchange
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
 from cpinfer.engine.agreement import Prepared, begin_together
@@ -112,8 +113,9 @@ def config_errors(spec: ModelSpec, config: Config, dp_size: int = 1) -> list[str
     """Sentences that say why a config cannot run this model; empty when it can."""
     sizes = layout_sizes(spec, config, dp_size)
     errors = layout_errors(sizes)
-    if config.decode_exchange == "replicate_q" and sizes.dcp_size > sizes.pcp_size:
-        errors.append(str(refuse("replicate_q", str(sizes))))
+    error = decode_exchange(config.decode_exchange).layout_error(sizes)
+    if error is not None:
+        errors.append(str(error))
     if config.tp_size > 1:
         errors += _tensor_parallel_errors(spec, config)
     return errors

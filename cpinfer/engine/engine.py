@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cpinfer.attention.backends.base import make_backend
+from cpinfer.attention.backends.registry import make_backend
 from cpinfer.comm.topology import Topology
 from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pack_token_lists
@@ -34,8 +33,10 @@ from cpinfer.engine.prompts import (
     longest_prompt,
     naming,
 )
-from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult, Sequence
-from cpinfer.engine.scheduler import Scheduler, SchedulerStats, Step, sum_stats
+from cpinfer.engine.request import Prompt, Request, RolloutResult, SampledRequest, ScoredRequest, ScoreResult
+from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
+from cpinfer.engine.step import Step
+from cpinfer.engine.step_factory import make_step_runner
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
@@ -69,7 +70,7 @@ class Engine:
         self._pool_size = pool_size
         self._homes = self._empty_homes()
         self._steps: StepRunner | None = None
-        self._open: Generator[Sequence, None, None] | None = None
+        self._open: Generator[Request, None, None] | None = None
         self._is_closed = False
         # Whether the last run stopped anywhere: what the homes have written down of their blocks may then be wrong.
         self._is_cut = False
@@ -138,7 +139,7 @@ class Engine:
             raise error
 
     def generate(
-        self, prompts: PromptsLike, sampling: SamplingParams | ListLike[SamplingParams] | None = None
+        self, prompts: PromptsLike, sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RolloutResult]:
         """All samples of all prompts, in order of prompt and sample. An empty list of prompts gives an empty list."""
         results = list(self.stream(prompts, sampling))
@@ -190,7 +191,7 @@ class Engine:
     def stream(
         self,
         prompts: PromptsLike,
-        sampling: SamplingParams | ListLike[SamplingParams] | None = None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         skip: frozenset[tuple[int, int]] = frozenset(),
     ) -> Iterator[RolloutResult]:
         """Samples as they finish, on every rank alike.
@@ -209,7 +210,7 @@ class Engine:
         yield from self._results(scheduler)
         self._refuse_when_closed()  # else the end of the block would pass for that of the stream
 
-    def score(self, pairs: Iterable[tuple[PromptLike, ListLike[int]]]) -> list[ScoreResult]:
+    def score(self, pairs: Iterable[tuple[PromptLike, Sequence[int]]]) -> list[ScoreResult]:
         """How likely the model finds each (prompt, continuation), in their order; continuations are token ids.
 
         Prompts that several continuations share are computed once, as far as the pool can keep them. At most
@@ -218,27 +219,24 @@ class Engine:
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("score")
-        sequences = self._together(lambda: self._to_score_together(pairs))
+        requests = self._together(lambda: self._to_score_together(pairs))
         # The first of those that share a prompt goes ahead, so that the others find it.
         seen: set[tuple[int, ...]] = set()
-        first: list[Sequence] = []
-        later: list[Sequence] = []
-        for sequence in sequences:
-            (later if sequence.prompt.token_ids in seen else first).append(sequence)
-            seen.add(sequence.prompt.token_ids)
+        first: list[ScoredRequest] = []
+        later: list[ScoredRequest] = []
+        for request in requests:
+            (later if request.prompt.token_ids in seen else first).append(request)
+            seen.add(request.prompt.token_ids)
         stats = []
         for wave in (first, later):
             scheduler = self._scheduler()
-            for sequence in wave:
-                scheduler.add(sequence)
-            for _ in self._run(scheduler):  # what it yields, it has written into the sequences
+            for request in wave:
+                scheduler.add(request)
+            for _ in self._run(scheduler):  # what it yields, it has written into the requests
                 pass
             stats.append(scheduler.stats)
         self.stats = sum_stats(stats)
-        return [
-            ScoreResult(tuple(s.logprob for s in sequence.scores), all(s.is_greedy for s in sequence.scores))
-            for sequence in sequences
-        ]
+        return [request.result() for request in requests]
 
     def _forget_prefixes(self) -> None:
         # Nothing else is in the homes between calls. They go all at once, so an interrupt finds them there or gone.
@@ -271,7 +269,7 @@ class Engine:
     def _submitted(
         self,
         prompts: PromptsLike,
-        sampling: SamplingParams | ListLike[SamplingParams] | None,
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
         skip: frozenset[tuple[int, int]],
     ) -> Prepared[Scheduler]:
         self._check_ready()
@@ -316,39 +314,39 @@ class Engine:
         call = {"call": "generate_pooled", "sampling": params, "name": name, "num_copies": num_copies}
         return Prepared(packed, lambda: {**call, **self._state()}, number=len(packed))
 
-    def _to_score_together(self, pairs: Iterable[tuple[PromptLike, ListLike[int]]]) -> Prepared[list[Sequence]]:
+    def _to_score_together(self, pairs: Iterable[tuple[PromptLike, Sequence[int]]]) -> Prepared[list[ScoredRequest]]:
         self._check_ready()
-        sequences = []
+        requests = []
         for index, pair in enumerate(as_pairs(pairs)):
             with naming("pair", index):
-                sequences.append(self._to_score(index, *pair))
-        tokens = [(s.prompt.token_ids, s.targets) for s in sequences]
-        return Prepared(sequences, lambda: {"call": "score", **self._state(), "pairs": tokens})
+                requests.append(self._to_score(index, *pair))
+        tokens = [(r.prompt.token_ids, r.targets) for r in requests]
+        return Prepared(requests, lambda: {"call": "score", **self._state(), "pairs": tokens})
 
-    def _to_score(self, index: int, given: PromptLike, continuation: ListLike[int]) -> Sequence:
+    def _to_score(self, index: int, given: PromptLike, continuation: Sequence[int]) -> ScoredRequest:
         prompt = as_prompt(given, index, self._tokenizer)
         targets = tuple(continuation)
         if not targets:
             raise UserError("the continuation is empty; at least one token was wanted.")
-        params = SamplingParams(max_new_tokens=len(targets))
         check_tokens(prompt.token_ids, self._runner.spec)
         check_tokens(targets, self._runner.spec)
         check_scored_length(len(prompt.token_ids), len(targets), self._runner.spec, self._pool_size)
-        return Sequence(prompt, 0, params, len(targets), targets=targets)
+        return ScoredRequest(prompt, targets)
 
     def _results(self, scheduler: Scheduler) -> Generator[RolloutResult, None, None]:
         self._open = finished = self._run(scheduler)
         version = self.weights_version
         try:
-            for sequence in finished:
-                yield self._result(sequence, version)
+            for request in finished:
+                assert isinstance(request, SampledRequest), "nothing else is in the scheduler of a stream"
+                yield request.result(self._stopping.text(request), version)
         finally:
             finished.close()
             if self._open is finished:
                 self._open = None
 
-    def _run(self, scheduler: Scheduler) -> Generator[Sequence, None, None]:
-        """Steps until all is done; sequences as they finish.
+    def _run(self, scheduler: Scheduler) -> Generator[Request, None, None]:
+        """Steps until all is done; requests as they finish.
 
         Those of the last step come when it has ended: a consumer that lingers over them keeps nobody waiting, and may
         make the next call before it has taken them all.
@@ -357,7 +355,7 @@ class Engine:
         self.stats = scheduler.stats
         self._is_cut = True  # until it has come to an end that all ranks know
         self._steps.begin()
-        finished: list[Sequence] = []
+        finished: list[Request] = []
         try:
             while (step := scheduler.schedule()) is not None:
                 finished = self._advance(scheduler, step)
@@ -376,18 +374,18 @@ class Engine:
         self._end(scheduler)
         yield from finished
 
-    def _advance(self, scheduler: Scheduler, step: Step, *, leaves: bool = False) -> list[Sequence]:
-        """Run a step and take note of it; the sequences that it finished."""
+    def _advance(self, scheduler: Scheduler, step: Step, *, leaves: bool = False) -> list[Request]:
+        """Run a step and take note of it; the requests that it finished."""
         assert self._steps is not None
         output = self._steps.run(step, leaves=leaves)
         now = time.perf_counter()
         finished = scheduler.commit(step, output.sampled, self._stopping.stops, output.scores)
         self._steps.copy_blocks(scheduler.take_copies(self._topology.grid.home(self._topology.rank)))
-        for sequence in step.samples:
-            if sequence.sampled:  # one that was put back has no token yet
-                sequence.first_token_s = sequence.first_token_s or now
-        for sequence in finished:
-            sequence.finished_s = now
+        for request in step.samples:
+            if request.sampled:  # one that was put back has no token yet
+                request.first_token_s = request.first_token_s or now
+        for ended in finished:
+            ended.finished_s = now
         return finished
 
     def _leave(self, scheduler: Scheduler) -> None:
@@ -412,17 +410,17 @@ class Engine:
 
     def _scheduler_of(
         self,
-        prompts: ListLike[Prompt],
-        sampling: ListLike[SamplingParams],
+        prompts: Sequence[Prompt],
+        sampling: Sequence[SamplingParams],
         skip: frozenset[tuple[int, int]],
     ) -> Scheduler:
-        """A scheduler with a sequence for every wanted sample of prompts that can run."""
+        """A scheduler with a request for every wanted sample of prompts that can run."""
         scheduler = self._scheduler()
         for prompt, params in zip(prompts, sampling, strict=True):
             room = self._runner.spec.max_positions - len(prompt.token_ids)
             for sample_index in range(params.n):
                 if (prompt.index, sample_index) not in skip:
-                    scheduler.add(Sequence(prompt, sample_index, params, min(params.max_new_tokens, room)))
+                    scheduler.add(SampledRequest(prompt, sample_index, params, min(params.max_new_tokens, room)))
         return scheduler
 
     def _scheduler(self) -> Scheduler:
@@ -432,26 +430,6 @@ class Engine:
             self._config.max_num_seqs,
             self._config.max_num_batched_tokens,
             window=self._runner.spec.widest_window,
-        )
-
-    def _result(self, sequence: Sequence, weights_version: int) -> RolloutResult:
-        assert sequence.finish_reason and sequence.first_token_s and sequence.finished_s
-        later_tokens = len(sequence.sampled) - 1
-        decode_s = sequence.finished_s - sequence.first_token_s
-        return RolloutResult(
-            id=sequence.prompt.id,
-            prompt_index=sequence.prompt.index,
-            sample_index=sequence.sample_index,
-            prompt_token_ids=sequence.prompt.token_ids,
-            token_ids=tuple(sequence.token_ids),
-            text=self._stopping.text(sequence),
-            logprobs=tuple(s.logprob for s in sequence.sampled),
-            processed_logprobs=tuple(s.processed_logprob for s in sequence.sampled),
-            finish_reason=sequence.finish_reason,
-            ttft_s=sequence.first_token_s - sequence.submitted_s,
-            tpot_s=decode_s / later_tokens if later_tokens else None,
-            weights_version=weights_version,
-            top_logprobs=tuple(s.top for s in sequence.sampled) if sequence.params.top_logprobs else None,
         )
 
     def _made_steps(self) -> StepRunner:
@@ -468,7 +446,7 @@ class Engine:
             store_dtype=self._needs.cache_dtype,
         )
         backend = make_backend(self._config.backend, runner.device, self._needs)
-        return StepRunner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
+        return make_step_runner(runner, self._topology, self._config, sharding, backend, cache, self._stopping)
 
     def _empty_homes(self) -> list[KVHome]:
         return [
@@ -480,7 +458,7 @@ class Engine:
             for _ in range(self._topology.grid.num_homes)
         ]
 
-    def _refuse_unread_stops(self, sampling: ListLike[SamplingParams]) -> None:
+    def _refuse_unread_stops(self, sampling: Sequence[SamplingParams]) -> None:
         if self._tokenizer is None and any(params.stop for params in sampling):
             raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
 

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from cpinfer.attention.backends.base import check_choice
+from cpinfer.attention.backends.registry import check_choice
 from cpinfer.comm.bootstrap import (
     PEER_GRACE_S,
     Launch,

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.grid import RankGrid
 from cpinfer.ops.states import merge_states
@@ -33,7 +33,7 @@ def run(setting: Setting) -> Found:
     R, H, D = (2, 2, 8) if setting.is_smoke else (32, 32, 128)
     topology = Topology.from_world(RankGrid(1, size, size))
     try:
-        exchange = StateExchange(topology.dcp, pcp_size=size, wire_dtype=setting.dtype)
+        exchange = AllToAllExchange(topology.dcp, pcp_size=size, wire_dtype=setting.dtype)
         # Every rank knows all states, so each can tell what it should get.
         generator = torch.Generator().manual_seed(0)
         outs = torch.randn(size, size * R, H, D, generator=generator).to(setting.device, setting.dtype)
