@@ -11,7 +11,6 @@ from cpinfer.config import Config, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed
 from cpinfer.engine.input_processor import InputProcessor
 from cpinfer.engine.needs import RankNeeds
-from cpinfer.engine.pooled_prompts import PooledPrompts
 from cpinfer.engine.prompts import PromptLike, PromptsLike, longest_prompt
 from cpinfer.engine.request import Request, RolloutResult, SampledRequest, ScoredRequest, ScoreResult
 from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
@@ -142,11 +141,12 @@ class Engine:
             "generate_pooled", lambda: self._inputs.packed(own_prompts, sampling, name, num_copies, replica.size)
         )
         told = gather_packed(replica, packed, lens, self._runner.device)
-        pooled = PooledPrompts.of_ranks([lists for _, *lists in told], num_copies)
         name = name or f"unnamed-{told[0][0][0]:x}"
-        requests = self._inputs.pooled(pooled, sampling, f"{name}/{topology.coords.dp_rank}")
+        requests, places = self._inputs.pooled(
+            [lists for _, *lists in told], num_copies, sampling, f"{name}/{topology.coords.dp_rank}"
+        )
         results = {(r.prompt_index, r.sample_index): r for r in self._results(requests)}
-        return [results[place] for place in pooled.places[replica.index // num_copies]]
+        return [results[place] for place in places[replica.index // num_copies]]
 
     def stream(
         self,

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.agreement import Prepared, pack_token_lists
-from cpinfer.engine.pooled_prompts import PooledPrompts
+from cpinfer.engine.pooled_prompts import PooledPrompts, SamplePlaces, TokenIds
 from cpinfer.engine.prompts import (
     PromptLike,
     PromptsLike,
@@ -104,11 +104,18 @@ class InputProcessor:
         same: Mapping[str, object] = {"sampling": params, "name": name, "num_copies": num_copies}
         return Prepared(packed, lambda: same, number=len(packed))
 
-    def pooled(self, pooled: PooledPrompts, sampling: SamplingParams | None, name: str) -> list[SampledRequest]:
-        """A request for each sample that any rank asks for; they have checked theirs. Prompt i is named `name/i`."""
+    def pooled(
+        self, asked: Sequence[Sequence[TokenIds]], num_copies: int, sampling: SamplingParams | None, name: str
+    ) -> tuple[list[SampledRequest], Sequence[SamplePlaces]]:
+        """A request for each sample that any rank asks for, and for each owner the (prompt, sample) that are its own.
+
+        Ranks have checked what they ask for. `num_copies` neighbours are one owner; prompt i is named `name/i`.
+        """
         params = sampling or self._default_sampling
+        pooled = PooledPrompts.of_ranks(asked, num_copies)
         prompts = [Prompt(i, f"{name}/{i}", tokens) for i, tokens in enumerate(pooled.prompts)]
-        return self._requests(prompts, [dataclasses.replace(params, n=n) for n in pooled.counts], frozenset())
+        each = [dataclasses.replace(params, n=n) for n in pooled.counts]
+        return self._requests(prompts, each, frozenset()), pooled.places
 
     def _requests(
         self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], skip: frozenset[tuple[int, int]]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from cpinfer.errors import RanksDifferError
 
 TokenIds = tuple[int, ...]
+# Samples by (prompt index, sample index).
+SamplePlaces = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class PooledPrompts:
 
     prompts: tuple[TokenIds, ...]
     counts: tuple[int, ...]
-    places: tuple[tuple[tuple[int, int], ...], ...]
+    places: tuple[SamplePlaces, ...]
 
     @classmethod
     def of_ranks(cls, asked: Sequence[Sequence[Sequence[int]]], num_copies: int) -> PooledPrompts:

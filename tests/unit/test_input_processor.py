@@ -61,8 +61,9 @@ def test_copies_that_do_not_divide_the_ranks_are_refused(num_copies):
 
 
 def test_pooled_prompts_are_named_by_their_pool_and_sampled_as_often_as_they_are_asked_for():
-    pooled = PooledPrompts.of([[[1], [1]], [[1], [2]]])
-    requests = INPUTS.pooled(pooled, None, "step/3")
+    asked = [[(1,), (1,)], [(1,), (2,)]]
+    requests, places = INPUTS.pooled(asked, 1, None, "step/3")
+    assert places == PooledPrompts.of(asked).places
     assert [(r.prompt.id, r.prompt.token_ids, r.sample_index) for r in requests] == [
         ("step/3/0", (1,), 0),
         ("step/3/0", (1,), 1),
