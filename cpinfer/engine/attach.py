@@ -14,7 +14,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import Config
 from cpinfer.engine.agreement import Prepared, begin_together
 from cpinfer.engine.engine import Engine
-from cpinfer.engine.needs import own_pool
+from cpinfer.engine.needs import RankNeeds, own_pool
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
@@ -62,7 +62,8 @@ def attach(
 
         (runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
         # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
-        engine = Engine(runner, topology, config, tokenizer, PoolSize(min(num_blocks), own.sharding))
+        needs = RankNeeds.of(runner, topology, config, PoolSize(min(num_blocks), own.sharding))
+        engine = Engine(runner, topology, config, tokenizer, needs)
         stack.callback(engine.close)
         engine.wake()
         yield engine

@@ -93,7 +93,7 @@ def on_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
     def use(capture: Any) -> None:
         monkeypatch.setattr(
-            "cpinfer.engine.engine.make_backend",
+            "cpinfer.engine.needs.make_backend",
             lambda name, device, needs: FlashInferBackend(device, needs, fake_flashinfer()),
         )
         monkeypatch.setattr("cpinfer.engine.decode_graphs.why_no_graphs", lambda runner, backend, layerwise: None)
