@@ -57,7 +57,14 @@ class Engine:
         return self._runner.spec.max_positions
 
     def longest_prompt(self, sampling: SamplingParams) -> int:
-        """Tokens of the longest prompt that leaves room for a whole answer; below 1 when none does."""
+        """The longest prompt that leaves room for a whole answer.
+
+        Args:
+            sampling: what the answer is sampled with; its `max_new_tokens` counts.
+
+        Returns:
+            Its length in tokens; below 1 when no prompt leaves room.
+        """
         return longest_prompt(sampling, self._runner.spec, self._needs.pool_size)
 
     @property
@@ -112,7 +119,15 @@ class Engine:
     def generate(
         self, prompts: PromptsLike, sampling: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[RolloutResult]:
-        """All samples of all prompts, in order of prompt and sample. An empty list of prompts gives an empty list."""
+        """All samples of all prompts; collective, and with errors, as `stream`.
+
+        Args:
+            prompts: one or several, in any form that `stream` takes.
+            sampling: for all prompts, or one for each; default: the config's.
+
+        Returns:
+            The samples in order of prompt and sample, the same on every rank; none for an empty list of prompts.
+        """
         results = list(self.stream(prompts, sampling))
         return sorted(results, key=lambda r: (r.prompt_index, r.sample_index))
 
@@ -124,15 +139,23 @@ class Engine:
         name: str = "",
         num_copies: int = 1,
     ) -> list[RolloutResult]:
-        """One sample for each of *this rank's* prompts, in their order; a prompt that stands n times gets n samples.
+        """One sample for each of *this rank's* prompts. Collective over the replica.
 
         The prompts of all ranks of the replica become one batch, in which each distinct prompt is prefilled once, and
-        every rank takes part in all of it; each then keeps its own. Ranks may bring different numbers of prompts, none
-        included. `num_copies` consecutive ranks that train on the same data (tensor parallelism) bring the same prompts
-        and get the same samples. `name` sets this batch apart from others of the same seed: batches of one name, layout
-        and seed draw the same random numbers. Without one a batch draws numbers of its own; the ids of its results tell
-        the name by which it can be repeated. Errors as `stream` has them: a prompt that one rank cannot run is an error
-        on all. Collective over the replica.
+        every rank takes part in all of it; each then keeps its own. Errors as `stream` has them: what one rank cannot
+        run is an error on all.
+
+        Args:
+            own_prompts: this rank's, in any form that `stream` takes, without ids. One that stands n times gets n
+                samples. Ranks may bring different numbers of them, none included.
+            sampling: for all prompts; default: the config's. Its `n` counts for nothing.
+            name: sets this batch apart from others of the same seed: batches of one name, layout and seed draw the
+                same random numbers. Without one it draws its own; the ids of the results tell the name to repeat it.
+            num_copies: consecutive ranks that train on the same data (tensor parallelism); they bring the same prompts
+                and get the same samples.
+
+        Returns:
+            This rank's samples, in the order of its prompts.
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("start another batch")
@@ -154,15 +177,24 @@ class Engine:
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         skip: frozenset[tuple[int, int]] = frozenset(),
     ) -> Iterator[RolloutResult]:
-        """Samples as they finish, on every rank alike.
+        """Samples as they finish. Collective over the replica: one small gather, beside the steps.
 
-        A prompt is text, a list or an array of token ids, a chat (a list of messages), a `Prompt`, or an object with
-        the keys of an input line; one stands for a list of one. `sampling` is for all prompts, or one for each; it
-        defaults to the config's. `skip` holds (prompt_index, sample_index) that are not wanted. UserError, before
-        anything runs, for a prompt that can never run; RuntimeError when the engine sleeps, or still has another stream
-        open; RanksDifferError when ranks do not make the same call. Every rank takes all results, or leaves the loop at
-        the same one: where some leave alone, all get StreamEndedError, they themselves at their next call or at the end
-        of the engine's block. Collective over the replica: one small gather, beside the steps.
+        Every rank takes all results, or leaves the loop at the same one.
+
+        Args:
+            prompts: one or several. A prompt is text, a list or an array of token ids, a chat (a list of messages), a
+                `Prompt`, or an object with the keys of an input line.
+            sampling: for all prompts, or one for each; default: the config's.
+            skip: pairs (prompt_index, sample_index) that are not wanted.
+
+        Yields:
+            Samples, on every rank alike.
+
+        Raises:
+            UserError: for a prompt that can never run, before anything runs.
+            RanksDifferError: when ranks do not make the same call, before anything runs.
+            StreamEndedError: when some ranks leave alone; on those at their next call, or where the block ends.
+            RuntimeError: when the engine sleeps, its block has ended, or another stream is open.
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("start another stream")
@@ -171,11 +203,19 @@ class Engine:
         self._refuse_when_closed()  # else the end of the block would pass for that of the stream
 
     def score(self, pairs: Iterable[tuple[PromptLike, Sequence[int]]]) -> list[ScoreResult]:
-        """How likely the model finds each (prompt, continuation), in their order; continuations are token ids.
+        """How likely the model finds given continuations. Collective over the replica.
 
         Prompts that several continuations share are computed once, as far as the pool can keep them. At most
-        `MAX_SCORED_PLACES` rows of logits exist at a time. UserError, before anything runs, for a pair that can never
-        run or a continuation without tokens; other errors as `stream` has them. Collective over the replica.
+        `MAX_SCORED_PLACES` rows of logits exist at a time.
+
+        Args:
+            pairs: (prompt, continuation), prompts in any form that `stream` takes, continuations as token ids.
+
+        Returns:
+            A result for each pair, in their order.
+
+        Raises:
+            UserError: for a pair that can never run, or a continuation without tokens; other errors as `stream`.
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("score")
