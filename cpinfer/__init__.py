@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import cpinfer.comm.parent  # noqa: F401  # asks now, before anything slow is imported
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from cpinfer.comm.topology import Topology
     from cpinfer.config import Config, SamplingParams, load_config, parse_config
