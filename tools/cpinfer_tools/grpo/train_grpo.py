@@ -1,7 +1,7 @@
 """Reinforcement learning with TRL's GRPO, rollouts by cpinfer on the trainer's own weights.
 
     deepspeed --num_gpus 2 tools/train_grpo.py --config configs/grpo_sentence.json
-    torchrun --nproc-per-node 2 -m cpinfer_tools train-grpo --config configs/grpo_sentence.json --set training.zero_stage=3
+    torchrun --nproc-per-node 2 -m cpinfer_tools train-grpo --config configs/grpo_sentence.json
     deepspeed --num_gpus 2 tools/train_grpo.py --config configs/grpo_sentence.json \\
         --set training.generator=transformers --beside runs/FIRST/output.jsonl
 
