@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import cpinfer.comm.parent  # noqa: F401  # asks now, before anything slow is imported
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from cpinfer.colocate.mismatch import Mismatch
     from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase

@@ -48,7 +48,8 @@ from cpinfer.models.checkpoint import named
 from cpinfer.models.expected_weights import Weights
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
-from cpinfer_integrations.launching import grid_for
+from cpinfer.packages import need_package
+from cpinfer_integrations.launching import check_packages, grid_for
 from cpinfer_tools.memory import Fit, MemoryNeeds, available_memory
 from cpinfer_tools.opening import is_writer, open_together
 from cpinfer_tools.results.output import Existing, check_output, default_output
@@ -260,6 +261,12 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
         check_sampling(config.sampling, spec)
     except UserError as error:
         raise UserError(f"config {config_path}: {error}") from error
+    try:
+        check_packages(config)
+        if config.wandb is not None:
+            need_package("wandb", 'the key "wandb"')
+    except UserError as error:
+        raise type(error)(f"config {config_path}: {error}") from error
     grid = grid_for(config, launch.world_size)
     heads = spec.heads(grid.tp_size).in_group(grid, grid.coords(launch.rank).tp_rank)
     try:
