@@ -16,7 +16,7 @@ import cpinfer.comm.parent  # noqa: F401  # asks now, before anything slow is im
 
 if TYPE_CHECKING:
     from cpinfer.comm.topology import Topology
-    from cpinfer.config import Config, SamplingParams, load_config, parse_config
+    from cpinfer.config import EngineConfig, JobConfig, SamplingParams, load_config, parse_config
     from cpinfer.engine.attach import attach
     from cpinfer.engine.engine import Engine
     from cpinfer.engine.request import RolloutResult, ScoreResult
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from cpinfer.models.kv_expansion import expand_kv_heads
 
 _HOMES = {
-    "Config": "cpinfer.config",
     "Engine": "cpinfer.engine.engine",
+    "EngineConfig": "cpinfer.config",
+    "JobConfig": "cpinfer.config",
     "RankGrid": "cpinfer.layout.grid",
     "RolloutResult": "cpinfer.engine.request",
     "SamplingParams": "cpinfer.config",
@@ -40,8 +41,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Config",
     "Engine",
+    "EngineConfig",
+    "JobConfig",
     "RankGrid",
     "RolloutResult",
     "SamplingParams",

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.engine.attach import attach
 from cpinfer.engine.engine import Engine
 from cpinfer.models.local_weights import storage_bytes
@@ -64,7 +64,7 @@ class PhaseReport:
 @contextmanager
 def rollout_phase(
     lent: Lent,
-    config: Config,
+    config: JobConfig,
     *,
     tokenizer: Any | None = None,
     weights_version: int = 0,

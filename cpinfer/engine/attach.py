@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.engine.agreement import Prepared, begin_together
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.needs import own_pool
@@ -33,7 +33,7 @@ _NOT_THE_ENGINES = frozenset(
 
 @contextmanager
 def attach(
-    model: Any, topology: Topology | None = None, config: Config | None = None, *, tokenizer: Any | None = None
+    model: Any, topology: Topology | None = None, config: JobConfig | None = None, *, tokenizer: Any | None = None
 ) -> Iterator[Engine]:
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
@@ -44,7 +44,7 @@ def attach(
     RanksDifferError when ranks do not bring the same; on every rank alike, with the model as it was.
     """
     topology = topology or Topology.single()
-    config = config or Config()
+    config = config or JobConfig()
     with ExitStack() as stack:
 
         def prepare() -> Prepared[tuple[ModelRunner, PoolSize]]:
@@ -69,7 +69,7 @@ def attach(
         engine.raise_if_left_alone()
 
 
-def what_runs(spec: ModelSpec, config: Config, tokenizer: Any | None) -> Mapping[str, object]:
+def what_runs(spec: ModelSpec, config: JobConfig, tokenizer: Any | None) -> Mapping[str, object]:
     """What ranks that attach together must have in common, the model they hold aside."""
     keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NOT_THE_ENGINES}
     words = None if tokenizer is None else (type(tokenizer).__name__, len(tokenizer))
@@ -96,7 +96,7 @@ def model_spec(model: Any) -> ModelSpec:
     return ModelSpec.from_config(model.config.to_dict(), generation.to_dict() if generation is not None else None)
 
 
-def check_layout(spec: ModelSpec, config: Config, grid: RankGrid) -> None:
+def check_layout(spec: ModelSpec, config: JobConfig, grid: RankGrid) -> None:
     """UserError when the layout cannot run this model, or when config and topology name different layouts."""
     errors = config_errors(spec, config, grid.dp_size)
     if errors:
@@ -108,7 +108,7 @@ def check_layout(spec: ModelSpec, config: Config, grid: RankGrid) -> None:
         )
 
 
-def config_errors(spec: ModelSpec, config: Config, dp_size: int = 1) -> list[str]:
+def config_errors(spec: ModelSpec, config: JobConfig, dp_size: int = 1) -> list[str]:
     """Sentences that say why a config cannot run this model; empty when it can."""
     sizes = layout_sizes(spec, config, dp_size)
     errors = layout_errors(sizes)
@@ -119,7 +119,7 @@ def config_errors(spec: ModelSpec, config: Config, dp_size: int = 1) -> list[str
     return errors
 
 
-def _tensor_parallel_errors(spec: ModelSpec, config: Config) -> list[str]:
+def _tensor_parallel_errors(spec: ModelSpec, config: JobConfig) -> list[str]:
     """What the provider of tensor parallelism cannot do with a family."""
     found = f'model_type "{spec.family}" with tp={config.tp_size}'
     if spec.family == "gpt_bigcode" and spec.num_kv_heads > 1:
@@ -134,7 +134,7 @@ def _tensor_parallel_errors(spec: ModelSpec, config: Config) -> list[str]:
     return []
 
 
-def layout_sizes(spec: ModelSpec, config: Config, dp_size: int = 1) -> LayoutSizes:
+def layout_sizes(spec: ModelSpec, config: JobConfig, dp_size: int = 1) -> LayoutSizes:
     """The layout a config asks for, for this model."""
     return LayoutSizes(
         tp_size=config.tp_size,

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cpinfer.attention.backends.base import make_backend
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pack_token_lists
 from cpinfer.engine.needs import attention_needs
 from cpinfer.engine.pooled_prompts import PooledPrompts
@@ -55,7 +55,7 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, topology: Topology, config: Config, tokenizer: Any | None, pool_size: PoolSize
+        self, runner: ModelRunner, topology: Topology, config: JobConfig, tokenizer: Any | None, pool_size: PoolSize
     ) -> None:
         self._runner = runner
         self._topology = topology

@@ -18,7 +18,7 @@ from cpinfer.attention.context import ContextAttention, KVContext, QueryContext,
 from cpinfer.attention.exchange import StateExchange
 from cpinfer.attention.steps import AttentionStep, DecodeStep, IdleStep, PrefillStep
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
 from cpinfer.engine.decode_graphs import DecodeGraphs, why_no_graphs
 from cpinfer.engine.request import SampledToken, Sequence, TokenScore
@@ -69,7 +69,7 @@ class StepRunner:
         self,
         runner: ModelRunner,
         topology: Topology,
-        config: Config,
+        config: JobConfig,
         sharding: KVSharding,
         backend: AttentionBackend,
         cache: PagedKVCache,

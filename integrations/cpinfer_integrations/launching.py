@@ -8,13 +8,13 @@ import torch
 
 from cpinfer.comm.bootstrap import world_size_error
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import LaunchConfig, ParallelConfig
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
 
 
-def grid_for(config: Config, world_size: int) -> RankGrid:
+def grid_for(config: ParallelConfig, world_size: int) -> RankGrid:
     """The grid a config asks for, dp filling the world where it is left open. UserError when the world does not fit."""
     per_replica = config.tp_size * config.pcp_size
     dp_is_free = config.data_parallel_size is None
@@ -24,7 +24,7 @@ def grid_for(config: Config, world_size: int) -> RankGrid:
     return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, world_size // per_replica)
 
 
-def launch_inference(config: Config, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
+def launch_inference(config: LaunchConfig, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
     """The config's model on `device`, its weights sharded by the config's provider when there is tensor parallelism.
 
     The default process group must exist and span the grid. Collective over all ranks.

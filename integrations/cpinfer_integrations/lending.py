@@ -10,14 +10,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.wrappers import without_replication
 from cpinfer.refusals import refuse
 from cpinfer_integrations import fsdp
 
 
-def lend(trained: Any, config: Config) -> Lent:
+def lend(trained: Any, config: JobConfig) -> Lent:
     """The model, ranks and weights of a job, from what its training loop calls forward on. Collective.
 
     `trained` is a DeepSpeed engine, a model under `DistributedDataParallel`, one on which FSDP2's `fully_shard` was
@@ -44,7 +44,7 @@ def lend(trained: Any, config: Config) -> Lent:
     return Lent(module, Topology.from_world(_grid(config)))
 
 
-def _lend_fsdp(module: Any, config: Config) -> Lent:
+def _lend_fsdp(module: Any, config: JobConfig) -> Lent:
     grid, gather = _grid(config), config.rollout.gather
     fsdp.refuse_unsupported(module, gather)
     if gather == "layerwise" and grid.dp_size > 1:
@@ -53,6 +53,6 @@ def _lend_fsdp(module: Any, config: Config) -> Lent:
     return Lent(module, Topology.from_world(grid), partial(weights, module), gather)
 
 
-def _grid(config: Config) -> RankGrid:
+def _grid(config: JobConfig) -> RankGrid:
     num_replicas = dist.get_world_size() if dist.is_initialized() else 1
     return RankGrid.lending(1, num_replicas, config.pcp_size, config.dcp_size)

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
@@ -34,7 +34,7 @@ def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | No
     return Topology.from_world(grid, tp_group=tp_group)
 
 
-def lend(model: Any, config: Config) -> Lent:
+def lend(model: Any, config: JobConfig) -> Lent:
     """What a training job lends whose model Transformers shards: its weights in place, its tp group, all other ranks.
 
     UserError when the config's tp_size is not that of the model's mesh. Collective.

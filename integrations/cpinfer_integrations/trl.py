@@ -28,7 +28,7 @@ from trl.data_utils import is_conversational
 from cpinfer.colocate.mismatch import Compared, Mismatch
 from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.colocate.training_logprobs import only_measured
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
@@ -76,7 +76,7 @@ class PhaseRecord:
         }
 
 
-def make_rollout_func(config: Config) -> RolloutFunc:
+def make_rollout_func(config: JobConfig) -> RolloutFunc:
     """What to give a `GRPOTrainer` as `rollout_func`: generation by cpinfer, in the layout of `config`.
 
     The layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase; `config.rollout` says how dealt
@@ -90,7 +90,7 @@ def make_rollout_func(config: Config) -> RolloutFunc:
 class RolloutFunc:
     """A `rollout_func` that remembers what the trainer lent, and records phases. Made by `make_rollout_func`."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: JobConfig) -> None:
         self._config = config
         self._lent: Lent | None = None
         self._lender: Any = None

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from cpinfer.colocate.phase import rollout_phase
-from cpinfer.config import Config, parse_config
+from cpinfer.config import JobConfig, parse_config
 from cpinfer.errors import UserError
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout
@@ -104,7 +104,7 @@ WORKS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
 }
 
 
-def config_of(gather: str, tp_size: int = 1) -> Config:
+def config_of(gather: str, tp_size: int = 1) -> JobConfig:
     return parse_config(
         {
             "dtype": "float32",

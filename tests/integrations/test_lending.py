@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.errors import UnsupportedError
 from cpinfer_integrations import deepspeed as by_deepspeed
 from launching import accelerate, launch, torchrun
@@ -135,7 +135,7 @@ def test_a_photograph_shows_what_deepspeeds_hooks_would_do_in_a_phase(outcomes: 
 def test_autocast_around_an_engines_forward_is_refused_by_name() -> None:
     engine = SimpleNamespace(torch_autocast_enabled=lambda: True)
     with pytest.raises(UnsupportedError, match=r"DeepSpeed's torch_autocast"):
-        by_deepspeed.lend(engine, Config())
+        by_deepspeed.lend(engine, JobConfig())
 
 
 @pytest.mark.slow

@@ -9,14 +9,14 @@ from peft.tuners.lora import LoraLayer
 
 from cpinfer.colocate.weight_slices import cuts
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config, SamplingParams, TensorParallel
+from cpinfer.config import JobConfig, SamplingParams, TensorParallel
 from cpinfer.engine.attach import attach, model_spec
 from cpinfer.errors import ModelChangedError, UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
-CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))
+CONFIG = JobConfig(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))
 PROMPTS = prompts_of((3, 40), vocab_size=128)
 SMALL = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], init_lora_weights=False)
@@ -207,7 +207,7 @@ def test_adapters_outside_the_modules_they_change_are_refused_by_name(adapter):
 
 def test_adapters_under_tensor_parallelism_are_refused_by_name():
     model = model_with(LORA)
-    config = Config(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
+    config = JobConfig(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
 
     def body(topology):
         with (

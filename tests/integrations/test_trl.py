@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import cpinfer
-from cpinfer.config import Config, RolloutConfig, SamplingParams, config_to_dict, parse_config
+from cpinfer.config import JobConfig, RolloutConfig, SamplingParams, config_to_dict, parse_config
 from cpinfer_integrations.trl import RolloutFunc, make_rollout_func, tokenize
 from cpinfer_integrations.trl_settings import sampling_of
 from tiny_models import make_model
@@ -295,7 +295,7 @@ def test_of_an_overlong_prompt_the_last_tokens_stand_for_it_where_that_was_asked
 class Watched:
     """A rollout func, and what it gave, in order: mode, step and completions of each phase."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: JobConfig) -> None:
         self.rollouts = make_rollout_func(config)
         self.phases: list[tuple[str, int, list[list[int]]]] = []
 
@@ -309,7 +309,7 @@ class Watched:
         return [phase for phase in self.phases if phase[0] == mode]
 
 
-def trained(tokenizer: Any, folder: Path, resume: Any = None, config: Config = CONFIG, **options: Any) -> Watched:
+def trained(tokenizer: Any, folder: Path, resume: Any = None, config: JobConfig = CONFIG, **options: Any) -> Watched:
     watched = Watched(config)
     make_trainer(tokenizer, folder, watched, **options).train(resume_from_checkpoint=resume)
     return watched
@@ -330,7 +330,7 @@ def test_evaluation_and_a_resume_change_no_sample_of_training(tokenizer: Any, tm
 
 
 def test_samples_are_those_of_the_trainers_seed_and_of_the_configs(tokenizer: Any, tmp_path: Path) -> None:
-    def sampled(seed: int, config: Config = CONFIG) -> list[list[int]]:
+    def sampled(seed: int, config: JobConfig = CONFIG) -> list[list[int]]:
         rollouts = make_rollout_func(config)
         found: list[list[int]] = rollouts(TEXTS, make_trainer(tokenizer, tmp_path, rollouts, seed=seed))[
             "completion_ids"

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import wild
-from cpinfer.config import Config, SamplingParams, config_to_dict, load_config, parse_config
+from cpinfer.config import SamplingParams, config_to_dict
 from cpinfer.errors import UserError
+from cpinfer_tools.run_config import RunConfig, load_run_config, parse_run_config
 
 CONFIGS = [json.loads(p.read_text("utf-8")) for p in sorted((Path(__file__).parents[2] / "configs").glob("*.json"))]
 LONGEST_MESSAGE = 400
@@ -31,7 +32,7 @@ def paths_of(cls, where=()):
             yield from paths_of(f.default_factory, (*where, f.name))
 
 
-PATHS = sorted(paths_of(Config))
+PATHS = sorted(paths_of(RunConfig))
 PLAUSIBLE = st.one_of(
     st.integers(0, 70000),
     st.floats(0, 2),
@@ -70,13 +71,13 @@ def assert_config_or_sentence(make, prefix=0):
         assert 0 < len(str(error)) < LONGEST_MESSAGE + prefix
         str(error).encode()
         return
-    assert isinstance(config, Config)
+    assert isinstance(config, RunConfig)
     written = json.dumps(config_to_dict(config), allow_nan=False)
-    assert parse_config(json.loads(written)) == config
+    assert parse_run_config(json.loads(written)) == config
 
 
 def check_data(base, changes):
-    assert_config_or_sentence(lambda: parse_config(changed(base, changes)))
+    assert_config_or_sentence(lambda: parse_run_config(changed(base, changes)))
 
 
 def check_text(folder, base, changes, damage, overrides):
@@ -88,7 +89,7 @@ def check_text(folder, base, changes, damage, overrides):
         text = text[: place % len(text)] + replacement + text[place % len(text) + 1 :]
     path = folder / "run.json"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    assert_config_or_sentence(lambda: load_config(path, overrides), prefix=len(str(path)))
+    assert_config_or_sentence(lambda: load_run_config(path, overrides), prefix=len(str(path)))
 
 
 def check_python(cls, changes):

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config, TensorParallel
+from cpinfer.config import JobConfig, TensorParallel
 from cpinfer.engine.attach import attach, check_layout, model_spec
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
@@ -27,7 +27,7 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-CONFIG = Config(kv_cache_gib=0.001, block_size=4, sampling=cpinfer.SamplingParams(temperature=0, max_new_tokens=4))
+CONFIG = JobConfig(kv_cache_gib=0.001, block_size=4, sampling=cpinfer.SamplingParams(temperature=0, max_new_tokens=4))
 IDS = torch.arange(10)[None]
 
 
@@ -163,7 +163,7 @@ def test_a_prompt_that_is_refused_leaves_engine_and_model_usable(model):
 
 def test_an_engine_that_cannot_be_made_leaves_the_model_alone(model):
     before = photograph(model)
-    with pytest.raises(UserError, match="buys no block"), attach(model, config=Config(kv_cache_gib=1e-9)):
+    with pytest.raises(UserError, match="buys no block"), attach(model, config=JobConfig(kv_cache_gib=1e-9)):
         pytest.fail("the block must not be entered")
     assert_same(before, photograph(model))
 
@@ -179,9 +179,9 @@ def test_blocks_may_follow_each_other(model):
 @pytest.mark.parametrize(
     "config",
     [
-        Config(tensor_parallel=TensorParallel(2)),
-        Config(prefill_context_parallel_size=2),
-        Config(prefill_context_parallel_size=2, decode_context_parallel_size=2, tensor_parallel=TensorParallel(2)),
+        JobConfig(tensor_parallel=TensorParallel(2)),
+        JobConfig(prefill_context_parallel_size=2),
+        JobConfig(prefill_context_parallel_size=2, decode_context_parallel_size=2, tensor_parallel=TensorParallel(2)),
     ],
 )
 def test_a_config_that_names_another_layout_than_the_topology_is_refused(model, config):
@@ -206,7 +206,7 @@ def test_a_topology_that_is_wider_than_the_config_is_refused(model):
 def test_a_layout_that_the_heads_do_not_allow_is_refused(model):
     with (
         pytest.raises(UserError, match="4 query heads do not divide over tp=3"),
-        attach(model, None, Config(tensor_parallel=TensorParallel(3))),
+        attach(model, None, JobConfig(tensor_parallel=TensorParallel(3))),
     ):
         pytest.fail("the block must not be entered")
 
@@ -214,7 +214,7 @@ def test_a_layout_that_the_heads_do_not_allow_is_refused(model):
 def test_replicated_queries_are_refused_by_name_where_a_home_spans_tp_ranks(model):
     """Rows are replicated over pcp ranks; tp ranks of a home have other query heads."""
     model.config.num_key_value_heads = 1
-    config = Config(tensor_parallel=TensorParallel(2), decode_context_parallel_size=2, decode_exchange="replicate_q")
+    config = JobConfig(tensor_parallel=TensorParallel(2), decode_context_parallel_size=2, decode_exchange="replicate_q")
     with pytest.raises(UserError, match=r'tp=2 pcp=1 dcp=2: .*"replicate_q".* dcp of at most pcp'):
         check_layout(model_spec(model), config, RankGrid(tp_size=2, dcp_size=2))
     check_layout(model_spec(model), replace(config, decode_exchange="ag_rs"), RankGrid(tp_size=2, dcp_size=2))
@@ -224,7 +224,7 @@ def test_replicated_queries_are_refused_by_name_where_a_home_spans_tp_ranks(mode
 
 def test_weights_that_are_not_sharded_as_the_config_says_are_refused(model):
     """The model holds all its heads, while tp=2 gives each rank half of them."""
-    config = Config(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
+    config = JobConfig(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
     before = photograph(model)
 
     def body(topology):
@@ -303,7 +303,7 @@ def test_modules_are_given_back_by_a_block_that_fails(family):
     with pytest.raises(KeyError, match="mine"), attach(model, config=CONFIG):
         raise KeyError("mine")
     assert_same(before, photograph(model))
-    with pytest.raises(UserError, match="buys no block"), attach(model, config=Config(kv_cache_gib=1e-9)):
+    with pytest.raises(UserError, match="buys no block"), attach(model, config=JobConfig(kv_cache_gib=1e-9)):
         pytest.fail("the block must not be entered")
     assert_same(before | photograph(model), photograph(model))
 
@@ -341,7 +341,7 @@ def test_no_changed_model_can_be_run_past_the_engine(family):
 def test_projections_of_every_family_that_are_not_sharded_as_the_config_says_are_refused(family, projection):
     """The model is whole, while tp=2 gives each rank half of its heads; and the others are cut."""
     model = make_model(FAMILIES[family])
-    config = Config(tensor_parallel=TensorParallel(2, "autotp"), kv_cache_gib=0.001)
+    config = JobConfig(tensor_parallel=TensorParallel(2, "autotp"), kv_cache_gib=0.001)
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "q_b_proj", "kv_b_proj", "c_attn")) and not name.endswith(projection):
             module.weight.data = module.weight.data[: len(module.weight) // 2]

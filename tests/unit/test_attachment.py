@@ -10,13 +10,13 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.errors import EngineFaultError, ModelChangedError, RanksDifferError, UserError
 from cpinfer.layout.grid import RankGrid
 from tiny_models import FAMILIES, make_model
 
-CONFIG = Config(kv_cache_gib=0.001, block_size=4, sampling=SamplingParams(temperature=0, max_new_tokens=3))
+CONFIG = JobConfig(kv_cache_gib=0.001, block_size=4, sampling=SamplingParams(temperature=0, max_new_tokens=3))
 PROMPT = [1, 2, 3, 4, 5]
 
 
@@ -209,7 +209,7 @@ def test_a_change_on_one_rank_stops_all():
     models = [fresh() for _ in range(2)]
 
     def body(topology):
-        with attach(models[topology.rank], topology, Config(prefill_context_parallel_size=2)) as engine:
+        with attach(models[topology.rank], topology, JobConfig(prefill_context_parallel_size=2)) as engine:
             engine.generate([PROMPT], CONFIG.sampling)
             if topology.rank == 1:
                 models[1].train()
@@ -266,7 +266,7 @@ def test_a_layer_that_passes_the_engine_by_is_a_fault_on_every_rank_before_any_t
         change(model.model.layers[layer])
 
     def body(topology):
-        with attach(models[topology.rank], topology, Config(prefill_context_parallel_size=2)) as engine:
+        with attach(models[topology.rank], topology, JobConfig(prefill_context_parallel_size=2)) as engine:
             for _ in range(2):  # the first step is no exception
                 with pytest.raises(EngineFaultError, match=FAULTS[change, layer]):
                     next(engine.stream([PROMPT], CONFIG.sampling))

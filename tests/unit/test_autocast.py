@@ -7,13 +7,13 @@ import torch
 from torch import nn
 
 from cpinfer.attention.layer import AttentionLayer
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UserError
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from tiny_models import FAMILIES, make_model, prompts_of
 
-CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))
+CONFIG = JobConfig(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))
 PROMPTS = prompts_of((3, 40, 90), vocab_size=128)
 
 

@@ -10,7 +10,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.latent_attention import is_latent_attention, latent_attention
 from cpinfer.ops.attention import dense_attention
@@ -29,7 +29,7 @@ VARIANTS = {
     "v3_lora_interleave_yarn": DeepseekV3Config(**SHAPE, q_lora_rank=32, rope_interleave=True, rope_parameters=MSCALE),
 }
 # Chunks, so that what is cached is attended to by later chunks as well: absorbed where queries travel, else expanded.
-CONFIG = Config(
+CONFIG = JobConfig(
     dtype="float32",
     kv_cache_gib=0.001,
     block_size=4,

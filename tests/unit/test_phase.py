@@ -6,12 +6,12 @@ from torch import nn
 
 from cpinfer.colocate.phase import Lent, rollout_phase
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.models.hooks import hooks_asleep
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model
 
-CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=4))
+CONFIG = JobConfig(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=4))
 
 
 def lent() -> Lent:

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 import cpinfer
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.comm.axis import SoloComm
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.engine.agreement import agree_on_tokens
 from cpinfer.engine.request import Prompt, SampledToken
 from cpinfer.engine.request import Sequence as Sample
@@ -250,7 +250,7 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
         return finished
 
     prompts = [[1 + i % 50, *range(2, 2 + ADMITTED_LEN)] for i in range(num_sequences)]
-    config = Config(
+    config = JobConfig(
         dtype="float32",
         max_num_seqs=num_sequences,
         max_num_batched_tokens=2 * num_sequences * ADMITTED_LEN,
