@@ -18,14 +18,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
-from cpinfer.errors import UserError, quoted
+from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.refusals import refuse
 from cpinfer.schema import Bounds, Checked, parse_object, require
 from cpinfer.schema import key as _key
 from cpinfer.strict_json import NotJSONError, parse_json, read_text
+
+# Who shards weights by tensor parallelism: DeepSpeed's AutoTP, or Transformers.
+Provider = Literal["autotp", "transformers"]
 
 # Bounds that nobody needs to pass, and below which nothing that is computed from them overflows or takes forever.
 _RANKS = Bounds(1, 2**16)
@@ -36,6 +40,7 @@ _COUNT = Bounds(0, 2**31 - 1)
 _SHARE = Bounds(0, 1)
 
 C = TypeVar("C", bound="JobConfig")
+E = TypeVar("E", bound="EngineConfig")
 
 # What `kv_cache_dtype` calls the dtypes of torch; None is the model's own.
 KV_CACHE_DTYPES = {"auto": None, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -109,7 +114,7 @@ class TensorParallel(Checked):
     """The framework's own tensor parallelism."""
 
     tp_size: int | None = _key("ranks that share the weights of one replica (tp); default: 1", None, within=_RANKS)
-    provider: Literal["autotp", "transformers"] = _key(
+    provider: Provider = _key(
         "who shards the weights of a model that a tool loads: DeepSpeed's AutoTP, or Transformers", "autotp"
     )
 
@@ -252,6 +257,10 @@ class JobConfig(EngineConfig, ParallelConfig):
         return self
 
 
+# What stands for a config where a caller gives one.
+ConfigLike = EngineConfig | Mapping[str, Any] | str | PathLike[str] | None
+
+
 @dataclass(frozen=True)
 class LaunchConfig(JobConfig):
     """The same for a job whose model is loaded for it, in the dtype that is said here."""
@@ -279,7 +288,7 @@ _REFUSED_VALUES = {
 _ASKS_FOR_NOTHING = {"pipeline_parallel_size": (None, 1)}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
     """What a config file says to a job: `load_as` with a `JobConfig`."""
     return load_as(JobConfig, path, overrides)
 
@@ -289,8 +298,33 @@ def parse_config(data: Mapping[str, Any]) -> JobConfig:
     return parse_as(JobConfig, data)
 
 
+def job_config(given: ConfigLike) -> JobConfig:
+    """A `JobConfig` of what a caller has: one, an `EngineConfig`, plain data, the path of a file, or nothing.
+
+    UserError for anything else, and as `parse_config` and `load_config` have it.
+    """
+    if isinstance(given, JobConfig):
+        return given
+    if isinstance(given, EngineConfig):
+        return JobConfig(**vars(given))
+    if isinstance(given, (str, PathLike)):
+        return load_config(given)
+    if given is None or isinstance(given, Mapping):
+        return parse_config(given or {})
+    raise UserError(f"the config is {quoted(given)}; an object, a dict, the path of a JSON file or None was wanted.")
+
+
+def with_keys(config: E, keys: Mapping[str, Any]) -> E:
+    """The config with some of the engine's keys changed. UserError for an unknown one, and for an illegal value."""
+    own, known = _own_keys(keys, ""), [field.name for field in dataclasses.fields(EngineConfig)]
+    for name in own:
+        if name not in known:
+            raise UserError(unknown_word("key", name, known, ""))
+    return dataclasses.replace(config, **own) if own else config
+
+
 def load_as(
-    cls: type[C], path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+    cls: type[C], path: str | PathLike[str], overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> C:
     """Read a config file, apply `a.b=value` overrides (values in JSON, else text), resolve its relative paths.
 

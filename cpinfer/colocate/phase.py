@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cpinfer.comm.topology import Topology
-from cpinfer.config import JobConfig
+from cpinfer.config import ConfigLike
 from cpinfer.engine.attach import attach
 from cpinfer.engine.engine import Engine
 from cpinfer.models.local_weights import storage_bytes
@@ -64,7 +64,7 @@ class PhaseReport:
 @contextmanager
 def rollout_phase(
     lent: Lent,
-    config: JobConfig,
+    config: ConfigLike = None,
     *,
     tokenizer: Any | None = None,
     weights_version: int = 0,
@@ -72,10 +72,10 @@ def rollout_phase(
 ) -> Iterator[Engine]:
     """An engine on a trainer's own weights, its KV pool there for the length of the block only.
 
-    `weights_version` is what results will say: count it up with every optimiser step. Afterwards parameters, gradients,
-    optimiser state, random states, hooks and modes are those from before, also after an error or an interrupt.
-    `report` is called with what the phase cost, after one that did not fail. RuntimeError when an optimiser steps
-    inside the block. Collective over all ranks of the job.
+    `config` is what `cpinfer.attach` takes. `weights_version` is what results will say: count it up with every
+    optimiser step. Afterwards parameters, gradients, optimiser state, random states, hooks and modes are those from
+    before, also after an error or an interrupt. `report` is called with what the phase cost, after one that did not
+    fail. RuntimeError when an optimiser steps inside the block. Collective over all ranks of the job.
     """
     laps = [time.perf_counter()]
     with no_optimizer_steps(), lent.weights() as most_bytes:

@@ -38,13 +38,13 @@ from cpinfer.models.runner import ModelRunner
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def why_no_graphs(runner: ModelRunner, backend: AttentionBackend, *, layerwise: bool) -> str | None:
+def why_no_graphs(runner: ModelRunner, backend: AttentionBackend) -> str | None:
     """Why decode of this model cannot be captured, for a reason that all ranks share; None when it can."""
     if runner.device.type != "cuda":
         return f"the model is on {runner.device.type}"
     if not isinstance(backend, FixedSizeBackend):
         return f"the {backend.name} backend plans steps of any size anew; FlashInfer is wanted"
-    if layerwise or runner.is_fsdp:
+    if runner.weights_come_and_go:
         return "weights are gathered while the model runs"
     if runner.has_experts:
         return "padding rows would reach the model's experts"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cpinfer.attention.backends.base import make_backend
 from cpinfer.comm.topology import Topology
-from cpinfer.config import JobConfig, SamplingParams
+from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed, pack_token_lists
 from cpinfer.engine.needs import attention_needs
 from cpinfer.engine.pooled_prompts import PooledPrompts
@@ -55,7 +55,7 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, topology: Topology, config: JobConfig, tokenizer: Any | None, pool_size: PoolSize
+        self, runner: ModelRunner, topology: Topology, config: EngineConfig, tokenizer: Any | None, pool_size: PoolSize
     ) -> None:
         self._runner = runner
         self._topology = topology
@@ -164,7 +164,7 @@ class Engine:
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("start another batch")
-        params = sampling or self._config.sampling
+        params = sampling or SamplingParams()
         topology, device = self._topology, self._runner.device
         packed, lens = begin_together(
             topology, device, lambda: self._packed_prompts(own_prompts, params, name, num_copies)
@@ -197,7 +197,7 @@ class Engine:
 
         A prompt is text, a list or an array of token ids, a chat (a list of messages), a `Prompt`, or an object with
         the keys of an input line; one stands for a list of one. `sampling` is for all prompts, or one for each; it
-        defaults to the config's. `skip` holds (prompt_index, sample_index) that are not wanted. UserError, before
+        defaults to `SamplingParams()`. `skip` holds (prompt_index, sample_index) that are not wanted. UserError, before
         anything runs, for a prompt that can never run; RuntimeError when the engine sleeps, or still has another stream
         open; RanksDifferError when ranks do not make the same call. Every rank takes all results, or leaves the loop at
         the same one: where some leave alone, all get StreamEndedError, they themselves at their next call or at the end
@@ -276,7 +276,7 @@ class Engine:
     ) -> Prepared[Scheduler]:
         self._check_ready()
         given = as_prompts(prompts)
-        each = as_sampling(sampling, len(given), self._config.sampling)
+        each = as_sampling(sampling, len(given), SamplingParams())
         self._refuse_unread_stops(each)
         wanted = []
         for index, (prompt, params) in enumerate(zip(given, each, strict=True)):

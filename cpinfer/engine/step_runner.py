@@ -18,7 +18,7 @@ from cpinfer.attention.context import ContextAttention, KVContext, QueryContext,
 from cpinfer.attention.exchange import StateExchange
 from cpinfer.attention.steps import AttentionStep, DecodeStep, IdleStep, PrefillStep
 from cpinfer.comm.topology import Topology
-from cpinfer.config import JobConfig
+from cpinfer.config import EngineConfig
 from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
 from cpinfer.engine.decode_graphs import DecodeGraphs, why_no_graphs
 from cpinfer.engine.request import SampledToken, Sequence, TokenScore
@@ -69,7 +69,7 @@ class StepRunner:
         self,
         runner: ModelRunner,
         topology: Topology,
-        config: JobConfig,
+        config: EngineConfig,
         sharding: KVSharding,
         backend: AttentionBackend,
         cache: PagedKVCache,
@@ -114,8 +114,7 @@ class StepRunner:
         )
 
     def _decode_graphs(self) -> DecodeGraphs | None:
-        layerwise = self._config.rollout.gather == "layerwise"
-        why_not = why_no_graphs(self._runner, self._backend, layerwise=layerwise)
+        why_not = why_no_graphs(self._runner, self._backend)
         if why_not is not None or not isinstance(self._backend, FixedSizeBackend):
             warnings.warn(f"decode runs without CUDA graphs: {why_not}", stacklevel=2)
             return None

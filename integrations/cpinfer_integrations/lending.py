@@ -10,21 +10,23 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
-from cpinfer.config import JobConfig
+from cpinfer.config import ConfigLike, JobConfig, job_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.wrappers import without_replication
 from cpinfer.refusals import refuse
 from cpinfer_integrations import fsdp
 
 
-def lend(trained: Any, config: JobConfig) -> Lent:
+def lend(trained: Any, config: ConfigLike = None) -> Lent:
     """The model, ranks and weights of a job, from what its training loop calls forward on. Collective.
 
     `trained` is a DeepSpeed engine, a model under `DistributedDataParallel`, one on which FSDP2's `fully_shard` was
     called, one that Transformers shards by tensor parallelism, or a bare model; any of them compiled, and so is what an
-    Accelerator's `prepare` makes of one. UserError when the config's sizes do not fit the job, UnsupportedError for
-    what the table of refusals names.
+    Accelerator's `prepare` makes of one. `config` is a `JobConfig` (or an `EngineConfig`, of which sizes are the
+    default), a dict of its keys, the path of a JSON file, or nothing. UserError when the config's sizes do not fit the
+    job, UnsupportedError for what the table of refusals names.
     """
+    config = job_config(config)
     module = without_replication(trained)
     if type(module).__module__.startswith("deepspeed."):
         from cpinfer_integrations import deepspeed as by_deepspeed

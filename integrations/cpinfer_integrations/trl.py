@@ -28,7 +28,7 @@ from trl.data_utils import is_conversational
 from cpinfer.colocate.mismatch import Compared, Mismatch
 from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.colocate.training_logprobs import only_measured
-from cpinfer.config import JobConfig, SamplingParams
+from cpinfer.config import ConfigLike, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
@@ -76,11 +76,13 @@ class PhaseRecord:
         }
 
 
-def make_rollout_func(config: JobConfig) -> RolloutFunc:
+def make_rollout_func(config: ConfigLike = None) -> RolloutFunc:
     """What to give a `GRPOTrainer` as `rollout_func`: generation by cpinfer, in the layout of `config`.
 
-    The layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase; `config.rollout` says how dealt
-    out weights are gathered. Temperature, top_k, top_p, min_p, repetition_penalty and the answer's length are the
+    `config` is a `JobConfig`, a dict of its keys, the path of a JSON file (which may be a run's), or nothing: then
+    every data-parallel rank generates for itself, in the dtype that the weights have. UserError where it is none. The
+    layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase; `config.rollout` says how dealt out
+    weights are gathered. Temperature, top_k, top_p, min_p, repetition_penalty and the answer's length are the
     trainer's; everything else of `config.sampling` holds as it stands. Samples are a function of the trainer's seed and
     `config.sampling.seed`, of training or evaluation, of the optimiser step, and of the phase's number within it.
     """
@@ -90,8 +92,8 @@ def make_rollout_func(config: JobConfig) -> RolloutFunc:
 class RolloutFunc:
     """A `rollout_func` that remembers what the trainer lent, and records phases. Made by `make_rollout_func`."""
 
-    def __init__(self, config: JobConfig) -> None:
-        self._config = config
+    def __init__(self, config: ConfigLike = None) -> None:
+        self._config = job_config(config)
         self._lent: Lent | None = None
         self._lender: Any = None
         # Of each mode the step of its newest phase, and that phase's number within the step.

@@ -61,7 +61,7 @@ def config_of(kind: str) -> JobConfig:
     tp_size = 2 if gather == "tp_shards" or kind.endswith("+autotp") else 1
     return parse_config(
         {
-            "dtype": "float32",
+            "dtype": "auto" if kind.endswith("+bf16") else "float32",
             "kv_cache_gib": 0.001,
             "tensor_parallel": {"tp_size": tp_size},
             "prefill_context_parallel_size": world_size // tp_size,

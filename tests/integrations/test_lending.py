@@ -175,4 +175,4 @@ def test_models_of_other_shapes_lend_as_well_or_are_refused_by_name() -> None:
         assert half["cached_bytes_per_value"] == 2 and half["off_by"] < half["float32_off_by"] / 2, half
         refused = outcome["refused"]
         assert re.search(r"FSDPValueHead: .*a wrapper that is no PeftModel", refused["a value head sharded"])
-        assert re.search(r"tp=2, the config says tp=1. Set .* to 2", refused["another tp than the mesh's"])
+        assert re.search(r"tp=2, the config says tp=1. Leave .* set it to 2", refused["another tp than the mesh's"])

@@ -274,7 +274,7 @@ def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path
 def pool_size(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: torch.device) -> PoolSize:
     """The KV pool of the rank that stores the most heads."""
     num_heads = spec.heads(grid.tp_size).max_stored_heads(grid)
-    return affordable_pool(spec, num_heads, config, config.cache_dtype(config.dtype), device)
+    return affordable_pool(spec, num_heads, grid.dcp_size, config, config.cache_dtype(config.dtype), device)
 
 
 def wanted_output(config: RunConfig, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:
