@@ -1,7 +1,7 @@
 """cpinfer: exact, context-parallel inference inside a training job.
 
     topology = topology_from(deepspeed_engine)
-    with cpinfer.attach(deepspeed_engine.module, topology, config, tokenizer=tokenizer) as engine:
+    with cpinfer.attach(deepspeed_engine.module, topology, tokenizer=tokenizer, max_num_seqs=64) as engine:
         results = engine.generate(prompts, cpinfer.SamplingParams(max_new_tokens=256))
 
 The names below are loaded when they are first used: `cpinfer.layout` alone needs numpy and nothing else.

@@ -1,6 +1,6 @@
 """TRL: rollouts of a `GRPOTrainer` on the trainer's own weights, processes and groups.
 
-    trainer = GRPOTrainer(..., rollout_func=make_rollout_func(config))
+    trainer = GRPOTrainer(..., rollout_func=make_rollout_func({"prefill_context_parallel_size": 2}))
 
 TRL hands each process its own prompts, a prompt once for every sample it wants. In a phase the prompts of all lent
 ranks become one batch, in which a group's prompt is prefilled once, and each rank takes its own samples home.

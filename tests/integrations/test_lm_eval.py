@@ -241,6 +241,7 @@ def test_what_cannot_be_done_is_refused_by_name(engine: cpinfer.Engine, tmp_path
     for model_args, complaint in (
         ("dtype=float32", "no model is named; give --model_args config=FILE"),
         (f"pretrained={MODEL},blok_size=4", 'unknown key "blok_size"; the nearest known key is "block_size"'),
+        (f"pretrained={MODEL},dtype=auto", '"dtype" is "auto"; one of "float32"'),
         ("config=configs/pcp2.json", "1 process.* were started, the layout needs a multiple of 2"),
         (f"pretrained={tmp_path}", "has no tokenizer; lm-eval's tasks are text"),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import time
 from collections.abc import Mapping
@@ -243,6 +244,22 @@ def test_answers_that_trl_takes_for_cut_short_may_not_be_masked_and_others_may(t
     known = make_rollout_func(parse_config({**config_to_dict(CONFIG), "sampling": eos}))
     make_trainer(tokenizer, tmp_path, known, **options, max_steps=1).train()
     assert len(known.records) == 1
+
+
+def test_a_config_is_an_object_a_dict_a_path_or_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    said = {"dtype": "float32", "kv_cache_gib": 0.01, "sampling": {"seed": 3, "stop_token_ids": [99]}}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**said, "training": {"num_steps": 5}, "input": "prompts.jsonl"}))
+    rollouts = [make_rollout_func(config) for config in (CONFIG, said, path, str(path))]
+    answers = [each(TEXTS, make_trainer(tokenizer, tmp_path, each))["completion_ids"] for each in rollouts]
+    assert all(other == answers[0] for other in answers[1:])
+    untold = make_rollout_func()
+    trainer = make_trainer(tokenizer, tmp_path, untold)
+    assert len(untold(TEXTS, trainer)["completion_ids"]) == len(TEXTS)
+    with pytest.raises(cpinfer.UserError, match='unknown key "training"'):
+        make_rollout_func({"training": {"num_steps": 5}})
+    with pytest.raises(cpinfer.UserError, match=r'dtype "bfloat16", the model.s weights are float32'):
+        make_rollout_func({"dtype": "bfloat16"})(TEXTS, trainer)
 
 
 def test_what_is_lent_and_what_trl_will_count_as_clipped_is_said_once(

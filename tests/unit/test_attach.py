@@ -247,6 +247,14 @@ def test_a_config_comes_in_any_form(model, form, tmp_path):
         assert {name: getattr(config, name) for name in SAID} == SAID
 
 
+def test_an_engine_has_the_very_config_that_was_given_neither_copied_nor_checked_again(model, monkeypatch):
+    given = [JobConfig(**SAID), RunConfig(**SAID, dtype="float32"), EngineConfig(**SAID)]
+    monkeypatch.setattr(EngineConfig, "__post_init__", lambda self: pytest.fail("checked again"))
+    for config in given:
+        with attach(model, config=config) as engine:
+            assert engine._config is config
+
+
 @pytest.mark.parametrize(
     "config, complaint",
     [

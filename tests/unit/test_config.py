@@ -14,8 +14,10 @@ from cpinfer.config import (
     SamplingParams,
     TensorParallel,
     config_to_dict,
+    job_config,
     load_config,
     parse_config,
+    with_keys,
 )
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer_tools.run_config import RunConfig, load_run_config, parse_run_config
@@ -417,3 +419,42 @@ def test_the_dtype_of_a_model_that_is_loaded_has_a_name_and_that_of_a_job_is_wha
     assert (parse_config({}).dtype, parse_run_config({}).dtype) == ("auto", "bfloat16")
     with pytest.raises(UserError, match='"dtype" is "auto"; one of "float32"'):
         parse_run_config({"dtype": "auto"})
+
+
+FORMS = {
+    "job": JobConfig(block_size=8, sampling=SamplingParams(n=2)),
+    "run": RunConfig(block_size=8, sampling=SamplingParams(n=2), dtype="float32", input="in.jsonl"),
+    "dict": {"block_size": 8, "sampling": {"n": 2}},
+    "path": {"block_size": 8, "sampling": {"n": 2}, "input": "in.jsonl", "training": {"num_steps": 3}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_jobs_config_comes_in_any_form(tmp_path, form):
+    config = job_config(write(tmp_path, FORMS[form]) if form == "path" else FORMS[form])
+    assert isinstance(config, JobConfig)
+    assert (config.block_size, config.sampling.n, config.pcp_size) == (8, 2, 1)
+    assert config is FORMS[form] or form in ("dict", "path")
+
+
+def test_a_job_that_is_told_nothing_has_the_defaults_and_one_of_an_engine_its_keys():
+    assert job_config(None) == JobConfig()
+    assert job_config(EngineConfig(block_size=8)) == JobConfig(block_size=8)
+
+
+@pytest.mark.parametrize("bad", [3, ["block_size"], ParallelConfig(), SamplingParams(), True])
+def test_what_is_no_config_is_told_what_was_wanted(bad):
+    with pytest.raises(UserError, match="an object, a dict, the path of a JSON file or None was wanted"):
+        job_config(bad)
+
+
+def test_some_keys_of_a_config_are_changed_and_the_rest_is_what_it_was():
+    config = RunConfig(block_size=8, input="in.jsonl")
+    assert with_keys(config, {}) is config
+    assert with_keys(config, {"max_num_seqs": 3}) == RunConfig(block_size=8, input="in.jsonl", max_num_seqs=3)
+
+
+def test_a_size_that_is_not_said_is_one_and_can_be_told_from_one_that_is():
+    assert (ParallelConfig().tp_size, ParallelConfig().pcp_size, ParallelConfig().dcp_size) == (1, 1, 1)
+    said = ParallelConfig(tensor_parallel={"tp_size": 1}, prefill_context_parallel_size=1)
+    assert said != ParallelConfig() and (said.tp_size, said.pcp_size) == (1, 1)

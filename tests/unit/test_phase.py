@@ -1,12 +1,15 @@
 """Rollout phases: the model is lent for the length of a block and comes back as it was."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from cpinfer.colocate.phase import Lent, rollout_phase
 from cpinfer.comm.topology import Topology
-from cpinfer.config import EngineConfig, SamplingParams
+from cpinfer.config import EngineConfig, JobConfig, SamplingParams
+from cpinfer.errors import UserError
 from cpinfer.models.hooks import hooks_asleep
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model
@@ -45,6 +48,16 @@ def test_of_a_compiled_model_the_model_inside_is_lent():
         results = engine.generate([[1, 2, 3]], GREEDY)
     with rollout_phase(lend(module, CONFIG), CONFIG) as engine:
         assert [r.token_ids for r in results] == [r.token_ids for r in engine.generate([[1, 2, 3]], GREEDY)]
+
+
+def test_lending_and_a_phase_take_a_config_in_any_form(tmp_path):
+    module, path = make_model(FAMILIES["qwen2"]), tmp_path / "run.json"
+    path.write_text(json.dumps({"kv_cache_gib": 0.001, "comparison": {}, "rollout": {"mismatch_every": 0}}))
+    for config in (None, CONFIG, JobConfig(kv_cache_gib=0.001), {"kv_cache_gib": 0.001}, path):
+        with rollout_phase(lend(module, config), config) as engine:
+            assert engine.generate([[1, 2, 3]], GREEDY)
+    with pytest.raises(UserError, match='unknown key "comparison"'):
+        lend(module, {"comparison": {}})
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
