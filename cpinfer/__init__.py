@@ -1,7 +1,7 @@
 """cpinfer: exact, context-parallel inference inside a training job.
 
     topology = topology_from(deepspeed_engine)
-    with cpinfer.attach(deepspeed_engine.module, topology, config, tokenizer=tokenizer) as engine:
+    with cpinfer.attach(deepspeed_engine.module, topology, tokenizer=tokenizer, max_num_seqs=64) as engine:
         results = engine.generate(prompts, cpinfer.SamplingParams(max_new_tokens=256))
 
 The names below are loaded when they are first used: `cpinfer.layout` alone needs numpy and nothing else.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
     from cpinfer.colocate.training_logprobs import training_logprobs
     from cpinfer.comm.topology import Topology
-    from cpinfer.config import Config, SamplingParams, load_config, parse_config
+    from cpinfer.config import EngineConfig, JobConfig, SamplingParams, load_config, parse_config
     from cpinfer.engine.attach import attach
     from cpinfer.engine.engine import Engine
     from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult
@@ -40,9 +40,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BackendFaultError": "cpinfer.errors",
-    "Config": "cpinfer.config",
     "Engine": "cpinfer.engine.engine",
+    "EngineConfig": "cpinfer.config",
     "EngineFaultError": "cpinfer.errors",
+    "JobConfig": "cpinfer.config",
     "Lent": "cpinfer.colocate.phase",
     "Mismatch": "cpinfer.colocate.mismatch",
     "ModelChangedError": "cpinfer.errors",
@@ -68,9 +69,10 @@ _HOMES = {
 
 __all__ = [
     "BackendFaultError",
-    "Config",
     "Engine",
+    "EngineConfig",
     "EngineFaultError",
+    "JobConfig",
     "Lent",
     "Mismatch",
     "ModelChangedError",

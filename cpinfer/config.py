@@ -1,7 +1,14 @@
 """The config: one JSON file, keys as users know them from vLLM and DeepSpeed. These classes are the only schema.
 
-`parse_config` turns plain data into a `Config` and refuses what it does not know; `load_config` reads a file, applies
-overrides and resolves relative paths against the file's folder.
+    EngineConfig     what an engine reads
+    ParallelConfig   sizes of a layout, and how long its ranks wait for each other
+    JobConfig        both, and sampling and lending: for a job with a model of its own
+    LaunchConfig     the same for a job whose model is loaded for it
+
+Each is also what it is made of: who wants an `EngineConfig` takes a `JobConfig`, and nothing is copied or checked again
+on the way. Tools add keys of their own (`RunConfig`, in `cpinfer_tools`); one file serves all. `parse_config` turns
+plain data into a config and refuses what it does not know; `load_config` reads a file, applies overrides and resolves
+relative paths against the file's folder.
 """
 
 from __future__ import annotations
@@ -11,14 +18,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self, TypeVar, overload
 
-from cpinfer.errors import UserError, quoted
+from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.refusals import refuse
 from cpinfer.schema import Bounds, Checked, parse_object, require
 from cpinfer.schema import key as _key
 from cpinfer.strict_json import NotJSONError, parse_json, read_text
+
+# Who shards weights by tensor parallelism: DeepSpeed's AutoTP, or Transformers.
+Provider = Literal["autotp", "transformers"]
 
 # Bounds that nobody needs to pass, and below which nothing that is computed from them overflows or takes forever.
 _RANKS = Bounds(1, 2**16)
@@ -27,6 +38,9 @@ _TOKEN_ID = Bounds(0, 2**31 - 1)
 _SEED = Bounds(0, 2**64 - 1)
 _COUNT = Bounds(0, 2**31 - 1)
 _SHARE = Bounds(0, 1)
+
+C = TypeVar("C", bound="JobConfig")
+E = TypeVar("E", bound="EngineConfig")
 
 # What `kv_cache_dtype` calls the dtypes of torch; None is the model's own.
 KV_CACHE_DTYPES = {"auto": None, "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
@@ -99,63 +113,9 @@ class SamplingParams(Checked):
 class TensorParallel(Checked):
     """The framework's own tensor parallelism."""
 
-    tp_size: int = _key("ranks that share the weights of one replica", 1, within=_RANKS)
-    provider: Literal["autotp", "transformers"] = _key(
+    tp_size: int | None = _key("ranks that share the weights of one replica (tp); default: 1", None, within=_RANKS)
+    provider: Provider = _key(
         "who shards the weights of a model that a tool loads: DeepSpeed's AutoTP, or Transformers", "autotp"
-    )
-
-
-@dataclass(frozen=True)
-class WandbConfig(Checked):
-    """Where the summary of a run is logged."""
-
-    project: str = _key("W&B project", "cpinfer")
-    name: str | None = _key("run name; default: the name of the output", None)
-    group: str | None = _key("run group", None)
-    mode: Literal["auto", "online", "offline"] = _key(
-        "auto is online with WANDB_API_KEY, offline without it or where WANDB_MODE says so", "auto"
-    )
-
-
-@dataclass(frozen=True)
-class EvaluationConfig(Checked):
-    """What `tools/eval_longctx.py` asks a model."""
-
-    tasks: tuple[str, ...] = _key("long-context tasks, made from a seed; all of them when empty", ())
-    task_file: str | None = _key("questions, JSON Lines (relative to the config file), instead of `tasks`", None)
-    lengths: tuple[int, ...] = _key("tokens of a prompt and its answer together", (4096,), within=_TOKENS)
-    num_samples: int | None = _key(
-        "samples per task and length; default: 10, or all of a file", None, within=Bounds(1, 10**5)
-    )
-    depths: tuple[float, ...] = _key(
-        "where the needle lies, as shares of the haystack; samples take them in turn",
-        (0.0, 0.25, 0.5, 0.75, 1.0),
-        within=_SHARE,
-    )
-    seeds: tuple[int, ...] = _key("sampling seeds: each is one run over all samples", (0,), within=_SEED)
-    num_shots: int = _key(
-        "examples before each question of a gsm8k file, from its first lines", 5, within=Bounds(0, 10**5)
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(not (self.tasks and self.task_file), "task_file", self.task_file, "left out where `tasks` are named")
-        for name in ("lengths", "depths", "seeds"):
-            require(bool(getattr(self, name)), name, getattr(self, name), "a list of one or more")
-        for name in ("tasks", "lengths", "depths", "seeds"):
-            values = getattr(self, name)
-            require(len(set(values)) == len(values), name, values, "free of repetitions")
-
-
-@dataclass(frozen=True)
-class ComparisonConfig(Checked):
-    """What `tools/compare.py` makes of an evaluation: the same one over several layouts."""
-
-    layouts: tuple[str, ...] = _key('names such as "tp4_pcp2_dcp4", or configs; the first is the reference', ())
-    tolerance: float | None = _key(
-        "largest logprob difference that passes; default: 1e-4 in float32, 0.05 in half precision",
-        None,
-        within=Bounds(0, 1e6),
     )
 
 
@@ -179,56 +139,17 @@ class RolloutConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TrainingConfig(Checked):
-    """What `tools/train_grpo.py` trains, and how."""
+class EngineConfig(Checked):
+    """What an engine reads, and nothing else. The sizes of its layout are the topology's."""
 
-    reward: str = _key('a reward of the tool, or "FILE.py:FUNCTION" as TRL calls it (relative to the config file)', "")
-    num_steps: int = _key("optimiser steps", 100, within=Bounds(1, 10**8))
-    learning_rate: float = _key("of AdamW, constant", 1e-6, within=Bounds(0, 1e3, above_low=True))
-    batch_size: int = _key("samples per process and step", 8, within=Bounds(1, 2**16))
-    num_generations: int = _key(
-        "samples per prompt: the group that rewards are compared in", 8, within=Bounds(2, 2**16)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _key(
+        "of weights, activations and KV cache; auto is what the weights have", "auto"
     )
-    kl_coef: float = _key(
-        "weight of the KL to the model before training, which is kept beside it; 0 keeps none, LoRA needs none",
-        0.0,
-        within=Bounds(0, 1e6),
-    )
-    entropy_coef: float = _key("weight of the entropy bonus", 0.0, within=Bounds(0, 1e6))
-    zero_stage: Literal[0, 1, 2, 3] | None = _key("DeepSpeed ZeRO stage; null trains with DDP, without DeepSpeed", 0)
-    lora_rank: int = _key(
-        "train a LoRA adapter of this rank on all linear layers; 0 trains all weights", 0, within=Bounds(0, 2**16)
-    )
-    fresh_weights: bool = _key(
-        "start from random weights instead of the model's; with `kl_coef` they are written to initial/ beside the "
-        "output, for the second model",
-        False,
-    )
-    generator: Literal["cpinfer", "transformers"] = _key("who generates the rollouts", "cpinfer")
-    seed: int = _key(
-        "of weights, order of prompts and, with `sampling.seed`, of samples: GRPOConfig's seed",
-        0,
-        within=Bounds(0, 2**31 - 1),
-    )
-
-
-@dataclass(frozen=True)
-class Config(Checked):
-    """Everything a run needs to know. Sizes left null are worked out from the others and from the world."""
-
-    model: str | None = _key("Hugging Face id, or folder (relative to the config file)", None)
-    dtype: Literal["float32", "bfloat16", "float16"] = _key("of weights, activations and KV cache", "bfloat16")
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] | None = _key(
         "auto is `dtype`; else K and V are rounded to fp8 when they are made, so more tokens fit. fp8 is fp8_e4m3",
         "auto",
     )
     backend: Literal["auto", "torch", "flashinfer"] = _key("attention kernels", "auto")
-    tensor_parallel: TensorParallel = _key("tensor parallelism", factory=TensorParallel)
-    prefill_context_parallel_size: int = _key("ranks that share the prefill of a prompt (pcp)", 1, within=_RANKS)
-    decode_context_parallel_size: int | None = _key("KV shards of a sequence (dcp); default: pcp", None, within=_RANKS)
-    data_parallel_size: int | None = _key(
-        "independent replicas (dp); default: what is left of the world", None, within=_RANKS
-    )
     cp_kv_cache_interleave_size: int | None = _key(
         "tokens dealt to a KV shard at a time; default: block_size", None, within=_TOKENS
     )
@@ -266,22 +187,6 @@ class Config(Checked):
         "by what engines see, when they attach, that ranks hold equal weights: a few elements of each, or all",
         "samples",
     )
-    sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
-    input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
-    output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
-    evaluation: EvaluationConfig = _key("long-context evaluation", factory=EvaluationConfig)
-    comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
-    rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
-    training: TrainingConfig = _key("reinforcement learning with TRL", factory=TrainingConfig)
-    collective_timeout_s: float = _key(
-        "seconds that a collective may wait for a rank before those that wait end; more than the slowest needs to load "
-        "weights and build kernels",
-        600.0,
-        within=Bounds(0.001, 2e6),  # libraries count it in milliseconds, in 32 bits
-    )
-    wandb: WandbConfig | None = _key(
-        "log to W&B: an object with `project`, `name`, `group`, `mode`; without it nothing is", None
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -295,26 +200,83 @@ class Config(Checked):
             raise refuse("flashinfer_dtype", 'backend="flashinfer" with dtype="float32"')
 
     @property
+    def interleave(self) -> int:
+        return self.cp_kv_cache_interleave_size or self.block_size
+
+    def cache_dtype(self, dtype: str) -> str:
+        """The dtype of the KV cache.
+
+        Args:
+            dtype: of the model's activations, as torch calls it ("bfloat16").
+
+        Returns:
+            What keys and values are stored in, as torch calls it.
+        """
+        return KV_CACHE_DTYPES[self.kv_cache_dtype or "auto"] or dtype
+
+
+@dataclass(frozen=True)
+class ParallelConfig(Checked):
+    """How a job's ranks are laid out, and how long they wait for each other. A size that is null is not said."""
+
+    tensor_parallel: TensorParallel = _key("tensor parallelism", factory=TensorParallel)
+    prefill_context_parallel_size: int | None = _key(
+        "ranks that share the prefill of a prompt (pcp); default: 1", None, within=_RANKS
+    )
+    decode_context_parallel_size: int | None = _key("KV shards of a sequence (dcp); default: pcp", None, within=_RANKS)
+    data_parallel_size: int | None = _key(
+        "independent replicas (dp); default: what is left of the world", None, within=_RANKS
+    )
+    collective_timeout_s: float = _key(
+        "seconds that a collective may wait for a rank before those that wait end; more than the slowest needs to load "
+        "weights and build kernels",
+        600.0,
+        within=Bounds(0.001, 2e6),  # libraries count it in milliseconds, in 32 bits
+    )
+
+    @property
     def tp_size(self) -> int:
-        return self.tensor_parallel.tp_size
+        return self.tensor_parallel.tp_size or 1
 
     @property
     def pcp_size(self) -> int:
-        return self.prefill_context_parallel_size
+        return self.prefill_context_parallel_size or 1
 
     @property
     def dcp_size(self) -> int:
         return self.decode_context_parallel_size or self.pcp_size
 
-    @property
-    def interleave(self) -> int:
-        return self.cp_kv_cache_interleave_size or self.block_size
 
-    def cache_dtype(self, dtype: str) -> str:
-        """What the KV cache of a model in `dtype` has, both as torch calls them."""
-        return KV_CACHE_DTYPES[self.kv_cache_dtype or "auto"] or dtype
+@dataclass(frozen=True)
+class JobConfig(EngineConfig, ParallelConfig):
+    """What a job with a model of its own says of its rollouts: the keys above, and these."""
+
+    model: str | None = _key("Hugging Face id, or folder (relative to the config file)", None)
+    sampling: SamplingParams = _key("how tokens are chosen", factory=SamplingParams)
+    rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
+
+    def seen_from(self, folder: Path) -> Self:
+        """The same with its relative paths from `folder`, that of the config file."""
+        model = self.model
+        # A hub id looks like a relative path, so a name is a folder when there is one, or when it says so itself.
+        if model is not None and (model.startswith((".", "/", "~")) or _is_folder(folder / model)):
+            return dataclasses.replace(self, model=path_from(folder, model))
+        return self
 
 
+# What stands for a config where a caller gives one.
+ConfigLike = EngineConfig | Mapping[str, Any] | str | PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class LaunchConfig(JobConfig):
+    """The same for a job whose model is loaded for it, in the dtype that is said here."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = _key("of weights, activations and KV cache", "bfloat16")
+
+
+# Keys that tools' `RunConfig` has beyond a job's. A file that says them too serves attach and trainers as well.
+KEYS_OF_TOOLS = frozenset(("input", "output", "evaluation", "comparison", "training", "wandb"))
 # Keys that other engines know and this one refuses by name, with the row of the table that says why.
 _REFUSED_KEYS = {
     "speculative_config": "speculative_decoding",
@@ -333,12 +295,70 @@ _REFUSED_VALUES = {
 _ASKS_FOR_NOTHING = {"pipeline_parallel_size": (None, 1)}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None) -> Config:
+def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
+    """What a config file says to a job. Relative paths in it are relative to its folder.
+
+    Args:
+        path: of a JSON file, which may be that of a run: what only tools read in it is left out.
+        overrides: `a.b=value`, the value in JSON or else text; they win over the file.
+
+    Returns:
+        The config, checked.
+
+    Raises:
+        UserError: naming the file, for what cannot be read, an unknown key (with the nearest), a wrong type or value.
+    """
+    return load_as(JobConfig, path, overrides)
+
+
+def parse_config(data: Mapping[str, Any]) -> JobConfig:
+    """What plain data says to a job.
+
+    Args:
+        data: keys and values, as JSON has them.
+
+    Returns:
+        The config, checked.
+
+    Raises:
+        UserError: for an unknown key (with the nearest), a wrong type or an illegal value.
+    """
+    return parse_as(JobConfig, data)
+
+
+def job_config(given: ConfigLike) -> JobConfig:
+    """A `JobConfig` of what a caller has: one, an `EngineConfig`, plain data, the path of a file, or nothing.
+
+    UserError for anything else, and as `parse_config` and `load_config` have it.
+    """
+    if isinstance(given, JobConfig):
+        return given
+    if isinstance(given, EngineConfig):
+        return JobConfig(**vars(given))
+    if isinstance(given, (str, PathLike)):
+        return load_config(given)
+    if given is None or isinstance(given, Mapping):
+        return parse_config(given or {})
+    raise UserError(f"the config is {quoted(given)}; an object, a dict, the path of a JSON file or None was wanted.")
+
+
+def with_keys(config: E, keys: Mapping[str, Any]) -> E:
+    """The config with some of the engine's keys changed. UserError for an unknown one, and for an illegal value."""
+    own, known = _own_keys(keys, ""), [field.name for field in dataclasses.fields(EngineConfig)]
+    for name in own:
+        if name not in known:
+            raise UserError(unknown_word("key", name, known, ""))
+    return dataclasses.replace(config, **own) if own else config
+
+
+def load_as(
+    cls: type[C], path: str | PathLike[str], overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> C:
     """Read a config file, apply `a.b=value` overrides (values in JSON, else text), resolve its relative paths.
 
-    `defaults`, plain data of a tool's own, stand where neither says anything.
-
-    UserError, naming the file, for anything that cannot be read or understood.
+    The file may be that of a run: what only tools read in it is left out where `cls` does not know it. `defaults`,
+    plain data of a tool's own, stand where neither file nor overrides say anything. UserError, naming the file, for
+    anything that cannot be read or understood.
     """
     path = Path(path)
     try:
@@ -352,23 +372,24 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), defaults: Mappi
     try:
         if not isinstance(data, dict):
             raise UserError(f"the file holds a {type(data).__name__}, an object with config keys was wanted.")
+        not_for_us = KEYS_OF_TOOLS - {field.name for field in dataclasses.fields(cls)}
+        data = {name: value for name, value in data.items() if name not in not_for_us}
         for override in overrides:
             apply_override(data, override)
-        data = _over(defaults or {}, data)
-        return _resolve_paths(parse_config(data), path.parent)
+        return parse_as(cls, _over(defaults or {}, data)).seen_from(path.parent)
     except UserError as error:
         raise type(error)(f"config {path}: {error}") from error
 
 
-def parse_config(data: Mapping[str, Any]) -> Config:
-    """A `Config` from plain data. UserError for an unknown key (naming the nearest), wrong type or illegal value."""
+def parse_as(cls: type[C], data: Mapping[str, Any]) -> C:
+    """A config from plain data. UserError for an unknown key (naming the nearest), wrong type or illegal value."""
     if not isinstance(data, Mapping):
         raise UserError(f"found {quoted(data)}; an object with config keys was wanted.")
-    return parse_object(Config, _own_keys(data, ""))
+    return parse_object(cls, _own_keys(data, ""))
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Plain data that `parse_config` turns back into an equal config."""
+def config_to_dict(config: EngineConfig) -> dict[str, Any]:
+    """Plain data that, parsed as a config of the same class, gives an equal one."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
 
 
@@ -403,29 +424,18 @@ def _over(defaults: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _resolve_paths(config: Config, folder: Path) -> Config:
-    def at(path: str) -> str:
-        try:
-            return str(folder / Path(path).expanduser())
-        except RuntimeError as error:  # ~somebody whom nobody knows
-            raise UserError(f"{quoted(path)} is no path: {error}.") from error
-
-    def resolve(path: str | None) -> str | None:
-        return None if path is None else at(path)
-
-    model = config.model
-    # A hub id looks like a relative path, so a name counts as a folder when there is one, or when it says so itself.
-    if model is not None and (model.startswith((".", "/", "~")) or _is_folder(folder / model)):
-        model = resolve(model)
-    reward = config.training.reward
-    return dataclasses.replace(
-        config,
-        model=model,
-        input=resolve(config.input),
-        output=resolve(config.output),
-        evaluation=dataclasses.replace(config.evaluation, task_file=resolve(config.evaluation.task_file)),
-        training=dataclasses.replace(config.training, reward=at(reward) if ":" in reward else reward),
-    )
+@overload
+def path_from(folder: Path, path: str) -> str: ...
+@overload
+def path_from(folder: Path, path: None) -> None: ...
+def path_from(folder: Path, path: str | None) -> str | None:
+    """A path as it is meant in a file that lies in `folder`. UserError for a `~somebody` whom nobody knows."""
+    if path is None:
+        return None
+    try:
+        return str(folder / Path(path).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{quoted(path)} is no path: {error}.") from error
 
 
 def _is_folder(path: Path) -> bool:

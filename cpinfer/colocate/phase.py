@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import ConfigLike
 from cpinfer.engine.attach import attach
 from cpinfer.engine.engine import Engine
 from cpinfer.models.local_weights import storage_bytes
@@ -76,7 +76,7 @@ class PhaseReport:
 @contextmanager
 def rollout_phase(
     lent: Lent,
-    config: Config,
+    config: ConfigLike = None,
     *,
     tokenizer: Any | None = None,
     weights_version: int = 0,
@@ -89,7 +89,7 @@ def rollout_phase(
 
     Args:
         lent: what the trainer lends, as `cpinfer_integrations.lending.lend` finds it.
-        config: the layout and the engine's settings.
+        config: what `cpinfer.attach` takes.
         tokenizer: for prompts that are text, stop strings, and the text of results.
         weights_version: what results will say; count it up with every optimiser step.
         report: called with what the phase cost, after one that did not fail.

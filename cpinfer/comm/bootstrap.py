@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from cpinfer.comm.parent import first_parent
-from cpinfer.config import Config
+from cpinfer.config import ParallelConfig
 from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, StreamEndedError, UserError
 
 Shared = TypeVar("Shared")
@@ -73,7 +73,7 @@ class Launch:
 
 
 @contextmanager
-def default_group(launch: Launch, timeout_s: float = Config.collective_timeout_s) -> Iterator[None]:
+def default_group(launch: Launch, timeout_s: float = ParallelConfig.collective_timeout_s) -> Iterator[None]:
     """The default process group for the length of the block: gloo on CPU, NCCL beside it on CUDA.
 
     A collective of this group, or of any that is made in the block without a timeout of its own, whoever makes it,

@@ -5,13 +5,21 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from cpinfer.attention.exchanges.registry import decode_exchange
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import (
+    ConfigLike,
+    EngineConfig,
+    JobConfig,
+    ParallelConfig,
+    Provider,
+    job_config,
+    with_keys,
+)
 from cpinfer.engine.agreement import Prepared, begin_together
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.needs import RankNeeds, own_pool
@@ -26,44 +34,73 @@ from cpinfer.models.weight_samples import config_identity, software_versions, we
 from cpinfer.models.wrappers import unwrapped
 from cpinfer.refusals import refuse
 
-# Keys that tools read, or that may name one thing differently on each host.
-_NOT_THE_ENGINES = frozenset(
-    ("model", "data_parallel_size", "sampling", "input", "output", "evaluation", "comparison", "training", "wandb")
-)
+
+class AxisSizes(Protocol):
+    """Who knows the sizes of a replica's axes: a rank grid, or a config."""
+
+    @property
+    def tp_size(self) -> int: ...
+    @property
+    def pcp_size(self) -> int: ...
+    @property
+    def dcp_size(self) -> int: ...
 
 
 @contextmanager
 def attach(
-    model: Any, topology: Topology | None = None, config: Config | None = None, *, tokenizer: Any | None = None
+    model: Any,
+    topology: Topology | None = None,
+    config: ConfigLike = None,
+    *,
+    tokenizer: Any | None = None,
+    **keys: Any,
 ) -> Iterator[Engine]:
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
-    `model` is a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
-    whose active adapters are then in effect). `topology` defaults to one process, `config` to the defaults at the
-    model's dtype. Collective over the replica: two small gathers, the first of which compares config, model, a sample
-    of the weights (`check_ranks`) and versions. UserError when model, topology and config do not fit together,
-    RanksDifferError when ranks do not bring the same; on every rank alike, with the model as it was.
+    Collective over the replica: two small gathers, the first of which compares config, model, a sample of the weights
+    (`check_ranks`) and versions.
+
+    Args:
+        model: a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
+            whose active adapters are then in effect).
+        topology: the ranks and the layout, which it owns; default: one process.
+        config: an `EngineConfig` or more than one (a `JobConfig`, a tool's), a dict of keys, the path of a JSON file,
+            or nothing. Of the config of a job or run only the engine's keys are read.
+        tokenizer: for prompts that are text, stop strings, and the text of results.
+        keys: those of an `EngineConfig`; they win over `config`: `attach(model, topology, max_num_seqs=64)`.
+
+    Yields:
+        The engine, awake.
+
+    Raises:
+        UserError: when model, topology and config do not fit together, also where a config says sizes that are not the
+            topology's, or a dtype that is not the weights'. On every rank alike, with the model as it was.
+        RanksDifferError: when ranks do not bring the same.
     """
     topology = topology or Topology.single()
-    config = config or Config()
     with ExitStack() as stack:
 
-        def prepare() -> Prepared[tuple[ModelRunner, PoolSize]]:
+        def prepare() -> Prepared[tuple[EngineConfig, ModelRunner, PoolSize]]:
+            wanted = engine_config(config, keys)
             spec = model_spec(model)
-            check_layout(spec, config, topology.grid)
+            check_layout(spec, wanted, topology.grid)
             runner = stack.enter_context(attached(model, spec, topology.grid.tp_size, topology.coords.tp_rank))
-            pool = own_pool(runner, topology, config)
+            _check_dtype(wanted, runner)
+            pool = own_pool(runner, topology, wanted)
             return Prepared(
-                (runner, pool),
-                lambda: {**what_runs(spec, config, tokenizer), "model's config": config_identity(unwrapped(model))},
-                lambda: weight_identity(unwrapped(model), full=config.check_ranks == "full"),
+                (wanted, runner, pool),
+                lambda: {
+                    **what_runs(spec, topology.grid, wanted, tokenizer),
+                    "model's config": config_identity(unwrapped(model)),
+                },
+                lambda: weight_identity(unwrapped(model), full=wanted.check_ranks == "full"),
                 number=pool.num_blocks,
             )
 
-        (runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
+        (wanted, runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
         # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
-        needs = RankNeeds.of(runner, topology, config, PoolSize(min(num_blocks), own.sharding))
-        engine = Engine(runner, topology, config, tokenizer, needs)
+        needs = RankNeeds.of(runner, topology, wanted, PoolSize(min(num_blocks), own.sharding))
+        engine = Engine(runner, topology, wanted, tokenizer, needs)
         stack.callback(engine.close)
         engine.wake()
         yield engine
@@ -71,11 +108,20 @@ def attach(
         engine.raise_if_left_alone()
 
 
-def what_runs(spec: ModelSpec, config: Config, tokenizer: Any | None) -> Mapping[str, object]:
+def engine_config(given: ConfigLike, keys: Mapping[str, Any]) -> EngineConfig:
+    """What a caller of `attach` says. UserError for what no engine reads, where it was written for this one."""
+    if isinstance(given, Mapping) and "sampling" in given:
+        raise UserError(
+            'the config has "sampling", which an engine takes with each call. Give it to generate or stream.'
+        )
+    return with_keys(given if isinstance(given, EngineConfig) else job_config(given), keys)
+
+
+def what_runs(spec: ModelSpec, grid: RankGrid, config: EngineConfig, tokenizer: Any | None) -> Mapping[str, object]:
     """What ranks that attach together must have in common, the model they hold aside."""
-    keys = {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if f.name not in _NOT_THE_ENGINES}
+    keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(EngineConfig)}
     words = None if tokenizer is None else (type(tokenizer).__name__, len(tokenizer))
-    return {"call": "attach", **keys, "model": spec, "tokenizer": words, "version": software_versions()}
+    return {"call": "attach", **keys, "grid": grid, "model": spec, "tokenizer": words, "version": software_versions()}
 
 
 def _device_of(model: Any) -> torch.device:
@@ -98,51 +144,79 @@ def model_spec(model: Any) -> ModelSpec:
     return ModelSpec.from_config(model.config.to_dict(), generation.to_dict() if generation is not None else None)
 
 
-def check_layout(spec: ModelSpec, config: Config, grid: RankGrid) -> None:
-    """UserError when the layout cannot run this model, or when config and topology name different layouts."""
-    errors = config_errors(spec, config, grid.dp_size)
+def check_layout(spec: ModelSpec, config: EngineConfig, grid: RankGrid) -> None:
+    """UserError when the topology's layout cannot run this model, or is not the one that the config says."""
+    provider: Provider = "autotp"
+    if isinstance(config, ParallelConfig):
+        _refuse_other_sizes(config, grid)
+        provider = config.tensor_parallel.provider
+    errors = _errors(spec, config, layout_sizes(spec, config, grid, grid.dp_size), provider)
     if errors:
         raise UserError(" ".join(errors))
-    if (config.tp_size, config.pcp_size, config.dcp_size) != (grid.tp_size, grid.pcp_size, grid.dcp_size):
+
+
+def _refuse_other_sizes(config: ParallelConfig, grid: RankGrid) -> None:
+    said = {
+        "tp": (config.tensor_parallel.tp_size, grid.tp_size),
+        "pcp": (config.prefill_context_parallel_size, grid.pcp_size),
+        "dcp": (config.decode_context_parallel_size, grid.dcp_size),
+        "dp": (config.data_parallel_size, grid.dp_size),
+    }
+    other = {axis: sizes for axis, sizes in said.items() if sizes[0] is not None and sizes[0] != sizes[1]}
+    if other:
         raise UserError(
-            f"the config says {layout_sizes(spec, config)}, the topology tp={grid.tp_size} pcp={grid.pcp_size} "
-            f"dcp={grid.dcp_size}. Give both the same sizes."
+            f"the config says {' '.join(f'{axis}={size}' for axis, (size, _) in other.items())}, the topology "
+            f"{' '.join(f'{axis}={size}' for axis, (_, size) in other.items())}. Leave sizes out of the config, "
+            "which are the topology's, or make a topology of these."
         )
 
 
-def config_errors(spec: ModelSpec, config: Config, dp_size: int = 1) -> list[str]:
-    """Sentences that say why a config cannot run this model; empty when it can."""
-    sizes = layout_sizes(spec, config, dp_size)
+def _check_dtype(config: EngineConfig, runner: ModelRunner) -> None:
+    """UserError where the config asks for a dtype that neither weights in use have nor, under autocast, attention."""
+    found = [str(dtype).removeprefix("torch.") for dtype in (runner.weights_dtype, runner.dtype)]
+    if config.dtype not in ("auto", *found):
+        raise UserError(
+            f'the config says dtype "{config.dtype}", the model\'s weights are {found[0]} in use. Leave dtype out '
+            f'(or set it to "auto"), or give a model in {config.dtype}.'
+        )
+
+
+def config_errors(spec: ModelSpec, config: JobConfig, dp_size: int = 1) -> list[str]:
+    """Sentences that say why a config's own layout cannot run this model; empty when it can."""
+    return _errors(spec, config, layout_sizes(spec, config, config, dp_size), config.tensor_parallel.provider)
+
+
+def _errors(spec: ModelSpec, config: EngineConfig, sizes: LayoutSizes, provider: Provider) -> list[str]:
     errors = layout_errors(sizes)
     error = decode_exchange(config.decode_exchange).layout_error(sizes)
     if error is not None:
         errors.append(str(error))
-    if config.tp_size > 1:
-        errors += _tensor_parallel_errors(spec, config)
+    if sizes.tp_size > 1:
+        errors += _tensor_parallel_errors(spec, sizes.tp_size, provider)
     return errors
 
 
-def _tensor_parallel_errors(spec: ModelSpec, config: Config) -> list[str]:
+def _tensor_parallel_errors(spec: ModelSpec, tp_size: int, provider: Provider) -> list[str]:
     """What the provider of tensor parallelism cannot do with a family."""
-    found = f'model_type "{spec.family}" with tp={config.tp_size}'
+    found = f'model_type "{spec.family}" with tp={tp_size}'
     if spec.family == "gpt_bigcode" and spec.num_kv_heads > 1:
         return [str(refuse("fused_heads", found))]
-    if config.tensor_parallel.provider == "autotp":
+    if provider == "autotp":
         return []
     why = FAMILIES[spec.family].refused.get("transformers_tp")
     if why is not None:
         return [str(refuse("transformers_tp", f"{found} ({why})"))]
-    if spec.latent is None and config.tp_size > spec.num_kv_heads:
+    if spec.latent is None and tp_size > spec.num_kv_heads:
         return [str(refuse("transformers_tp_copies", f"{found} over {spec.num_kv_heads} KV heads"))]
     return []
 
 
-def layout_sizes(spec: ModelSpec, config: Config, dp_size: int = 1) -> LayoutSizes:
-    """The layout a config asks for, for this model."""
+def layout_sizes(spec: ModelSpec, config: EngineConfig, axes: AxisSizes, dp_size: int = 1) -> LayoutSizes:
+    """The layout of an engine for this model, over axes of these sizes."""
     return LayoutSizes(
-        tp_size=config.tp_size,
-        pcp_size=config.pcp_size,
-        dcp_size=config.dcp_size,
+        tp_size=axes.tp_size,
+        pcp_size=axes.pcp_size,
+        dcp_size=axes.dcp_size,
         num_q_heads=spec.num_q_heads,
         num_kv_heads=spec.num_kv_heads,
         dp_size=dp_size,

@@ -40,13 +40,13 @@ from cpinfer.models.runner import ModelRunner
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def why_no_graphs(runner: ModelRunner, backend: AttentionBackend, *, layerwise: bool) -> str | None:
+def why_no_graphs(runner: ModelRunner, backend: AttentionBackend) -> str | None:
     """Why decode of this model cannot be captured, for a reason that all ranks share; None when it can."""
     if runner.device.type != "cuda":
         return f"the model is on {runner.device.type}"
     if not isinstance(backend, FixedSizeBackend):
         return f"the {backend.name} backend plans steps of any size anew; FlashInfer is wanted"
-    if layerwise or runner.is_fsdp:
+    if runner.weights_come_and_go:
         return "weights are gathered while the model runs"
     if runner.has_experts:
         return "padding rows would reach the model's experts"
@@ -62,11 +62,9 @@ def make_decode_graphs(
     heads: GroupHeads,
     sharding: KVSharding,
     max_rows: int,
-    *,
-    layerwise: bool,
 ) -> DecodeGraphs | None:
     """Graphs of one rank for steps of `max_rows` on it; None, with a warning that says why, where there can be none."""
-    why_not = why_no_graphs(runner, backend, layerwise=layerwise)
+    why_not = why_no_graphs(runner, backend)
     if why_not is not None or not isinstance(backend, FixedSizeBackend):
         warnings.warn(f"decode runs without CUDA graphs: {why_not}", stacklevel=2)
         return None

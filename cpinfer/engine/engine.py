@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed
 from cpinfer.engine.input_processor import InputProcessor
 from cpinfer.engine.needs import RankNeeds
@@ -31,13 +31,13 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, topology: Topology, config: Config, tokenizer: Any | None, needs: RankNeeds
+        self, runner: ModelRunner, topology: Topology, config: EngineConfig, tokenizer: Any | None, needs: RankNeeds
     ) -> None:
         self._runner = runner
         self._topology = topology
         self._config = config
         self._stopping = Stopping(runner.spec.eos_token_ids, tokenizer)
-        self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, config.sampling)
+        self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer)
         self._needs = needs
         self._homes = needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching)
         self._steps: StepRunner | None = None
@@ -123,7 +123,7 @@ class Engine:
 
         Args:
             prompts: one or several, in any form that `stream` takes.
-            sampling: for all prompts, or one for each; default: the config's.
+            sampling: for all prompts, or one for each; default: `SamplingParams()`.
 
         Returns:
             The samples in order of prompt and sample, the same on every rank; none for an empty list of prompts.
@@ -148,7 +148,7 @@ class Engine:
         Args:
             own_prompts: this rank's, in any form that `stream` takes, without ids. One that stands n times gets n
                 samples. Ranks may bring different numbers of them, none included.
-            sampling: for all prompts; default: the config's. Its `n` counts for nothing.
+            sampling: for all prompts; default: `SamplingParams()`. Its `n` counts for nothing.
             name: sets this batch apart from others of the same seed: batches of one name, layout and seed draw the
                 same random numbers. Without one it draws its own; the ids of the results tell the name to repeat it.
             num_copies: consecutive ranks that train on the same data (tensor parallelism); they bring the same prompts
@@ -184,7 +184,7 @@ class Engine:
         Args:
             prompts: one or several. A prompt is text, a list or an array of token ids, a chat (a list of messages), a
                 `Prompt`, or an object with the keys of an input line.
-            sampling: for all prompts, or one for each; default: the config's.
+            sampling: for all prompts, or one for each; default: `SamplingParams()`.
             skip: pairs (prompt_index, sample_index) that are not wanted.
 
         Yields:

@@ -10,7 +10,7 @@ from cpinfer.attention.exchanges.base import StateExchange
 from cpinfer.attention.exchanges.registry import context_exchange, decode_exchange
 from cpinfer.comm.axis import AxisComm
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import EngineConfig
 from cpinfer.layout.heads import GroupHeads
 
 
@@ -29,7 +29,7 @@ class Exchanges:
     row_ranks: int
 
     @classmethod
-    def of(cls, topology: Topology, heads: GroupHeads, config: Config, dtype: torch.dtype) -> Exchanges:
+    def of(cls, topology: Topology, heads: GroupHeads, config: EngineConfig, dtype: torch.dtype) -> Exchanges:
         """Those of one rank, which stores `heads`, for a model of this dtype."""
         grid = topology.grid
         wire_dtype = dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)

@@ -36,11 +36,10 @@ from cpinfer.models.spec import ModelSpec
 class InputProcessor:
     """Makes requests for a model and a pool. What it prepares names what the ranks of a replica must have in common."""
 
-    def __init__(self, spec: ModelSpec, pool_size: PoolSize, tokenizer: Any | None, sampling: SamplingParams) -> None:
+    def __init__(self, spec: ModelSpec, pool_size: PoolSize, tokenizer: Any | None) -> None:
         self._spec = spec
         self._pool_size = pool_size
         self._tokenizer = tokenizer
-        self._default_sampling = sampling
 
     def samples(
         self,
@@ -50,7 +49,7 @@ class InputProcessor:
     ) -> Prepared[list[SampledRequest]]:
         """A request for each sample of each prompt but those to skip, by (prompt, sample)."""
         given = as_prompts(prompts)
-        each = as_sampling(sampling, len(given), self._default_sampling)
+        each = as_sampling(sampling, len(given), SamplingParams())
         self._refuse_unread_stops(each)
         wanted = []
         for index, (prompt, params) in enumerate(zip(given, each, strict=True)):
@@ -90,7 +89,7 @@ class InputProcessor:
         self, own_prompts: PromptsLike, sampling: SamplingParams | None, name: str, num_copies: int, num_ranks: int
     ) -> Prepared[NDArray[np.int64]]:
         """This rank's prompts as one row of numbers, with a number of its own in front, by which to name the batch."""
-        params = sampling or self._default_sampling
+        params = sampling or SamplingParams()
         if not isinstance(params, SamplingParams):
             raise UserError(f"found a {type(params).__name__} for sampling; SamplingParams were wanted.")
         self._refuse_unread_stops([params])
@@ -111,7 +110,7 @@ class InputProcessor:
 
         Ranks have checked what they ask for. `num_copies` neighbours are one owner; prompt i is named `name/i`.
         """
-        params = sampling or self._default_sampling
+        params = sampling or SamplingParams()
         pooled = PooledPrompts.of_ranks(asked, num_copies)
         prompts = [Prompt(i, f"{name}/{i}", tokens) for i, tokens in enumerate(pooled.prompts)]
         each = [dataclasses.replace(params, n=n) for n in pooled.counts]

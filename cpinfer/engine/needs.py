@@ -9,7 +9,7 @@ import torch
 from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.attention.backends.registry import make_backend
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import EngineConfig
 from cpinfer.errors import UserError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -37,7 +37,7 @@ class RankNeeds:
     pool_size: PoolSize
 
     @classmethod
-    def of(cls, runner: ModelRunner, topology: Topology, config: Config, pool_size: PoolSize) -> RankNeeds:
+    def of(cls, runner: ModelRunner, topology: Topology, config: EngineConfig, pool_size: PoolSize) -> RankNeeds:
         """Those of the rank at its place in the topology."""
         heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
         cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
@@ -78,11 +78,11 @@ class RankNeeds:
         ]
 
 
-def own_pool(runner: ModelRunner, topology: Topology, config: Config) -> PoolSize:
+def own_pool(runner: ModelRunner, topology: Topology, config: EngineConfig) -> PoolSize:
     """The KV pool that this rank alone could afford. UserError when it is no single block."""
     heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
     cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
-    return affordable_pool(runner.spec, len(heads.kv_heads), config, cache_dtype, runner.device)
+    return affordable_pool(runner.spec, len(heads.kv_heads), topology.grid.dcp_size, config, cache_dtype, runner.device)
 
 
 def attention_needs(
@@ -103,19 +103,22 @@ def attention_needs(
 
 
 def affordable_pool(
-    spec: ModelSpec, num_heads: int, config: Config, cache_dtype: str, device: torch.device
+    spec: ModelSpec, num_heads: int, dcp_size: int, config: EngineConfig, cache_dtype: str, device: torch.device
 ) -> PoolSize:
-    """The KV pool that a rank's budget buys, of `num_heads` stored KV heads. UserError when it is no single block."""
+    """The KV pool that a rank's budget buys, of `num_heads` stored KV heads in `dcp_size` shards.
+
+    UserError when it is no single block.
+    """
     per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_layers, cache_dtype)
     budget = _kv_budget_bytes(config, device)
-    pool = PoolSize.from_bytes(budget, per_token, KVSharding(config.dcp_size, config.interleave, config.block_size))
+    pool = PoolSize.from_bytes(budget, per_token, KVSharding(dcp_size, config.interleave, config.block_size))
     if pool.num_blocks == 0:
         needed = per_token * config.block_size
         raise UserError(f"the KV budget of {budget} bytes buys no block of {needed} bytes. Raise kv_cache_gib.")
     return pool
 
 
-def _kv_budget_bytes(config: Config, device: torch.device) -> int:
+def _kv_budget_bytes(config: EngineConfig, device: torch.device) -> int:
     """Bytes of KV pool on this rank: the config's, else a share of free memory on CUDA and a small pool on CPU."""
     if config.kv_cache_gib is None and device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_CACHE_SHARE)

@@ -6,7 +6,7 @@ from cpinfer.attention.backends.base import AttentionBackend
 from cpinfer.attention.cascade import plan_sharing
 from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
-from cpinfer.config import Config
+from cpinfer.config import EngineConfig
 from cpinfer.engine.exchanges import Exchanges
 from cpinfer.engine.step_plans import DecodeInput, PrefillInput
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -28,7 +28,7 @@ class StepAttention:
     def __init__(
         self,
         spec: ModelSpec,
-        config: Config,
+        config: EngineConfig,
         heads: GroupHeads,
         exchanges: Exchanges,
         backend: AttentionBackend,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cpinfer.attention.backends.base import AttentionBackend
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import EngineConfig
 from cpinfer.engine.decode_graphs import make_decode_graphs
 from cpinfer.engine.exchanges import Exchanges
 from cpinfer.engine.logits_reader import LogitsReader
@@ -20,7 +20,7 @@ from cpinfer.models.runner import ModelRunner
 def make_step_runner(
     runner: ModelRunner,
     topology: Topology,
-    config: Config,
+    config: EngineConfig,
     sharding: KVSharding,
     backend: AttentionBackend,
     cache: PagedKVCache,
@@ -32,10 +32,9 @@ def make_step_runner(
     exchanges = Exchanges.of(topology, heads, config, runner.dtype)
     graphs = None
     if config.cuda_graphs:
-        layerwise = config.rollout.gather == "layerwise"
         max_rows = -(-config.max_num_seqs // exchanges.row_ranks)
         graphs = make_decode_graphs(
-            runner, topology.replica, backend, cache, exchanges.decode, heads, sharding, max_rows, layerwise=layerwise
+            runner, topology.replica, backend, cache, exchanges.decode, heads, sharding, max_rows
         )
     planner = StepPlanner(
         grid,

@@ -38,6 +38,11 @@ def shape_in_use(weight: Any, *, gathered_by_fsdp: bool = False) -> tuple[int, .
     return tuple(shape)
 
 
+def is_dealt_out(weight: Any) -> bool:
+    """Whether ZeRO-3 has dealt out a weight, and nobody has made it whole."""
+    return hasattr(weight, "ds_id") and not weight.numel()
+
+
 def is_fsdp(module: Any) -> bool:
     """Whether FSDP2's hooks on this module bring its weights."""
     return hasattr(type(module), "set_reshard_after_forward")

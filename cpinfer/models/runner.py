@@ -25,6 +25,7 @@ from cpinfer.models.layer_order import EveryLayerOnce
 from cpinfer.models.local_weights import (
     dtype_in_use,
     has_fsdp,
+    is_dealt_out,
     is_fsdp,
     local,
     refuse_unusable_weights,
@@ -108,6 +109,7 @@ class ModelRunner:
         self._real_rows = real_rows
         self.spec = spec
         self.device: torch.device = model.get_input_embeddings().weight.device
+        self.weights_dtype: torch.dtype = dtype
         self.dtype: torch.dtype = cast or dtype
 
     def check_unchanged(self) -> None:
@@ -129,8 +131,9 @@ class ModelRunner:
         return any(map(is_mixture_of_experts, self._model.modules()))
 
     @property
-    def is_fsdp(self) -> bool:
-        return self._attachment.gathered_by_fsdp
+    def weights_come_and_go(self) -> bool:
+        """Whether weights are dealt out, and gathered while the model runs."""
+        return self._attachment.gathered_by_fsdp or any(map(is_dealt_out, self._model.parameters()))
 
     def weight_places(self) -> tuple[int, ...]:
         """Where the weights lie in memory: what was captured reads them there."""

@@ -21,7 +21,7 @@ from deepspeed.inference.engine import InferenceEngine
 from cpinfer.colocate.phase import Lent
 from cpinfer.colocate.weight_slices import cuts
 from cpinfer.comm.topology import Topology, new_group
-from cpinfer.config import Config
+from cpinfer.config import ConfigLike, JobConfig, job_config
 from cpinfer.engine.attach import config_errors, model_spec
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
@@ -56,7 +56,7 @@ def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | N
     return Topology.from_world(grid, tp_group=tp_group, lent=lent)
 
 
-def lend(engine: Any, config: Config) -> Lent:
+def lend(engine: Any, config: ConfigLike = None) -> Lent:
     """What the engine of a training job lends to rollouts: its module, and its data-parallel ranks as pcp ranks.
 
     Under ZeRO 0, 1 and 2 the weights are where they are used. Under ZeRO-3 they come as `rollout.gather` says; with
@@ -73,6 +73,7 @@ def lend(engine: Any, config: Config) -> Lent:
         ValueError: when the config's sizes do not fit the job.
         UnsupportedError: for what the table of refusals names.
     """
+    config = job_config(config)
     if engine.torch_autocast_enabled():
         raise refuse("engine_autocast", "the engine's config has torch_autocast enabled")
     module, gather = engine.module, config.rollout.gather
@@ -90,7 +91,7 @@ def lend(engine: Any, config: Config) -> Lent:
     return replace(lent, weights=partial(zero3.layerwise, module), how=gather)
 
 
-def _lend_tp_shards(engine: Any, config: Config) -> Lent:
+def _lend_tp_shards(engine: Any, config: JobConfig) -> Lent:
     if engine.zero_optimization_stage() < 3 or engine.autotp_size() > 1:
         found = f"ZeRO stage {engine.zero_optimization_stage()}, autotp_size {engine.autotp_size()}"
         raise refuse("tp_shards_owner", found)

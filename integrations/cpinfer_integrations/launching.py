@@ -8,14 +8,14 @@ import torch
 
 from cpinfer.comm.bootstrap import world_size_error
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import LaunchConfig, ParallelConfig
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
 from cpinfer.packages import need_package
 
 
-def grid_for(config: Config, world_size: int) -> RankGrid:
+def grid_for(config: ParallelConfig, world_size: int) -> RankGrid:
     """The grid a config asks for, dp filling the world where it is left open. UserError when the world does not fit."""
     per_replica = config.tp_size * config.pcp_size
     dp_is_free = config.data_parallel_size is None
@@ -25,13 +25,13 @@ def grid_for(config: Config, world_size: int) -> RankGrid:
     return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, world_size // per_replica)
 
 
-def check_packages(config: Config) -> None:
+def check_packages(config: ParallelConfig) -> None:
     """UserError when the package that would shard the config's model is not installed. Nothing is imported."""
     if config.tp_size > 1 and config.tensor_parallel.provider == "autotp":
         need_package("deepspeed", f'tp_size={config.tp_size} with the provider "autotp"')
 
 
-def launch_inference(config: Config, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
+def launch_inference(config: LaunchConfig, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
     """The config's model on `device`, its weights sharded by the config's provider when there is tensor parallelism.
 
     The default process group must exist and span the grid. Collective over all ranks.

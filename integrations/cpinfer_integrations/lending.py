@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import ConfigLike, JobConfig, job_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.wrappers import without_replication
 from cpinfer.refusals import refuse
@@ -19,14 +19,16 @@ from cpinfer_integrations import fsdp
 __all__ = ["lend"]
 
 
-def lend(trained: Any, config: Config) -> Lent:
+def lend(trained: Any, config: ConfigLike = None) -> Lent:
     """The model, ranks and weights of a job, from what its training loop calls forward on. Collective.
 
     Args:
         trained: a DeepSpeed engine, a model under `DistributedDataParallel`, one on which FSDP2's `fully_shard` was
             called, one that Transformers shards by tensor parallelism, or a bare model; any of them compiled, and so is
             what an Accelerator's `prepare` makes of one.
-        config: the layout, and under `rollout` how weights are gathered that the trainer has sharded.
+        config: a `JobConfig` (or an `EngineConfig`, of which sizes are the default), a dict of its keys, the path of a
+            JSON file, or nothing: the layout, and under `rollout` how weights are gathered that the trainer has
+            sharded.
 
     Returns:
         What `rollout_phase` takes.
@@ -35,6 +37,7 @@ def lend(trained: Any, config: Config) -> Lent:
         UserError: when the config's sizes do not fit the job.
         UnsupportedError: for what the table of refusals names.
     """
+    config = job_config(config)
     module = without_replication(trained)
     if type(module).__module__.startswith("deepspeed."):
         from cpinfer_integrations import deepspeed as by_deepspeed
@@ -54,7 +57,7 @@ def lend(trained: Any, config: Config) -> Lent:
     return Lent(module, Topology.from_world(_grid(config)))
 
 
-def _lend_fsdp(module: Any, config: Config) -> Lent:
+def _lend_fsdp(module: Any, config: JobConfig) -> Lent:
     grid, gather = _grid(config), config.rollout.gather
     fsdp.refuse_unsupported(module, gather)
     if gather == "layerwise" and grid.dp_size > 1:
@@ -63,6 +66,6 @@ def _lend_fsdp(module: Any, config: Config) -> Lent:
     return Lent(module, Topology.from_world(grid), partial(weights, module), gather)
 
 
-def _grid(config: Config) -> RankGrid:
+def _grid(config: JobConfig) -> RankGrid:
     num_replicas = dist.get_world_size() if dist.is_initialized() else 1
     return RankGrid.lending(1, num_replicas, config.pcp_size, config.dcp_size)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from cpinfer.comm.bootstrap import PEER_GRACE_S, Launch, default_group, die, end_with_launcher
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config, SamplingParams, apply_override, load_config, parse_config
+from cpinfer.config import LaunchConfig, SamplingParams, apply_override, load_as, parse_as
 from cpinfer.engine.attach import attach, config_errors
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import Prompt
@@ -433,10 +433,10 @@ def _timeout_s(argv: Sequence[str]) -> float:
         keys = ("config", "pretrained", "collective_timeout_s")
         return _config({key: args[key] for key in keys if key in args}).collective_timeout_s
     except (ValueError, SystemExit):
-        return Config.collective_timeout_s
+        return LaunchConfig.collective_timeout_s
 
 
-def _config(args: Mapping[str, Any]) -> Config:
+def _config(args: Mapping[str, Any]) -> LaunchConfig:
     """The config of model arguments: a file, a model, or both, and keys that win over the file's."""
     path = args.get("config")
     model = args.get("pretrained")
@@ -449,12 +449,12 @@ def _config(args: Mapping[str, Any]) -> Config:
         # A folder is meant from here, not from where the config lies.
         overrides.append(f"model={Path(model).resolve() if Path(model).is_dir() else model}")
     if path is not None:
-        config = load_config(path, overrides)
+        config = load_as(LaunchConfig, path, overrides)
     else:
         data: dict[str, Any] = {}
         for override in overrides:
             apply_override(data, override)
-        config = parse_config(data)
+        config = parse_as(LaunchConfig, data)
     if config.model is None:
         raise UserError("no model is named; give --model_args config=FILE with a model in it, or pretrained=MODEL.")
     return config

@@ -16,7 +16,7 @@ from transformers.distributed import DistributedConfig
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config
+from cpinfer.config import ConfigLike, job_config
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
@@ -47,26 +47,26 @@ def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | No
     return Topology.from_world(grid, tp_group=tp_group)
 
 
-def lend(model: Any, config: Config) -> Lent:
+def lend(model: Any, config: ConfigLike = None) -> Lent:
     """What a training job lends whose model Transformers shards: its weights in place, its tp group, all other ranks.
 
     Collective.
 
     Args:
         model: one that was loaded with `distributed_config=DistributedConfig(tp_size=...)`.
-        config: the layout.
+        config: the layout, as `cpinfer_integrations.lending.lend` takes it.
 
     Returns:
         What `rollout_phase` takes.
 
     Raises:
-        UserError: when the config's tp_size is not that of the model's mesh.
+        UserError: when the config says a tp_size that is not that of the model's mesh.
     """
-    tp_size = _tp_mesh(model)["tp"].size()
-    if config.tp_size != tp_size:
+    config, tp_size = job_config(config), _tp_mesh(model)["tp"].size()
+    if config.tensor_parallel.tp_size not in (None, tp_size):
         raise UserError(
             f"the model's weights lie on a device mesh with tp={tp_size}, the config says tp={config.tp_size}. "
-            f"Set tensor_parallel.tp_size to {tp_size}."
+            f"Leave tensor_parallel.tp_size out, or set it to {tp_size}."
         )
     topology = topology_from(model, pcp_size=config.pcp_size, dcp_size=config.dcp_size)
     return Lent(model, topology, num_copies=tp_size)

@@ -1,6 +1,6 @@
 """TRL: rollouts of a `GRPOTrainer` on the trainer's own weights, processes and groups.
 
-    trainer = GRPOTrainer(..., rollout_func=make_rollout_func(config))
+    trainer = GRPOTrainer(..., rollout_func=make_rollout_func({"prefill_context_parallel_size": 2}))
 
 TRL hands each process its own prompts, a prompt once for every sample it wants. In a phase the prompts of all lent
 ranks become one batch, in which a group's prompt is prefilled once, and each rank takes its own samples home.
@@ -28,7 +28,7 @@ from trl.data_utils import is_conversational
 from cpinfer.colocate.mismatch import Compared, Mismatch
 from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.colocate.training_logprobs import only_measured
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import ConfigLike, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
@@ -88,7 +88,7 @@ class PhaseRecord:
         }
 
 
-def make_rollout_func(config: Config) -> RolloutFunc:
+def make_rollout_func(config: ConfigLike = None) -> RolloutFunc:
     """What to give a `GRPOTrainer` as `rollout_func`: generation by cpinfer, in the layout of `config`.
 
     Colocated rollouts: the layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase.
@@ -97,7 +97,9 @@ def make_rollout_func(config: Config) -> RolloutFunc:
     training or evaluation, of the optimiser step, and of the phase's number within it.
 
     Args:
-        config: the layout, the sampling, and under `rollout` how weights are gathered that the trainer has sharded.
+        config: a `JobConfig`, a dict of its keys, the path of a JSON file (which may be a run's), or nothing: then
+            every data-parallel rank generates for itself, in the dtype that the weights have. The layout, the
+            sampling, and under `rollout` how weights are gathered that the trainer has sharded.
 
     Returns:
         The callable, which keeps a `PhaseRecord` of every phase in `records`.
@@ -108,8 +110,8 @@ def make_rollout_func(config: Config) -> RolloutFunc:
 class RolloutFunc:
     """A `rollout_func` that remembers what the trainer lent, and records phases. Made by `make_rollout_func`."""
 
-    def __init__(self, config: Config) -> None:
-        self._config = config
+    def __init__(self, config: ConfigLike = None) -> None:
+        self._config = job_config(config)
         self._lent: Lent | None = None
         self._lender: Any = None
         # Of each mode the step of its newest phase, and that phase's number within the step.

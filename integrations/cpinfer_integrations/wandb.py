@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import wandb
 
-from cpinfer.config import WandbConfig
+from cpinfer_integrations.wandb_config import WandbConfig
 
 Mode = Literal["online", "offline"]
 # How long W&B may take to answer before a run is logged offline.

@@ -94,7 +94,7 @@ def main(output: str) -> None:
         json.dump(outcomes, file)
 
 
-def attach_and(call: Any, model: Any, topology: cpinfer.Topology, config: cpinfer.Config) -> Any:
+def attach_and(call: Any, model: Any, topology: cpinfer.Topology, config: cpinfer.JobConfig) -> Any:
     with cpinfer.attach(model, topology, config) as engine:
         return call(engine)
 

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2Config
 
 from cpinfer.colocate.phase import PhaseReport, rollout_phase
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.kv_cache import paged_kv_cache
 from cpinfer.models.local_weights import storage_bytes
 from cpinfer_integrations.lending import lend
@@ -47,7 +47,7 @@ def trainer_of(kind: str) -> Trainer:
     return torch_trainer(model, model)
 
 
-def phase(config: Config, trainer: Trainer, inside: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+def phase(config: JobConfig, trainer: Trainer, inside: Callable[[], Any] = lambda: None) -> dict[str, Any]:
     """One phase, measured; `inside` runs in it before it generates."""
     reports: list[PhaseReport] = []
     lent = lend(trainer.trained, config)
@@ -94,7 +94,7 @@ def failing(trainer: Trainer, error: type[BaseException]) -> Iterator[None]:
     handle.remove()
 
 
-def after_fault(config: Config, trainer: Trainer, error: type[BaseException]) -> dict[str, Any]:
+def after_fault(config: JobConfig, trainer: Trainer, error: type[BaseException]) -> dict[str, Any]:
     with failing(trainer, error):
         before, raised = photograph(trainer), False
         lent = lend(trainer.trained, config)
@@ -110,7 +110,7 @@ def after_fault(config: Config, trainer: Trainer, error: type[BaseException]) ->
     return {"error": error.__name__, "raised": raised, "changed": changed, "trains_on": loss == loss}
 
 
-def run(kind: str, config: Config) -> dict[str, Any]:
+def run(kind: str, config: JobConfig) -> dict[str, Any]:
     """Costs and faults of one kind of job; kinds are those of lending_worker.py without `accelerate`."""
     torch.manual_seed(0)
     trainer = trainer_of(kind)

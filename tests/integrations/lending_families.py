@@ -11,7 +11,7 @@ from lending_costs import GREEDY, PROMPTS
 from peft import LoraConfig, get_peft_model
 
 from cpinfer.colocate.phase import rollout_phase
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model
@@ -27,11 +27,11 @@ def make(name: str) -> Any:
     return get_peft_model(model, LORA) if adapter else model
 
 
-def run(config_of: Callable[[str], Config]) -> dict[str, Any]:
+def run(config_of: Callable[[str], JobConfig]) -> dict[str, Any]:
     return {"cases": list(_cases(config_of))}
 
 
-def _cases(config_of: Callable[[str], Config]) -> Iterator[dict[str, Any]]:
+def _cases(config_of: Callable[[str], JobConfig]) -> Iterator[dict[str, Any]]:
     for name in ("deepseek_v3", "mixtral", "qwen2+lora"):
         trainer, whole = deepspeed_trainer(3, make(name)), make(name)
         for kind in ("zero3:full", "zero3:layerwise", "zero3:tp_shards"):

@@ -16,19 +16,19 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from cpinfer.colocate.phase import rollout_phase
-from cpinfer.config import Config, RolloutConfig, TensorParallel
+from cpinfer.config import JobConfig, RolloutConfig, TensorParallel
 from cpinfer.errors import UserError
 from cpinfer_integrations import deepspeed_zero3
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model
 from trainers import Trainer, changes, deepspeed_trainer, photograph
 
-PCP2 = Config(dtype="float32", kv_cache_gib=0.001, prefill_context_parallel_size=2)
+PCP2 = JobConfig(dtype="float32", kv_cache_gib=0.001, prefill_context_parallel_size=2)
 REPLICAS = replace(PCP2, prefill_context_parallel_size=1)
-TP2 = Config(dtype="float32", kv_cache_gib=0.001, tensor_parallel=TensorParallel(2))
+TP2 = JobConfig(dtype="float32", kv_cache_gib=0.001, tensor_parallel=TensorParallel(2))
 
 
-def gathering(how: str, config: Config) -> Config:
+def gathering(how: str, config: JobConfig) -> JobConfig:
     return replace(config, rollout=RolloutConfig(gather=how))
 
 
@@ -56,7 +56,7 @@ def run() -> dict[str, Any]:
     return {"refused": {name: refusal(*what) for name, what in asked.items()}, "awake": list(with_hooks_awake(zero3))}
 
 
-def refusal(trained: Any, config: Config) -> str:
+def refusal(trained: Any, config: JobConfig) -> str:
     try:
         lend(trained, config).topology.close()
     except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 from cpinfer.colocate.phase import rollout_phase
-from cpinfer.config import Config, parse_config
+from cpinfer.config import JobConfig, parse_config
 from cpinfer.errors import UserError
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout
@@ -104,7 +105,7 @@ WORKS: dict[str, tuple[Callable[[], Any], Callable[[], Any], str]] = {
 }
 
 
-def config_of(gather: str, tp_size: int = 1) -> Config:
+def config_of(gather: str, tp_size: int = 1) -> JobConfig:
     return parse_config(
         {
             "dtype": "float32",
@@ -157,7 +158,7 @@ def _half_precision_layers() -> dict[str, Any]:
     """Layers that FSDP brings in bfloat16, between an embedding and a head in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.float32)
     trainer = torch_trainer(model := layers_sharded(plain("qwen2"), mp_policy=policy), model)
-    config = config_of("layerwise")
+    config = replace(config_of("layerwise"), dtype="bfloat16")
     lent = lend(model, config)
     with rollout_phase(lent, config) as engine:
         results = engine.generate(PROMPTS, GREEDY)

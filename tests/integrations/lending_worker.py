@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cpinfer.colocate.phase import PhaseReport, rollout_phase
 from cpinfer.comm.bootstrap import Launch, default_group
-from cpinfer.config import Config, parse_config
+from cpinfer.config import JobConfig, parse_config
 from cpinfer_integrations.deepspeed import init_distributed
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout
@@ -55,13 +55,13 @@ def trainer_of(kind: str) -> Trainer:
     return torch_trainer(model, model)
 
 
-def config_of(kind: str) -> Config:
+def config_of(kind: str) -> JobConfig:
     gather = kind.partition("+")[0].partition(":")[2] or "full"
     world_size = dist.get_world_size()
     tp_size = 2 if gather == "tp_shards" or kind.endswith("+autotp") else 1
     return parse_config(
         {
-            "dtype": "float32",
+            "dtype": "auto" if kind.endswith("+bf16") else "float32",
             "kv_cache_gib": 0.001,
             "tensor_parallel": {"tp_size": tp_size},
             "prefill_context_parallel_size": world_size // tp_size,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.errors import UnsupportedError
 from cpinfer_integrations import deepspeed as by_deepspeed
 from launching import accelerate, launch, torchrun
@@ -135,7 +135,7 @@ def test_a_photograph_shows_what_deepspeeds_hooks_would_do_in_a_phase(outcomes: 
 def test_autocast_around_an_engines_forward_is_refused_by_name() -> None:
     engine = SimpleNamespace(torch_autocast_enabled=lambda: True)
     with pytest.raises(UnsupportedError, match=r"DeepSpeed's torch_autocast"):
-        by_deepspeed.lend(engine, Config())
+        by_deepspeed.lend(engine, JobConfig())
 
 
 @pytest.mark.slow
@@ -175,4 +175,4 @@ def test_models_of_other_shapes_lend_as_well_or_are_refused_by_name() -> None:
         assert half["cached_bytes_per_value"] == 2 and half["off_by"] < half["float32_off_by"] / 2, half
         refused = outcome["refused"]
         assert re.search(r"FSDPValueHead: .*a wrapper that is no PeftModel", refused["a value head sharded"])
-        assert re.search(r"tp=2, the config says tp=1. Set .* to 2", refused["another tp than the mesh's"])
+        assert re.search(r"tp=2, the config says tp=1. Leave .* set it to 2", refused["another tp than the mesh's"])

@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config, parse_config
+from cpinfer.config import JobConfig, parse_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer_integrations.lm_eval import CpinferLM, _timeout_s
@@ -242,6 +242,7 @@ def test_what_cannot_be_done_is_refused_by_name(engine: cpinfer.Engine, tmp_path
     for model_args, complaint in (
         ("dtype=float32", "no model is named; give --model_args config=FILE"),
         (f"pretrained={MODEL},blok_size=4", 'unknown key "blok_size"; the nearest known key is "block_size"'),
+        (f"pretrained={MODEL},dtype=auto", '"dtype" is "auto"; one of "float32"'),
         ("config=configs/pcp2.json", "1 process.* were started, the layout needs a multiple of 2"),
         (f"pretrained={tmp_path}", "has no tokenizer; lm-eval's tasks are text"),
     ):
@@ -291,9 +292,9 @@ def test_gsm8k_is_scored_as_lm_eval_scores_it(answer: str, truth: str) -> None:
     [
         (["--model_args", "config=configs/pcp2.json,collective_timeout_s=33,max_length=90", "--tasks", "t"], 33),
         (["run", "-a", f"pretrained={MODEL}", "collective_timeout_s=5"], 5),
-        (["--model_args", "config=configs/pcp2.json"], Config.collective_timeout_s),
-        (["--model_args", "config=no-such-file.json"], Config.collective_timeout_s),  # who parses it will say so
-        ([], Config.collective_timeout_s),
+        (["--model_args", "config=configs/pcp2.json"], JobConfig.collective_timeout_s),
+        (["--model_args", "config=no-such-file.json"], JobConfig.collective_timeout_s),  # who parses it will say so
+        ([], JobConfig.collective_timeout_s),
     ],
 )
 def test_collectives_wait_as_long_as_the_model_arguments_say(argv: list[str], seconds: float) -> None:

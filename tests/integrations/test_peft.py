@@ -9,14 +9,15 @@ from peft.tuners.lora import LoraLayer
 
 from cpinfer.colocate.weight_slices import cuts
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config, SamplingParams, TensorParallel
+from cpinfer.config import EngineConfig, JobConfig, SamplingParams, TensorParallel
 from cpinfer.engine.attach import attach, model_spec
 from cpinfer.errors import ModelChangedError, UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
-CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))
+CONFIG = EngineConfig(dtype="float32", kv_cache_gib=0.001)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 PROMPTS = prompts_of((3, 40), vocab_size=128)
 SMALL = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "up_proj"], init_lora_weights=False)
@@ -46,7 +47,7 @@ def check_exact(model, results):
 def test_an_active_lora_answers_as_the_peft_model_does(family):
     model = model_with(LORA, family=family)
     with attach(model, config=CONFIG) as engine:
-        results = engine.generate(PROMPTS)
+        results = engine.generate(PROMPTS, GREEDY)
     check_exact(model, results)
     with model.disable_adapter():
         plain = [check_rollout.generate_greedy(model, r.prompt_token_ids, 8) for r in results]
@@ -67,7 +68,7 @@ def test_an_active_lora_answers_as_the_peft_model_does(family):
 def test_other_adapters_in_modules_answer_as_the_peft_model_does(adapter):
     model = model_with(adapter)
     with attach(model, config=CONFIG) as engine:
-        results = engine.generate(PROMPTS)
+        results = engine.generate(PROMPTS, GREEDY)
     check_exact(model, results)
 
 
@@ -76,7 +77,7 @@ def test_the_latent_projections_outside_kv_b_proj_take_adapters():
         LoraConfig(r=4, target_modules=["q_b_proj", "o_proj"], init_lora_weights=False), family="deepseek_v3"
     )
     with attach(model, config=CONFIG) as engine:
-        results = engine.generate(PROMPTS)
+        results = engine.generate(PROMPTS, GREEDY)
     check_exact(model, results)
 
 
@@ -86,7 +87,7 @@ def test_layers_that_an_adapter_replicates_have_places_of_their_own(family):
     model = model_with(LoraConfig(**SMALL, layer_replication=[[0, 2], [1, 2]]), family=family)
     assert len(model.get_base_model().model.layers) == 3
     with attach(model, config=CONFIG) as engine:
-        results = engine.generate(PROMPTS)
+        results = engine.generate(PROMPTS, GREEDY)
     check_exact(model, results)
 
 
@@ -109,9 +110,9 @@ def test_whole_modules_that_an_adapter_saves_attend_by_the_engine(family, saved)
             if "modules_to_save" in name and name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")):
                 weight.mul_(1.5)
     with attach(model, config=CONFIG) as engine:
-        adapted = engine.generate(PROMPTS)
+        adapted = engine.generate(PROMPTS, GREEDY)
         with model.disable_adapter():
-            plain = engine.generate(PROMPTS)
+            plain = engine.generate(PROMPTS, GREEDY)
     check_exact(model, adapted)
     with model.disable_adapter():
         check_exact(model, plain)
@@ -123,9 +124,9 @@ def test_adapters_of_several_kinds_at_once_answer_as_the_mixed_model_does():
     model.add_adapter("b", LoHaConfig(r=4, target_modules=["v_proj", "up_proj"], init_weights=False))
     model.set_adapter(["a", "b"])
     with attach(model, config=CONFIG) as engine:
-        both = engine.generate(PROMPTS)
+        both = engine.generate(PROMPTS, GREEDY)
         model.set_adapter("a")
-        one = engine.generate(PROMPTS)
+        one = engine.generate(PROMPTS, GREEDY)
     check_exact(model, one)
     model.set_adapter(["a", "b"])
     check_exact(model, both)
@@ -148,7 +149,7 @@ def test_an_adapter_that_is_added_inside_the_block_stops_the_next_call():
     with attach(model, config=CONFIG) as engine:
         model.add_adapter("b", LoraConfig(**SMALL, lora_dropout=0.5))
         with pytest.raises(ModelChangedError, match=r"modules in .*q_proj.lora_dropout were added"):
-            engine.generate(PROMPTS)
+            engine.generate(PROMPTS, GREEDY)
 
 
 CHANGES = {
@@ -163,11 +164,11 @@ CHANGES = {
 def test_changed_adapters_are_noticed_by_the_next_call_which_finds_no_old_prefix(change):
     model = model_with(LORA, LORA)
     with attach(model, config=CONFIG) as engine:
-        before = engine.generate(PROMPTS)
-        assert engine.generate(PROMPTS)[0].weights_version == 0
+        before = engine.generate(PROMPTS, GREEDY)
+        assert engine.generate(PROMPTS, GREEDY)[0].weights_version == 0
         assert engine.stats.num_cached_prefill_tokens > 0
         change(model)
-        after = engine.generate(PROMPTS)
+        after = engine.generate(PROMPTS, GREEDY)
         assert engine.stats.num_cached_prefill_tokens == 0
         assert {r.weights_version for r in after} == {before[0].weights_version + 1}
         engine.score([(PROMPTS[1], (1, 2))])
@@ -207,7 +208,7 @@ def test_adapters_outside_the_modules_they_change_are_refused_by_name(adapter):
 
 def test_adapters_under_tensor_parallelism_are_refused_by_name():
     model = model_with(LORA)
-    config = Config(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
+    config = JobConfig(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
 
     def body(topology):
         with (
@@ -228,7 +229,7 @@ def test_a_peft_model_is_given_back_as_it_was():
     before = {name: (id(m), m.training) for name, m in model.named_modules()}
     weights = {name: (id(x), x.requires_grad, x.clone()) for name, x in model.named_parameters()}
     with attach(model, config=CONFIG) as engine:
-        engine.generate(PROMPTS)
+        engine.generate(PROMPTS, GREEDY)
     assert before == {name: (id(m), m.training) for name, m in model.named_modules()}
     for name, x in model.named_parameters():
         assert weights[name][:2] == (id(x), x.requires_grad) and torch.equal(weights[name][2], x)

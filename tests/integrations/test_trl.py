@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import random
 import time
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from transformers import AutoConfig, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import cpinfer
-from cpinfer.config import Config, RolloutConfig, SamplingParams, config_to_dict, parse_config
+from cpinfer.config import JobConfig, RolloutConfig, SamplingParams, config_to_dict, parse_config
 from cpinfer_integrations.trl import RolloutFunc, make_rollout_func, tokenize
 from cpinfer_integrations.trl_settings import sampling_of
 from tiny_models import make_model
@@ -245,6 +246,22 @@ def test_answers_that_trl_takes_for_cut_short_may_not_be_masked_and_others_may(t
     assert len(known.records) == 1
 
 
+def test_a_config_is_an_object_a_dict_a_path_or_nothing(tokenizer: Any, tmp_path: Path) -> None:
+    said = {"dtype": "float32", "kv_cache_gib": 0.01, "sampling": {"seed": 3, "stop_token_ids": [99]}}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps({**said, "training": {"num_steps": 5}, "input": "prompts.jsonl"}))
+    rollouts = [make_rollout_func(config) for config in (CONFIG, said, path, str(path))]
+    answers = [each(TEXTS, make_trainer(tokenizer, tmp_path, each))["completion_ids"] for each in rollouts]
+    assert all(other == answers[0] for other in answers[1:])
+    untold = make_rollout_func()
+    trainer = make_trainer(tokenizer, tmp_path, untold)
+    assert len(untold(TEXTS, trainer)["completion_ids"]) == len(TEXTS)
+    with pytest.raises(cpinfer.UserError, match='unknown key "training"'):
+        make_rollout_func({"training": {"num_steps": 5}})
+    with pytest.raises(cpinfer.UserError, match=r'dtype "bfloat16", the model.s weights are float32'):
+        make_rollout_func({"dtype": "bfloat16"})(TEXTS, trainer)
+
+
 def test_what_is_lent_and_what_trl_will_count_as_clipped_is_said_once(
     tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -295,7 +312,7 @@ def test_of_an_overlong_prompt_the_last_tokens_stand_for_it_where_that_was_asked
 class Watched:
     """A rollout func, and what it gave, in order: mode, step and completions of each phase."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: JobConfig) -> None:
         self.rollouts = make_rollout_func(config)
         self.phases: list[tuple[str, int, list[list[int]]]] = []
 
@@ -309,7 +326,7 @@ class Watched:
         return [phase for phase in self.phases if phase[0] == mode]
 
 
-def trained(tokenizer: Any, folder: Path, resume: Any = None, config: Config = CONFIG, **options: Any) -> Watched:
+def trained(tokenizer: Any, folder: Path, resume: Any = None, config: JobConfig = CONFIG, **options: Any) -> Watched:
     watched = Watched(config)
     make_trainer(tokenizer, folder, watched, **options).train(resume_from_checkpoint=resume)
     return watched
@@ -330,7 +347,7 @@ def test_evaluation_and_a_resume_change_no_sample_of_training(tokenizer: Any, tm
 
 
 def test_samples_are_those_of_the_trainers_seed_and_of_the_configs(tokenizer: Any, tmp_path: Path) -> None:
-    def sampled(seed: int, config: Config = CONFIG) -> list[list[int]]:
+    def sampled(seed: int, config: JobConfig = CONFIG) -> list[list[int]]:
         rollouts = make_rollout_func(config)
         found: list[list[int]] = rollouts(TEXTS, make_trainer(tokenizer, tmp_path, rollouts, seed=seed))[
             "completion_ids"

@@ -11,8 +11,8 @@ import pytest
 import wandb
 from matplotlib.figure import Figure
 
-from cpinfer.config import WandbConfig
 from cpinfer_integrations.wandb import LayoutLog, Table, log_comparison, log_run, may_go_online
+from cpinfer_integrations.wandb_config import WandbConfig
 
 
 def test_without_a_key_the_summary_is_logged_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ PAIRS = [
 ]
 
 
-def config_of(grid: RankGrid, **changes: Any) -> cpinfer.Config:
+def config_of(grid: RankGrid, **changes: Any) -> cpinfer.JobConfig:
     return parse_config(
         {
             "dtype": "float32",

@@ -8,14 +8,14 @@ from thread_tp import on_ranks
 from torch import nn
 from torch.nn.utils import parametrize
 
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
-CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=GREEDY)
+CONFIG = EngineConfig(dtype="float32", kv_cache_gib=0.001)
 PROMPTS = prompts_of((3, 40), vocab_size=128)
 
 
@@ -40,7 +40,7 @@ def check_exact(reference, results):
 
 def check(model, reference):
     with attach(model, config=CONFIG) as engine:
-        results = engine.generate(PROMPTS)
+        results = engine.generate(PROMPTS, GREEDY)
     check_exact(reference, results)
 
 

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import wild
-from cpinfer.config import Config, SamplingParams, config_to_dict, load_config, parse_config
+from cpinfer.config import KEYS_OF_TOOLS, JobConfig, SamplingParams, config_to_dict, load_config, parse_config
 from cpinfer.errors import UserError
+from cpinfer_tools.run_config import RunConfig, load_run_config, parse_run_config
 
 CONFIGS = [json.loads(p.read_text("utf-8")) for p in sorted((Path(__file__).parents[2] / "configs").glob("*.json"))]
 LONGEST_MESSAGE = 400
@@ -31,7 +32,7 @@ def paths_of(cls, where=()):
             yield from paths_of(f.default_factory, (*where, f.name))
 
 
-PATHS = sorted(paths_of(Config))
+PATHS = sorted(paths_of(RunConfig))
 PLAUSIBLE = st.one_of(
     st.integers(0, 70000),
     st.floats(0, 2),
@@ -63,20 +64,23 @@ def changed(base, changes):
     return data
 
 
-def assert_config_or_sentence(make, prefix=0):
+def assert_config_or_sentence(make, prefix=0, parse=parse_run_config):
     try:
         config = make()
     except UserError as error:
         assert 0 < len(str(error)) < LONGEST_MESSAGE + prefix
         str(error).encode()
-        return
-    assert isinstance(config, Config)
+        return None
+    assert isinstance(config, RunConfig if parse is parse_run_config else JobConfig)
     written = json.dumps(config_to_dict(config), allow_nan=False)
-    assert parse_config(json.loads(written)) == config
+    assert parse(json.loads(written)) == config
+    return config
 
 
 def check_data(base, changes):
-    assert_config_or_sentence(lambda: parse_config(changed(base, changes)))
+    assert_config_or_sentence(lambda: parse_run_config(changed(base, changes)))
+    of_a_job = {name: value for name, value in base.items() if name not in KEYS_OF_TOOLS}
+    assert_config_or_sentence(lambda: parse_config(changed(of_a_job, changes)), parse=parse_config)
 
 
 def check_text(folder, base, changes, damage, overrides):
@@ -88,7 +92,10 @@ def check_text(folder, base, changes, damage, overrides):
         text = text[: place % len(text)] + replacement + text[place % len(text) + 1 :]
     path = folder / "run.json"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    assert_config_or_sentence(lambda: load_config(path, overrides), prefix=len(str(path)))
+    run = assert_config_or_sentence(lambda: load_run_config(path, overrides), prefix=len(str(path)))
+    job = assert_config_or_sentence(lambda: load_config(path), prefix=len(str(path)), parse=parse_config)
+    if run is not None and not overrides:
+        assert job is not None, "what a tool can read, a job can"
 
 
 def check_python(cls, changes):

@@ -1,6 +1,7 @@
 """Attaching: inside the block the engine has the model, after it the model is what it was, bit by bit."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,13 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config, TensorParallel
+from cpinfer.config import EngineConfig, JobConfig, ParallelConfig, TensorParallel
 from cpinfer.engine.attach import attach, check_layout, model_spec
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
 from cpinfer.models.runner import attached
+from cpinfer_tools.run_config import RunConfig
 from tiny_models import FAMILIES, make_model
 
 SHAPE = {
@@ -27,7 +29,8 @@ SHAPE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-CONFIG = Config(kv_cache_gib=0.001, block_size=4, sampling=cpinfer.SamplingParams(temperature=0, max_new_tokens=4))
+CONFIG = EngineConfig(kv_cache_gib=0.001, block_size=4)
+GREEDY = cpinfer.SamplingParams(temperature=0, max_new_tokens=4)
 IDS = torch.arange(10)[None]
 
 
@@ -88,7 +91,7 @@ def test_a_model_made_from_the_same_config_object_runs_on_beside_an_attached_one
 def test_the_model_is_bit_by_bit_what_it_was(model):
     before = photograph(model)
     with attach(model, config=CONFIG) as engine:
-        results = engine.generate([[1, 2, 3, 4, 5], [6]])
+        results = engine.generate([[1, 2, 3, 4, 5], [6]], GREEDY)
         assert [len(r.token_ids) for r in results] == [4, 4]
     assert_same(before, photograph(model))
 
@@ -114,10 +117,10 @@ def test_a_photograph_would_show_a_change(model):
 
 def test_the_weights_are_the_models_own_and_not_copies(model):
     with attach(model, config=CONFIG) as engine:
-        first = engine.generate([[1, 2, 3]])[0].logprobs
+        first = engine.generate([[1, 2, 3]], GREEDY)[0].logprobs
         with torch.no_grad():
             model.lm_head.weight.mul_(1.5)
-        assert engine.generate([[1, 2, 3]])[0].logprobs != first
+        assert engine.generate([[1, 2, 3]], GREEDY)[0].logprobs != first
 
 
 def test_the_engine_runs_in_evaluation_mode(model):
@@ -134,7 +137,7 @@ def test_the_model_cannot_be_run_past_the_engine(model):
 
 def test_a_model_trains_on_after_the_block(model):
     with attach(model, config=CONFIG) as engine:
-        engine.generate([[1, 2, 3]])
+        engine.generate([[1, 2, 3]], GREEDY)
     model(input_ids=IDS, labels=IDS).loss.backward()
     assert all(x.grad is not None for x in model.parameters() if x.requires_grad)
 
@@ -142,7 +145,7 @@ def test_a_model_trains_on_after_the_block(model):
 def test_a_block_that_fails_still_gives_the_model_back(model):
     before = photograph(model)
     with pytest.raises(KeyError, match="mine"), attach(model, config=CONFIG) as engine:
-        engine.generate([[1, 2, 3]])
+        engine.generate([[1, 2, 3]], GREEDY)
         raise KeyError("mine")
     assert_same(before, photograph(model))
 
@@ -156,14 +159,14 @@ def test_a_prompt_that_is_refused_leaves_engine_and_model_usable(model):
             ([1] * 999, "the prompt has 999 tokens"),
         ):
             with pytest.raises(UserError, match=f"^prompt 1: {complaint}"):
-                engine.generate([[1, 2], bad])
-        assert len(engine.generate([[1, 2]])) == 1
+                engine.generate([[1, 2], bad], GREEDY)
+        assert len(engine.generate([[1, 2]], GREEDY)) == 1
     assert_same(before, photograph(model))
 
 
 def test_an_engine_that_cannot_be_made_leaves_the_model_alone(model):
     before = photograph(model)
-    with pytest.raises(UserError, match="buys no block"), attach(model, config=Config(kv_cache_gib=1e-9)):
+    with pytest.raises(UserError, match="buys no block"), attach(model, config=EngineConfig(kv_cache_gib=1e-9)):
         pytest.fail("the block must not be entered")
     assert_same(before, photograph(model))
 
@@ -172,59 +175,170 @@ def test_blocks_may_follow_each_other(model):
     texts = []
     for _ in range(2):
         with attach(model, config=CONFIG) as engine:
-            texts.append(engine.generate([[1, 2, 3]])[0].token_ids)
+            texts.append(engine.generate([[1, 2, 3]], GREEDY)[0].token_ids)
     assert texts[0] == texts[1]
 
 
+# --- the topology owns the layout; a config in any form ---
+
+PCP2 = RankGrid(pcp_size=2, dcp_size=2)
+SAID = {"kv_cache_gib": 0.001, "block_size": 4, "max_num_seqs": 3}
+
+
+def on_both(model, *config, grid=PCP2, **keys):
+    """Tokens and the engine's config on each of two ranks."""
+
+    def body(topology):
+        with attach(copy.deepcopy(model), topology, *config, **keys) as engine:
+            return [r.token_ids for r in engine.generate([[1, 2, 3, 4, 5], [6]], GREEDY)], engine._config
+
+    return run_ranks(grid, body)
+
+
+def alone(model):
+    with attach(model) as engine:
+        return [r.token_ids for r in engine.generate([[1, 2, 3, 4, 5], [6]], GREEDY)]
+
+
+def test_a_topology_is_all_that_a_layout_takes(model):
+    expected = alone(model)
+    for grid in (PCP2, RankGrid(pcp_size=2), RankGrid(pcp_size=1, dp_size=2)):
+        assert [tokens for tokens, _ in on_both(model, grid=grid)] == [expected, expected]
+
+
+def test_keys_of_the_engine_are_keywords_and_win_over_a_config(model):
+    for given in ((), ({"max_num_seqs": 5},), (EngineConfig(max_num_seqs=5),)):
+        for tokens, config in on_both(model, *given, max_num_seqs=3, block_size=4):
+            assert (config.max_num_seqs, config.block_size) == (3, 4)
+            assert tokens == alone(model)
+
+
 @pytest.mark.parametrize(
-    "config",
+    "keys, complaint",
     [
-        Config(tensor_parallel=TensorParallel(2)),
-        Config(prefill_context_parallel_size=2),
-        Config(prefill_context_parallel_size=2, decode_context_parallel_size=2, tensor_parallel=TensorParallel(2)),
+        ({"max_num_seq": 3}, 'unknown key "max_num_seq"; the nearest known key is "max_num_seqs"'),
+        ({"prefill_context_parallel_size": 2}, 'unknown key "prefill_context_parallel_size"'),
+        ({"max_num_seqs": 0}, '"max_num_seqs" is 0; it must be'),
+        ({"speculative_model": "m"}, "does not support speculative decoding"),
     ],
 )
-def test_a_config_that_names_another_layout_than_the_topology_is_refused(model, config):
-    before = photograph(model)
-    with (
-        pytest.raises(UserError, match=r"the config says tp=.*, the topology tp=1 pcp=1 dcp=1"),
-        attach(model, None, config),
-    ):
+def test_a_keyword_that_is_no_key_of_the_engine_is_refused(model, keys, complaint):
+    with pytest.raises(UserError, match=complaint), attach(model, **keys):
         pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize("form", ["engine", "job", "run", "dict", "dict with sizes", "path", "text"])
+def test_a_config_comes_in_any_form(model, form, tmp_path):
+    path = tmp_path / "run.json"
+    tools = {"evaluation": {"tasks": ["vt"]}, "input": "in.jsonl", "sampling": {"n": 3}, "model": "elsewhere"}
+    path.write_text(json.dumps({**SAID, **tools, "wandb": {}, "prefill_context_parallel_size": 2}))
+    given = {
+        "engine": EngineConfig(**SAID),
+        "job": JobConfig(**SAID, sampling={"n": 3}),
+        "run": RunConfig(**SAID, dtype="float32", input="in.jsonl"),
+        "dict": SAID,
+        "dict with sizes": {**SAID, "prefill_context_parallel_size": 2, "decode_context_parallel_size": 2},
+        "path": path,
+        "text": str(path),
+    }[form]
+    expected = alone(model)
+    for tokens, config in on_both(model, given):
+        assert tokens == expected, "one sample of each prompt: sampling goes with the call"
+        assert {name: getattr(config, name) for name in SAID} == SAID
+
+
+def test_an_engine_has_the_very_config_that_was_given_neither_copied_nor_checked_again(model, monkeypatch):
+    given = [JobConfig(**SAID), RunConfig(**SAID, dtype="float32"), EngineConfig(**SAID)]
+    monkeypatch.setattr(EngineConfig, "__post_init__", lambda self: pytest.fail("checked again"))
+    for config in given:
+        with attach(model, config=config) as engine:
+            assert engine._config is config
+
+
+@pytest.mark.parametrize(
+    "config, complaint",
+    [
+        ({"max_num_seq": 3}, 'unknown key "max_num_seq"; the nearest known key is "max_num_seqs"'),
+        ({"evaluation": {}}, 'unknown key "evaluation"'),
+        ({"sampling": {"n": 2}}, 'the config has "sampling".* Give it to generate'),
+        (3, "the config is 3; an object, a dict, the path of a JSON file or None was wanted"),
+        ("no-such.json", r"config no-such\.json: No such file"),
+        (ParallelConfig(), 'the config is "ParallelConfig'),
+    ],
+)
+def test_what_is_no_config_is_refused(model, config, complaint):
+    with pytest.raises(UserError, match=complaint), attach(model, None, config):
+        pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize(
+    "said, complaint",
+    [
+        ({"tensor_parallel": {"tp_size": 2}}, "the config says tp=2, the topology tp=1"),
+        ({"prefill_context_parallel_size": 1}, "the config says pcp=1, the topology pcp=2"),
+        ({"prefill_context_parallel_size": 2, "decode_context_parallel_size": 1}, "says dcp=1, the topology dcp=2"),
+        ({"data_parallel_size": 2}, "the config says dp=2, the topology dp=1"),
+        ({"prefill_context_parallel_size": 4, "data_parallel_size": 2}, "says pcp=4 dp=2, the topology pcp=2 dp=1"),
+    ],
+)
+def test_a_config_that_says_other_sizes_than_the_topology_is_refused(model, said, complaint, tmp_path):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(said))
+    before = photograph(model)
+
+    def body(topology):
+        for config in (said, JobConfig(**said), path):
+            with pytest.raises(UserError, match=complaint), attach(model, topology, config):
+                pytest.fail("the block must not be entered")
+        return True
+
+    assert run_ranks(PCP2, body) == [True, True]
     assert_same(before, photograph(model))
 
 
-def test_a_topology_that_is_wider_than_the_config_is_refused(model):
-    def body(topology):
-        with pytest.raises(UserError, match="the topology tp=1 pcp=2 dcp=2"), attach(model, topology, CONFIG):
+def test_a_dtype_that_the_weights_do_not_have_is_refused(model):
+    before = photograph(model)
+    for dtype in ("bfloat16", "float16"):
+        complaint = f'the config says dtype "{dtype}", the model\'s weights are float32 in use. Leave dtype out'
+        for given in ({"dtype": dtype}, RunConfig(dtype=dtype)):
+            with pytest.raises(UserError, match=complaint), attach(model, None, given):
+                pytest.fail("the block must not be entered")
+        with pytest.raises(UserError, match=complaint), attach(model, dtype=dtype):
             pytest.fail("the block must not be entered")
-        return True
+    assert_same(before, photograph(model))
+    for dtype in ("auto", "float32"):
+        with attach(model, dtype=dtype) as engine:
+            assert engine._runner.dtype == torch.float32
+    with attach(model.to(torch.bfloat16), dtype="bfloat16") as engine:
+        assert engine._runner.dtype == torch.bfloat16
 
-    assert run_ranks(RankGrid(pcp_size=2, dcp_size=2), body) == [True, True]
+
+def test_an_engine_that_is_told_nothing_samples_by_the_defaults(model):
+    prompt, default = [1, 2, 3], cpinfer.SamplingParams()
+    with attach(model, config=JobConfig(sampling={"max_new_tokens": 1})) as engine:
+        told, untold = engine.generate([prompt], default), engine.generate([prompt])
+    assert [r.token_ids for r in untold] == [r.token_ids for r in told]
+    assert len(untold[0].token_ids) > 1
 
 
 def test_a_layout_that_the_heads_do_not_allow_is_refused(model):
-    with (
-        pytest.raises(UserError, match="4 query heads do not divide over tp=3"),
-        attach(model, None, Config(tensor_parallel=TensorParallel(3))),
-    ):
-        pytest.fail("the block must not be entered")
+    with pytest.raises(UserError, match="4 query heads do not divide over tp=3"):
+        check_layout(model_spec(model), EngineConfig(), RankGrid(tp_size=3))
 
 
 def test_replicated_queries_are_refused_by_name_where_a_home_spans_tp_ranks(model):
     """Rows are replicated over pcp ranks; tp ranks of a home have other query heads."""
     model.config.num_key_value_heads = 1
-    config = Config(tensor_parallel=TensorParallel(2), decode_context_parallel_size=2, decode_exchange="replicate_q")
+    config = EngineConfig(decode_exchange="replicate_q")
     with pytest.raises(UserError, match=r'tp=2 pcp=1 dcp=2: .*"replicate_q".* dcp of at most pcp'):
         check_layout(model_spec(model), config, RankGrid(tp_size=2, dcp_size=2))
     check_layout(model_spec(model), replace(config, decode_exchange="ag_rs"), RankGrid(tp_size=2, dcp_size=2))
-    wide = replace(config, tensor_parallel=TensorParallel(1), prefill_context_parallel_size=2)
-    check_layout(model_spec(model), wide, RankGrid(pcp_size=2, dcp_size=2))
+    check_layout(model_spec(model), config, RankGrid(pcp_size=2, dcp_size=2))
 
 
 def test_weights_that_are_not_sharded_as_the_config_says_are_refused(model):
     """The model holds all its heads, while tp=2 gives each rank half of them."""
-    config = Config(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
+    config = JobConfig(tensor_parallel=TensorParallel(2), kv_cache_gib=0.001)
     before = photograph(model)
 
     def body(topology):
@@ -275,7 +389,7 @@ def test_modules_that_are_changed_in_the_block_are_what_they_were_after_it(famil
     before = photograph(model)
     with attach(model, config=CONFIG) as engine:
         assert sum("forward" in vars(module) for module in model.modules()) == CHANGED[family]
-        engine.generate([[1, 2, 3, 4, 5], [6]])
+        engine.generate([[1, 2, 3, 4, 5], [6]], GREEDY)
     assert_same(before, photograph(model))
 
 
@@ -303,7 +417,7 @@ def test_modules_are_given_back_by_a_block_that_fails(family):
     with pytest.raises(KeyError, match="mine"), attach(model, config=CONFIG):
         raise KeyError("mine")
     assert_same(before, photograph(model))
-    with pytest.raises(UserError, match="buys no block"), attach(model, config=Config(kv_cache_gib=1e-9)):
+    with pytest.raises(UserError, match="buys no block"), attach(model, config=EngineConfig(kv_cache_gib=1e-9)):
         pytest.fail("the block must not be entered")
     assert_same(before | photograph(model), photograph(model))
 
@@ -321,7 +435,7 @@ def test_a_forward_that_a_job_has_put_on_experts_is_called_and_put_back(family):
 
     block.forward = forward
     with attach(model, config=CONFIG) as engine:
-        engine.generate([[1, 2, 3]])
+        engine.generate([[1, 2, 3]], GREEDY)
     assert called == [3, 1, 1, 1]
     assert block.forward is forward
 
@@ -341,7 +455,7 @@ def test_no_changed_model_can_be_run_past_the_engine(family):
 def test_projections_of_every_family_that_are_not_sharded_as_the_config_says_are_refused(family, projection):
     """The model is whole, while tp=2 gives each rank half of its heads; and the others are cut."""
     model = make_model(FAMILIES[family])
-    config = Config(tensor_parallel=TensorParallel(2, "autotp"), kv_cache_gib=0.001)
+    config = JobConfig(tensor_parallel=TensorParallel(2, "autotp"), kv_cache_gib=0.001)
     for name, module in model.named_modules():
         if name.endswith(("q_proj", "q_b_proj", "kv_b_proj", "c_attn")) and not name.endswith(projection):
             module.weight.data = module.weight.data[: len(module.weight) // 2]

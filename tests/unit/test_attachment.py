@@ -10,13 +10,14 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import EngineConfig, JobConfig, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.errors import EngineFaultError, ModelChangedError, RanksDifferError, UserError
 from cpinfer.layout.grid import RankGrid
 from tiny_models import FAMILIES, make_model
 
-CONFIG = Config(kv_cache_gib=0.001, block_size=4, sampling=SamplingParams(temperature=0, max_new_tokens=3))
+CONFIG = EngineConfig(kv_cache_gib=0.001, block_size=4)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=3)
 PROMPT = [1, 2, 3, 4, 5]
 
 
@@ -89,7 +90,7 @@ def test_what_is_attached_is_refused_to_a_second_engine_before_anything_is_chang
     model = fresh(family).train()
     outside = objects_of(model)
     with attach(model, config=CONFIG) as engine:
-        first = engine.generate([PROMPT])
+        first = engine.generate([PROMPT], GREEDY)
         second = again(model)
         before = objects_of(second)
         with (
@@ -98,7 +99,7 @@ def test_what_is_attached_is_refused_to_a_second_engine_before_anything_is_chang
         ):
             pytest.fail("the block must not be entered")
         assert objects_of(second) == before
-        assert [r.token_ids for r in engine.generate([PROMPT])] == [r.token_ids for r in first]
+        assert [r.token_ids for r in engine.generate([PROMPT], GREEDY)] == [r.token_ids for r in first]
     assert objects_of(model) == outside
 
 
@@ -109,7 +110,9 @@ def test_blocks_of_models_that_share_weights_and_no_modules_may_end_in_any_order
     first, second = ExitStack(), ExitStack()
     one = first.enter_context(attach(model, config=CONFIG))
     two = second.enter_context(attach(beside, config=CONFIG))
-    assert [r.token_ids for r in one.generate([PROMPT])] == [r.token_ids for r in two.generate([PROMPT])]
+    assert [r.token_ids for r in one.generate([PROMPT], GREEDY)] == [
+        r.token_ids for r in two.generate([PROMPT], GREEDY)
+    ]
     first.close()
     second.close()
     assert [objects_of(model), objects_of(beside)] == before
@@ -170,21 +173,21 @@ CHANGED = {
 @pytest.mark.parametrize("change", CHANGED, ids=lambda change: change.__name__)
 def test_a_model_that_is_changed_while_attached_stops_the_next_call_by_name(change):
     with attach(model := fresh(), config=CONFIG) as engine:
-        engine.generate([PROMPT])
+        engine.generate([PROMPT], GREEDY)
         change(model)
-        for call in (lambda: engine.generate([PROMPT]), lambda: engine.score([(PROMPT, (1,))])):
+        for call in (lambda: engine.generate([PROMPT], GREEDY), lambda: engine.score([(PROMPT, (1,))])):
             with pytest.raises(ModelChangedError, match=CHANGED[change] + r".* Leave the `with cpinfer"):
                 call()
 
 
 def test_a_change_that_is_taken_back_is_none():
     with attach(model := fresh(), config=CONFIG) as engine:
-        before = engine.generate([PROMPT])
+        before = engine.generate([PROMPT], GREEDY)
         model.train()
         with pytest.raises(ModelChangedError):
-            engine.generate([PROMPT])
+            engine.generate([PROMPT], GREEDY)
         model.eval()
-        assert [r.token_ids for r in engine.generate([PROMPT])] == [r.token_ids for r in before]
+        assert [r.token_ids for r in engine.generate([PROMPT], GREEDY)] == [r.token_ids for r in before]
 
 
 def test_modules_that_do_not_leave_training_mode_are_let_be():
@@ -202,19 +205,19 @@ def test_modules_that_do_not_leave_training_mode_are_let_be():
     model = fresh()
     model.model.layers[0].mlp = Always(model.model.layers[0].mlp)
     with attach(model, config=CONFIG) as engine:
-        engine.generate([PROMPT])
+        engine.generate([PROMPT], GREEDY)
 
 
 def test_a_change_on_one_rank_stops_all():
     models = [fresh() for _ in range(2)]
 
     def body(topology):
-        with attach(models[topology.rank], topology, Config(prefill_context_parallel_size=2)) as engine:
-            engine.generate([PROMPT], CONFIG.sampling)
+        with attach(models[topology.rank], topology, JobConfig(prefill_context_parallel_size=2)) as engine:
+            engine.generate([PROMPT], GREEDY)
             if topology.rank == 1:
                 models[1].train()
             with pytest.raises((ModelChangedError, RanksDifferError)) as raised:
-                engine.generate([PROMPT], CONFIG.sampling)
+                engine.generate([PROMPT], GREEDY)
         return type(raised.value).__name__, str(raised.value)
 
     told, own = run_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
@@ -266,10 +269,10 @@ def test_a_layer_that_passes_the_engine_by_is_a_fault_on_every_rank_before_any_t
         change(model.model.layers[layer])
 
     def body(topology):
-        with attach(models[topology.rank], topology, Config(prefill_context_parallel_size=2)) as engine:
+        with attach(models[topology.rank], topology, JobConfig(prefill_context_parallel_size=2)) as engine:
             for _ in range(2):  # the first step is no exception
                 with pytest.raises(EngineFaultError, match=FAULTS[change, layer]):
-                    next(engine.stream([PROMPT], CONFIG.sampling))
+                    next(engine.stream([PROMPT], GREEDY))
         return True
 
     assert run_ranks(RankGrid(pcp_size=2, dcp_size=2), body) == [True, True]

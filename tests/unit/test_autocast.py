@@ -7,13 +7,14 @@ import torch
 from torch import nn
 
 from cpinfer.attention.layer import AttentionLayer
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UserError
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from tiny_models import FAMILIES, make_model, prompts_of
 
-CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=8))
+CONFIG = EngineConfig(dtype="float32", kv_cache_gib=0.001)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 PROMPTS = prompts_of((3, 40, 90), vocab_size=128)
 
 
@@ -67,7 +68,7 @@ def test_rollouts_under_autocast_are_nearer_to_the_training_forward_than_float32
     """With the same kernels they would be equal; those of MLA and of soft caps round in other places."""
     mixed, plain = mixed_model(family), make_model(copy.deepcopy(FAMILIES[family]))
     with attach(mixed, config=CONFIG) as engine:
-        results = engine.generate(PROMPTS)
+        results = engine.generate(PROMPTS, GREEDY)
     training = torch.cat([logprobs(mixed, r) for r in results])
     ours = torch.cat([torch.tensor(r.logprobs) for r in results])
     exact = torch.cat([logprobs(plain, r) for r in results])

@@ -12,7 +12,7 @@ from torch.distributed import distributed_c10d as c10d
 from cpinfer.comm import bootstrap
 from cpinfer.comm.bootstrap import Launch, default_group, die, end_with_launcher, is_peer_loss, is_timeout
 from cpinfer.comm.topology import new_group
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 
 TIMED_OUT = "[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
@@ -86,7 +86,7 @@ def test_groups_that_frameworks_make_wait_as_long_as_the_default_group(started):
 def test_a_rank_waits_well_under_half_an_hour_unless_it_is_told_to(started):
     with default_group(Launch(0, 0, 2)):
         pass
-    assert started == [datetime.timedelta(seconds=Config().collective_timeout_s)]
+    assert started == [datetime.timedelta(seconds=JobConfig().collective_timeout_s)]
     assert started[0] <= datetime.timedelta(minutes=15)
 
 

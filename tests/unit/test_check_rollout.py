@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import cpinfer
-from cpinfer.config import SamplingParams, parse_config
+from cpinfer.config import SamplingParams
+from cpinfer_tools.run_config import parse_run_config
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
@@ -21,7 +22,7 @@ def test_the_penalty_that_a_chat_model_asks_for_is_left_out():
 def test_a_rollout_is_compared_with_transformers_through_a_cache_of_its_own_dtype(kept):
     model = make_model(FAMILIES["llama"])
     sampling = {"temperature": 0, "max_new_tokens": 6}
-    config = parse_config({"dtype": "float32", "kv_cache_dtype": kept, "sampling": sampling})
+    config = parse_run_config({"dtype": "float32", "kv_cache_dtype": kept, "sampling": sampling})
     with cpinfer.attach(model, config=config) as engine:
         results = [
             {"prompt_token_ids": r.prompt_token_ids, "token_ids": list(r.token_ids), "logprobs": r.logprobs}
@@ -29,7 +30,7 @@ def test_a_rollout_is_compared_with_transformers_through_a_cache_of_its_own_dtyp
         ]
     found = check_rollout.compare(model, results, config)
     assert found["num_same_tokens"] == 2 and found["max_abs_logprob_difference"] <= 1e-4
-    other = parse_config({"dtype": "float32", "kv_cache_dtype": "fp8" if kept == "auto" else "auto"})
+    other = parse_run_config({"dtype": "float32", "kv_cache_dtype": "fp8" if kept == "auto" else "auto"})
     assert check_rollout.compare(model, results, other)["max_abs_logprob_difference"] > 0.05
 
 

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from cpinfer.config import WandbConfig
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_spec
+from cpinfer_integrations.wandb_config import WandbConfig
 from cpinfer_tools.results.output_lock import locked
 from cpinfer_tools.verify import compare
 from cpinfer_tools.verify.comparison import evaluations as evaluations_module

@@ -1,12 +1,26 @@
 """The config: what is accepted, what is refused and in which words, and where relative paths point."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from cpinfer.config import Config, SamplingParams, TensorParallel, config_to_dict, load_config, parse_config
+from cpinfer.config import (
+    KEYS_OF_TOOLS,
+    EngineConfig,
+    JobConfig,
+    ParallelConfig,
+    SamplingParams,
+    TensorParallel,
+    config_to_dict,
+    job_config,
+    load_config,
+    parse_config,
+    with_keys,
+)
 from cpinfer.errors import UnsupportedError, UserError
+from cpinfer_tools.run_config import RunConfig, load_run_config, parse_run_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -31,7 +45,7 @@ def write(folder, data, name="run.json"):
 )
 def test_an_unknown_key_names_itself_and_the_nearest_known_one(data, unknown, nearest):
     with pytest.raises(UserError) as caught:
-        parse_config(data)
+        parse_run_config(data)
     assert f'unknown key "{unknown}"' in str(caught.value)
     assert f'nearest known key is "{nearest}"' in str(caught.value)
 
@@ -39,15 +53,15 @@ def test_an_unknown_key_names_itself_and_the_nearest_known_one(data, unknown, ne
 def test_only_a_key_that_is_near_is_suggested():
     """`foo` shares two letters with `rollout`, which is no reason to mean it."""
     with pytest.raises(UserError, match=r'^unknown key "foo"; no known key is near it\.$'):
-        parse_config({"foo": 1})
+        parse_run_config({"foo": 1})
     with pytest.raises(UserError, match=r'^unknown key "wandb\.x"; the known ones are project, name, group, mode\.$'):
-        parse_config({"wandb": {"x": 1}})
+        parse_run_config({"wandb": {"x": 1}})
 
 
 @pytest.mark.parametrize("name", [1, None, (1, 2), b"model"])
 def test_a_key_that_is_no_text_is_unknown(name):
     with pytest.raises(UserError, match=r"^unknown key "):
-        parse_config({name: 1})
+        parse_run_config({name: 1})
 
 
 @pytest.mark.parametrize(
@@ -80,13 +94,13 @@ def test_a_key_that_is_no_text_is_unknown(name):
 )
 def test_a_wrong_type_says_where_what_is_and_what_was_wanted(data, where, wanted):
     with pytest.raises(UserError) as caught:
-        parse_config(data)
+        parse_run_config(data)
     assert f'"{where}" is ' in str(caught.value)
     assert wanted in str(caught.value)
 
 
 def test_a_whole_number_will_do_where_a_number_is_wanted():
-    config = parse_config({"kv_cache_gib": 1, "sampling": {"temperature": 0}})
+    config = parse_run_config({"kv_cache_gib": 1, "sampling": {"temperature": 0}})
     assert (config.kv_cache_gib, config.sampling.temperature) == (1.0, 0.0)
     assert isinstance(config.kv_cache_gib, float)
 
@@ -110,8 +124,8 @@ def test_a_whole_number_will_do_where_a_number_is_wanted():
 )
 def test_a_sampling_value_out_of_range_is_refused_at_the_edge(key, bad, good):
     with pytest.raises(UserError, match=rf'"(sampling\.)?{key}" is .*; it must be '):
-        parse_config({"sampling": {key: bad}})
-    parse_config({"sampling": {key: good}})
+        parse_run_config({"sampling": {key: bad}})
+    parse_run_config({"sampling": {key: good}})
 
 
 @pytest.mark.parametrize(
@@ -130,19 +144,19 @@ def test_a_sampling_value_out_of_range_is_refused_at_the_edge(key, bad, good):
 )
 def test_a_size_below_one_is_refused(key):
     with pytest.raises(UserError, match=f'"{key}" is 0'):
-        parse_config({key: 0})
-    assert getattr(parse_config({key: 1}), key) == 1
+        parse_run_config({key: 0})
+    assert getattr(parse_run_config({key: 1}), key) == 1
 
 
 def test_tp_size_below_one_is_refused():
     with pytest.raises(UserError, match=r'"tensor_parallel\.tp_size" is 0; it must be at least 1'):
-        parse_config({"tensor_parallel": {"tp_size": 0}})
+        parse_run_config({"tensor_parallel": {"tp_size": 0}})
 
 
 @pytest.mark.parametrize("text", ['{"kv_cache_gib": NaN}', '{"kv_cache_gib": Infinity}', '{"kv_cache_gib": 1e999}'])
 def test_a_size_that_is_no_finite_number_is_refused(tmp_path, text):
     with pytest.raises(UserError, match="kv_cache_gib"):
-        load_config(write(tmp_path, text))
+        load_run_config(write(tmp_path, text))
 
 
 @pytest.mark.parametrize(
@@ -155,38 +169,38 @@ def test_a_size_that_is_no_finite_number_is_refused(tmp_path, text):
     ],
 )
 def test_a_choice_takes_all_its_values_and_defaults_to_the_safe_one(key, values, default):
-    assert getattr(Config(), key) == default
-    assert tuple(getattr(parse_config({key: value}), key) for value in values) == values
+    assert getattr(RunConfig(), key) == default
+    assert tuple(getattr(parse_run_config({key: value}), key) for value in values) == values
 
 
 def test_sizes_left_out_follow_from_the_others():
-    assert (Config().dcp_size, Config().interleave, Config().tp_size, Config().pcp_size) == (1, 16, 1, 1)
-    config = parse_config({"prefill_context_parallel_size": 4, "block_size": 8, "tensor_parallel": {"tp_size": 2}})
+    assert (RunConfig().dcp_size, RunConfig().interleave, RunConfig().tp_size, RunConfig().pcp_size) == (1, 16, 1, 1)
+    config = parse_run_config({"prefill_context_parallel_size": 4, "block_size": 8, "tensor_parallel": {"tp_size": 2}})
     assert (config.dcp_size, config.interleave, config.tp_size) == (4, 8, 2)
-    config = parse_config({"decode_context_parallel_size": 2, "cp_kv_cache_interleave_size": 1})
+    config = parse_run_config({"decode_context_parallel_size": 2, "cp_kv_cache_interleave_size": 1})
     assert (config.dcp_size, config.interleave) == (2, 1)
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        Config(),
-        Config(model="m", tensor_parallel=TensorParallel(4), kv_cache_gib=1.5, output="o.jsonl"),
-        Config(sampling=SamplingParams(temperature=0, stop=("a", "b"), stop_token_ids=(1, 2), seed=2**64 - 1)),
-        parse_config({"wandb": {"name": "run", "mode": "offline"}, "data_parallel_size": 2}),
+        RunConfig(),
+        RunConfig(model="m", tensor_parallel=TensorParallel(4), kv_cache_gib=1.5, output="o.jsonl"),
+        RunConfig(sampling=SamplingParams(temperature=0, stop=("a", "b"), stop_token_ids=(1, 2), seed=2**64 - 1)),
+        parse_run_config({"wandb": {"name": "run", "mode": "offline"}, "data_parallel_size": 2}),
     ],
 )
 def test_a_config_survives_the_way_to_json_and_back(config):
     data = json.loads(json.dumps(config_to_dict(config)))
-    assert parse_config(data) == config
+    assert parse_run_config(data) == config
 
 
 def test_different_configs_do_not_become_the_same_data():
-    assert config_to_dict(Config()) != config_to_dict(Config(sampling=SamplingParams(seed=1)))
+    assert config_to_dict(RunConfig()) != config_to_dict(RunConfig(sampling=SamplingParams(seed=1)))
 
 
 def load_with(folder, data, *overrides):
-    return load_config(write(folder, data), overrides)
+    return load_run_config(write(folder, data), overrides)
 
 
 def test_overrides_are_json_first_and_text_otherwise(tmp_path):
@@ -239,7 +253,7 @@ def test_relative_paths_start_at_the_config_file(tmp_path, monkeypatch):
     (folder / "tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     write(folder, {"model": "tiny", "input": "in.jsonl", "output": "../out.jsonl"})
-    config = load_config(Path("deep") / "run.json")
+    config = load_run_config(Path("deep") / "run.json")
     assert (config.input, config.output) == (str(Path("deep/in.jsonl")), str(Path("deep/../out.jsonl")))
     assert Path(config.model or "").resolve() == folder / "tiny"
 
@@ -283,7 +297,7 @@ def test_unnamed_paths_stay_unnamed(tmp_path):
 )
 def test_what_is_not_supported_is_refused_by_name(data, what):
     with pytest.raises(UnsupportedError) as caught:
-        parse_config(data)
+        parse_run_config(data)
     message = str(caught.value)
     assert "does not support" in message and what in message and next(iter(data)) in message
 
@@ -301,7 +315,7 @@ def test_what_is_not_supported_is_refused_by_name(data, what):
     ],
 )
 def test_a_refused_key_that_asks_for_nothing_is_accepted(data):
-    parse_config(data)
+    parse_run_config(data)
 
 
 @pytest.mark.parametrize(
@@ -315,11 +329,11 @@ def test_a_refused_key_that_asks_for_nothing_is_accepted(data):
     ],
 )
 def test_the_cache_has_the_models_dtype_or_fp8_by_the_names_that_vllm_has(value, kept):
-    config = parse_config({"kv_cache_dtype": value})
+    config = parse_run_config({"kv_cache_dtype": value})
     assert config.cache_dtype("bfloat16") == kept
-    assert parse_config(config_to_dict(config)) == config
-    assert parse_config({}).kv_cache_dtype == "auto"
-    assert parse_config({"kv_cache_dtype": "fp8"}) == parse_config({"kv_cache_dtype": "fp8_e4m3"}), "one thing"
+    assert parse_run_config(config_to_dict(config)) == config
+    assert parse_run_config({}).kv_cache_dtype == "auto"
+    assert parse_run_config({"kv_cache_dtype": "fp8"}) == parse_run_config({"kv_cache_dtype": "fp8_e4m3"}), "one thing"
 
 
 @pytest.mark.parametrize(
@@ -335,18 +349,18 @@ def test_the_cache_has_the_models_dtype_or_fp8_by_the_names_that_vllm_has(value,
 def test_a_file_that_is_no_config_is_named(tmp_path, text, words):
     path = write(tmp_path, text)
     with pytest.raises(UserError) as caught:
-        load_config(path)
+        load_run_config(path)
     assert f"config {path}: " in str(caught.value) and words in str(caught.value)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "missing.json", tmp_path):
         with pytest.raises(UserError, match=f"config {path}: .*--config"):
-            load_config(path)
+            load_run_config(path)
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not valid JSON"):
-        load_config(binary)
+        load_run_config(binary)
 
 
 def test_an_error_in_a_file_keeps_its_kind_and_names_the_file(tmp_path):
@@ -356,7 +370,7 @@ def test_an_error_in_a_file_keeps_its_kind_and_names_the_file(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_every_config_that_is_shipped_parses_and_names_its_files(path):
-    config = load_config(path)
+    config = load_run_config(path)
     assert config.model is not None
     # What is evaluated is made from a seed, or comes from a file that is the user's.
     assert config.input is not None or config.evaluation.tasks or config.evaluation.task_file
@@ -365,3 +379,82 @@ def test_every_config_that_is_shipped_parses_and_names_its_files(path):
 
 def test_configs_are_shipped():
     assert len(list(CONFIGS.glob("*.json"))) >= 4
+
+
+# --- one file, several readers ---
+
+
+def keys_of(cls):
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def test_what_only_tools_read_is_written_down_once_more_below_them_and_the_same():
+    assert keys_of(RunConfig) - keys_of(JobConfig) == KEYS_OF_TOOLS
+
+
+def test_the_engine_has_neither_sizes_nor_what_others_read():
+    assert not keys_of(EngineConfig) & (keys_of(ParallelConfig) | KEYS_OF_TOOLS | {"model", "sampling", "rollout"})
+
+
+def test_a_job_reads_the_file_of_a_run_and_passes_over_what_is_the_tools(tmp_path):
+    path = write(tmp_path, {"block_size": 8, "evaluation": {"no such": "key"}, "wandb": {}, "input": "in.jsonl"})
+    assert load_config(path) == parse_config({"block_size": 8})
+    for data, nearest in (({"evaluatoin": {}}, None), ({"bolck_size": 8}, "block_size"), ({"rollout": {"x": 1}}, None)):
+        with pytest.raises(UserError, match=f'unknown key .*"{nearest}"' if nearest else "unknown key"):
+            load_config(write(tmp_path, data))
+
+
+def test_keys_of_tools_in_plain_data_are_unknown_to_a_job():
+    with pytest.raises(UserError, match='unknown key "evaluation"'):
+        parse_config({"evaluation": {}})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
+def test_every_config_that_is_shipped_says_the_same_to_a_job_as_to_a_tool(path):
+    job, run = load_config(path), load_run_config(path)
+    assert {name: getattr(run, name) for name in keys_of(JobConfig)} == vars(job)
+
+
+def test_the_dtype_of_a_model_that_is_loaded_has_a_name_and_that_of_a_job_is_what_it_is():
+    assert (parse_config({}).dtype, parse_run_config({}).dtype) == ("auto", "bfloat16")
+    with pytest.raises(UserError, match='"dtype" is "auto"; one of "float32"'):
+        parse_run_config({"dtype": "auto"})
+
+
+FORMS = {
+    "job": JobConfig(block_size=8, sampling=SamplingParams(n=2)),
+    "run": RunConfig(block_size=8, sampling=SamplingParams(n=2), dtype="float32", input="in.jsonl"),
+    "dict": {"block_size": 8, "sampling": {"n": 2}},
+    "path": {"block_size": 8, "sampling": {"n": 2}, "input": "in.jsonl", "training": {"num_steps": 3}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_jobs_config_comes_in_any_form(tmp_path, form):
+    config = job_config(write(tmp_path, FORMS[form]) if form == "path" else FORMS[form])
+    assert isinstance(config, JobConfig)
+    assert (config.block_size, config.sampling.n, config.pcp_size) == (8, 2, 1)
+    assert config is FORMS[form] or form in ("dict", "path")
+
+
+def test_a_job_that_is_told_nothing_has_the_defaults_and_one_of_an_engine_its_keys():
+    assert job_config(None) == JobConfig()
+    assert job_config(EngineConfig(block_size=8)) == JobConfig(block_size=8)
+
+
+@pytest.mark.parametrize("bad", [3, ["block_size"], ParallelConfig(), SamplingParams(), True])
+def test_what_is_no_config_is_told_what_was_wanted(bad):
+    with pytest.raises(UserError, match="an object, a dict, the path of a JSON file or None was wanted"):
+        job_config(bad)
+
+
+def test_some_keys_of_a_config_are_changed_and_the_rest_is_what_it_was():
+    config = RunConfig(block_size=8, input="in.jsonl")
+    assert with_keys(config, {}) is config
+    assert with_keys(config, {"max_num_seqs": 3}) == RunConfig(block_size=8, input="in.jsonl", max_num_seqs=3)
+
+
+def test_a_size_that_is_not_said_is_one_and_can_be_told_from_one_that_is():
+    assert (ParallelConfig().tp_size, ParallelConfig().pcp_size, ParallelConfig().dcp_size) == (1, 1, 1)
+    said = ParallelConfig(tensor_parallel={"tp_size": 1}, prefill_context_parallel_size=1)
+    assert said != ParallelConfig() and (said.tp_size, said.pcp_size) == (1, 1)

@@ -5,7 +5,7 @@ import re
 import pytest
 from transformers import AutoConfig
 
-from cpinfer.config import Config, TensorParallel
+from cpinfer.config import JobConfig, TensorParallel
 from cpinfer.engine.attach import config_errors
 from cpinfer.models.families import FAMILIES, FEATURES, family_table
 from cpinfer.models.spec import ModelSpec
@@ -85,7 +85,7 @@ def test_only_features_of_the_table_are_refused_or_not_applicable_and_none_is_bo
 def test_the_code_refuses_tensor_parallelism_where_the_table_does(family):
     spec = ModelSpec.from_config(TINY_MODELS[family].to_dict())
     for provider, feature in (("transformers", "transformers_tp"), ("autotp", "autotp")):
-        errors = config_errors(spec, Config(tensor_parallel=TensorParallel(2, provider)))
+        errors = config_errors(spec, JobConfig(tensor_parallel=TensorParallel(2, provider)))
         if feature in FAMILIES[family].refused or (provider, family) == ("transformers", "gpt_bigcode"):
             assert any("tensor parallelism by Transformers" in error for error in errors)
         else:

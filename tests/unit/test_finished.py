@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import OutputError, UserError
 from cpinfer_tools.results.finished import (
@@ -16,13 +16,14 @@ from cpinfer_tools.results.finished import (
     rollout_lines,
 )
 from cpinfer_tools.results.output import meta_path, part_path, write_json
+from cpinfer_tools.run_config import RunConfig
 
 PROMPTS = [Prompt(index, f"p{index}", (index, 7)) for index in range(6)]
 EXPECTED = rollout_lines(PROMPTS, 2)
 
 
 def make_meta(prompts="sha256:1", weights="sha256:2", **config):
-    return {"config": {}, "made_of": {**numbers_of(Config(**config)), "prompts": prompts, "weights": weights}}
+    return {"config": {}, "made_of": {**numbers_of(RunConfig(**config)), "prompts": prompts, "weights": weights}}
 
 
 META = make_meta()

@@ -13,8 +13,8 @@ from tiny_models import FAMILIES
 
 SPEC = ModelSpec.from_config(FAMILIES["llama"].to_dict())  # 128 tokens, 512 positions
 POOL = PoolSize(300, KVSharding(1, 4, 4))
-DEFAULT = SamplingParams(max_new_tokens=7)
-INPUTS = InputProcessor(SPEC, POOL, None, DEFAULT)
+SHORT = SamplingParams(max_new_tokens=7)
+INPUTS = InputProcessor(SPEC, POOL, None)
 
 
 def test_every_sample_of_every_prompt_is_a_request_but_those_to_skip():
@@ -25,16 +25,21 @@ def test_every_sample_of_every_prompt_is_a_request_but_those_to_skip():
 
 
 def test_an_answer_may_get_as_long_as_asked_or_as_there_are_positions():
-    requests = INPUTS.samples([[1], [1] * 510], None, frozenset()).value
+    requests = INPUTS.samples([[1], [1] * 510], SHORT, frozenset()).value
     assert [r.max_new_tokens for r in requests] == [7, 2]
-    assert all(r.params is DEFAULT for r in requests)
+    assert all(r.params is SHORT for r in requests)
+
+
+def test_who_says_nothing_of_sampling_gets_the_default_parameters():
+    [request] = INPUTS.samples([[1]], None, frozenset()).value
+    assert request.params == SamplingParams()
 
 
 def test_ranks_are_alike_when_they_have_the_same_prompts_sampling_and_samples():
     def same(*given):
         return INPUTS.samples(*given).same()
 
-    base = ([[1, 2]], DEFAULT, frozenset({(0, 0)}))
+    base = ([[1, 2]], SHORT, frozenset({(0, 0)}))
     assert same(*base) == same(*base)
     for other in (([[1, 3]], *base[1:]), (base[0], SamplingParams(), base[2]), (*base[:2], frozenset())):
         assert same(*other) != same(*base)
@@ -62,7 +67,7 @@ def test_copies_that_do_not_divide_the_ranks_are_refused(num_copies):
 
 def test_pooled_prompts_are_named_by_their_pool_and_sampled_as_often_as_they_are_asked_for():
     asked = [[(1,), (1,)], [(1,), (2,)]]
-    requests, places = INPUTS.pooled(asked, 1, None, "step/3")
+    requests, places = INPUTS.pooled(asked, 1, SHORT, "step/3")
     assert places == PooledPrompts.of(asked).places
     assert [(r.prompt.id, r.prompt.token_ids, r.sample_index) for r in requests] == [
         ("step/3/0", (1,), 0),

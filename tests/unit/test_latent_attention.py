@@ -10,7 +10,7 @@ from transformers import DeepseekV2Config, DeepseekV3Config
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config
+from cpinfer.config import EngineConfig
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.latent_attention import is_latent_attention, latent_attention
 from cpinfer.ops.attention import dense_attention
@@ -29,23 +29,21 @@ VARIANTS = {
     "v3_lora_interleave_yarn": DeepseekV3Config(**SHAPE, q_lora_rank=32, rope_interleave=True, rope_parameters=MSCALE),
 }
 # Chunks, so that what is cached is attended to by later chunks as well: absorbed where queries travel, else expanded.
-CONFIG = Config(
+CONFIG = EngineConfig(
     dtype="float32",
     kv_cache_gib=0.001,
     block_size=4,
-    prefill_context_parallel_size=2,
-    decode_context_parallel_size=2,
     cp_kv_cache_interleave_size=3,
     max_num_batched_tokens=24,
-    sampling=cpinfer.SamplingParams(temperature=0, max_new_tokens=6),
 )
+GREEDY = cpinfer.SamplingParams(temperature=0, max_new_tokens=6)
 PROMPTS = prompts_of((1, 5, 40), vocab_size=128)
 
 
 def generate(model, grid, config):
     def body(topology):
         with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
-            return engine.generate(PROMPTS)
+            return engine.generate(PROMPTS, GREEDY)
 
     return run_ranks(grid, body)[0]
 

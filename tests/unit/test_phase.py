@@ -1,17 +1,21 @@
 """Rollout phases: the model is lent for the length of a block and comes back as it was."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 from cpinfer.colocate.phase import Lent, rollout_phase
 from cpinfer.comm.topology import Topology
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import EngineConfig, JobConfig, SamplingParams
+from cpinfer.errors import UserError
 from cpinfer.models.hooks import hooks_asleep
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model
 
-CONFIG = Config(dtype="float32", kv_cache_gib=0.001, sampling=SamplingParams(temperature=0, max_new_tokens=4))
+CONFIG = EngineConfig(dtype="float32", kv_cache_gib=0.001)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=4)
 
 
 def lent() -> Lent:
@@ -20,7 +24,7 @@ def lent() -> Lent:
 
 def test_results_say_the_version_of_the_weights_and_the_pool_is_gone_after_the_phase():
     with rollout_phase(lent(), CONFIG, weights_version=7) as engine:
-        assert [r.weights_version for r in engine.generate([[1, 2, 3]])] == [7]
+        assert [r.weights_version for r in engine.generate([[1, 2, 3]], GREEDY)] == [7]
         assert engine.is_awake
     assert not engine.is_awake
 
@@ -41,9 +45,19 @@ def test_of_a_compiled_model_the_model_inside_is_lent():
     module = make_model(FAMILIES["qwen2"])
     compiled = torch.compile(module, backend="eager")
     with rollout_phase(lend(compiled, CONFIG), CONFIG) as engine:
-        results = engine.generate([[1, 2, 3]])
+        results = engine.generate([[1, 2, 3]], GREEDY)
     with rollout_phase(lend(module, CONFIG), CONFIG) as engine:
-        assert [r.token_ids for r in results] == [r.token_ids for r in engine.generate([[1, 2, 3]])]
+        assert [r.token_ids for r in results] == [r.token_ids for r in engine.generate([[1, 2, 3]], GREEDY)]
+
+
+def test_lending_and_a_phase_take_a_config_in_any_form(tmp_path):
+    module, path = make_model(FAMILIES["qwen2"]), tmp_path / "run.json"
+    path.write_text(json.dumps({"kv_cache_gib": 0.001, "comparison": {}, "rollout": {"mismatch_every": 0}}))
+    for config in (None, CONFIG, JobConfig(kv_cache_gib=0.001), {"kv_cache_gib": 0.001}, path):
+        with rollout_phase(lend(module, config), config) as engine:
+            assert engine.generate([[1, 2, 3]], GREEDY)
+    with pytest.raises(UserError, match='unknown key "comparison"'):
+        lend(module, {"comparison": {}})
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
@@ -52,7 +66,7 @@ def test_an_interrupt_in_the_middle_of_a_stream_leaves_the_model_restored(stop):
     given.module.train()
     attention = given.module.config._attn_implementation
     with pytest.raises(stop), rollout_phase(given, CONFIG) as engine:
-        for _ in engine.stream([[1, 2], [3, 4, 5]]):
+        for _ in engine.stream([[1, 2], [3, 4, 5]], GREEDY):
             raise stop
     assert given.module.config._attn_implementation == attention
     assert all(module.training for module in given.module.modules())

@@ -9,7 +9,7 @@ from torch import nn
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models import runner
 from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
@@ -26,7 +26,7 @@ GRID = RankGrid(1, 2, 2)
 def routed(family, grid=GRID, **config):
     """(tokens that the routers of all ranks and layers saw, tokens that a rollout computes in them)."""
     model = make_model(FAMILIES[family])
-    parsed = Config(
+    parsed = JobConfig(
         dtype="float32",
         kv_cache_gib=0.001,
         block_size=4,

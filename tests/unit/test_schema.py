@@ -6,20 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from cpinfer.config import (
-    ComparisonConfig,
-    Config,
-    EvaluationConfig,
-    RolloutConfig,
-    SamplingParams,
-    TensorParallel,
-    TrainingConfig,
-    WandbConfig,
-    config_to_dict,
-    parse_config,
-)
+from cpinfer.config import RolloutConfig, SamplingParams, TensorParallel, config_to_dict
 from cpinfer.errors import UserError
 from cpinfer.schema import MAX_TEXT, Bounds
+from cpinfer_integrations.wandb_config import WandbConfig
+from cpinfer_tools.run_config import ComparisonConfig, EvaluationConfig, RunConfig, TrainingConfig, parse_run_config
 
 SCHEMAS = (
     SamplingParams,
@@ -29,7 +20,7 @@ SCHEMAS = (
     ComparisonConfig,
     RolloutConfig,
     TrainingConfig,
-    Config,
+    RunConfig,
 )
 
 
@@ -55,15 +46,15 @@ SCHEMAS = (
         (lambda: SamplingParams(logit_bias=[(1, 2.0, 3)]), '"logit_bias[0]" is [1, 2.0, 3]; a pair of'),
         (lambda: SamplingParams(logit_bias={-1: 0}), '"logit_bias[0]" is -1; it must be at least 0'),
         (lambda: SamplingParams(n=10**5000), '"n" is of type int; it must be'),
-        (lambda: Config(block_size=16.0), '"block_size" is 16.0; a whole number was wanted'),
-        (lambda: Config(model=3), '"model" is 3; a text was wanted'),
-        (lambda: Config(model="m" * 5000), f"of 5000 characters; at most {MAX_TEXT} were wanted"),
-        (lambda: Config(input="\0"), '"input" is "\\u0000"; a text without NUL'),
-        (lambda: Config(dtype="fp8"), '"dtype" is "fp8"; one of "float32"'),
-        (lambda: Config(sampling=None), '"sampling" is null; an object with keys temperature'),
-        (lambda: Config(sampling=TensorParallel()), '"sampling" is "TensorParallel'),
-        (lambda: Config(sampling={"n": 0}), '"sampling.n" is 0; it must be'),
-        (lambda: Config(kv_cache_gib=-1), '"kv_cache_gib" is -1; it must be above 0'),
+        (lambda: RunConfig(block_size=16.0), '"block_size" is 16.0; a whole number was wanted'),
+        (lambda: RunConfig(model=3), '"model" is 3; a text was wanted'),
+        (lambda: RunConfig(model="m" * 5000), f"of 5000 characters; at most {MAX_TEXT} were wanted"),
+        (lambda: RunConfig(input="\0"), '"input" is "\\u0000"; a text without NUL'),
+        (lambda: RunConfig(dtype="fp8"), '"dtype" is "fp8"; one of "float32"'),
+        (lambda: RunConfig(sampling=None), '"sampling" is null; an object with keys temperature'),
+        (lambda: RunConfig(sampling=TensorParallel()), '"sampling" is "TensorParallel'),
+        (lambda: RunConfig(sampling={"n": 0}), '"sampling.n" is 0; it must be'),
+        (lambda: RunConfig(kv_cache_gib=-1), '"kv_cache_gib" is -1; it must be above 0'),
         (lambda: TensorParallel("2"), '"tp_size" is "2"; a whole number was wanted'),
         (lambda: WandbConfig(mode="shared"), '"mode" is "shared"; one of "auto"'),
         (lambda: EvaluationConfig(lengths=[0]), '"lengths[0]" is 0; it must be'),
@@ -111,12 +102,12 @@ def test_what_is_plainly_meant_is_taken_and_becomes_pythons_own():
 
 
 def test_one_text_stands_for_a_list_of_it_in_json_too():
-    config = parse_config({"sampling": {"stop": "a"}, "evaluation": {"tasks": "vt"}})
+    config = parse_run_config({"sampling": {"stop": "a"}, "evaluation": {"tasks": "vt"}})
     assert (config.sampling.stop, config.evaluation.tasks) == (("a",), ("vt",))
 
 
 def test_a_section_may_be_plain_data():
-    assert Config(sampling={"n": 2}, wandb={"name": "x"}) == parse_config(
+    assert RunConfig(sampling={"n": 2}, wandb={"name": "x"}) == parse_run_config(
         {"sampling": {"n": 2}, "wandb": {"name": "x"}}
     )
 
@@ -139,7 +130,7 @@ def numbers_of(cls, where=()):
             yield (*where, f.name), f.metadata["within"], isinstance(f.default, tuple)
 
 
-NUMBERS = list(numbers_of(Config))
+NUMBERS = list(numbers_of(RunConfig))
 
 
 def put(path, value):
@@ -153,10 +144,10 @@ def test_every_number_has_two_ends_and_is_refused_behind_them(path, bounds, is_l
     low = np.nextafter(bounds.low, 1) if bounds.above_low else bounds.low
     step = 1 if isinstance(bounds.high, int) else bounds.high
     for good in (float(low) if bounds.above_low else low, bounds.high):
-        parse_config(put(path, [good] if is_list else good))
+        parse_run_config(put(path, [good] if is_list else good))
     for bad in (-1e-9 if bounds.above_low else bounds.low - 1, bounds.high + step, 10**31, 10**400, -(10**400)):
         with pytest.raises(UserError, match=f"{path[-1]}") as caught:
-            parse_config(put(path, [bad] if is_list else bad))
+            parse_run_config(put(path, [bad] if is_list else bad))
         assert len(str(caught.value)) < 400
 
 
@@ -173,19 +164,19 @@ def test_no_number_is_without_bounds():
             elif f.metadata["within"] is None and is_number(str(f.type)):
                 yield f.name
 
-    assert list(free(Config)) == []
+    assert list(free(RunConfig)) == []
 
 
 @pytest.mark.parametrize("token", ["²", "٣", "01", "+1", "-1", " 1", "1.0", "", "9" * 30, "9" * 5000])
 def test_a_token_id_in_json_is_written_as_json_writes_numbers(token):
     with pytest.raises(UserError, match=r"sampling\.logit_bias"):
-        parse_config({"sampling": {"logit_bias": {token: 1}}})
+        parse_run_config({"sampling": {"logit_bias": {token: 1}}})
 
 
 def test_a_nul_is_no_path_but_may_end_an_answer():
     assert SamplingParams(stop="\0").stop == ("\0",)
     with pytest.raises(UserError, match="NUL"):
-        Config(model="a\0b")
+        RunConfig(model="a\0b")
 
 
 def test_a_value_that_no_message_can_show_whole_is_cut():
@@ -196,12 +187,12 @@ def test_a_value_that_no_message_can_show_whole_is_cut():
     cycle["a"] = cycle
     for value in (deep, cycle, "x" * 10**6, [0] * 10**6, 10**5000, {(1, 2): 3}):
         with pytest.raises(UserError) as caught:
-            parse_config({"kv_cache_gib": value})
+            parse_run_config({"kv_cache_gib": value})
         assert len(str(caught.value)) < 200
     with pytest.raises(UserError):
-        parse_config({"sampling": cycle})
+        parse_run_config({"sampling": cycle})
 
 
 def test_the_way_to_json_and_back_keeps_what_python_gave():
-    config = Config(sampling=SamplingParams(stop="a", logit_bias={5: -1e20}), evaluation={"depths": (0, 1)})
-    assert parse_config(config_to_dict(config)) == config
+    config = RunConfig(sampling=SamplingParams(stop="a", logit_bias={5: -1e20}), evaluation={"depths": (0, 1)})
+    assert parse_run_config(config_to_dict(config)) == config

@@ -7,7 +7,7 @@ import torch
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
-from cpinfer.config import Config
+from cpinfer.config import JobConfig
 from cpinfer.engine import step_attention
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
@@ -23,7 +23,7 @@ def generate(family, window, grid, **config):
     own = copy.deepcopy(FAMILIES[family])
     own.sliding_window = window
     model = make_model(own)
-    parsed = Config(
+    parsed = JobConfig(
         dtype="float32",
         kv_cache_gib=0.001,
         block_size=4,
@@ -83,7 +83,7 @@ def test_alone_chunks_of_many_tokens_expand_the_latents_before_them(monkeypatch,
             return made(*args)
 
         monkeypatch.setattr(step_attention, name, noted)
-    model, config = make_model(FAMILIES["deepseek_v2"]), Config(dtype="float32", max_num_batched_tokens=num_tokens)
+    model, config = make_model(FAMILIES["deepseek_v2"]), JobConfig(dtype="float32", max_num_batched_tokens=num_tokens)
     with cpinfer.attach(copy.deepcopy(model), config=config) as engine:
         results = engine.generate(prompts_of((5 * num_tokens,), vocab_size=128), SAMPLING)
     assert taken == {expected} and max(lengths) == (num_tokens if expected == "KVContext" else 0)

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from cpinfer.config import load_config
 from cpinfer.errors import UserError
 from cpinfer.strict_json import NotJSONError, is_unicode, parse_json, read_text
+from cpinfer_tools.run_config import load_run_config
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_halves_of_surrogate_pairs_are_no_unicode():
 def test_the_mark_before_a_text_is_none_of_it(tmp_path):
     (tmp_path / "run.json").write_bytes(b'\xef\xbb\xbf{"block_size": 8}')
     assert read_text(tmp_path / "run.json") == '{"block_size": 8}'
-    assert load_config(tmp_path / "run.json").block_size == 8
+    assert load_run_config(tmp_path / "run.json").block_size == 8
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_config_is_read_strictly_and_its_file_is_named(tmp_path, text, words):
     path = tmp_path / "run.json"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        load_config(path)
+        load_run_config(path)
     assert str(caught.value).startswith(f"config {path}: ") and words in str(caught.value)
 
 
@@ -103,11 +103,11 @@ def test_an_override_is_read_strictly_too(tmp_path, override, words):
     path = tmp_path / "run.json"
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(UserError) as caught:
-        load_config(path, [override])
+        load_run_config(path, [override])
     assert words in str(caught.value) and len(str(caught.value)) < 400 + len(str(path))
 
 
 def test_a_name_that_is_too_long_for_a_folder_is_a_name(tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"model": "m" * 300}), encoding="utf-8")
-    assert load_config(path).model == "m" * 300
+    assert load_run_config(path).model == "m" * 300

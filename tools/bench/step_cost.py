@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM
 import cpinfer
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.comm.axis import SoloComm
-from cpinfer.config import Config, SamplingParams
+from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import agree_on_tokens
 from cpinfer.engine.request import Prompt, Request, SampledRequest, SampledToken
 from cpinfer.engine.sampling import sample_tokens
@@ -250,20 +250,20 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
         return finished
 
     prompts = [[1 + i % 50, *range(2, 2 + ADMITTED_LEN)] for i in range(num_sequences)]
-    config = Config(
+    config = EngineConfig(
         dtype="float32",
         max_num_seqs=num_sequences,
         max_num_batched_tokens=2 * num_sequences * ADMITTED_LEN,
         kv_cache_gib=0.25,
-        sampling=SamplingParams(temperature=0, max_new_tokens=num_steps, ignore_eos=True),
     )
+    sampling = SamplingParams(temperature=0, max_new_tokens=num_steps, ignore_eos=True)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False)
     with (
         cpinfer.attach(model, config=config) as engine,
         mock.patch.object(Scheduler, "schedule", timed_schedule),
         mock.patch.object(Scheduler, "commit", timed_commit),
     ):
-        results = engine.generate(prompts)
+        results = engine.generate(prompts, sampling)
     assert all(len(result.token_ids) == num_steps for result in results), "answers have other lengths than they were to"
     # The first step prefills, the last finishes all, and behind it one finds nothing to do.
     steps = [end - start for start, end in pairwise(starts)][1:-1]

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cpinfer.config import KV_CACHE_DTYPES, load_config
+from cpinfer.config import KV_CACHE_DTYPES, LaunchConfig, load_as
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
 from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout
@@ -86,7 +86,7 @@ def _explain_layout(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _list_layouts(args: argparse.Namespace) -> dict[str, Any]:
-    model = _model_facts(args, load_config(args.config).model if args.config else None)
+    model = _model_facts(args, load_as(LaunchConfig, args.config).model if args.config else None)
     num_q_heads, num_kv_heads = _heads(args, model, _latent(args, model))
     options = legal_layouts(
         args.gpus,
@@ -225,7 +225,7 @@ def _plain(option: LayoutOption) -> dict[str, Any]:
 
 def _question(args: argparse.Namespace) -> Question:
     """Flags, then the config, then the model's `config.json`, then defaults."""
-    config = load_config(args.config) if args.config else None
+    config = load_as(LaunchConfig, args.config) if args.config else None
     model = _model_facts(args, config.model if config else None)
     latent = _latent(args, model)
     num_q_heads, num_kv_heads = _heads(args, model, latent)

@@ -36,7 +36,7 @@ from cpinfer.comm.bootstrap import (
     first_complaint,
     share_from_first,
 )
-from cpinfer.config import Config, config_to_dict
+from cpinfer.config import ParallelConfig, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.prompts import check_sampling
@@ -53,6 +53,7 @@ from cpinfer_integrations.launching import check_packages, grid_for
 from cpinfer_tools.memory import Fit, MemoryNeeds, available_memory
 from cpinfer_tools.opening import is_writer, open_together
 from cpinfer_tools.results.output import Existing, check_output, default_output
+from cpinfer_tools.run_config import RunConfig
 
 # W&B tells its makers of its own errors, also offline, unless this says no.
 NO_REPORTS = ("WANDB_ERROR_REPORTING", "false")
@@ -66,7 +67,7 @@ Told = TypeVar("Told")
 class Job(ABC):
     """What a tool is to do, known to be possible: all of this is worked out before a model is loaded."""
 
-    config: Config
+    config: RunConfig
     spec: ModelSpec
     weights: Weights
     grid: RankGrid
@@ -153,7 +154,7 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
     except UserError as error:
         complaint = str(error)
     # A rank that found something wrong may know no config: what it has to say is said soon.
-    timeout_s = Config.collective_timeout_s if job is None else job.config.collective_timeout_s
+    timeout_s = ParallelConfig.collective_timeout_s if job is None else job.config.collective_timeout_s
     with default_group(launch, timeout_s), ExitStack() as stack:
         # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
         complaint = first_complaint(launch, complaint)
@@ -221,14 +222,14 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
     return {"dry_run": True, **job.counts, **capacity, **memory.summary, "layout": job.meta["layout"]}
 
 
-def needed_spec(config: Config, config_path: str) -> ModelSpec:
+def needed_spec(config: RunConfig, config_path: str) -> ModelSpec:
     """What the config's model is. UserError when it names none."""
     if config.model is None:
         raise UserError(f'config {config_path}: "model" is missing; a Hugging Face id or a folder was wanted.')
     return load_spec(config.model)
 
 
-def needed_weights(config: Config, *, in_files: bool = True) -> Weights:
+def needed_weights(config: RunConfig, *, in_files: bool = True) -> Weights:
     """What is known of the model's weights; `in_files`: they are to be found, whole, in its files.
 
     UserError when they are not, as far as the files are on this machine.
@@ -237,7 +238,7 @@ def needed_weights(config: Config, *, in_files: bool = True) -> Weights:
     return known_weights(config.model, getattr(torch, config.dtype), in_files=in_files)
 
 
-def needed_tokenizer(config: Config) -> Any:
+def needed_tokenizer(config: RunConfig) -> Any:
     """The model's own tokenizer. UserError when it has none."""
     tokenizer = None if config.model is None else load_tokenizer(config.model)
     if tokenizer is None:
@@ -252,7 +253,7 @@ def refuse_bad_lines(complaints: Sequence[str], instead: str) -> None:
         raise UserError(f"{complaints[0]}{more} {instead}")
 
 
-def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: str) -> RankGrid:
+def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path: str) -> RankGrid:
     """The rank grid of a config in this world. UserError when the model or the world does not fit it."""
     errors = config_errors(spec, config, config.data_parallel_size or 1)
     if errors:
@@ -277,13 +278,13 @@ def check_layout(launch: Launch, config: Config, spec: ModelSpec, config_path: s
     return grid
 
 
-def pool_size(spec: ModelSpec, grid: RankGrid, config: Config, device: torch.device) -> PoolSize:
+def pool_size(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: torch.device) -> PoolSize:
     """The KV pool of the rank that stores the most heads."""
     num_heads = spec.heads(grid.tp_size).max_stored_heads(grid)
-    return affordable_pool(spec, num_heads, config, config.cache_dtype(config.dtype), device)
+    return affordable_pool(spec, num_heads, grid.dcp_size, config, config.cache_dtype(config.dtype), device)
 
 
-def wanted_output(config: Config, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:
+def wanted_output(config: RunConfig, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:
     """Where results go, and what becomes of an output that is there. UserError, on writers, when nobody has said."""
     output = Path(config.output) if config.output else default_output(args.config, datetime.datetime.now(datetime.UTC))
     existing: Existing = "resume" if getattr(args, "resume", False) else "overwrite" if args.overwrite else "refuse"
@@ -302,7 +303,7 @@ def gather(launch: Launch, told: Told) -> list[Told]:
 
 
 def describe_run(
-    config: Config, grid: RankGrid, launch: Launch, made_of: Mapping[str, Any] | None = None
+    config: RunConfig, grid: RankGrid, launch: Launch, made_of: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """What OUTPUT.meta.json says: everything needed to make the output again.
 

@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.config import load_config
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input
 from cpinfer.engine.scheduler import SchedulerStats, sum_stats
 from cpinfer.errors import UserError
@@ -62,6 +61,7 @@ from cpinfer_tools.results.output import (
     summary_path,
     write_json,
 )
+from cpinfer_tools.run_config import load_run_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
     """Check everything that can be checked without the weights. UserError says what is wrong."""
-    config = load_config(args.config, args.set)
+    config = load_run_config(args.config, args.set)
     config = replace(config, input=args.input or config.input, output=args.output or config.output)
     spec = needed_spec(config, args.config)
     assert config.model is not None

@@ -15,15 +15,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpinfer.config import Config
+from cpinfer.config import EngineConfig, JobConfig, LaunchConfig, ParallelConfig
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.families import family_table
 from cpinfer.refusals import not_yet_table
 from cpinfer.schema import Bounds
+from cpinfer_tools.run_config import RunConfig
 
 README = Path(__file__).resolve().parents[2] / "README.md"
+# From what an engine reads to what a tool does: each table has what its class adds, or says otherwise.
+CONFIG_CLASSES = (EngineConfig, ParallelConfig, JobConfig, LaunchConfig, RunConfig)
 # The layouts that the README draws: grid, query heads, KV heads.
 DRAWN = (
     (RankGrid(tp_size=2, pcp_size=2, dcp_size=2), 8, 2),
@@ -49,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def refreshed(text: str) -> str:
     """The text with every marked part written anew. KeyError for a part that no code makes."""
-    parts = {"layouts": rank_tables(), "keys": key_table(), "families": family_table(), "not-yet": not_yet_table()}
+    parts = {"layouts": rank_tables(), "keys": key_tables(), "families": family_table(), "not-yet": not_yet_table()}
     return re.sub(
         r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)",
         lambda found: f"{found[1]}{parts[found[2]]}\n{found[3]}",
@@ -71,17 +74,23 @@ def rank_tables() -> str:
     return "```text\n" + "\n\n".join(blocks) + "\n```"
 
 
-def key_table() -> str:
-    """Every config key with its default and its sentence, nested keys below their parent."""
-    rows = [f"| `{name}` | {default} | {bounds} | {help} |" for name, default, bounds, help in _keys(Config, "")]
-    return "\n".join(["| key | default | from, to | |", "|---|---|---|---|", *rows])
+def key_tables() -> str:
+    """Every config key with its default and its sentence, below its class; nested keys as `parent.key`."""
+    return "\n\n".join(_key_table(cls) for cls in CONFIG_CLASSES)
 
 
-def _keys(cls: Any, prefix: str) -> Iterator[tuple[str, str, str, str]]:
-    for field in dataclasses.fields(cls):
-        nested = field.default_factory
+def _key_table(cls: Any) -> str:
+    own = [field for field in dataclasses.fields(cls) if field.name in cls.__annotations__]
+    rows = [f"| `{name}` | {default} | {bounds} | {help} |" for name, default, bounds, help in _keys(own, "")]
+    caption = f"`{cls.__name__}`: {cls.__doc__.splitlines()[0]}"
+    return "\n".join([caption, "", "| key | default | from, to | |", "|---|---|---|---|", *rows])
+
+
+def _keys(fields: Sequence[dataclasses.Field[Any]], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for field in fields:
+        nested: Any = field.default_factory
         if isinstance(nested, type):
-            yield from _keys(nested, f"{prefix}{field.name}.")
+            yield from _keys(dataclasses.fields(nested), f"{prefix}{field.name}.")
             continue
         default = "" if field.default is None else f"`{json.dumps(field.default)}`"
         within = field.metadata["within"]

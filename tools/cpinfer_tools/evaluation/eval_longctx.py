@@ -31,7 +31,6 @@ import torch
 from tqdm import tqdm
 
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.config import EvaluationConfig, load_config
 from cpinfer.engine.prompts import check_prompt, naming
 from cpinfer_integrations.launching import launch_inference
 from cpinfer_tools.evaluation.longctx.tasks import TASKS, parse_length
@@ -73,6 +72,7 @@ from cpinfer_tools.results.output import (
     summary_path,
     write_json,
 )
+from cpinfer_tools.run_config import EvaluationConfig, load_run_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +136,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
     """Check everything that can be checked without the weights. UserError says what is wrong."""
-    config = load_config(args.config, args.set, DEFAULTS)
+    config = load_run_config(args.config, args.set, DEFAULTS)
     config = replace(config, output=args.output or config.output, evaluation=with_flags(config.evaluation, args))
     spec = needed_spec(config, args.config)
     grid = check_layout(launch, config, spec, args.config)

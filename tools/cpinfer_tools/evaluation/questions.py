@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpinfer.config import Config, EvaluationConfig, SamplingParams, config_to_dict
+from cpinfer.config import SamplingParams, config_to_dict
 from cpinfer.engine.request import Prompt, RolloutResult
 from cpinfer.errors import UserError, quoted
 from cpinfer.models.model_files import model_hashes
@@ -17,6 +17,7 @@ from cpinfer_tools.evaluation.longctx.local_files import read_task_file
 from cpinfer_tools.evaluation.longctx.metrics import METRICS
 from cpinfer_tools.evaluation.longctx.tasks import LENGTHS, TASKS, Sample, Task, find_task, make_samples
 from cpinfer_tools.results.finished import content_hash, numbers_of, whole_number
+from cpinfer_tools.run_config import EvaluationConfig, RunConfig
 
 NUM_SAMPLES = 10
 # Greedy unless the config says otherwise: an evaluation should give the same answer twice.
@@ -51,7 +52,7 @@ class Question:
         return replace(config, seed=self.seed, max_new_tokens=self.sample.max_new_tokens, stop=stop)
 
 
-def settled(config: Config, max_positions: int) -> Config:
+def settled(config: RunConfig, max_positions: int) -> RunConfig:
     """The config with nothing of its evaluation left to a default. UserError for what cannot be asked."""
     evaluation = config.evaluation
     if config.sampling.n != 1:
@@ -73,7 +74,7 @@ def settled(config: Config, max_positions: int) -> Config:
     return replace(config, evaluation=replace(evaluation, tasks=tasks, num_samples=num_samples))
 
 
-def make_questions(config: Config, tokenizer: Any) -> list[Question]:
+def make_questions(config: RunConfig, tokenizer: Any) -> list[Question]:
     """All questions of a settled config. UserError, before any model loads, for what cannot be made."""
     evaluation = config.evaluation
     tasks, samples = _samples(config, evaluation, tokenizer)
@@ -82,7 +83,7 @@ def make_questions(config: Config, tokenizer: Any) -> list[Question]:
 
 
 def _samples(
-    config: Config, evaluation: EvaluationConfig, tokenizer: Any
+    config: RunConfig, evaluation: EvaluationConfig, tokenizer: Any
 ) -> tuple[Mapping[str, Task], Sequence[Sample]]:
     if evaluation.task_file is None:
         assert evaluation.num_samples is not None, "a settled config"
@@ -133,7 +134,7 @@ def known_of(question: Question) -> Line:
     return {"prompt_num_tokens": len(sample.prompt_token_ids), "references": list(sample.references)}
 
 
-def evaluation_made_of(config: Config, questions: Sequence[Question]) -> dict[str, Any]:
+def evaluation_made_of(config: RunConfig, questions: Sequence[Question]) -> dict[str, Any]:
     """What must be the same in an evaluation and in the one it continues; of a task file the contents, not the path."""
     assert config.model is not None, "prepare has refused that"
     asked = config_to_dict(config)["evaluation"]

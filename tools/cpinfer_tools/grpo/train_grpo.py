@@ -29,7 +29,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cpinfer.comm.bootstrap import Launch, is_launched
-from cpinfer.config import Config, SamplingParams, load_config
+from cpinfer.config import SamplingParams
 from cpinfer.engine.prompts import check_prompt, longest_prompt, read_input
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
@@ -57,6 +57,7 @@ from cpinfer_tools.job import (
 )
 from cpinfer_tools.results.metrics import format_summary
 from cpinfer_tools.results.output import ResultWriter, summary_path, write_json
+from cpinfer_tools.run_config import RunConfig, load_run_config
 
 # What GRPOConfig has of `sampling`: Transformers' generation takes no more of it.
 OF_TRAINER = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     """Check everything that can be checked without the weights. UserError says what is wrong."""
-    config = load_config(args.config, args.set)
+    config = load_run_config(args.config, args.set)
     config = replace(config, input=args.input or config.input, output=args.output or config.output)
     spec = needed_spec(config, args.config)
     if config.input is None:
@@ -130,7 +131,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
     )
 
 
-def _check_training(config: Config, world_size: int) -> None:
+def _check_training(config: RunConfig, world_size: int) -> None:
     training, sampling = config.training, config.sampling
     if training.batch_size * world_size % training.num_generations:
         raise UserError(
@@ -149,7 +150,7 @@ def _check_training(config: Config, world_size: int) -> None:
         )
 
 
-def _check_trainer(config: Config, environ: Mapping[str, str]) -> None:
+def _check_trainer(config: RunConfig, environ: Mapping[str, str]) -> None:
     """UserError for what DeepSpeed or Transformers' generation would fail at, or leave out without a word."""
     training = config.training
     if training.zero_stage is not None:
@@ -172,7 +173,7 @@ def _check_trainer(config: Config, environ: Mapping[str, str]) -> None:
             )
 
 
-def _check_prompt(config: Config, spec: ModelSpec, pool: PoolSize, prompt: Prompt) -> None:
+def _check_prompt(config: RunConfig, spec: ModelSpec, pool: PoolSize, prompt: Prompt) -> None:
     """UserError for a prompt that can never run. One that is too long can, where rollouts cut it."""
     if config.training.generator == "cpinfer" and config.rollout.overlong_prompts == "truncate_left":
         longest = longest_prompt(config.sampling, spec, pool)

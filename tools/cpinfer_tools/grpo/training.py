@@ -21,10 +21,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cpinfer.colocate.mismatch import Mismatch
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.config import Config
 from cpinfer.models.loading import fresh_model, load_model
 from cpinfer_integrations.trl import PhaseRecord, make_rollout_func
 from cpinfer_tools.grpo.rewards import Reward
+from cpinfer_tools.run_config import RunConfig
 
 Line = dict[str, Any]
 # What of TRL's log goes into a line, under our names.
@@ -53,7 +53,7 @@ class Trained:
 
 
 def train(
-    config: Config,
+    config: RunConfig,
     prompts: Sequence[Mapping[str, Any]],
     reward: Reward,
     tokenizer: Any,
@@ -148,7 +148,7 @@ def _line(step: int, logs: Mapping[str, Any], generate_s: float, phases: Sequenc
     return {**line, "rollout_s": generate_s - phase.mismatch_s, **phase.metrics()}
 
 
-def _arguments(config: Config, folder: Path, device: torch.device) -> GRPOConfig:
+def _arguments(config: RunConfig, folder: Path, device: torch.device) -> GRPOConfig:
     training, sampling = config.training, config.sampling
     deepspeed = None
     if training.zero_stage is not None:
@@ -192,7 +192,7 @@ def _arguments(config: Config, folder: Path, device: torch.device) -> GRPOConfig
     )
 
 
-def _initial_weights(config: Config, folder: Path) -> str | None:
+def _initial_weights(config: RunConfig, folder: Path) -> str | None:
     """Where the weights lie that training begins with; None for random ones that need not lie anywhere. Collective.
 
     TRL loads the reference model of a KL term from the path that the policy's config names. The first process of each
@@ -219,6 +219,6 @@ def _adapter(rank: int) -> Any | None:
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
 
 
-def _dtype(config: Config) -> torch.dtype:
+def _dtype(config: RunConfig) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, config.dtype)
     return dtype

@@ -16,7 +16,7 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import cpinfer
-from cpinfer.config import Config, SamplingParams, config_to_dict, parse_config
+from cpinfer.config import JobConfig, SamplingParams, config_to_dict, parse_config
 from cpinfer_tools.measuring.workloads import ModelShape, Workload
 
 Tokens = list[list[int]]
@@ -57,7 +57,7 @@ class Cpinfer:
     step_tokens: int = STEP_TOKENS
     cuda_graphs: bool = False
 
-    def config(self, workload: Workload) -> Config:
+    def config(self, workload: Workload) -> JobConfig:
         """A pool that holds all samples at once."""
         tp_size = self.topology.grid.tp_size
         # Of a KV head that tp ranks cannot share, each has a copy.

@@ -12,10 +12,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cpinfer.config import Config, config_to_dict
+from cpinfer.config import config_to_dict
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import OutputError, UserError, quoted
 from cpinfer_tools.results.output import meta_path, part_paths, read_meta, whole_lines
+from cpinfer_tools.run_config import RunConfig
 
 SampleKey = tuple[int, int]
 Line = Mapping[str, Any]
@@ -32,7 +33,7 @@ def content_hash(items: Iterable[Any]) -> str:
     return _HASH + found.hexdigest()
 
 
-def numbers_of(config: Config) -> dict[str, Any]:
+def numbers_of(config: RunConfig) -> dict[str, Any]:
     """The part of a config that decides which numbers come out, beside model and prompts; layouts do not."""
     wire = config.dtype if config.cp_wire_dtype == "auto" else config.cp_wire_dtype
     values = {"dtype": config.dtype, "kv_cache_dtype": config.kv_cache_dtype, "cp_wire_dtype": wire}

@@ -23,11 +23,11 @@ import transformers
 from tqdm import tqdm
 from transformers import DynamicCache
 
-from cpinfer.config import Config, parse_config
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_model
 from cpinfer_tools.results.metrics import format_summary
 from cpinfer_tools.results.output import read_meta
+from cpinfer_tools.run_config import RunConfig, parse_run_config
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -62,19 +62,19 @@ def newest_results(folder: Path) -> Path:
     return found[-1]
 
 
-def read_results(path: Path) -> tuple[list[dict[str, Any]], Config]:
+def read_results(path: Path) -> tuple[list[dict[str, Any]], RunConfig]:
     """The lines of a results file, and the config it was made with."""
     try:
         results = [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
-    config = parse_config(read_meta(path)["config"])
+    config = parse_run_config(read_meta(path)["config"])
     if not results:
         raise UserError(f"{path} holds no results.")
     return results, config
 
 
-def compare(model: Any, results: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
+def compare(model: Any, results: Sequence[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
     """How results differ from what `model` gives on its own."""
     plain_greedy = config.sampling.greedy and config.sampling.repetition_penalty == 1
     keeps_all = config.kv_cache_dtype == "auto"

@@ -29,7 +29,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from cpinfer.config import Config
 from cpinfer.errors import UserError
 from cpinfer.models.spec import ModelSpec
 from cpinfer_tools.evaluation.questions import make_questions, settled
@@ -45,6 +44,7 @@ from cpinfer_tools.job import (
 )
 from cpinfer_tools.results.output import default_output
 from cpinfer_tools.results.output_lock import locked
+from cpinfer_tools.run_config import RunConfig
 from cpinfer_tools.verify.comparison.evaluations import (
     Evaluation,
     contents_of,
@@ -69,7 +69,7 @@ NUM_SHOWN = 10
 class Job:
     """A comparison that is known to be runnable; all of this is worked out before anything is launched."""
 
-    config: Config
+    config: RunConfig
     spec: ModelSpec
     layouts: tuple[Layout, ...]
     evaluations: tuple[Evaluation, ...]

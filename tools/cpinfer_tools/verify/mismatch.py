@@ -49,7 +49,7 @@ import transformers
 from cpinfer.colocate.mismatch import Compared
 from cpinfer.colocate.training_logprobs import training_logprobs
 from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
-from cpinfer.config import Config, config_to_dict, load_config
+from cpinfer.config import config_to_dict
 from cpinfer.engine.prompts import InputLine, check_prompt, naming, read_input
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
@@ -69,6 +69,7 @@ from cpinfer_tools.job import (
 from cpinfer_tools.measuring.harness import Card, machine_name, versions
 from cpinfer_tools.results.output import default_output, meta_path, summary_path, write_json
 from cpinfer_tools.results.output_lock import locked
+from cpinfer_tools.run_config import RunConfig, load_run_config
 from cpinfer_tools.verify.comparison.generated import generate_samples
 from cpinfer_tools.verify.comparison.launches import check_can_launch, interruptible, last_lines, launch, launch_command
 from cpinfer_tools.verify.comparison.layouts import AxisSizes, Layout, resolve_layouts
@@ -85,7 +86,7 @@ TIMEOUT_S = 6 * 3600.0
 class Job:
     """A measurement that is known to be runnable; all of this is worked out before anything is launched."""
 
-    config: Config
+    config: RunConfig
     spec: ModelSpec
     layouts: tuple[Layout, ...]
     inputs: tuple[InputLine, ...]
@@ -149,7 +150,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
     output = Path(args.output) if args.output else default_output(args.config, _now()).parent
     instead = "Replace what is in it with --overwrite, or name another."
     check_can_launch(os.environ, output, args.timeout_s, may_exist=args.overwrite, instead=instead)
-    config = load_config(args.config, args.set)
+    config = load_run_config(args.config, args.set)
     spec = needed_spec(config, args.config)
     if config.input is None:
         raise UserError(f'config {args.config}: "input" is missing; give it there or with --set input=FILE.')
@@ -245,7 +246,7 @@ def sharded_forward(job: Job, tp_size: int) -> dict[str, Logprobs]:
 def run_forward(task_file: Path) -> int:
     """One rank of `sharded_forward`."""
     task = json.loads(task_file.read_bytes())
-    config, launched = load_config(task["config"]), Launch.from_environ(os.environ)
+    config, launched = load_run_config(task["config"]), Launch.from_environ(os.environ)
     compared = Compared.of(config.sampling)
     transformers.utils.logging.disable_progress_bar()
     end_with_launcher(os.environ, program="mismatch")
@@ -320,7 +321,7 @@ def log_to_wandb(job: Job, rows: Sequence[Row]) -> str | None:
     return log_comparison(job.config.wandb, logs, files[0], [*files, *rollouts.values()], has_api_key=has_api_key)
 
 
-def _shared(config: Config) -> dict[str, Any]:
+def _shared(config: RunConfig) -> dict[str, Any]:
     """The config as plain data that can be written anywhere, without what is this tool's to do."""
     data = config_to_dict(config)
     del data["output"], data["wandb"]
@@ -331,7 +332,7 @@ def _shared(config: Config) -> dict[str, Any]:
     return data
 
 
-def _read_input(config: Config, spec: ModelSpec, layouts: Sequence[Layout]) -> list[InputLine]:
+def _read_input(config: RunConfig, spec: ModelSpec, layouts: Sequence[Layout]) -> list[InputLine]:
     """The prompts, each of which fits every layout. UserError for the first that does not."""
     assert config.model is not None and config.input is not None, "prepare has refused that"
     tokenizer = load_tokenizer(config.model)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpinfer.config import parse_config
 from cpinfer.errors import UserError
 from cpinfer.models.model_files import MODEL_PARTS
 from cpinfer.models.spec import ModelSpec
 from cpinfer_tools.evaluation.questions import evaluation_made_of, make_questions, settled
 from cpinfer_tools.job import needed_tokenizer
 from cpinfer_tools.results.output import read_meta, summary_path, write_json
+from cpinfer_tools.run_config import parse_run_config
 from cpinfer_tools.verify.comparison.launches import Ended, Launcher, launch, launch_command
 from cpinfer_tools.verify.comparison.layouts import Layout
 from cpinfer_tools.verify.comparison.samples import Pass, read_run
@@ -63,7 +63,7 @@ def contents_of(evaluations: Sequence[Evaluation], spec: ModelSpec) -> dict[Pass
     found: dict[Pass, dict[str, Any]] = {}
     for evaluation in evaluations:  # layouts share model and tasks
         if evaluation.passed not in found:
-            config = settled(parse_config(evaluation.data), spec.max_positions)
+            config = settled(parse_run_config(evaluation.data), spec.max_positions)
             made_of = evaluation_made_of(config, make_questions(config, needed_tokenizer(config)))
             found[evaluation.passed] = {name: made_of[name] for name in ("prompts", *MODEL_PARTS)}
     return found

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cpinfer.config import Config, config_to_dict, load_config, parse_config
+from cpinfer.config import config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import legal_layouts
 from cpinfer.models.spec import ModelSpec
 from cpinfer_tools.evaluation.questions import DEFAULTS as EVALUATION_DEFAULTS
+from cpinfer_tools.run_config import RunConfig, load_run_config, parse_run_config
 
 AXES = ("tp", "pcp", "dcp", "dp")
 # Names are looked for among the legal layouts of machines up to this many ranks.
@@ -63,7 +64,7 @@ class Layout:
     name: str
     sizes: AxisSizes
     data: Mapping[str, Any]
-    config: Config
+    config: RunConfig
 
 
 def parse_name(name: str) -> AxisSizes:
@@ -127,12 +128,12 @@ def _from_name(name: str, base: Mapping[str, Any], spec: ModelSpec) -> Layout:
         "decode_context_parallel_size": sizes.dcp_size,
         "data_parallel_size": sizes.dp_size,
     }
-    return Layout(name, sizes, data, parse_config(data))
+    return Layout(name, sizes, data, parse_run_config(data))
 
 
 def _from_file(name: str, base: Mapping[str, Any], folder: Path) -> Layout:
     path = Path(name) if Path(name).is_file() else folder / name
-    asked = load_config(path)
+    asked = load_run_config(path)
     own = json.loads(path.read_text(encoding="utf-8"))
     if asked.model is not None and not _same_model(asked.model, base["model"]):
         raise UserError(
@@ -142,7 +143,7 @@ def _from_file(name: str, base: Mapping[str, Any], folder: Path) -> Layout:
     kept = {key: value for key, value in base.items() if key not in LAYOUT_KEYS}
     data = {**kept, **{key: value for key, value in own.items() if key not in SHARED_KEYS}}
     data["data_parallel_size"] = data.get("data_parallel_size") or 1
-    config = parse_config(data)
+    config = parse_run_config(data)
     sizes = AxisSizes(config.tp_size, config.pcp_size, config.dcp_size, data["data_parallel_size"])
     return Layout(path.stem, sizes, data, config)
 
@@ -151,12 +152,12 @@ def _same_model(one: str, other: str) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 
 
-def load_comparison(path: str, overrides: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+def load_comparison(path: str, overrides: Sequence[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
     """The config of a comparison, and the same as plain data that layouts start from.
 
     The data can be written anywhere: its paths are absolute. It lacks what is the comparison's own.
     """
-    config = load_config(path, overrides, EVALUATION_DEFAULTS)
+    config = load_run_config(path, overrides, EVALUATION_DEFAULTS)
     data = config_to_dict(config)
     for key in ("input", "output", "wandb", "comparison"):
         del data[key]

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from cpinfer.config import Config
 from cpinfer.models.spec import ModelSpec
 from cpinfer_tools.results.output import meta_path, write_json
+from cpinfer_tools.run_config import RunConfig
 from cpinfer_tools.verify.comparison.agreement import Agreement, Disagreement, agree, all_logprob_differences
 from cpinfer_tools.verify.comparison.evaluations import Evaluation
 from cpinfer_tools.verify.comparison.layouts import Layout
@@ -33,7 +33,7 @@ from cpinfer_tools.verify.comparison.tables import (
 class Results:
     """Everything that follows from the runs. `scored` is the pass that accuracy and speed are taken from."""
 
-    config: Config
+    config: RunConfig
     layouts: tuple[Layout, ...]
     runs: tuple[Run, ...]
     scored: Pass
@@ -45,7 +45,7 @@ class Results:
 
     @classmethod
     def of(
-        cls, config: Config, spec: ModelSpec, layouts: Sequence[Layout], runs: Sequence[Run], tolerance: float,
+        cls, config: RunConfig, spec: ModelSpec, layouts: Sequence[Layout], runs: Sequence[Run], tolerance: float,
         num_workers: int,
     ) -> Results:  # fmt: skip
         """The first layout is the reference; `num_workers` compute at once on this machine."""
