@@ -34,7 +34,7 @@ from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import EvaluationConfig, load_config
 from cpinfer.engine.prompts import check_prompt, naming
 from cpinfer_integrations.launching import launch_inference
-from cpinfer_tools.evaluation.longctx.tasks import TASKS, parse_length
+from cpinfer_tools.evaluation.longctx.tasks import TASKS
 from cpinfer_tools.evaluation.questions import (
     DEFAULTS,
     Key,
@@ -64,6 +64,7 @@ from cpinfer_tools.job import (
     run_tool,
     wanted_output,
 )
+from cpinfer_tools.lengths import parse_length
 from cpinfer_tools.results.finished import check_complete, read_finished
 from cpinfer_tools.results.metrics import format_summary
 from cpinfer_tools.results.output import (
@@ -120,7 +121,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--tasks", nargs="+", metavar="TASK", help="see below; the default is all of them")
     asked.add_argument("--task-file", metavar="FILE", help="JSON Lines: prompt and references, or gsm8k's")
-    parser.add_argument("--lengths", nargs="+", metavar="N", help="tokens, or 4k; a file's questions keep their own")
+    parser.add_argument(
+        "--lengths", nargs="+", metavar="N", help="tokens, as 12000 or 12k; a file's questions keep their own"
+    )
     parser.add_argument("--num-samples", type=int, metavar="N", help="for each task and length")
     parser.add_argument("--depths", nargs="+", type=float, metavar="D", help="of needles, in [0, 1]")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="sampling seeds, one run each")
