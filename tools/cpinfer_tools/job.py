@@ -40,7 +40,7 @@ from cpinfer.config import Config, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.prompts import check_sampling
-from cpinfer.errors import EngineFaultError, OutputError, UserError
+from cpinfer.errors import EngineFaultError, ModelChangedError, OutputError, UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
@@ -136,7 +136,7 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
     except SystemExit:  # --help
         raise
     except BaseException as error:
-        if launch.world_size == 1 and isinstance(error, (EngineFaultError, OutputError, UserError)):
+        if launch.world_size == 1 and isinstance(error, (EngineFaultError, ModelChangedError, OutputError, UserError)):
             print(f"{tool}: {error}", file=sys.stderr, flush=True)
             return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
         if launch.world_size == 1:
