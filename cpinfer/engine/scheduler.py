@@ -89,11 +89,12 @@ class Step:
 
 @dataclass
 class SchedulerStats:
-    """What happened, counted: tokens that prefills computed (again after a preemption), and found cached."""
+    """What happened, counted: tokens that prefills computed (again after a preemption), found cached, and sampled."""
 
     num_preemptions: int = 0
     num_computed_prefill_tokens: int = 0
     num_cached_prefill_tokens: int = 0
+    num_generated_tokens: int = 0
 
 
 @dataclass
@@ -214,6 +215,7 @@ class Scheduler:
         self._running += started
         for sequence in started if step.chunks else step.running:
             sequence.sampled.append(token_of[id(sequence)])
+            self.stats.num_generated_tokens += 1
             reason: FinishReason | None = "length" if len(sequence.sampled) >= sequence.max_new_tokens else None
             if stops(sequence):
                 reason = "stop"

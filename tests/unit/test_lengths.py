@@ -1,9 +1,16 @@
 import argparse
+import doctest
 
 import pytest
 
 from cpinfer.errors import UserError
+from cpinfer_tools import lengths
 from cpinfer_tools.lengths import length, parse_length
+
+
+def test_examples_hold():
+    found = doctest.testmod(lengths)
+    assert found.attempted and not found.failed
 
 
 @pytest.mark.parametrize(
