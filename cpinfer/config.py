@@ -81,6 +81,8 @@ class SamplingParams(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         require("" not in self.stop, "stop", list(self.stop), "free of empty strings")
+        ok = self.min_new_tokens <= self.max_new_tokens
+        require(ok, "min_new_tokens", self.min_new_tokens, f'at most "max_new_tokens" ({self.max_new_tokens})')
         biased = [token for token, _ in self.logit_bias]
         require(len(set(biased)) == len(biased), "logit_bias", self.logit_bias, "free of repeated token ids")
 

@@ -23,12 +23,23 @@ from torch.distributed import distributed_c10d as c10d
 
 from cpinfer.comm.parent import first_parent
 from cpinfer.config import ParallelConfig
-from cpinfer.errors import EngineFaultError, OutputError, PeerLostError, StreamEndedError, UserError
+from cpinfer.errors import (
+    EngineFaultError,
+    ModelChangedError,
+    OutputError,
+    PeerLostError,
+    RanksDifferError,
+    StreamEndedError,
+    UserError,
+)
 
 Shared = TypeVar("Shared")
 
 # How long the other ranks of a failed run wait for their launcher to end them before they leave by themselves.
 PEER_GRACE_S = 5.0
+
+# How long the first rank leaves one that has more to say of the same failure, before the launcher ends them all.
+OWN_ERROR_GRACE_S = 0.5
 
 # How often a rank looks whether its launcher is still there.
 _LAUNCHER_CHECK_S = 1.0
@@ -193,7 +204,10 @@ def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
     elif isinstance(error, StreamEndedError):  # another rank has left, and says why
         time.sleep(PEER_GRACE_S)
         print(f"{program}: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
-    elif isinstance(error, OutputError):
+    elif isinstance(error, RanksDifferError):  # all ranks have it, but for one whose own error it may quote
+        time.sleep(PEER_GRACE_S if launch.rank else OWN_ERROR_GRACE_S)
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+    elif isinstance(error, (ModelChangedError, OutputError)):
         print(f"{program}: rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     elif is_timeout(error):
         print(

@@ -29,11 +29,12 @@ MAX_SCORED_PLACES = 1024
 
 @dataclass
 class SchedulerStats:
-    """What happened, counted: tokens that prefills computed (again after a preemption), and found cached."""
+    """What happened, counted: tokens that prefills computed (again after a preemption), found cached, and sampled."""
 
     num_preemptions: int = 0
     num_computed_prefill_tokens: int = 0
     num_cached_prefill_tokens: int = 0
+    num_generated_tokens: int = 0
 
 
 @dataclass
@@ -141,6 +142,7 @@ class Scheduler:
         self._running += started
         for request in started if step.chunks else step.running:
             request.sampled.append(token_of[id(request)])
+            self.stats.num_generated_tokens += 1
             reason: FinishReason | None = "length" if len(request.sampled) >= request.max_new_tokens else None
             if stops(request):
                 reason = "stop"

@@ -13,6 +13,7 @@ from cpinfer.comm import bootstrap
 from cpinfer.comm.bootstrap import Launch, default_group, die, end_with_launcher, is_peer_loss, is_timeout
 from cpinfer.comm.topology import new_group
 from cpinfer.config import JobConfig
+from cpinfer.errors import ModelChangedError, RanksDifferError
 
 TIMED_OUT = "[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
@@ -29,6 +30,7 @@ def ended(monkeypatch):
 
     monkeypatch.setattr(os, "_exit", exit_)
     monkeypatch.setattr(bootstrap, "PEER_GRACE_S", 0)
+    monkeypatch.setattr(bootstrap, "OWN_ERROR_GRACE_S", 0)
     return codes
 
 
@@ -58,6 +60,27 @@ def test_a_rank_that_waited_in_vain_says_so_without_a_traceback(ended, capsys):
     assert ended == [1] and said.count("\n") == 1
     assert "tool: rank 3 ends because another rank did not come to a collective in time" in said
     assert "collective_timeout_s" in said and "4000ms" in said
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (RanksDifferError("ranks 0 and 1 differ in prompts. Nothing was run."), "tool: ranks 0 and 1 differ in"),
+        (ModelChangedError("the model was put into training mode. Leave the block first."), "tool: rank 3: the model"),
+    ],
+)
+def test_an_error_whose_message_says_it_all_has_no_traceback(error, said, ended, capsys):
+    with pytest.raises(SystemExit):
+        die(Launch(3, 1, 4), error, program="tool")
+    told = capsys.readouterr().err
+    assert ended == [1] and told.startswith(said) and told.count("\n") == 1
+
+
+def test_an_error_that_nobody_expected_has_its_traceback(ended, capsys):
+    with pytest.raises(SystemExit):
+        die(Launch(3, 1, 4), KeyError("x"), program="tool")
+    told = capsys.readouterr().err
+    assert told.startswith("tool: rank 3 failed\n") and "KeyError: 'x'" in told
 
 
 @pytest.fixture

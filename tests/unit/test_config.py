@@ -128,6 +128,14 @@ def test_a_sampling_value_out_of_range_is_refused_at_the_edge(key, bad, good):
     parse_run_config({"sampling": {key: good}})
 
 
+def test_an_answer_cannot_have_to_be_longer_than_it_may_be():
+    with pytest.raises(
+        UserError, match=r'"(sampling\.)?min_new_tokens" is 5; it must be at most "max_new_tokens" \(4\)'
+    ):
+        parse_config({"sampling": {"min_new_tokens": 5, "max_new_tokens": 4}})
+    assert parse_config({"sampling": {"min_new_tokens": 4, "max_new_tokens": 4}}).sampling.min_new_tokens == 4
+
+
 @pytest.mark.parametrize(
     "key",
     [

@@ -307,7 +307,7 @@ def test_what_is_not_known_is_null_and_every_key_is_there(explain):
         (layout(2, 2, 2, interleave=0), "interleave=0 must be at least 1"),
         (["--tp", "2"], "Pass --num-q-heads and --num-kv-heads"),
         (layout(2, 2, "x"), "argument --dcp: invalid int value: 'x'"),
-        (layout(2, 2, 2, **{"seq-len": 0}), "argument --seq-len: 0 must be at least 1"),
+        (layout(2, 2, 2, **{"seq-len": 0}), 'argument --seq-len: unknown length "0"'),
         (layout(2, 2, 2, **{"kv-cache-gib": -1}), "argument --kv-cache-gib: -1 must be above 0"),
         (layout(2, 2, 2, dtype="int8"), "argument --dtype: invalid choice: 'int8'"),
         ([*layout(2, 2, 2), "--nonsense"], "unrecognized arguments: --nonsense"),

@@ -30,6 +30,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import deal_prompts
 from cpinfer.layout.rules import LayoutSizes
+from cpinfer_tools.lengths import length
 
 AXES = ("tp", "pcp", "dcp", "dp")
 ADVICE = """\
@@ -380,9 +381,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="of the KV cache alone, as the config key has it"
     )
     load = parser.add_argument_group("load")
-    load.add_argument("--seq-len", type=positive_int, help="show the split of a sequence of so many tokens")
+    load.add_argument(
+        "--seq-len", type=length, metavar="N", help="show the split of a sequence of N tokens, as 12000 or 12k"
+    )
     load.add_argument("--kv-cache-gib", type=positive_number, help="KV pool per rank")
-    load.add_argument("--max-model-len", type=positive_int, help="tokens of a sequence for max_concurrency")
+    load.add_argument("--max-model-len", type=length, metavar="N", help="tokens of a sequence for max_concurrency")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser

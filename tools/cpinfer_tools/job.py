@@ -17,7 +17,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -38,9 +38,10 @@ from cpinfer.comm.bootstrap import (
 )
 from cpinfer.config import ParallelConfig, config_to_dict
 from cpinfer.engine.attach import config_errors
+from cpinfer.engine.engine import Engine
 from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.prompts import check_sampling
-from cpinfer.errors import EngineFaultError, OutputError, UserError
+from cpinfer.errors import EngineFaultError, ModelChangedError, OutputError, UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
@@ -52,6 +53,7 @@ from cpinfer.packages import need_package
 from cpinfer_integrations.launching import check_packages, grid_for
 from cpinfer_tools.memory import Fit, MemoryNeeds, available_memory
 from cpinfer_tools.opening import is_writer, open_together
+from cpinfer_tools.progress import Tokens, loading
 from cpinfer_tools.results.output import Existing, check_output, default_output
 from cpinfer_tools.run_config import RunConfig
 
@@ -138,7 +140,7 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
     except SystemExit:  # --help
         raise
     except BaseException as error:
-        if launch.world_size == 1 and isinstance(error, (EngineFaultError, OutputError, UserError)):
+        if launch.world_size == 1 and isinstance(error, (EngineFaultError, ModelChangedError, OutputError, UserError)):
             print(f"{tool}: {error}", file=sys.stderr, flush=True)
             return EXIT_BAD_INPUT if isinstance(error, UserError) else EXIT_FAILURE
         if launch.world_size == 1:
@@ -220,6 +222,23 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
     print(f"{tool}: {memory.sentence}", file=sys.stderr, flush=True)
     capacity = {"kv_capacity_tokens": pool.capacity_tokens, "num_parameters": job.weights.num_parameters}
     return {"dry_run": True, **job.counts, **capacity, **memory.summary, "layout": job.meta["layout"]}
+
+
+def loading_weights(tool: str, job: Job, launch: Launch) -> AbstractContextManager[None]:
+    """A block in which the job's weights load; the first rank says so."""
+    weights = f"{job.weights.bytes_per_rank(1) / 1e9:.2g} GB in {job.config.dtype}"
+    where = f"on {launch.world_size} rank(s) ({launch.device.type})"
+    return loading(tool, f"{job.config.model}: {weights}, {where}", shown=launch.rank == 0)
+
+
+def tokens_of(engine: Engine) -> Tokens:
+    """What an engine has computed so far in the call that runs, for `Progress`."""
+    return Tokens(engine.stats.num_generated_tokens, engine.stats.num_computed_prefill_tokens)
+
+
+def of_replica(grid: RankGrid) -> str:
+    """What the counts of the first rank are of, where they are not the whole job's."""
+    return "" if grid.dp_size == 1 else f" (replica 0 of {grid.dp_size})"
 
 
 def needed_spec(config: RunConfig, config_path: str) -> ModelSpec:

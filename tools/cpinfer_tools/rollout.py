@@ -17,8 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-
-from tqdm import tqdm
+from functools import partial
 
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
@@ -35,14 +34,18 @@ from cpinfer_tools.job import (
     check_layout,
     describe_run,
     gather,
+    loading_weights,
     log_to_wandb,
     needed_spec,
     needed_weights,
+    of_replica,
     pool_size,
     refuse_bad_lines,
     run_tool,
+    tokens_of,
     wanted_output,
 )
+from cpinfer_tools.progress import Progress
 from cpinfer_tools.results.finished import (
     Line,
     SampleKey,
@@ -148,7 +151,8 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
 def rollout(launch: Launch, job: Rollout) -> None:
     """Load, generate, write. Collective over all ranks."""
     with ExitStack() as stack:
-        model, topology = launch_inference(job.config, job.grid, launch.device)
+        with loading_weights("rollout", job, launch):
+            model, topology = launch_inference(job.config, job.grid, launch.device)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
@@ -191,12 +195,20 @@ def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Rollout) 
     total = len(share) * job.config.sampling.n - sum(1 for index, _ in job.done if index in answers)
     with (
         ResultWriter(part_path(job.output, dp_rank)) as writer,
-        tqdm(total=total, unit="sample", disable=topology.rank != 0 or None, file=sys.stderr) as bar,
+        Progress(
+            "rollout",
+            total,
+            "sample",
+            shown=topology.rank == 0,
+            where=of_replica(job.grid),
+            tokens=partial(tokens_of, engine),
+            most_tokens=total * job.config.sampling.max_new_tokens,
+        ) as progress,
     ):
         for result in stream:
             writer.write(result)
             samples.append(SampleMetrics.of(result, answers[result.prompt_index]))
-            bar.update()
+            progress.update()
     return samples
 
 

@@ -25,15 +25,15 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.engine.prompts import check_prompt, naming
 from cpinfer_integrations.launching import launch_inference
-from cpinfer_tools.evaluation.longctx.tasks import TASKS, parse_length
+from cpinfer_tools.evaluation.longctx.tasks import TASKS
 from cpinfer_tools.evaluation.questions import (
     DEFAULTS,
     Key,
@@ -55,14 +55,19 @@ from cpinfer_tools.job import (
     check_layout,
     describe_run,
     gather,
+    loading_weights,
     log_to_wandb,
     needed_spec,
     needed_tokenizer,
     needed_weights,
+    of_replica,
     pool_size,
     run_tool,
+    tokens_of,
     wanted_output,
 )
+from cpinfer_tools.lengths import parse_length
+from cpinfer_tools.progress import Progress
 from cpinfer_tools.results.finished import check_complete, read_finished
 from cpinfer_tools.results.metrics import format_summary
 from cpinfer_tools.results.output import (
@@ -122,7 +127,9 @@ def parse_args(
     asked = parser.add_mutually_exclusive_group()
     asked.add_argument("--tasks", nargs="+", metavar="TASK", help="see below; the default is all of them")
     asked.add_argument("--task-file", metavar="FILE", help="JSON Lines: prompt and references, or gsm8k's")
-    parser.add_argument("--lengths", nargs="+", metavar="N", help="tokens, or 4k; a file's questions keep their own")
+    parser.add_argument(
+        "--lengths", nargs="+", metavar="N", help="tokens, as 12000 or 12k; a file's questions keep their own"
+    )
     parser.add_argument("--num-samples", type=int, metavar="N", help="for each task and length")
     parser.add_argument("--depths", nargs="+", type=float, metavar="D", help="of needles, in [0, 1]")
     parser.add_argument("--seeds", nargs="+", type=int, metavar="S", help="sampling seeds, one run each")
@@ -185,7 +192,8 @@ def with_flags(evaluation: EvaluationConfig, args: argparse.Namespace) -> Evalua
 def evaluate(launch: Launch, job: EvaluationJob) -> None:
     """Load, ask, write. Collective over all ranks."""
     with ExitStack() as stack:
-        model, topology = launch_inference(job.config, job.grid, launch.device)
+        with loading_weights("eval_longctx", job, launch):
+            model, topology = launch_inference(job.config, job.grid, launch.device)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
@@ -248,13 +256,16 @@ def _ask(engine: cpinfer.Engine, topology: cpinfer.Topology, job: EvaluationJob)
     num_generated = 0
     with ExitStack() as stack:
         writer = stack.enter_context(ResultWriter(part_path(job.output, dp_rank))) if topology.is_writer else None
-        hidden = topology.rank != 0 or None
-        bar = stack.enter_context(tqdm(total=len(share), unit="sample", disable=hidden, file=sys.stderr))
+        progress = Progress(
+            "eval_longctx", len(share), "sample", shown=topology.rank == 0, where=of_replica(job.grid),
+            tokens=partial(tokens_of, engine), most_tokens=sum(q.sample.max_new_tokens for q in share),
+        )  # fmt: skip
+        stack.enter_context(progress)
         for result in stream:
             num_generated += len(result.token_ids)
             if writer is not None:
                 writer.write_line(result_line(by_index[result.prompt_index], result))
-            bar.update()
+            progress.update()
     return num_generated
 
 

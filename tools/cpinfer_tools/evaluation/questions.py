@@ -15,7 +15,7 @@ from cpinfer.errors import UserError, quoted
 from cpinfer.models.model_files import model_hashes
 from cpinfer_tools.evaluation.longctx.local_files import read_task_file
 from cpinfer_tools.evaluation.longctx.metrics import METRICS
-from cpinfer_tools.evaluation.longctx.tasks import LENGTHS, TASKS, Sample, Task, find_task, make_samples
+from cpinfer_tools.evaluation.longctx.tasks import TASKS, Sample, Task, find_task, make_samples
 from cpinfer_tools.results.finished import content_hash, numbers_of, whole_number
 from cpinfer_tools.run_config import EvaluationConfig, RunConfig
 
@@ -61,11 +61,8 @@ def settled(config: RunConfig, max_positions: int) -> RunConfig:
         return config
     too_long = [length for length in evaluation.lengths if length > max_positions]
     if too_long:
-        near = max(
-            (name for name in LENGTHS if LENGTHS[name] <= max_positions), key=lambda n: LENGTHS[n], default="none"
-        )
         raise UserError(
-            f"length {too_long[0]} is more than the model's {max_positions} positions; the nearest it has is {near}."
+            f"length {too_long[0]} is more than the model's {max_positions} positions. Ask for fewer tokens."
         )
     tasks = evaluation.tasks or tuple(TASKS)
     for name in tasks:

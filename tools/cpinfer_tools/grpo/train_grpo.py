@@ -26,8 +26,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cpinfer.comm.bootstrap import Launch, is_launched
 from cpinfer.config import SamplingParams
 from cpinfer.engine.prompts import check_prompt, longest_prompt, read_input
@@ -55,6 +53,7 @@ from cpinfer_tools.job import (
     run_tool,
     wanted_output,
 )
+from cpinfer_tools.progress import Progress
 from cpinfer_tools.results.metrics import format_summary
 from cpinfer_tools.results.output import ResultWriter, summary_path, write_json
 from cpinfer_tools.run_config import RunConfig, load_run_config
@@ -224,13 +223,12 @@ def _train(launch: Launch, job: Training) -> Trained:
         return train(*arguments, on_step=lambda line: None)
     with (
         ResultWriter(job.output) as writer,
-        tqdm(total=job.config.training.num_steps, unit="step", disable=None, file=sys.stderr) as bar,
+        Progress("train_grpo", job.config.training.num_steps, "step", shown=True) as progress,
     ):
 
         def on_step(line: Line) -> None:
             writer.write_line(line)
-            bar.set_postfix(reward=f"{line['reward']:.3f}")
-            bar.update()
+            progress.update(reward=f"{line['reward']:.3f}")
 
         return train(*arguments, on_step=on_step)
 

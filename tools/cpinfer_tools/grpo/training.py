@@ -24,6 +24,7 @@ from cpinfer.comm.bootstrap import Launch
 from cpinfer.models.loading import fresh_model, load_model
 from cpinfer_integrations.trl import PhaseRecord, make_rollout_func
 from cpinfer_tools.grpo.rewards import Reward
+from cpinfer_tools.progress import loading
 from cpinfer_tools.run_config import RunConfig
 
 Line = dict[str, Any]
@@ -78,7 +79,9 @@ def train(
     path = _initial_weights(config, folder)
     arguments = _arguments(config, folder, device)
     # After the arguments: under ZeRO-3 Transformers then deals the weights out while it loads them.
-    model = fresh_model(str(config.model), _dtype(config)) if path is None else load_model(path, _dtype(config))
+    named = f"{'random weights of ' if path is None else ''}{path or config.model} in {config.dtype}"
+    with loading("train_grpo", named, shown=not dist.is_initialized() or dist.get_rank() == 0):
+        model = fresh_model(str(config.model), _dtype(config)) if path is None else load_model(path, _dtype(config))
     rollouts = make_rollout_func(config) if training.generator == "cpinfer" else None
     with (
         redirect_stdout(io.StringIO()),  # DeepSpeed and TRL print on every rank what nobody asked for

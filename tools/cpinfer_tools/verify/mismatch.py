@@ -47,7 +47,7 @@ import torch
 import transformers
 
 from cpinfer.colocate.mismatch import Compared
-from cpinfer.colocate.training_logprobs import training_logprobs
+from cpinfer.colocate.training_logprobs import num_batches_of, training_logprobs
 from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
 from cpinfer.config import config_to_dict
 from cpinfer.engine.prompts import InputLine, check_prompt, naming, read_input
@@ -67,6 +67,7 @@ from cpinfer_tools.job import (
     pool_size,
 )
 from cpinfer_tools.measuring.harness import Card, machine_name, versions
+from cpinfer_tools.progress import Progress, loading
 from cpinfer_tools.results.output import default_output, meta_path, summary_path, write_json
 from cpinfer_tools.results.output_lock import locked
 from cpinfer_tools.run_config import RunConfig, load_run_config
@@ -200,7 +201,8 @@ def judge(job: Job, sampled: Mapping[str, Sampled], by_tp: Mapping[int, Mapping[
     """
     assert job.config.model is not None, "prepare has refused that"
     transformers.utils.logging.disable_progress_bar()
-    model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(Launch().device)
+    with loading("mismatch", f"{job.config.model} in {job.config.dtype}", shown=True):
+        model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(Launch().device)
     dtype = job.config.dtype
     rows: list[Row] = []
     for layout in job.layouts:
@@ -251,7 +253,8 @@ def run_forward(task_file: Path) -> int:
     transformers.utils.logging.disable_progress_bar()
     end_with_launcher(os.environ, program="mismatch")
     with default_group(launched, config.collective_timeout_s):
-        model, topology = launch_inference(config, RankGrid(tp_size=launched.world_size), launched.device)
+        with loading("mismatch", f"{config.model} in {config.dtype}", shown=launched.rank == 0):
+            model, topology = launch_inference(config, RankGrid(tp_size=launched.world_size), launched.device)
         found = {
             name: _forward(model, Sampled.read(Path(output), compared), compared.temperature, task["batch_size"])
             for name, output in task["rollouts"].items()
@@ -263,9 +266,14 @@ def run_forward(task_file: Path) -> int:
 
 
 def _forward(model: Any, sampled: Sampled, temperature: float, batch_size: int) -> Logprobs:
-    return training_logprobs(
-        model, sampled.prompts, sampled.completions, temperature=temperature, batch_size=batch_size, pad_token_id=0
-    )
+    num_batches, shown = num_batches_of(len(sampled.prompts), batch_size), Launch.from_environ(os.environ).rank == 0
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress("mismatch", num_batches, "batch", shown=shown))
+        counted = model.register_forward_hook(lambda *_: progress.update())
+        stack.callback(counted.remove)
+        return training_logprobs(
+            model, sampled.prompts, sampled.completions, temperature=temperature, batch_size=batch_size, pad_token_id=0
+        )
 
 
 def write_results(job: Job, rows: Sequence[Row]) -> dict[str, Any]:

@@ -119,7 +119,6 @@ _REGISTERED = (
     ),
 )
 TASKS: Mapping[str, Task] = {task.name: task for task in _REGISTERED}
-LENGTHS = {f"{k}k": k * 1024 for k in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)} | {"1m": 2**20}
 
 
 def find_task(name: str) -> Task:
@@ -128,19 +127,6 @@ def find_task(name: str) -> Task:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.0)
         raise UserError(f'unknown task {quoted(name)}; the nearest is "{near[0]}". There are {", ".join(TASKS)}.')
     return TASKS[name]
-
-
-def parse_length(text: str) -> int:
-    """Tokens: a whole number, or a name like 16k. UserError, naming the nearest, for anything else."""
-    # Digits of other scripts, and superscripts, are digits to Python.
-    if text.isascii() and text.isdigit() and len(text) < 20 and int(text) > 0:
-        return int(text)
-    if text.lower() in LENGTHS:
-        return LENGTHS[text.lower()]
-    near = difflib.get_close_matches(text.lower(), LENGTHS, n=1, cutoff=0.0)
-    raise UserError(
-        f'unknown length {quoted(text)}; a number of tokens was wanted, or a name: the nearest is "{near[0]}".'
-    )
 
 
 def make_samples(

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt
 from cpinfer.engine.stopping import Stopping
 from cpinfer.models.spec import ModelSpec
+from cpinfer_tools.progress import Progress
 from cpinfer_tools.verify.comparison.mismatches import Sampled
 
 
-@torch.no_grad()
 def generate_samples(
     model: Any,
     prompts: Sequence[Prompt],
@@ -37,40 +36,58 @@ def generate_samples(
     per_batch = max(1, batch_size // num_samples)
     samples: list[tuple[Prompt, list[int], list[float]]] = []
     batches = [prompts[at : at + per_batch] for at in range(0, len(prompts), per_batch)]
-    for batch in tqdm(batches, unit="batch", desc="generate", disable=None):
-        longest = max(len(p.token_ids) for p in batch)
-        pads = [longest - len(p.token_ids) for p in batch]
-        ids = torch.tensor([[0] * pad + list(p.token_ids) for pad, p in zip(pads, batch, strict=True)])
-        mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-        config = GenerationConfig(
-            **_distribution(sampling),
-            num_return_sequences=num_samples,
-            max_new_tokens=min(sampling.max_new_tokens, spec.max_positions - longest),
-            eos_token_id=list(stop_token_ids) or [spec.vocab_size],  # which is no token: None would be the model's own
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_logits=True,
-        )
-        out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
-        tokens = out.sequences[:, longest:]
-        # Step by step: float32 logits of all steps at once would be there twice.
-        logprobs = torch.stack(
-            [
-                torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-                for logits, chosen in zip(out.logits, tokens.unbind(1), strict=True)
-            ],
-            dim=1,
-        )
-        for row, (given, said) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
-            # Behind the token that ended it there is padding.
-            end = next((i + 1 for i, token in enumerate(given) if token in stop_token_ids), len(given))
-            samples.append((batch[row // num_samples], given[:end], said[:end]))
+    with Progress("mismatch", len(batches), "batch", shown=True, where=" (Transformers generate)") as progress:
+        for batch in batches:
+            samples += _generated(model, batch, sampling, spec, temperature, num_samples, stop_token_ids)
+            progress.update()
     return Sampled(
         tuple(prompt.index for prompt, _, _ in samples),
         tuple(prompt.token_ids for prompt, _, _ in samples),
         tuple(tuple(given) for _, given, _ in samples),
         tuple(tuple(said) for _, _, said in samples),
     )
+
+
+@torch.no_grad()
+def _generated(
+    model: Any,
+    batch: Sequence[Prompt],
+    sampling: SamplingParams,
+    spec: ModelSpec,
+    temperature: float,
+    num_samples: int,
+    stop_token_ids: Collection[int],
+) -> list[tuple[Prompt, list[int], list[float]]]:
+    """`num_samples` of each prompt of a batch, with their logprobs."""
+    longest = max(len(p.token_ids) for p in batch)
+    pads = [longest - len(p.token_ids) for p in batch]
+    ids = torch.tensor([[0] * pad + list(p.token_ids) for pad, p in zip(pads, batch, strict=True)])
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
+    config = GenerationConfig(
+        **_distribution(sampling),
+        num_return_sequences=num_samples,
+        max_new_tokens=min(sampling.max_new_tokens, spec.max_positions - longest),
+        eos_token_id=list(stop_token_ids) or [spec.vocab_size],  # which is no token: None would be the model's own
+        pad_token_id=0,
+        return_dict_in_generate=True,
+        output_logits=True,
+    )
+    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
+    tokens = out.sequences[:, longest:]
+    # Step by step: float32 logits of all steps at once would be there twice.
+    logprobs = torch.stack(
+        [
+            torch.log_softmax(logits.float() / temperature, dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+            for logits, chosen in zip(out.logits, tokens.unbind(1), strict=True)
+        ],
+        dim=1,
+    )
+    samples = []
+    for row, (given, said) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
+        # Behind the token that ended it there is padding.
+        end = next((i + 1 for i, token in enumerate(given) if token in stop_token_ids), len(given))
+        samples.append((batch[row // num_samples], given[:end], said[:end]))
+    return samples
 
 
 def _distribution(sampling: SamplingParams) -> dict[str, Any]:
