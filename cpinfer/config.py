@@ -366,7 +366,7 @@ def load_as(
     try:
         data = parse_json(read_text(path))
     except OSError as error:
-        raise UserError(f"config {path}: {error.strerror}. Give the path of a JSON file with --config.") from error
+        raise UserError(f"config {path}: {error.strerror}. A JSON file with config keys was wanted.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config {path}: not valid JSON: {error}.") from error
     except UserError as error:

@@ -363,7 +363,7 @@ def test_a_file_that_is_no_config_is_named(tmp_path, text, words):
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     for path in (tmp_path / "missing.json", tmp_path):
-        with pytest.raises(UserError, match=f"config {path}: .*--config"):
+        with pytest.raises(UserError, match=f"config {path}: .* A JSON file with config keys was wanted"):
             load_run_config(path)
     binary = tmp_path / "binary.json"
     binary.write_bytes(b"\xff\xfe\x00")

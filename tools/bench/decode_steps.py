@@ -9,7 +9,7 @@ import torch
 
 import cpinfer
 from cpinfer.attention.backends.torch_backend import TorchBackend
-from cpinfer.config import SamplingParams, parse_config
+from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_factory import make_step_runner
@@ -29,9 +29,7 @@ class DecodeSteps:
         self, runner: Any, topology: cpinfer.Topology, context_tokens: int, batch: int, block_size: int
     ) -> None:
         grid, shard = topology.grid, topology.kv_shard
-        config = parse_config(
-            {"dtype": "float32", "prefill_context_parallel_size": grid.pcp_size, "block_size": block_size}
-        )
+        config = EngineConfig(dtype="float32", block_size=block_size)
         sharding = KVSharding(grid.dcp_size, block_size, block_size)
         self.local_lens = [sharding.local_len(context_tokens + 1, s) for s in range(grid.dcp_size)]
         per_sequence = sharding.num_blocks(context_tokens + 1)

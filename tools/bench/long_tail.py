@@ -146,22 +146,15 @@ class Way:
     def run(self, workload: Workload, talk: Talk) -> tuple[list[list[int]], float, Watch]:
         """The tokens of its own samples, the seconds until both ranks had theirs, and what this rank did."""
         import cpinfer
-        from cpinfer.config import SamplingParams, parse_config
+        from cpinfer.config import EngineConfig, SamplingParams
 
-        grid = self._topology.grid
         blocks = workload.kv_blocks(BLOCK_SIZE) + NUM_SAMPLES + 1
-        config = parse_config(
-            {
-                "dtype": "float32",
-                "prefill_context_parallel_size": grid.pcp_size,
-                "decode_context_parallel_size": grid.dcp_size,
-                "data_parallel_size": grid.dp_size,
-                "block_size": BLOCK_SIZE,
-                "kv_cache_gib": blocks * BLOCK_SIZE * self._shape.kv_bytes_per_token / 2**30,
-                "max_num_batched_tokens": STEP_TOKENS,
-                # The same prompts come again in every round.
-                "enable_prefix_caching": False,
-            }
+        config = EngineConfig(
+            dtype="float32",
+            block_size=BLOCK_SIZE,
+            kv_cache_gib=blocks * BLOCK_SIZE * self._shape.kv_bytes_per_token / 2**30,
+            max_num_batched_tokens=STEP_TOKENS,
+            enable_prefix_caching=False,  # the same prompts come again in every round
         )
         prompts = [list(workload.prompts[i]) for i in self.own]
         sampling = [

@@ -72,7 +72,7 @@ def work(task: dict[str, Any]) -> int:
 
     import cpinfer
     from cpinfer.comm.bootstrap import Launch, default_group
-    from cpinfer.config import SamplingParams, parse_config
+    from cpinfer.config import EngineConfig, SamplingParams
     from cpinfer.engine.agreement import Prepared, begin_together
     from cpinfer.engine.request import Prompt
     from cpinfer.layout.grid import RankGrid
@@ -83,7 +83,7 @@ def work(task: dict[str, Any]) -> int:
     with default_group(launch):
         topology = cpinfer.Topology.from_world(RankGrid(pcp_size=2, dcp_size=2))
         model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False)
-        config = parse_config({"dtype": "float32", "prefill_context_parallel_size": 2, "kv_cache_gib": 0.1})
+        config = EngineConfig(dtype="float32", kv_cache_gib=0.1)
         sampling = SamplingParams(temperature=0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
         numbers = torch.zeros(4, dtype=torch.int64)
         found: dict[str, Any] = {"gather_us": median_us(lambda: topology.replica.all_gather(numbers), rounds)}

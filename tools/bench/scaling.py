@@ -223,7 +223,7 @@ def measure_prefill(
     import torch
 
     import cpinfer
-    from cpinfer.config import SamplingParams, parse_config
+    from cpinfer.config import EngineConfig, SamplingParams
     from cpinfer.layout.capacity import KVLayout
     from cpinfer.layout.prefill import split_prompts
     from cpinfer.layout.traffic import prefill_bytes
@@ -232,23 +232,18 @@ def measure_prefill(
     sampling = SamplingParams(temperature=0, max_new_tokens=1, ignore_eos=True)
     blocks = size.prompt_tokens // BLOCK_SIZE + 2
 
-    def config(ranks: int) -> Any:
-        return parse_config(
-            {
-                "dtype": "float32",
-                "prefill_context_parallel_size": ranks,
-                "block_size": BLOCK_SIZE,
-                "kv_cache_gib": blocks * BLOCK_SIZE * size.shape.kv_bytes_per_token / 2**30,
-                "max_num_batched_tokens": size.prompt_tokens,
-                "enable_prefix_caching": False,  # every round has to compute the prompt
-            }
-        )
-
+    config = EngineConfig(
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        kv_cache_gib=blocks * BLOCK_SIZE * size.shape.kv_bytes_per_token / 2**30,
+        max_num_batched_tokens=size.prompt_tokens,
+        enable_prefix_caching=False,  # every round has to compute the prompt
+    )
     # A model serves one engine at a time: modules of its own for each, on the same weights.
     beside = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     with (
-        cpinfer.attach(model, cpinfer.Topology.single(), config(1)) as one,
-        cpinfer.attach(beside, both, config(NUM_RANKS)) as shared,
+        cpinfer.attach(model, cpinfer.Topology.single(), config) as one,
+        cpinfer.attach(beside, both, config) as shared,
     ):
         turns = take_turns(
             "prefill",
@@ -351,25 +346,22 @@ def capacities(size: Size, dcp_sizes: Sequence[int] = (1, 2, 4)) -> dict[int, in
     """
     import cpinfer
     from cpinfer.comm.threads import run_ranks
-    from cpinfer.config import SamplingParams, parse_config
+    from cpinfer.config import EngineConfig, SamplingParams
     from cpinfer.errors import UserError
     from cpinfer.layout.grid import RankGrid
 
     # The smallest model: only the bytes of its KV count.
     model = make_model(QUICK_SHAPE)
     longest = {}
+    config = EngineConfig(
+        dtype="float32",
+        block_size=BLOCK_SIZE,
+        kv_cache_gib=size.capacity_bytes / 2**30,
+        max_num_batched_tokens=2**20,
+    )
     for dcp in dcp_sizes:
-        config = parse_config(
-            {
-                "dtype": "float32",
-                "prefill_context_parallel_size": dcp,
-                "block_size": BLOCK_SIZE,
-                "kv_cache_gib": size.capacity_bytes / 2**30,
-                "max_num_batched_tokens": 2**20,
-            }
-        )
 
-        def ask(topology: cpinfer.Topology, config: Any = config) -> int:
+        def ask(topology: cpinfer.Topology) -> int:
             with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
                 # The last token of an answer is never cached, so two new tokens take one place.
                 params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)

@@ -99,8 +99,6 @@ def _generate(model: Any, grid: RankGrid, setting: Setting, kv_cache_dtype: str)
             "dtype": str(setting.dtype).removeprefix("torch."),
             "backend": setting.backend_name,
             "kv_cache_dtype": kv_cache_dtype,
-            "prefill_context_parallel_size": grid.pcp_size,
-            "decode_context_parallel_size": grid.dcp_size,
             "kv_cache_gib": 2**-9 if setting.is_smoke else 0.25,
             # In chunks, so that prompts meet their own context.
             "max_num_batched_tokens": 32 if setting.is_smoke else 1024,
