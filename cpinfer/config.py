@@ -151,7 +151,8 @@ class EngineConfig(Checked):
         "auto is `dtype`; else K and V are rounded to fp8 when they are made, so more tokens fit. fp8 is fp8_e4m3",
         "auto",
     )
-    backend: Literal["auto", "torch", "flashinfer"] = _key("attention kernels", "auto")
+    # What there is to choose from is in registries, which check it before anything loads.
+    backend: str = _key("attention kernels: `flashinfer`, `torch`, or `auto`, the fastest that can", "auto")
     cp_kv_cache_interleave_size: int | None = _key(
         "tokens dealt to a KV shard at a time; default: block_size", None, within=_TOKENS
     )
@@ -174,8 +175,9 @@ class EngineConfig(Checked):
     context_workspace_tokens: int = _key(
         "cached tokens that are gathered at a time, when KV travels", 65536, within=_TOKENS
     )
-    decode_exchange: Literal["a2a", "ag_rs", "replicate_q"] = _key(
-        "how partial attention comes back: all-to-all, all-gather and reduce-scatter, or all rows on all ranks",
+    decode_exchange: str = _key(
+        "how partial attention comes back: `a2a`, all-to-all; `ag_rs`, all-gather and reduce-scatter; `replicate_q`, "
+        "all rows on all ranks",
         "a2a",
     )
     cascade_attention: Literal["auto", "on", "off"] = _key(

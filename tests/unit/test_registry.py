@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -10,11 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+import cpinfer
 from cpinfer.attention.backends import registry
 from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.attention.backends.registry import BACKENDS, BackendRow, check_choice, make_backend
 from cpinfer.attention.backends.torch_backend import TorchBackend
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
+from cpinfer.attention.exchanges.registry import EXCHANGES
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.errors import UserError
+from cpinfer.layout.grid import RankGrid
+from tiny_models import FAMILIES, make_model, prompts_of
 
 CPU = torch.device("cpu")
 NEEDS = AttentionNeeds(torch.float32, ())
@@ -69,3 +77,39 @@ def test_no_backend_is_imported_before_it_is_asked_for() -> None:
     code = f"import sys, {name}; print([row.module in sys.modules for row in {name}.BACKENDS.values()])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
     assert found.stdout.strip() == str([False] * len(BACKENDS))
+
+
+@pytest.mark.parametrize(("key", "names"), [("backend", ["auto", *BACKENDS]), ("decode_exchange", [*EXCHANGES])])
+def test_the_key_says_what_there_is_to_choose_from(key: str, names: list[str]) -> None:
+    text = EngineConfig.__dataclass_fields__[key].metadata["help"]
+    assert all(f"`{name}`" in text for name in names)
+
+
+class TrialExchange(AllToAllExchange):
+    """A file of its own, as far as anybody can tell."""
+
+
+def tokens(config: dict[str, Any]) -> list[tuple[int, ...]]:
+    """Of two prompts, decoded over two KV shards."""
+    model = make_model(FAMILIES["llama"])
+
+    def body(topology: Any) -> list[tuple[int, ...]]:
+        with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
+            prompts = prompts_of((9, 14), vocab_size=128)
+            return [
+                tuple(r.token_ids) for r in engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=6))
+            ]
+
+    return run_ranks(RankGrid(1, 2, 2), body)[0]
+
+
+def test_a_whole_engine_runs_on_a_row_that_was_added(monkeypatch: pytest.MonkeyPatch, with_trial: Any) -> None:
+    """Nothing else knows which backends and exchanges there are: no list, no key's type, no ladder."""
+    chosen = {"backend": "trial", "decode_exchange": "trial"}
+    with pytest.raises(UserError, match="unknown decode_exchange"):
+        tokens({"decode_exchange": "trial"})
+    with pytest.raises(UserError, match="unknown backend"):
+        tokens({"backend": "trial"})
+    monkeypatch.setitem(BACKENDS, "trial", with_trial()["trial"])
+    monkeypatch.setitem(EXCHANGES, "trial", TrialExchange)
+    assert tokens(chosen) == tokens({})

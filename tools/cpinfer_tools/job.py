@@ -274,10 +274,10 @@ def refuse_bad_lines(complaints: Sequence[str], instead: str) -> None:
 
 def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path: str) -> RankGrid:
     """The rank grid of a config in this world. UserError when the model or the world does not fit it."""
-    errors = config_errors(spec, config, config.data_parallel_size or 1)
-    if errors:
-        raise UserError(f"config {config_path}: " + " ".join(errors))
     try:
+        errors = config_errors(spec, config, config.data_parallel_size or 1)
+        if errors:
+            raise UserError(" ".join(errors))
         check_sampling(config.sampling, spec)
     except UserError as error:
         raise UserError(f"config {config_path}: {error}") from error
