@@ -14,46 +14,86 @@ from typing import TYPE_CHECKING, Any
 
 import cpinfer.comm.parent  # noqa: F401  # asks now, before anything slow is imported
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
+    from cpinfer.colocate.mismatch import Mismatch
+    from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
+    from cpinfer.colocate.training_logprobs import training_logprobs
     from cpinfer.comm.topology import Topology
     from cpinfer.config import EngineConfig, JobConfig, SamplingParams, load_config, parse_config
     from cpinfer.engine.attach import attach
     from cpinfer.engine.engine import Engine
-    from cpinfer.engine.request import RolloutResult, ScoreResult
-    from cpinfer.errors import UserError
+    from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult
+    from cpinfer.errors import (
+        BackendFaultError,
+        EngineFaultError,
+        ModelChangedError,
+        PeerLostError,
+        RanksDifferError,
+        StreamEndedError,
+        UnsupportedError,
+        UserError,
+    )
     from cpinfer.layout.grid import RankGrid
     from cpinfer.models.kv_expansion import expand_kv_heads
 
 _HOMES = {
+    "BackendFaultError": "cpinfer.errors",
     "Engine": "cpinfer.engine.engine",
     "EngineConfig": "cpinfer.config",
+    "EngineFaultError": "cpinfer.errors",
     "JobConfig": "cpinfer.config",
+    "Lent": "cpinfer.colocate.phase",
+    "Mismatch": "cpinfer.colocate.mismatch",
+    "ModelChangedError": "cpinfer.errors",
+    "PeerLostError": "cpinfer.errors",
+    "PhaseReport": "cpinfer.colocate.phase",
+    "Prompt": "cpinfer.engine.request",
     "RankGrid": "cpinfer.layout.grid",
+    "RanksDifferError": "cpinfer.errors",
     "RolloutResult": "cpinfer.engine.request",
     "SamplingParams": "cpinfer.config",
     "ScoreResult": "cpinfer.engine.request",
+    "StreamEndedError": "cpinfer.errors",
     "Topology": "cpinfer.comm.topology",
+    "UnsupportedError": "cpinfer.errors",
     "UserError": "cpinfer.errors",
     "attach": "cpinfer.engine.attach",
     "expand_kv_heads": "cpinfer.models.kv_expansion",
     "load_config": "cpinfer.config",
     "parse_config": "cpinfer.config",
+    "rollout_phase": "cpinfer.colocate.phase",
+    "training_logprobs": "cpinfer.colocate.training_logprobs",
 }
 
 __all__ = [
+    "BackendFaultError",
     "Engine",
     "EngineConfig",
+    "EngineFaultError",
     "JobConfig",
+    "Lent",
+    "Mismatch",
+    "ModelChangedError",
+    "PeerLostError",
+    "PhaseReport",
+    "Prompt",
     "RankGrid",
+    "RanksDifferError",
     "RolloutResult",
     "SamplingParams",
     "ScoreResult",
+    "StreamEndedError",
     "Topology",
+    "UnsupportedError",
     "UserError",
     "attach",
     "expand_kv_heads",
     "load_config",
     "parse_config",
+    "rollout_phase",
+    "training_logprobs",
 ]
 
 

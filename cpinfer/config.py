@@ -204,7 +204,14 @@ class EngineConfig(Checked):
         return self.cp_kv_cache_interleave_size or self.block_size
 
     def cache_dtype(self, dtype: str) -> str:
-        """What the KV cache of a model in `dtype` has, both as torch calls them."""
+        """What the KV cache of a model has.
+
+        Args:
+            dtype: the model's, as torch calls it.
+
+        Returns:
+            The cache's, likewise.
+        """
         return KV_CACHE_DTYPES[self.kv_cache_dtype or "auto"] or dtype
 
 
@@ -249,7 +256,14 @@ class JobConfig(EngineConfig, ParallelConfig):
     rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
 
     def seen_from(self, folder: Path) -> Self:
-        """The same with its relative paths from `folder`, that of the config file."""
+        """With its relative paths made ones from here.
+
+        Args:
+            folder: that of the config file.
+
+        Returns:
+            The same, but for its paths.
+        """
         model = self.model
         # A hub id looks like a relative path, so a name is a folder when there is one, or when it says so itself.
         if model is not None and (model.startswith((".", "/", "~")) or _is_folder(folder / model)):
@@ -289,12 +303,33 @@ _ASKS_FOR_NOTHING = {"pipeline_parallel_size": (None, 1)}
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
-    """What a config file says to a job: `load_as` with a `JobConfig`."""
+    """What a config file says to a job.
+
+    Args:
+        path: of a JSON file, which may be that of a run: what only tools read in it is left out.
+        overrides: `a.b=value`, values in JSON, else text; they win over the file.
+
+    Returns:
+        The config, its relative paths resolved against the file's folder.
+
+    Raises:
+        UserError: naming the file, for anything that cannot be read or understood.
+    """
     return load_as(JobConfig, path, overrides)
 
 
 def parse_config(data: Mapping[str, Any]) -> JobConfig:
-    """What plain data says to a job: `parse_as` with a `JobConfig`."""
+    """What plain data says to a job.
+
+    Args:
+        data: the keys of a `JobConfig`, as JSON has them.
+
+    Returns:
+        The config.
+
+    Raises:
+        UserError: for an unknown key (naming the nearest), a wrong type or an illegal value.
+    """
     return parse_as(JobConfig, data)
 
 

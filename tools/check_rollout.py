@@ -1,11 +1,11 @@
-"""The file that launchers want; the tool is `cpinfer_tools.verify.check_rollout`.
+"""`cpinfer check-rollout` as a file, for launchers that want one.
 
 python tools/check_rollout.py
 """
 
 import sys
 
-from cpinfer_tools.verify.check_rollout import main
+from cpinfer_tools.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("check-rollout", sys.argv[1:]))

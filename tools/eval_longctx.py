@@ -1,11 +1,11 @@
-"""The file that launchers want; the tool is `cpinfer_tools.evaluation.eval_longctx`.
+"""`cpinfer eval` as a file, for launchers that want one.
 
 accelerate launch tools/eval_longctx.py --config configs/eval_recall.json
 """
 
 import sys
 
-from cpinfer_tools.evaluation.eval_longctx import main
+from cpinfer_tools.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("eval", sys.argv[1:]))

@@ -1,11 +1,11 @@
-"""The file that launchers want; the tool is `cpinfer_tools.explain`.
+"""`cpinfer explain` as a file, for launchers that want one.
 
 python tools/explain.py --config configs/pcp2_dcp2.json
 """
 
 import sys
 
-from cpinfer_tools.explain import main
+from cpinfer_tools.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("explain", sys.argv[1:]))

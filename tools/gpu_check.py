@@ -1,11 +1,11 @@
-"""The file that launchers want; the tool is `cpinfer_tools.gpu.gpu_check`.
+"""`cpinfer gpu-check` as a file, for launchers that want one.
 
 python tools/gpu_check.py --device cpu
 """
 
 import sys
 
-from cpinfer_tools.gpu.gpu_check import main
+from cpinfer_tools.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("gpu-check", sys.argv[1:]))

@@ -1,11 +1,11 @@
-"""The file that launchers want; the tool is `cpinfer_tools.verify.reference_eval`.
+"""`cpinfer reference-eval` as a file, for launchers that want one.
 
 python tools/reference_eval.py --config configs/eval_recall.json
 """
 
 import sys
 
-from cpinfer_tools.verify.reference_eval import main
+from cpinfer_tools.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("reference-eval", sys.argv[1:]))

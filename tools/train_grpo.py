@@ -1,11 +1,11 @@
-"""The file that launchers want; the tool is `cpinfer_tools.grpo.train_grpo`.
+"""`cpinfer train-grpo` as a file, for launchers that want one.
 
 torchrun --nproc-per-node 2 tools/train_grpo.py --config configs/grpo_sentence.json
 """
 
 import sys
 
-from cpinfer_tools.grpo.train_grpo import main
+from cpinfer_tools.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run("train-grpo", sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Attention of rows that begin alike: over what they share, over what is their own, and merged.
+"""Cascade attention, of rows that begin alike: over the prefix they share, over what is their own, and merged.
 
 The shared keys are read once for all rows of a run, by as many queries at a time (Hydragen, arXiv:2402.05099, section
 3). It costs a second call and a merge, so it is for prefixes that are long enough.

@@ -1,4 +1,6 @@
-"""Attention to what earlier steps cached of the prompts of a prefill step.
+"""Attention to what earlier steps cached of the prompts of a prefill step: chunks, cached prefixes, further turns.
+
+No ring attention: what a ring would pass on in steps, queries or KV, is gathered at once.
 
 Letters: T new tokens of this rank, H query heads and K KV heads of this rank, W values of a cached row.
 """
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.base import StateExchange
 from cpinfer.attention.layer import AttentionLayer
 from cpinfer.comm.axis import AxisComm
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -40,20 +42,20 @@ class QueryContext:
         exchange: StateExchange,
         heads: GroupHeads,
     ) -> None:
-        self._planned = backend.plan(plan.rows)
+        self._planned = backend.plan(plan.rows.over(cache.layout))
         self._cache = cache
         self._exchange = exchange
         self._heads = heads
         self._part_len = plan.part_len
 
     def attend(self, layer: AttentionLayer, q: Tensor) -> State:
-        q = q if layer.latent is None else layer.latent.absorb(q)
+        q = layer.absorb(q)
         T, H, D = q.shape
         padded = q if self._part_len == T else torch.cat([q, q.new_zeros(self._part_len - T, H, D)])
         gathered = self._exchange.gather_rows(padded)
         state = run_stored_heads(self._planned, gathered, *self._cache.read(layer.index), self._heads, layer)
         out, lse = self._exchange.return_partials(self._cache.with_faults(state))
-        return out[:T] if layer.latent is None else layer.latent.project(out[:T]), lse[:T]
+        return layer.project(out[:T]), lse[:T]
 
 
 class KVContext:
@@ -69,9 +71,7 @@ class KVContext:
     def attend(self, layer: AttentionLayer, q: Tensor) -> State:
         states = []
         for planned, length, slots in self._windows:
-            keys, values = self._cache.views(self._gather(layer.index, slots, length))
-            if layer.latent is not None:
-                keys, values = layer.latent.expand(keys)
+            keys, values = layer.expand(*self._cache.views(self._gather(layer.index, slots, length)))
             states.append(layer.run(planned, q, keys, values))
         return merge_states(states)
 

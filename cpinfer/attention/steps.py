@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
 from cpinfer.attention.context import ContextAttention, WindowContext, room_for_all, run_stored_heads
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.base import StateExchange
 from cpinfer.attention.layer import AttentionLayer
 from cpinfer.comm.axis import AxisComm
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -89,9 +89,7 @@ class PrefillStep:
         rows = gathered[self._column]
         if layer.window in self._window_contexts:
             rows = self._window_contexts[layer.window].before(layer, rows)
-        keys, values = self._cache.views(rows)
-        if layer.latent is not None:
-            keys, values = layer.latent.expand(keys)
+        keys, values = layer.expand(*self._cache.views(rows))
         state = layer.run(self._planned[layer.window], q[:T], keys, values)
         if self._context is not None and layer.window is None:
             state = merge_states([self._context.attend(layer, q[:T]), state])
@@ -122,7 +120,7 @@ class DecodeStep:
           -> all rows and heads attend to the keys of this shard: (out, lse) [pcp * R, C * H, V + 1]
           -> each rank gets the S partial states of its own rows and heads, merged in shard order
 
-    With queries replicated (`exchange.replicated`) all ranks have computed all rows, so nothing needs to be gathered
+    With rows replicated (`exchange.replicates_rows`) all ranks have computed all rows, so nothing needs to be gathered
     first; the partial states come back by one all_gather.
     """
 
@@ -148,13 +146,12 @@ class DecodeStep:
         self._write_slots.copy_(torch.from_numpy(plan.write_slots))
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        own_q = q if layer.latent is None else layer.latent.absorb(q)
-        q_rows, new_kv = self._exchange.gather_qkv(own_q, self._cache.parts(*self._cache.rounded(k, v)))
+        q_rows, new_kv = self._exchange.gather_qkv(layer.absorb(q), self._cache.parts(*self._cache.rounded(k, v)))
         self._cache.write(layer.index, self._write_slots, new_kv, self._write_src)
         planned = self._planned[layer.window]
         state = run_stored_heads(planned, q_rows, *self._cache.read(layer.index), self._heads, layer)
         out = _output(layer, self._exchange.return_partials(self._cache.with_faults(state)), q.dtype)
-        return out if layer.latent is None else layer.latent.project(out)
+        return layer.project(out)
 
 
 class IdleStep:
@@ -163,8 +160,7 @@ class IdleStep:
     num_tokens = 0
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        v_dim = v.shape[-1] if layer.latent is None else layer.latent.w_v.shape[1]
-        return q.new_zeros(*q.shape[:-1], v_dim)
+        return q.new_zeros(*q.shape[:-1], layer.v_dim(v))
 
 
 def _output(layer: AttentionLayer, state: State, dtype: torch.dtype) -> Tensor:

@@ -1,1 +1,1 @@
-"""Colocated rollouts: a trainer lends its model for a phase; slices of its weights, rollout/training mismatch."""
+"""Colocated rollouts (a hybrid engine): a trainer lends its model for a phase; slices of weights, mismatch."""

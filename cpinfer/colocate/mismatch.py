@@ -3,7 +3,8 @@
     d = training logprob - rollout logprob, one for each sampled token
 
 Both at the same temperature and of the same distribution; then every d is rounding, and an importance ratio exp(d) is 1
-up to it. What is more than rounding makes on-policy training silently off-policy.
+up to it. What is more than rounding makes on-policy training silently off-policy; truncated importance sampling (TIS)
+corrects for that, here it is measured.
 """
 
 from __future__ import annotations
@@ -24,9 +25,15 @@ FAR = 1e-3
 class Mismatch:
     """Differences d of logprobs over some tokens, in nats.
 
-    `kl` estimates KL(rollout || training) per token from the rollout's samples as mean(exp(d) - 1 - d): unbiased and
-    never negative ("k3" of Schulman, "Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html).
     Without tokens everything is 0. A NaN in any logprob makes mean, max and kl NaN, and counts as further than 1e-3.
+
+    Attributes:
+        num_tokens: tokens compared.
+        mean_abs: mean of |d|.
+        max_abs: the largest |d|.
+        kl: estimates KL(rollout || training) per token from the rollout's samples as mean(exp(d) - 1 - d): unbiased and
+            never negative ("k3" of Schulman, "Approximating KL divergence", 2020, joschu.net/blog/kl-approx.html).
+        share_above_1e_3: of tokens whose |d| is above 1e-3.
     """
 
     num_tokens: int = 0
@@ -37,7 +44,18 @@ class Mismatch:
 
     @classmethod
     def of(cls, rollout: Sequence[Sequence[float]], training: Sequence[Sequence[float]]) -> Mismatch:
-        """Of samples, each with a logprob per token. ValueError where the two differ in samples or in tokens."""
+        """The mismatch of some samples.
+
+        Args:
+            rollout: for each sample a logprob per token, as the rollout has them.
+            training: the same from the training forward.
+
+        Returns:
+            Over all tokens of all samples.
+
+        Raises:
+            ValueError: where the two differ in samples or in tokens.
+        """
         lengths = [[len(sample) for sample in samples] for samples in (rollout, training)]
         if lengths[0] != lengths[1]:
             raise ValueError(f"rollout samples have {lengths[0]} logprobs, those of the training forward {lengths[1]}")
@@ -57,7 +75,14 @@ class Mismatch:
 
     @classmethod
     def merge(cls, parts: Iterable[Mismatch]) -> Mismatch:
-        """Of all tokens of `parts` together, whichever rank or phase they come from. No parts, or empty ones: zeros."""
+        """The mismatch over all tokens of several.
+
+        Args:
+            parts: from whichever ranks or phases; some may be empty.
+
+        Returns:
+            One over all their tokens; zeros without any.
+        """
         some = [part for part in parts if part.num_tokens]
         if not some:
             return cls()
@@ -76,7 +101,14 @@ class Mismatch:
         )
 
     def as_dict(self, prefix: str = "mismatch_") -> dict[str, Any]:
-        """Its figures under keys that begin with `prefix`, for a summary or a log."""
+        """Its figures, for a summary or a log.
+
+        Args:
+            prefix: what keys begin with.
+
+        Returns:
+            Plain data, one key for each attribute.
+        """
         return {
             f"{prefix}num_tokens": self.num_tokens,
             f"{prefix}mean_abs": self.mean_abs,

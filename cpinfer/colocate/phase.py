@@ -1,4 +1,6 @@
-"""A rollout phase: the time in which a trainer lends its model, and gets it back bit for bit.
+"""A phase of colocated rollouts: the time in which a trainer lends its model, and gets it back bit for bit.
+
+A hybrid engine without a second copy of the weights, and so without weights to synchronise:
 
     trainer --lends--> Lent(module, topology, weights) --rollout_phase--> Engine --generate--> results
             <---------------------- everything as it was ----------------------  (and a PhaseReport, who wants it)
@@ -29,10 +31,13 @@ from cpinfer.models.local_weights import storage_bytes
 class Lent:
     """What a trainer lends: its model, its ranks, and how the weights come to be usable for the length of a block.
 
-    `module` is the Hugging Face model inside whatever the trainer wrapped around it. `weights` is entered before the
-    engine attaches and left after it; collective over all ranks of the job. Where weights come and go inside, it yields
-    the most bytes of them that are there at once. `how` is a word for it. `num_copies` consecutive ranks train on the
-    same data: those of the trainer's own tensor parallelism.
+    Attributes:
+        module: the Hugging Face model inside whatever the trainer wrapped around it.
+        topology: its ranks.
+        weights: entered before the engine attaches and left after it; collective over all ranks of the job. Where
+            weights come and go inside, it yields the most bytes of them that are there at once.
+        how: a word for it.
+        num_copies: consecutive ranks that train on the same data: those of the trainer's own tensor parallelism.
     """
 
     module: Any
@@ -46,10 +51,17 @@ class Lent:
 class PhaseReport:
     """What a phase cost this rank beside its rollouts: seconds, and bytes.
 
-    `gather_s` brings the weights, `attach_s` puts the engine on them with its KV pool; after the block `detach_s` takes
-    the engine off again and `release_s` gives the weights back. With the block's own time they make the phase's.
-    `weights_bytes` counts the parameters that the forward uses, those of the trainer that it uses in place included;
-    what the trainer keeps beside them (its partitions, optimiser state) is not in it.
+    With the block's own time its four times make the phase's.
+
+    Attributes:
+        how: how the weights were lent, in a word.
+        gather_s: to bring the weights.
+        attach_s: to put the engine on them with its KV pool.
+        detach_s: to take the engine off again, after the block.
+        release_s: to give the weights back.
+        weights_bytes: of the parameters that the forward uses, those of the trainer that it uses in place included;
+            what the trainer keeps beside them (its partitions, optimiser state) is not in it.
+        kv_pool_bytes: of the KV pool on this rank.
     """
 
     how: str
@@ -72,10 +84,21 @@ def rollout_phase(
 ) -> Iterator[Engine]:
     """An engine on a trainer's own weights, its KV pool there for the length of the block only.
 
-    `config` is what `cpinfer.attach` takes. `weights_version` is what results will say: count it up with every
-    optimiser step. Afterwards parameters, gradients, optimiser state, random states, hooks and modes are those from
-    before, also after an error or an interrupt. `report` is called with what the phase cost, after one that did not
-    fail. RuntimeError when an optimiser steps inside the block. Collective over all ranks of the job.
+    Afterwards parameters, gradients, optimiser state, random states, hooks and modes are those from before, also after
+    an error or an interrupt. Collective over all ranks of the job.
+
+    Args:
+        lent: what the trainer lends, as `cpinfer_integrations.lending.lend` finds it.
+        config: what `cpinfer.attach` takes; sizes in it are those of what is lent.
+        tokenizer: for prompts that are text, stop strings, and the text of results.
+        weights_version: what results will say; count it up with every optimiser step.
+        report: called with what the phase cost, after one that did not fail.
+
+    Yields:
+        The engine, awake.
+
+    Raises:
+        RuntimeError: when an optimiser steps inside the block; other errors as `cpinfer.attach`.
     """
     laps = [time.perf_counter()]
     with no_optimizer_steps(), lent.weights() as most_bytes:

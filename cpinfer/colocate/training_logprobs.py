@@ -51,14 +51,25 @@ def training_logprobs(
 ) -> list[list[float]]:
     """The logprob of every token of every completion, log_softmax(logits / temperature) in float32.
 
-    `model` is called, hooks and all, `only_measured`; no cache. Samples are batched by length and padded on the right.
-    Only completions meet the vocabulary, as far as batches are alike. An empty completion gives an
-    empty list, no samples give none.
+    The model is called, hooks and all, `only_measured`; no cache. Samples are batched by length and padded on the
+    right. Only completions meet the vocabulary, as far as batches are alike.
 
-    Under ZeRO-3 or FSDP a forward is collective: all ranks must make as many. A rank makes at least `num_batches`, the
-    largest number of any rank (`num_batches_of`); calls beyond its samples are of one token and are dropped.
+    Args:
+        model: what the trainer calls forward on.
+        prompts: token ids of each sample's prompt, none empty.
+        completions: token ids of each sample's answer.
+        temperature: by which logits are divided; above 0.
+        batch_size: samples per forward.
+        pad_token_id: what stands behind short samples.
+        num_batches: forwards to make at least. Under ZeRO-3 or FSDP a forward is collective: give the largest
+            `num_batches_of` any rank; calls beyond this rank's samples are of one token and are dropped.
 
-    ValueError for a temperature of 0 (whose distribution has one token), an empty prompt or lists that do not match.
+    Returns:
+        For each sample a logprob per token of its completion, natural log; an empty list for an empty one.
+
+    Raises:
+        ValueError: for a temperature of 0 (whose distribution has one token), an empty prompt, or lists that do not
+            match.
     """
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}; above 0 was wanted (1 for the model's own distribution)")

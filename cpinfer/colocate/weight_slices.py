@@ -1,7 +1,8 @@
 """Tensor parallelism for the length of a phase, for weights that a trainer has dealt out and no framework slices.
 
-    q, k, v; gate, up    rows of this rank's heads (a KV head on several ranks where tp exceeds them); part of the MLP
-    o; down              columns of the same, partial sums added over the tp axis
+    q, k, v; gate, up    rows of this rank's heads (a KV head on several ranks where tp exceeds them); part of the MLP:
+                         a ColumnParallelLinear, as Megatron and vLLM call it
+    o; down              columns of the same, partial sums added over the tp axis: a RowParallelLinear
 
 Projections are put in the place of the trainer's modules, which come back as they were. All else stays whole on every
 rank: embeddings, norms, latents and their projections down, routers and experts, the vocabulary.

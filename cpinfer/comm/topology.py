@@ -18,10 +18,16 @@ from cpinfer.layout.grid import Coords, Group, RankGrid
 class Topology:
     """What a rank needs to know of the others.
 
-    `pcp`: the ranks that share a prefill. `dcp`: the KV shards of a sequence, in shard order. `replica`: the (pcp, tp)
-    ranks of this dp replica in rank order, which agree on every step. `tp_group` is the framework's own object, or None
-    where no framework shards weights; cpinfer hands it on and never communicates on it. `tp` is the same axis where
-    cpinfer slices the weights itself, for a phase. `owned_groups` are those made here.
+    Attributes:
+        grid: sizes of the axes.
+        rank: this rank, of the world.
+        pcp: the ranks that share a prefill.
+        dcp: the KV shards of a sequence, in shard order.
+        replica: the (pcp, tp) ranks of this dp replica in rank order, which agree on every step.
+        tp_group: the framework's own object, None where no framework shards weights; cpinfer hands it on and never
+            communicates on it.
+        owned_groups: process groups that were made here, and end with `close`.
+        tp: the tp axis where cpinfer slices the weights itself, for a phase.
     """
 
     grid: RankGrid
@@ -49,10 +55,20 @@ class Topology:
     ) -> Topology:
         """Carve the groups of `grid` out of the initialised default process group. Collective over all ranks.
 
-        `tp_group` and the `lent` groups are the job's own; one with the ranks that an axis needs is used as it is, and
-        only what is missing is created. Each rank must lend groups of the same kinds. `slices_weights` makes the tp
-        axis one that cpinfer communicates on. ValueError when the world or the tp group does not fit the grid,
-        RanksDifferError, on every rank, when ranks bring different grids: they would create different groups, and wait.
+        Args:
+            grid: sizes of the axes, the same on every rank.
+            tp_group: the job's own tensor-parallel group.
+            lent: more groups of the job, of the same kinds on each rank. One with the ranks that an axis needs is used
+                as it is; only what is missing is created.
+            slices_weights: whether the tp axis is one that cpinfer communicates on.
+
+        Returns:
+            This rank's topology; `close` it to destroy what was created.
+
+        Raises:
+            ValueError: when the world or the tp group does not fit the grid.
+            RanksDifferError: on every rank, when ranks bring different grids: they would create different groups, and
+                wait.
         """
         _check_same_grid(grid)
         if grid.world_size == 1:
@@ -102,7 +118,14 @@ class Topology:
         return self.replica.index == 0
 
     def owning(self, groups: Sequence[Any]) -> Topology:
-        """The same topology, which also destroys `groups` when it closes."""
+        """The same topology, which also destroys some groups when it closes.
+
+        Args:
+            groups: process groups that nobody else destroys.
+
+        Returns:
+            A topology beside this one, which should then not be closed as well.
+        """
         return dataclasses.replace(self, owned_groups=(*self.owned_groups, *groups))
 
     def close(self) -> None:

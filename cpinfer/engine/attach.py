@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from cpinfer.attention.exchanges.registry import decode_exchange
 from cpinfer.comm.topology import Topology
 from cpinfer.config import (
     ConfigLike,
@@ -21,7 +22,7 @@ from cpinfer.config import (
 )
 from cpinfer.engine.agreement import Prepared, begin_together
 from cpinfer.engine.engine import Engine
-from cpinfer.engine.needs import own_pool
+from cpinfer.engine.needs import RankNeeds, own_pool
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
@@ -56,16 +57,26 @@ def attach(
 ) -> Iterator[Engine]:
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
-    `model` is a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
-    whose active adapters are then in effect). `topology` defaults to one process, and owns the layout. `config` is an
-    `EngineConfig` or more than one (a `JobConfig`, a tool's), a dict of keys, the path of a JSON file, or nothing;
-    `keys` are those of an `EngineConfig` and win over it: `attach(model, topology, max_num_seqs=64)`. Of the config of
-    a job or run only the engine's keys are read: sampling is what `generate` is given.
-
     Collective over the replica: two small gathers, the first of which compares config, model, a sample of the weights
-    (`check_ranks`) and versions. UserError when model, topology and config do not fit together, also where a config
-    says sizes that are not the topology's or a dtype that is not the weights'; RanksDifferError when ranks do not bring
-    the same; on every rank alike, with the model as it was.
+    (`check_ranks`) and versions. Errors come on every rank alike, with the model as it was.
+
+    Args:
+        model: a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
+            whose active adapters are then in effect).
+        topology: the ranks, and the layout, which it alone decides; default: one process.
+        config: an `EngineConfig` or more than one (a `JobConfig`, a tool's), a dict of keys, the path of a JSON file,
+            or nothing. Of what a job or a run says only the engine's keys are read: sampling goes with each call.
+        tokenizer: for prompts that are text, stop strings, and the text of results.
+        keys: those of an `EngineConfig`, which win over `config`: `attach(model, topology, max_num_seqs=64)`.
+
+    Yields:
+        The engine, awake.
+
+    Raises:
+        UserError: when model, topology and config do not fit together, also where a config says sizes that are not the
+            topology's, or a dtype that is not the weights'.
+        UnsupportedError: for what the table of refusals names.
+        RanksDifferError: when ranks do not bring the same.
     """
     topology = topology or Topology.single()
     with ExitStack() as stack:
@@ -89,7 +100,8 @@ def attach(
 
         (wanted, runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
         # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
-        engine = Engine(runner, topology, wanted, tokenizer, PoolSize(min(num_blocks), own.sharding))
+        needs = RankNeeds.of(runner, topology, wanted, PoolSize(min(num_blocks), own.sharding))
+        engine = Engine(runner, topology, wanted, tokenizer, needs)
         stack.callback(engine.close)
         engine.wake()
         yield engine
@@ -177,8 +189,9 @@ def config_errors(spec: ModelSpec, config: JobConfig, dp_size: int = 1) -> list[
 
 def _errors(spec: ModelSpec, config: EngineConfig, sizes: LayoutSizes, provider: Provider) -> list[str]:
     errors = layout_errors(sizes)
-    if config.decode_exchange == "replicate_q" and sizes.dcp_size > sizes.pcp_size:
-        errors.append(str(refuse("replicate_q", str(sizes))))
+    error = decode_exchange(config.decode_exchange).layout_error(sizes)
+    if error is not None:
+        errors.append(str(error))
     if sizes.tp_size > 1:
         errors += _tensor_parallel_errors(spec, sizes.tp_size, provider)
     return errors

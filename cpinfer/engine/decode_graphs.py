@@ -7,10 +7,10 @@ was launched on, so everything that differs between steps lies where it lay, and
     model forward, collectives included                       <- captured once, replayed
     logits [R, vocab]                                         -> one buffer for all graphs
 
-Steps are padded to a few sizes (`bucket_of`), which all ranks of a home know alike. Padding rows have no keys, and what
-they write goes to a slot that nobody reads. Nothing that the others notice depends on whether capturing succeeds: not
-how much is padded, nor how often a step runs before it is captured. So a rank whose capture failed still meets the
-others in every collective: it runs the same steps, launch by launch.
+Steps are padded to a few CUDA-graph batch sizes (`bucket_of`), which all ranks of a home know alike.
+Padding rows have no keys, and what they write goes to a slot that nobody reads. Nothing that the others notice depends
+on whether capturing succeeds: not how much is padded, nor how often a step runs before it is captured. So a rank whose
+capture failed still meets the others in every collective: it runs the same steps, launch by launch.
 
 Graphs read weights where they were. When those have moved, or are others, all ranks forget their graphs together.
 """
@@ -26,10 +26,12 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, FixedSize, FixedSizeBackend, ReplannedAttention
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.base import StateExchange
 from cpinfer.attention.steps import DecodeStep, RowsByWindow
+from cpinfer.comm.axis import AxisComm
+from cpinfer.engine.agreement import smallest
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
-from cpinfer.layout.decode import DecodePlan, writing_all
+from cpinfer.layout.decode import DecodePlan, bucket_of, writing_all
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
@@ -51,12 +53,31 @@ def why_no_graphs(runner: ModelRunner, backend: AttentionBackend) -> str | None:
     return None
 
 
+def make_decode_graphs(
+    runner: ModelRunner,
+    replica: AxisComm,
+    backend: AttentionBackend,
+    cache: PagedKVCache,
+    exchange: StateExchange,
+    heads: GroupHeads,
+    sharding: KVSharding,
+    max_rows: int,
+) -> DecodeGraphs | None:
+    """Graphs of one rank for steps of `max_rows` on it; None, with a warning that says why, where there can be none."""
+    why_not = why_no_graphs(runner, backend)
+    if why_not is not None or not isinstance(backend, FixedSizeBackend):
+        warnings.warn(f"decode runs without CUDA graphs: {why_not}", stacklevel=2)
+        return None
+    return DecodeGraphs(runner, replica, backend, cache, exchange, heads, sharding, bucket_of(max_rows))
+
+
 class DecodeGraphs:
     """The graphs of one rank, over one cache, for steps of at most `max_rows` on it."""
 
     def __init__(
         self,
         runner: ModelRunner,
+        replica: AxisComm,
         backend: FixedSizeBackend,
         cache: PagedKVCache,
         exchange: StateExchange,
@@ -66,6 +87,7 @@ class DecodeGraphs:
         capture: Capture | None = None,
     ) -> None:
         self._runner = runner
+        self._replica = replica
         self._backend = backend
         self._cache = cache
         self._exchange = exchange
@@ -76,10 +98,11 @@ class DecodeGraphs:
         self._buckets: dict[int, _Bucket] = {}
         self._weights = runner.weight_places()
 
-    def weights_moved(self) -> bool:
-        """Whether the weights lie elsewhere than when this was last asked; on this rank."""
+    def forget_what_moved(self) -> None:
+        """Capture anew, on all ranks, when the weights of any rank lie elsewhere than when this was last asked."""
         before, self._weights = self._weights, self._runner.weight_places()
-        return before != self._weights
+        if smallest(self._replica, -int(before != self._weights), self._runner.device) < 0:
+            self.forget()
 
     def forget(self) -> None:
         """Capture anew what comes. All ranks must, or none: capturing begins with steps that have collectives."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.registry import make_backend
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
 from cpinfer.errors import UserError
+from cpinfer.kv_cache.home import KVHome
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.capacity import KVLayout, PoolSize
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
@@ -16,6 +21,61 @@ from cpinfer.models.spec import ModelSpec
 
 CPU_KV_CACHE_GIB = 0.25
 CUDA_KV_CACHE_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class RankNeeds:
+    """What one rank's part of a model needs while its engine is awake.
+
+    `attention`: what its kernels must be able to do. `kv_layout` and `cache_dtype`: of the rows that it stores.
+    `pool_size`: what all ranks can afford.
+    """
+
+    attention: AttentionNeeds
+    kv_layout: KVLayout
+    cache_dtype: str
+    pool_size: PoolSize
+
+    @classmethod
+    def of(cls, runner: ModelRunner, topology: Topology, config: EngineConfig, pool_size: PoolSize) -> RankNeeds:
+        """Those of the rank at its place in the topology."""
+        heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
+        cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
+        needs = attention_needs(runner.spec, heads, runner.dtype, getattr(torch, cache_dtype))
+        return cls(needs, runner.spec.kv_layout(len(heads.kv_heads)), cache_dtype, pool_size)
+
+    def pool_bytes(self, num_layers: int) -> int:
+        """Bytes of the KV pool."""
+        per_token = self.kv_layout.bytes_per_token(num_layers, self.cache_dtype)
+        return self.pool_size.num_blocks * self.pool_size.sharding.block_size * per_token
+
+    def make_cache(self, runner: ModelRunner, *, has_spare_block: bool) -> PagedKVCache:
+        """The KV pool's memory."""
+        return PagedKVCache(
+            self.kv_layout,
+            runner.spec.num_layers,
+            self.pool_size.num_blocks,
+            self.pool_size.sharding.block_size,
+            runner.dtype,
+            runner.device,
+            has_spare_block=has_spare_block,
+            store_dtype=self.attention.cache_dtype,
+        )
+
+    def make_backend(self, name: str, device: torch.device) -> AttentionBackend:
+        """The attention kernels, and what they work in."""
+        return make_backend(name, device, self.attention)
+
+    def empty_homes(self, num_homes: int, *, enable_prefix_caching: bool) -> list[KVHome]:
+        """The blocks of the pool in each home, all of them free."""
+        return [
+            KVHome(
+                self.pool_size.num_blocks,
+                self.pool_size.sharding,
+                enable_prefix_caching=enable_prefix_caching,
+            )
+            for _ in range(num_homes)
+        ]
 
 
 def own_pool(runner: ModelRunner, topology: Topology, config: EngineConfig) -> PoolSize:

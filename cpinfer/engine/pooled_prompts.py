@@ -9,7 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cpinfer.errors import RanksDifferError
+
 TokenIds = tuple[int, ...]
+# Samples by (prompt index, sample index).
+SamplePlaces = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,18 @@ class PooledPrompts:
 
     prompts: tuple[TokenIds, ...]
     counts: tuple[int, ...]
-    places: tuple[tuple[tuple[int, int], ...], ...]
+    places: tuple[SamplePlaces, ...]
+
+    @classmethod
+    def of_ranks(cls, asked: Sequence[Sequence[Sequence[int]]], num_copies: int) -> PooledPrompts:
+        """Pool what each rank asks, where `num_copies` neighbours are one owner. RanksDifferError when they differ."""
+        for first in range(0, len(asked), num_copies):
+            if any(copy != asked[first] for copy in asked[first : first + num_copies]):
+                raise RanksDifferError(
+                    f"places {first} to {first + num_copies - 1} of the replica train on the same data (num_copies="
+                    f"{num_copies}), so they should bring the same prompts; they bring others."
+                )
+        return cls.of(asked[::num_copies])
 
     @classmethod
     def of(cls, asked: Sequence[Sequence[Sequence[int]]]) -> PooledPrompts:

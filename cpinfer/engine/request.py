@@ -1,22 +1,29 @@
-"""A request, its running sequence, and its result."""
+"""Requests: a prompt whose answer is sampled, or given and scored; and their results."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Literal
 
 from cpinfer.config import SamplingParams
 
 FinishReason = Literal["stop", "length"]
 
-# Stands in a block table for a block that its sequence gave back.
+# Stands in a block table for a block that its request gave back.
 DROPPED = -1
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt as token ids, at least one. `id` names it in results and in its randomness; `index` is its place."""
+    """One prompt as token ids.
+
+    Attributes:
+        index: its place among the prompts of a call, from 0.
+        id: names it in results and in its randomness; no two of a call are alike.
+        token_ids: its tokens, at least one.
+    """
 
     index: int
     id: str
@@ -45,27 +52,49 @@ class TokenScore:
 
 
 @dataclass(eq=False)
-class Sequence:
-    """One sample of one prompt while it runs: what the scheduler knows of it.
+class Request(ABC):
+    """What the scheduler has to know of anything that runs: its tokens, and the KV blocks that it holds.
 
-    With `targets` its answer is given, and it is scored instead of sampled: `scores` are those of the targets.
+    What becomes of its logits, its type says: a `SampledRequest` draws tokens from them, a `ScoredRequest` reads off
+    how likely a given answer is.
     """
 
     prompt: Prompt
-    sample_index: int
-    params: SamplingParams
-    max_new_tokens: int
+    _: KW_ONLY
     submitted_s: float = field(default_factory=time.perf_counter)
     home: int = 0
     blocks: list[int] = field(default_factory=list)
     # Blocks at the front that it gave back, because no layer sees their tokens any more; their numbers are gone.
     num_dropped: int = 0
-    sampled: list[SampledToken] = field(default_factory=list)
-    targets: tuple[int, ...] = ()
-    scores: list[TokenScore] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    first_token_s: float | None = None
     finished_s: float | None = None
+
+    @property
+    @abstractmethod
+    def all_token_ids(self) -> tuple[int, ...]:
+        """What a prefill computes for it now."""
+
+    @property
+    @abstractmethod
+    def max_length(self) -> int:
+        """Tokens it may come to have, prompt and answer together."""
+
+    @property
+    @abstractmethod
+    def first_logits_place(self) -> int:
+        """The first place of a prefill whose logits it reads: what is cached of others is of use up to there."""
+
+    @abstractmethod
+    def scored_places(self, start: int, end: int) -> range:
+        """Places in `[start, end)` of a prefill whose logits score a token of a given answer."""
+
+    @abstractmethod
+    def shares_prefill_with(self, other: Request) -> bool:
+        """Whether one prefill does for both."""
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Tokens whose KV it may come to hold: the last token of an answer is never computed."""
+        return self.max_length - 1
 
     @property
     def held_blocks(self) -> list[int]:
@@ -85,6 +114,19 @@ class Sequence:
         held, self.blocks, self.num_dropped = self.held_blocks, [], 0
         return held
 
+
+@dataclass(eq=False)
+class SampledRequest(Request):
+    """One sample of one prompt: after its prefill it runs, and gets a token in every step until it ends."""
+
+    sample_index: int
+    params: SamplingParams
+    max_new_tokens: int
+    _: KW_ONLY
+    sampled: list[SampledToken] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    first_token_s: float | None = None
+
     @property
     def token_ids(self) -> list[int]:
         """Tokens generated so far."""
@@ -92,8 +134,8 @@ class Sequence:
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:
-        """Prompt and answer so far; of a given answer all but the last token, behind which nothing is asked."""
-        return (*self.prompt.token_ids, *self.token_ids, *self.targets[:-1])
+        """Prompt and answer so far."""
+        return (*self.prompt.token_ids, *self.token_ids)
 
     @property
     def last_token_id(self) -> int:
@@ -105,16 +147,91 @@ class Sequence:
         return len(self.prompt.token_ids) + len(self.sampled) - 1
 
     @property
-    def max_cached_tokens(self) -> int:
-        """Tokens whose KV it may come to hold: the last token it generates is never computed."""
-        return len(self.prompt.token_ids) + self.max_new_tokens - 1
+    def max_length(self) -> int:
+        return len(self.prompt.token_ids) + self.max_new_tokens
+
+    @property
+    def first_logits_place(self) -> int:
+        """The newest token: the next is drawn from its logits."""
+        return len(self.prompt.token_ids) + len(self.sampled) - 1
+
+    def scored_places(self, start: int, end: int) -> range:
+        return range(0)
+
+    def shares_prefill_with(self, other: Request) -> bool:
+        """Whether both are samples of one prompt, and neither has a token of its own yet."""
+        return isinstance(other, SampledRequest) and self.prompt is other.prompt and not (self.sampled or other.sampled)
+
+    def result(self, text: str | None, weights_version: int) -> RolloutResult:
+        """What became of it, once it is finished; `text` is that of its tokens."""
+        assert self.finish_reason and self.first_token_s and self.finished_s
+        later_tokens = len(self.sampled) - 1
+        decode_s = self.finished_s - self.first_token_s
+        return RolloutResult(
+            id=self.prompt.id,
+            prompt_index=self.prompt.index,
+            sample_index=self.sample_index,
+            prompt_token_ids=self.prompt.token_ids,
+            token_ids=tuple(self.token_ids),
+            text=text,
+            logprobs=tuple(s.logprob for s in self.sampled),
+            processed_logprobs=tuple(s.processed_logprob for s in self.sampled),
+            finish_reason=self.finish_reason,
+            ttft_s=self.first_token_s - self.submitted_s,
+            tpot_s=decode_s / later_tokens if later_tokens else None,
+            weights_version=weights_version,
+            top_logprobs=tuple(s.top for s in self.sampled) if self.params.top_logprobs else None,
+        )
+
+
+@dataclass(eq=False)
+class ScoredRequest(Request):
+    """A prompt whose answer, `targets`, is given: both are computed in one prefill, and with it the request ends.
+
+    prompt   5 6 7    all_token_ids  5 6 7 8      8 and 9 are scored by the logits at the places of 7 and 8;
+    targets  8 9      scored places      2 3      behind 9 nothing is asked, so it is not computed
+    """
+
+    targets: tuple[int, ...]
+    _: KW_ONLY
+    scores: list[TokenScore] = field(default_factory=list)
+
+    @property
+    def all_token_ids(self) -> tuple[int, ...]:
+        return (*self.prompt.token_ids, *self.targets[:-1])
+
+    @property
+    def max_length(self) -> int:
+        return len(self.prompt.token_ids) + len(self.targets)
+
+    @property
+    def first_logits_place(self) -> int:
+        """The last token of the prompt, which predicts the first target."""
+        return len(self.prompt.token_ids) - 1
+
+    def scored_places(self, start: int, end: int) -> range:
+        return range(max(start, self.first_logits_place), end)
+
+    def target_at(self, place: int) -> int:
+        """The target that the logits at a scored place are asked for."""
+        return self.targets[place - self.first_logits_place]
+
+    def shares_prefill_with(self, other: Request) -> bool:
+        """Never: answers differ. What their prompts have in common they find in the prefix cache."""
+        return False
+
+    def result(self) -> ScoreResult:
+        """The scores of all targets, once it is finished."""
+        return ScoreResult(tuple(s.logprob for s in self.scores), all(s.is_greedy for s in self.scores))
 
 
 @dataclass(frozen=True)
 class ScoreResult:
     """How likely the model finds a given continuation, in its raw distribution (temperature 1, nothing processed).
 
-    `logprobs`, one per token of the continuation; `is_greedy`, whether greedy decoding would have written all of it.
+    Attributes:
+        logprobs: one per token of the continuation, natural log.
+        is_greedy: whether greedy decoding would have written all of it.
     """
 
     logprobs: tuple[float, ...]
@@ -130,11 +247,21 @@ class ScoreResult:
 class RolloutResult:
     """One finished sample; its fields are the keys of an output line.
 
-    `token_ids` includes the stop token that ended it. `logprobs` are the raw distribution's (temperature 1, nothing
-    processed), `processed_logprobs` those of the distribution that was sampled from: 0 under greedy decoding, which
-    leaves one token. `ttft_s` counts from submission; `tpot_s` is null for a single token. `text` is null without a
-    tokenizer. `weights_version` counts the weight changes that the engine was told of. `top_logprobs`, for each token
-    the likeliest tokens and their raw logprobs, is None (and no key of an output line) unless it was asked for.
+    Attributes:
+        id: the prompt's.
+        prompt_index: the prompt's place in the call, from 0.
+        sample_index: which of the prompt's samples this is, from 0.
+        prompt_token_ids: the prompt's tokens.
+        token_ids: the answer's, with the stop token that ended it.
+        text: the answer up to its first stop string; None without a tokenizer.
+        logprobs: one per token of the answer, natural log, in the raw distribution (temperature 1, nothing processed).
+        processed_logprobs: the same in the distribution that was sampled from; 0 under greedy decoding.
+        finish_reason: "stop" or "length".
+        ttft_s: seconds from submission to the first token.
+        tpot_s: seconds per later token; None for a single token.
+        weights_version: weight changes that the engine had been told of.
+        top_logprobs: for each token the likeliest ones with their raw logprobs; None (and no key of an output line)
+            unless asked for.
     """
 
     id: str

@@ -1,56 +1,55 @@
 """Choosing tokens: one vectorised pass per set of sampling parameters, randomness by counter.
 
 The random number of a token is a pure function of (seed, prompt id, sample, token index). There is no state to save or
-to move, so a sequence may change rank, be batched with anything, or be computed again, and its text stays what it was.
+to move, so a request may change rank, be batched with anything, or be computed again, and its text stays what it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import SampledToken, Sequence, TokenScore
+from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.stopping import Stopping
 from cpinfer.models.logits import logits_processors
 
 
-def sample_tokens(logits: Tensor, sequences: ListLike[Sequence], stopping: Stopping) -> list[SampledToken]:
-    """One token for each row of `logits [N, vocab]`, float32, chosen as each row's sequence wants. Empty for N = 0.
+def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], stopping: Stopping) -> list[SampledToken]:
+    """One token for each row of `logits [N, vocab]`, float32, chosen as each row's request wants. Empty for N = 0.
 
     A row that may not end yet (`min_new_tokens`) does not choose a token that would end it.
     """
     alike: dict[tuple[tuple[object, ...], tuple[int, ...]], list[int]] = {}
-    for row, sequence in enumerate(sequences):
-        params = sequence.params
-        may_end = len(sequence.sampled) + 1 >= params.min_new_tokens
+    for row, request in enumerate(requests):
+        params = request.params
+        may_end = len(request.sampled) + 1 >= params.min_new_tokens
         suppressed = () if may_end else stopping.stop_token_ids(params)
         alike.setdefault((params.distribution, suppressed), []).append(row)
     sampled: dict[int, SampledToken] = {}
     for (_, suppressed), rows in alike.items():
-        chosen = _sample_alike(logits[rows], [sequences[row] for row in rows], suppressed)
+        chosen = _sample_alike(logits[rows], [requests[row] for row in rows], suppressed)
         sampled.update(zip(rows, chosen, strict=True))
-    return [sampled[row] for row in range(len(sequences))]
+    return [sampled[row] for row in range(len(requests))]
 
 
-def _sample_alike(logits: Tensor, sequences: list[Sequence], suppressed: tuple[int, ...]) -> list[SampledToken]:
-    """Sample rows whose sequences share the shape of their distribution."""
-    params = sequences[0].params
-    scores = _process(logits, sequences, params, suppressed)
+def _sample_alike(logits: Tensor, requests: list[SampledRequest], suppressed: tuple[int, ...]) -> list[SampledToken]:
+    """Sample rows whose requests share the shape of their distribution."""
+    params = requests[0].params
+    scores = _process(logits, requests, params, suppressed)
     if params.greedy:
         tokens = scores.argmax(dim=-1)
-        processed = torch.zeros(len(sequences))
+        processed = torch.zeros(len(requests))
     else:
         logprobs = torch.log_softmax(scores, dim=-1)
-        tokens = _draw(logprobs, uniforms(sequences))
+        tokens = _draw(logprobs, uniforms(requests))
         processed = _pick(logprobs, tokens)
     raw = torch.log_softmax(logits, dim=-1)
-    top: list[tuple[tuple[int, float], ...]] = [()] * len(sequences)
+    top: list[tuple[tuple[int, float], ...]] = [()] * len(requests)
     if params.top_logprobs:
         values, ids = raw.topk(min(params.top_logprobs, raw.shape[-1]), dim=-1)
         top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
@@ -58,7 +57,7 @@ def _sample_alike(logits: Tensor, sequences: list[Sequence], suppressed: tuple[i
     return [SampledToken(*row) for row in rows]
 
 
-def score_tokens(logits: Tensor, targets: ListLike[int]) -> list[TokenScore]:
+def score_tokens(logits: Tensor, targets: Sequence[int]) -> list[TokenScore]:
     """How likely each row of `logits [N, vocab]`, float32, finds its target. Empty for N = 0."""
     if not targets:
         return []
@@ -68,14 +67,16 @@ def score_tokens(logits: Tensor, targets: ListLike[int]) -> list[TokenScore]:
     return [TokenScore(*score) for score in zip(logprobs.tolist(), is_greedy.tolist(), strict=True)]
 
 
-def _process(logits: Tensor, sequences: list[Sequence], params: SamplingParams, suppressed: tuple[int, ...]) -> Tensor:
+def _process(
+    logits: Tensor, requests: list[SampledRequest], params: SamplingParams, suppressed: tuple[int, ...]
+) -> Tensor:
     processors: Callable[[Tensor, Tensor], Tensor] = logits_processors(params, suppressed)
     if params.repetition_penalty == 1:
         # Nothing else looks at the text so far; one token stands in for it.
-        stand_in = torch.zeros(len(sequences), 1, dtype=torch.long, device=logits.device)
+        stand_in = torch.zeros(len(requests), 1, dtype=torch.long, device=logits.device)
         return processors(stand_in, logits.clone())
     # The penalty looks at the text so far, whose length differs from row to row.
-    histories = [torch.tensor([s.all_token_ids], device=logits.device) for s in sequences]
+    histories = [torch.tensor([s.all_token_ids], device=logits.device) for s in requests]
     return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])
 
 
@@ -91,13 +92,13 @@ def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def uniforms(sequences: ListLike[Sequence]) -> list[float]:
-    """The random numbers in [0, 1) of the sequences' next tokens (Philox, Salmon et al., SC 2011)."""
+def uniforms(requests: Sequence[SampledRequest]) -> list[float]:
+    """The random numbers in [0, 1) of the requests' next tokens (Philox, Salmon et al., SC 2011)."""
     generator = np.random.Philox(key=0)
     state = generator.state  # one generator put to each place: making one takes six times as long
     counter, key = state["state"]["counter"], state["state"]["key"]
     found = []
-    for s in sequences:
+    for s in requests:
         prompt_key = int.from_bytes(hashlib.blake2b(s.prompt.id.encode(), digest_size=8).digest())
         # Number by number: numpy would turn a list with large numbers into floats, and ids would share numbers.
         counter[0], counter[1], counter[2], counter[3] = len(s.sampled), s.sample_index, prompt_key, 0

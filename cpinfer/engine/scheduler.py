@@ -1,4 +1,6 @@
-"""Who runs in the next step. Pure Python and replicated: every rank holds one and all decide alike.
+"""Who runs in the next step: continuous batching, with chunked prefill and preemption by recompute.
+
+Pure Python and replicated: every rank holds one and all decide alike.
 
 For that to hold, nothing that differs between ranks may enter a decision: no clock, no local memory reading, no set
 order, no randomised hash.
@@ -11,80 +13,18 @@ order, no randomised hash.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Sequence as ListLike
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 
-from cpinfer.engine.request import FinishReason, SampledToken, Sequence, TokenScore
+from cpinfer.engine.request import FinishReason, Request, SampledRequest, SampledToken, TokenScore
+from cpinfer.engine.step import Chunk, Prefill, Step, StepDraft
 from cpinfer.errors import EngineFaultError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
 
 # Places of given answers that one step scores at most, so that logits stay small: 0.6 GB with 150k words.
 MAX_SCORED_PLACES = 1024
-
-
-@dataclass(eq=False)
-class Prefill:
-    """Tokens being computed for all `samples` that continue them: n samples of a prompt, or one that was preempted.
-
-    In each home with samples one of them is the leader, which owns the blocks until the others fork off. `num_done`
-    tokens have KV in the home of every leader. A given answer is computed with its prompt, by a single sample.
-    """
-
-    token_ids: tuple[int, ...]
-    samples: tuple[Sequence, ...]
-    leaders: dict[int, Sequence]
-    num_done: int
-
-    @property
-    def scored(self) -> Sequence | None:
-        """The sequence whose given answer this computes, if it is one."""
-        return self.samples[0] if self.samples[0].targets else None
-
-    @property
-    def first_scored(self) -> int:
-        """The place from which on tokens predict those of the answer: the last token of the prompt."""
-        return len(self.samples[0].prompt.token_ids) - 1
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Tokens `[start, end)` of a prefill, computed in one step. The last chunk of a prefill samples, if it is to."""
-
-    prefill: Prefill
-    start: int
-    end: int
-
-    @property
-    def is_last(self) -> bool:
-        return self.end == len(self.prefill.token_ids)
-
-    @property
-    def samples(self) -> tuple[Sequence, ...]:
-        """The sequences that get a token by this chunk."""
-        return self.prefill.samples if self.is_last and self.prefill.scored is None else ()
-
-    @property
-    def scored_places(self) -> range:
-        """Places in the sequence whose logits score a token of a given answer."""
-        if self.prefill.scored is None:
-            return range(0)
-        return range(max(self.start, self.prefill.first_scored), self.end)
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of the model: either chunks of prefills, or one token of every running sequence."""
-
-    chunks: tuple[Chunk, ...]
-    running: tuple[Sequence, ...]
-
-    @property
-    def samples(self) -> tuple[Sequence, ...]:
-        """The sequences that get a token, in the order in which `commit` wants them."""
-        return tuple(s for chunk in self.chunks for s in chunk.samples) if self.chunks else self.running
 
 
 @dataclass
@@ -104,21 +44,7 @@ class HomeLoad:
     num_promised: int = 0
 
 
-@dataclass
-class _Draft:
-    """The chunks of a step so far, and how much more of it there may be."""
-
-    num_tokens: int
-    num_scored_places: int
-    chunks: list[Chunk] = field(default_factory=list)
-
-    def add(self, chunk: Chunk) -> None:
-        self.num_tokens -= chunk.end - chunk.start
-        self.num_scored_places -= len(chunk.scored_places)
-        self.chunks.append(chunk)
-
-
-def sum_stats(parts: ListLike[SchedulerStats]) -> SchedulerStats:
+def sum_stats(parts: Sequence[SchedulerStats]) -> SchedulerStats:
     """The counts of several schedulers together."""
     fields = [astuple(part) for part in parts]
     return SchedulerStats(*map(sum, zip(*fields, strict=True)))
@@ -128,47 +54,48 @@ def sum_stats(parts: ListLike[SchedulerStats]) -> SchedulerStats:
 class Scheduler:
     """Continuous batching over the homes' KV blocks, first come first served.
 
-    Prompts go before decode steps, so that a batch fills up before it advances. When a running sequence needs a block
-    and its home has none, the youngest there is put back in front of the queue and computed again later. `copies` are
-    blocks to copy, per home, before the next step: what a forked sample may not share with its leader. `window`: how
-    many of the last tokens any layer sees, None for all; blocks without such a token are given back as it moves on.
+    Prompts go before decode steps, so that a batch fills up before it advances. When a running request needs a block
+    and its home has none, the youngest there is put back in front of the queue and computed again later.
+    `copies` are copied, per home, before the next step: what a forked sample may not share with its leader.
+    `window`: how many of the last tokens any layer sees, None for all; blocks without such a token are given back as
+    it moves on.
     """
 
-    homes: ListLike[KVHome]
+    homes: Sequence[KVHome]
     sharding: KVSharding
     max_num_seqs: int
     max_num_batched_tokens: int
     window: int | None = None
     stats: SchedulerStats = field(default_factory=SchedulerStats)
     copies: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    _waiting: deque[Sequence] = field(default_factory=deque)
+    _waiting: deque[Request] = field(default_factory=deque)
     _prefilling: list[Prefill] = field(default_factory=list)
-    _running: list[Sequence] = field(default_factory=list)
+    _running: list[SampledRequest] = field(default_factory=list)
     # Kept where it changes: to count it for every prompt that is admitted would cost by the square of their number.
     _load: list[HomeLoad] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._load = [HomeLoad() for _ in self.homes]
-        # A decode step computes one token per sequence, so the token budget bounds the sequences too.
+        # A decode step computes one token per request, so the token budget bounds the requests too.
         self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._waiting) + sum(len(p.samples) for p in self._prefilling) + len(self._running)
+        return len(self._waiting) + sum(len(p.requests) for p in self._prefilling) + len(self._running)
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence. ValueError, with the numbers, when it could never run."""
-        needed = self.sharding.num_blocks(sequence.max_cached_tokens)
+    def add(self, request: Request) -> None:
+        """Queue a request. ValueError, with the numbers, when it could never run."""
+        needed, length = self.sharding.num_blocks(request.max_cached_tokens), len(request.prompt.token_ids)
         if needed > self.homes[0].pool.num_blocks:
             raise ValueError(
-                f"prompt {sequence.prompt.id!r}: {len(sequence.prompt.token_ids)} tokens and {sequence.max_new_tokens} "
+                f"prompt {request.prompt.id!r}: {length} tokens and {request.max_length - length} "
                 f"new ones need {needed} KV blocks, the pool has {self.homes[0].pool.num_blocks}"
             )
-        self._waiting.append(sequence)
+        self._waiting.append(request)
 
     def schedule(self) -> Step | None:
         """The next step, None when all is done. The blocks it writes to are taken here."""
-        draft = _Draft(self.max_num_batched_tokens, MAX_SCORED_PLACES)
+        draft = StepDraft(self.max_num_batched_tokens, MAX_SCORED_PLACES)
         for prefill in self._prefilling:
             self._add_chunk(prefill, draft)
         while draft.num_tokens > 0 and (admitted := self._admit()) is not None:
@@ -186,43 +113,43 @@ class Scheduler:
     def commit(
         self,
         step: Step,
-        sampled: ListLike[SampledToken],
-        stops: Callable[[Sequence], bool],
-        scores: ListLike[TokenScore] = (),
-    ) -> list[Sequence]:
-        """Take note of a step that ran. Returns the finished sequences.
+        sampled: Sequence[SampledToken],
+        stops: Callable[[SampledRequest], bool],
+        scores: Sequence[TokenScore] = (),
+    ) -> list[Request]:
+        """Take note of a step that ran. Returns the finished requests.
 
         `sampled` are the tokens of `step.samples`, `scores` those of its chunks' `scored_places`, one after another.
         """
         token_of = dict(zip(map(id, step.samples), sampled, strict=True))
         next_scores = iter(scores)
-        started: list[Sequence] = []
-        finished: list[Sequence] = []
+        started: list[SampledRequest] = []
+        finished: list[Request] = []
         for chunk in step.chunks:
             chunk.prefill.num_done = chunk.end
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
             if self.window is not None:
                 self._drop_dead_of_leaders(chunk.prefill)
-            if chunk.prefill.scored is not None:
-                chunk.prefill.scored.scores += islice(next_scores, len(chunk.scored_places))
-                if chunk.is_last:
-                    finished.append(self._finish_scored(chunk.prefill))
-            elif chunk.is_last:
+            for scored in chunk.prefill.scored:
+                scored.scores += islice(next_scores, len(chunk.scored_places))
+            if chunk.is_last:
+                self._remember(chunk.prefill)
                 started += self._fork(chunk.prefill)
+                finished += self._end_scored(chunk.prefill)
         if step.chunks:
             self._prefilling = [p for p in self._prefilling if p.num_done < len(p.token_ids)]
         self._running += started
-        for sequence in started if step.chunks else step.running:
-            sequence.sampled.append(token_of[id(sequence)])
-            reason: FinishReason | None = "length" if len(sequence.sampled) >= sequence.max_new_tokens else None
-            if stops(sequence):
+        for request in started if step.chunks else step.running:
+            request.sampled.append(token_of[id(request)])
+            reason: FinishReason | None = "length" if len(request.sampled) >= request.max_new_tokens else None
+            if stops(request):
                 reason = "stop"
             if reason is not None:
-                sequence.finish_reason = reason
-                self._leave(sequence)
-                finished.append(sequence)
+                request.finish_reason = reason
+                self._leave(request)
+                finished.append(request)
             elif self.window is not None:
-                self._drop_dead(sequence, sequence.next_position)
+                self._drop_dead(request, request.next_position)
         if finished:
             self._running = [s for s in self._running if s.finish_reason is None]
         return finished
@@ -234,15 +161,15 @@ class Scheduler:
         return copies
 
     def abort_all(self) -> None:
-        """Forget every unfinished sequence and free its blocks."""
-        for sequence in self._holders():
-            self.homes[sequence.home].release(sequence.take_blocks())
+        """Forget every unfinished request and free its blocks."""
+        for request in self._holders():
+            self.homes[request.home].release(request.take_blocks())
         self._running, self._prefilling, self._waiting = [], [], deque()
         self._load = [HomeLoad() for _ in self.homes]
         self.copies.clear()
 
     def check_integrity(self) -> None:
-        """Every block is free, remembered, or held by an unfinished sequence. ValueError names a leak."""
+        """Every block is free, remembered, or held by an unfinished request. ValueError names a leak."""
         for index, home in enumerate(self.homes):
             home.check_integrity(b for s in self._holders() if s.home == index for b in s.held_blocks)
         counted = self._counted_load()
@@ -252,19 +179,19 @@ class Scheduler:
     def _counted_load(self) -> list[HomeLoad]:
         """What `_load` must be."""
         load = [HomeLoad() for _ in self.homes]
-        for sequence in (*(s for p in self._prefilling for s in p.samples), *self._running):
-            load[sequence.home].num_active += 1
+        for request in (*(r for p in self._prefilling for r in p.requests), *self._running):
+            load[request.home].num_active += 1
         for prefill in self._prefilling:
             mutable = self._num_mutable_blocks(len(prefill.token_ids))
             for index in prefill.leaders:
-                num_forks = sum(s.home == index for s in prefill.samples) - 1
+                num_forks = sum(r.home == index for r in prefill.requests) - 1
                 load[index].num_promised += num_forks * mutable
         return load
 
-    def _holders(self) -> list[Sequence]:
-        return [*(s for p in self._prefilling for s in p.leaders.values()), *self._running]
+    def _holders(self) -> list[Request]:
+        return [*(r for p in self._prefilling for r in p.leaders.values()), *self._running]
 
-    def _add_chunk(self, prefill: Prefill, draft: _Draft) -> None:
+    def _add_chunk(self, prefill: Prefill, draft: StepDraft) -> None:
         """Add the next chunk of a prefill to the step, as far as it has room for it."""
         start = prefill.num_done
         end = min(start + draft.num_tokens, len(prefill.token_ids))
@@ -272,23 +199,22 @@ class Scheduler:
             # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
             aligned = end // self.sharding.prefix_unit * self.sharding.prefix_unit
             end = aligned if aligned > start else end
-        if prefill.scored is not None:  # logits are as wide as the vocabulary, so few tokens may have theirs at once
-            end = min(end, max(start, prefill.first_scored) + draft.num_scored_places)
+        # Logits are as wide as the vocabulary, so few tokens may have theirs at once.
+        end -= max(0, len(Chunk(prefill, start, end).scored_places) - draft.num_scored_places)
         if end > start:
             draft.add(Chunk(prefill, start, end))
 
     def _admit(self) -> Prefill | None:
-        """Start the first waiting sequence, with as many equal ones behind it as fit; None when it has to wait."""
+        """Start the first waiting request, with as many equal ones behind it as fit; None when it has to wait."""
         places = self.max_num_seqs - sum(load.num_active for load in self._load)
         if not self._waiting or places <= 0:
             return None
         first = self._waiting[0]
         group = [first]
-        if not first.sampled and not first.targets:
-            for other in islice(self._waiting, 1, places):
-                if other.prompt is not first.prompt or other.sampled or other.targets:
-                    break
-                group.append(other)
+        for other in islice(self._waiting, 1, places):
+            if not first.shares_prefill_with(other):
+                break
+            group.append(other)
         token_ids = first.all_token_ids
         members = self._deal_to_homes(group)
         while not self._fits(len(token_ids), members):
@@ -302,13 +228,13 @@ class Scheduler:
             load.num_promised += max(0, num_samples - 1) * self._num_mutable_blocks(len(token_ids))
         return self._start(token_ids, group)
 
-    def _deal_to_homes(self, group: list[Sequence]) -> list[int]:
+    def _deal_to_homes(self, group: list[Request]) -> list[int]:
         """Each sample to the home with the fewest active ones. Returns how many each home got."""
         before = [load.num_active for load in self._load]
         after = list(before)
-        for sequence in group:
-            sequence.home = after.index(min(after))
-            after[sequence.home] += 1
+        for request in group:
+            request.home = after.index(min(after))
+            after[request.home] += 1
         return [now - then for now, then in zip(after, before, strict=True)]
 
     def _fits(self, length: int, members: list[int]) -> bool:
@@ -328,14 +254,13 @@ class Scheduler:
         """Blocks of a sequence of `length` tokens that samples cannot share when they fork: each takes its own."""
         return self.sharding.num_blocks(length) - self.sharding.num_immutable_blocks(length)
 
-    def _start(self, token_ids: tuple[int, ...], group: list[Sequence]) -> Prefill:
+    def _start(self, token_ids: tuple[int, ...], group: list[Request]) -> Prefill:
         """Find what is remembered of the tokens, and take blocks for the rest."""
-        leaders: dict[int, Sequence] = {}
-        for sequence in group:
-            leaders.setdefault(sequence.home, sequence)
-        # What predicts a token is computed, for its logits; and every home starts where the poorest does.
-        needed = len(group[0].prompt.token_ids) - 1 if group[0].targets else len(token_ids) - 1
-        known = {h: self.homes[h].prefixes.match(token_ids, needed) for h in leaders}
+        leaders: dict[int, Request] = {}
+        for request in group:
+            leaders.setdefault(request.home, request)
+        # Whose logits are read is computed; and every home starts where the poorest does.
+        known = {h: self.homes[h].prefixes.match(token_ids, group[0].first_logits_place) for h in leaders}
         shortest = min(map(len, known.values()))
         total = self.sharding.num_blocks(len(token_ids))
         for index, leader in leaders.items():
@@ -348,7 +273,7 @@ class Scheduler:
         self.stats.num_cached_prefill_tokens += num_done
         return Prefill(token_ids, tuple(group), leaders, num_done)
 
-    def _fork(self, prefill: Prefill) -> list[Sequence]:
+    def _fork(self, prefill: Prefill) -> list[SampledRequest]:
         """End a prefill: samples share their leader's blocks, but for those that they will write to.
 
         A sample for which there is no block left goes back to the queue; the others are returned.
@@ -356,85 +281,86 @@ class Scheduler:
         length = len(prefill.token_ids)
         num_shared = self.sharding.num_immutable_blocks(length)
         started, put_back = [], []
-        for index, leader in prefill.leaders.items():
-            self.homes[index].prefixes.insert(prefill.token_ids, leader.blocks)
-        for sequence in prefill.samples:
-            home, leader = self.homes[sequence.home], prefill.leaders[sequence.home]
+        for request in prefill.samples:
+            home, leader = self.homes[request.home], prefill.leaders[request.home]
             own = leader.blocks[num_shared:]
-            if sequence is not leader:
-                self._load[sequence.home].num_promised -= len(own)
-            if sequence is leader:
-                started.append(sequence)
+            if request is not leader:
+                self._load[request.home].num_promised -= len(own)
+            if request is leader:
+                started.append(request)
             elif home.has(len(own)):
                 home.pool.share(leader.blocks[leader.num_dropped : num_shared])
-                room = self.sharding.num_blocks(sequence.max_cached_tokens) - num_shared
+                room = self.sharding.num_blocks(request.max_cached_tokens) - num_shared
                 copied = home.take(len(own), room=room)
-                sequence.blocks = leader.blocks[:num_shared] + copied
-                sequence.num_dropped = leader.num_dropped
+                request.blocks = leader.blocks[:num_shared] + copied
+                request.num_dropped = leader.num_dropped
                 if own:
-                    self.copies.setdefault(sequence.home, []).extend(zip(own, copied, strict=True))
-                started.append(sequence)
+                    self.copies.setdefault(request.home, []).extend(zip(own, copied, strict=True))
+                started.append(request)
             else:
-                self._load[sequence.home].num_active -= 1
-                put_back.append(sequence)
+                self._load[request.home].num_active -= 1
+                put_back.append(request)
         self._waiting.extendleft(reversed(put_back))
         return started
 
-    def _finish_scored(self, prefill: Prefill) -> Sequence:
-        [sequence] = prefill.samples
-        sequence.finish_reason = "length"
-        self._load[sequence.home].num_active -= 1
-        home = self.homes[sequence.home]
-        home.prefixes.insert(prefill.token_ids, sequence.blocks)
-        home.release(sequence.take_blocks())
-        return sequence
+    def _end_scored(self, prefill: Prefill) -> tuple[Request, ...]:
+        """A prefill that is all a request is for ends it, too."""
+        for request in prefill.scored:
+            self._free(request)
+        return prefill.scored
 
     def _extend_running(self) -> None:
-        """A slot for the newest token of every running sequence; the youngest of a home make way when it has none."""
-        youngest_last: dict[int, list[Sequence]] = {}
-        for sequence in self._running:
-            if not sequence.blocks:  # preempted by one before it
+        """A slot for the newest token of every running request; the youngest of a home make way when it has none."""
+        youngest_last: dict[int, list[SampledRequest]] = {}
+        for request in self._running:
+            if not request.blocks:  # preempted by one before it
                 continue
-            home = self.homes[sequence.home]
-            missing = self.sharding.num_blocks(sequence.next_position + 1) - len(sequence.blocks)
+            home = self.homes[request.home]
+            missing = self.sharding.num_blocks(request.next_position + 1) - len(request.blocks)
             if missing <= 0:
                 continue
             while not home.has(missing):
-                if sequence.home not in youngest_last:
-                    youngest_last[sequence.home] = [s for s in self._running if s.home == sequence.home]
-                youngest = youngest_last[sequence.home].pop()
+                if request.home not in youngest_last:
+                    youngest_last[request.home] = [s for s in self._running if s.home == request.home]
+                youngest = youngest_last[request.home].pop()
                 self._preempt(youngest)
-                if youngest is sequence:
+                if youngest is request:
                     break
             else:
-                after = sequence.held_blocks[-1] if sequence.held_blocks else None
-                sequence.blocks += home.take(missing, after=after)
+                after = request.held_blocks[-1] if request.held_blocks else None
+                request.blocks += home.take(missing, after=after)
         if youngest_last:
             self._running = [s for s in self._running if s.blocks]
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _preempt(self, request: SampledRequest) -> None:
         """Back to the front of the queue, without blocks: who calls takes it out of those that run."""
         self.stats.num_preemptions += 1
-        self._leave(sequence)
-        self._waiting.appendleft(sequence)
+        self._leave(request)
+        self._waiting.appendleft(request)
 
-    def _leave(self, sequence: Sequence) -> None:
-        """Free a sequence's blocks; its whole units stay remembered as long as nobody needs the room."""
-        self._load[sequence.home].num_active -= 1
-        home = self.homes[sequence.home]
-        computed = sequence.all_token_ids[: sequence.next_position]
-        home.prefixes.insert(computed, sequence.blocks)
-        home.release(sequence.take_blocks())
+    def _leave(self, request: SampledRequest) -> None:
+        """Free a request's blocks; its whole units stay remembered as long as nobody needs the room."""
+        computed = request.all_token_ids[: request.next_position]
+        self.homes[request.home].prefixes.insert(computed, request.blocks)
+        self._free(request)
+
+    def _free(self, request: Request) -> None:
+        self._load[request.home].num_active -= 1
+        self.homes[request.home].release(request.take_blocks())
+
+    def _remember(self, prefill: Prefill) -> None:
+        """A prompt that is sampled again or continued is worth remembering, as far as it is computed."""
+        for index, leader in prefill.leaders.items():
+            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_done], leader.blocks)
 
     def _drop_dead_of_leaders(self, prefill: Prefill) -> None:
-        for index, leader in prefill.leaders.items():
-            # A prompt that is sampled again or continued is worth remembering; answers are not hashed block by block.
-            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_done], leader.blocks)
+        self._remember(prefill)  # answers are not hashed block by block
+        for leader in prefill.leaders.values():
             self._drop_dead(leader, prefill.num_done)
 
-    def _drop_dead(self, sequence: Sequence, num_cached: int) -> None:
-        """Give back the blocks of a sequence that no later query sees, when `num_cached` tokens have KV."""
+    def _drop_dead(self, request: Request, num_cached: int) -> None:
+        """Give back the blocks of a request that no later query sees, when `num_cached` tokens have KV."""
         assert self.window is not None
         num_dead = self.sharding.num_dead_blocks(num_cached, self.window)
-        if num_dead > sequence.num_dropped:
-            self.homes[sequence.home].release(sequence.drop_blocks(num_dead))
+        if num_dead > request.num_dropped:
+            self.homes[request.home].release(request.drop_blocks(num_dead))

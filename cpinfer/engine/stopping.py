@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import Sequence
+from cpinfer.engine.request import SampledRequest
 
 
 class Stopping:
@@ -15,18 +15,18 @@ class Stopping:
         self._eos_token_ids = eos_token_ids
         self._tokenizer = tokenizer
 
-    def stops(self, sequence: Sequence) -> bool:
-        """Whether the newest token ends the sequence."""
-        params = sequence.params
-        if len(sequence.sampled) < params.min_new_tokens:
+    def stops(self, request: SampledRequest) -> bool:
+        """Whether the newest token ends the request."""
+        params = request.params
+        if len(request.sampled) < params.min_new_tokens:
             return False
-        if sequence.last_token_id in self.stop_token_ids(params):
+        if request.last_token_id in self.stop_token_ids(params):
             return True
         if not params.stop:
             return False
         # A string of c characters that the newest token completes began at most 4 * c tokens ago (bytes of UTF-8).
         window = 4 * max(map(len, params.stop)) + 4
-        text = self._decode(sequence.token_ids[-window:])
+        text = self._decode(request.token_ids[-window:])
         return any(stop in text for stop in params.stop)
 
     def stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
@@ -34,12 +34,12 @@ class Stopping:
         eos = () if params.ignore_eos else self._eos_token_ids
         return tuple(sorted({*params.stop_token_ids, *eos}))
 
-    def text(self, sequence: Sequence) -> str | None:
+    def text(self, request: SampledRequest) -> str | None:
         """The answer's text up to its first stop string, special tokens left out; None without a tokenizer."""
         if self._tokenizer is None:
             return None
-        text = self._decode(sequence.token_ids)
-        starts = [text.find(stop) for stop in sequence.params.stop if stop in text]
+        text = self._decode(request.token_ids)
+        starts = [text.find(stop) for stop in request.params.stop if stop in text]
         return text[: min(starts)] if starts else text
 
     def _decode(self, token_ids: list[int]) -> str:

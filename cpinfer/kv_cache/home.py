@@ -1,4 +1,4 @@
-"""The KV blocks of one home: its pool, and the prefixes it remembers."""
+"""The KV blocks of one home, a KV replica group: its pool, and the prefixes it remembers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ class KVHome:
     def __init__(self, num_blocks: int, sharding: KVSharding, *, enable_prefix_caching: bool) -> None:
         self.pool = BlockPool(num_blocks)
         self.prefixes = PrefixCache(self.pool, sharding, enabled=enable_prefix_caching)
+        self._sharding = sharding
+        self._enable_prefix_caching = enable_prefix_caching
+
+    def emptied(self) -> KVHome:
+        """The same home without a sequence or a remembered prefix; this one is as it was."""
+        return KVHome(self.pool.num_blocks, self._sharding, enable_prefix_caching=self._enable_prefix_caching)
 
     def has(self, n: int) -> bool:
         """Whether `n` blocks are free, or would be without remembered prefixes."""

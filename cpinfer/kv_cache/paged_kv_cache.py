@@ -24,7 +24,7 @@ class PagedKVCache:
 
     It starts as zeros: attention kernels read whole blocks, and what they mask must at least be finite. On CPU a page
     of it takes memory, and time to be zeroed, when it is first touched: a phase pays for the blocks that it uses. With
-    `has_spare_block` there is one block more, which no table names: tokens at `spare_slot` are written and never read.
+    `has_spare_block` one block more, which no table names: padding rows write to `spare_slot`, and nobody reads it.
 
     `dtype` is the model's, in which K and V are computed and travel. In `store_dtype` they are kept; where it is
     smaller, K and V are rounded through it when they are made (`rounded`), before anyone reads them:

@@ -1,4 +1,4 @@
-"""KV that outlives its sequence: prefixes of past sequences, found again by their tokens.
+"""Prefix caching: KV that outlives its sequence, found again by the tokens of later ones.
 
 A block holds tokens that interleaving took from all over a stretch of the sequence, so what can be shared is a *unit*:
 the smallest run of tokens whose blocks hold these tokens and no others on every shard (`KVSharding.prefix_unit`). A

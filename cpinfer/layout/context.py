@@ -1,7 +1,8 @@
 """Prefill of tokens that continue cached ones: the context of a step, sharded over the home that holds it.
 
 What a query sees of its context has no order left to keep (all of it lies before the query), so any shard may answer
-for its own tokens, and the answers merge. Either the queries travel to the KV, or the KV travels to the queries:
+for its own tokens, and the answers merge. Either the queries travel to the KV, or the KV travels to the queries
+(pass-Q and pass-KV of arXiv:2411.01783, without its ring):
 
     queries   all_gather of q; every rank attends to its own shard for all of them; (out, lse) back by all_to_all
     kv        all_gather of the cached k, v, a window at a time; every rank attends for its own queries

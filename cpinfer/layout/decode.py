@@ -93,7 +93,7 @@ def rows_in_window(
 
 
 def writing_all(plan: DecodePlan, spare_slot: int) -> DecodePlan:
-    """The same plan, in which every gathered row is written: those that others keep to `spare_slot`, which none reads.
+    """The same plan, in which every gathered row is written: those of other shards to `spare_slot`, which none reads.
 
     So what is written is as much in every step, and does not decide how much work there is.
     """
@@ -103,7 +103,7 @@ def writing_all(plan: DecodePlan, spare_slot: int) -> DecodePlan:
 
 
 def bucket_of(rows_per_rank: int) -> int:
-    """The number of rows that a step is padded to, where steps of equal size are replayed: at most half as many again.
+    """The CUDA-graph batch size of a step: the rows that it is padded to, at most half as many again.
 
     >>> [bucket_of(n) for n in (1, 2, 3, 5, 9, 17, 25, 33, 100)]
     [1, 2, 4, 6, 12, 24, 32, 48, 128]

@@ -37,8 +37,15 @@ class Coords(NamedTuple):
 class RankGrid:
     """Sizes of the axes; every group of ranks follows from them.
 
-    Raises ValueError, naming the sizes that would be legal, when `dcp_size` neither divides `pcp_size` nor is a
-    multiple of it that divides `pcp_size * tp_size`.
+    Attributes:
+        tp_size: ranks that share the weights of a replica.
+        pcp_size: ranks that share a prefill.
+        dcp_size: KV shards of a sequence; no ranks of its own.
+        dp_size: independent replicas.
+
+    Raises:
+        ValueError: when `dcp_size` neither divides `pcp_size` nor is a multiple of it that divides `pcp_size *
+            tp_size`; it names the sizes that would be legal.
     """
 
     tp_size: int = 1
@@ -57,8 +64,17 @@ class RankGrid:
     ) -> RankGrid:
         """The grid of a job that holds `num_replicas` of its model on `tp_size` ranks each, and lends them to prefill.
 
-        By default all become one pcp axis; a smaller `pcp_size` leaves the rest as dp replicas. `dcp_size` defaults to
-        `pcp_size`. ValueError when `pcp_size` does not divide the replicas, or for sizes that no grid has.
+        Args:
+            tp_size: ranks of one replica.
+            num_replicas: data-parallel replicas of the model.
+            pcp_size: ranks that share a prefill; default: all replicas. A smaller one leaves the rest as dp replicas.
+            dcp_size: KV shards of a sequence; default: `pcp_size`.
+
+        Returns:
+            The grid, of `tp_size * num_replicas` ranks.
+
+        Raises:
+            ValueError: when `pcp_size` does not divide the replicas, or for sizes that no grid has.
         """
         pcp_size = pcp_size or num_replicas
         if num_replicas % pcp_size:
@@ -76,7 +92,7 @@ class RankGrid:
 
     @property
     def num_homes(self) -> int:
-        """Sets of pcp ranks that each hold whole sequences; above 1 only when `dcp_size < pcp_size`."""
+        """KV replica groups: sets of pcp ranks that each hold whole sequences; above 1 only when dcp < pcp."""
         return max(1, self.pcp_size // self.dcp_size)
 
     @property
@@ -95,9 +111,30 @@ class RankGrid:
         return self.dcp_size <= self.pcp_size
 
     def rank(self, dp_rank: int, pcp_rank: int, tp_rank: int) -> int:
+        """The global rank at a place of the grid, tp fastest.
+
+        Args:
+            dp_rank: in `[0, dp_size)`.
+            pcp_rank: in `[0, pcp_size)`.
+            tp_rank: in `[0, tp_size)`.
+
+        Returns:
+            A rank in `[0, world_size)`.
+        """
         return (dp_rank * self.pcp_size + pcp_rank) * self.tp_size + tp_rank
 
     def coords(self, rank: int) -> Coords:
+        """Where a rank sits along each axis.
+
+        Args:
+            rank: a global rank.
+
+        Returns:
+            Its dp, pcp and tp rank.
+
+        Raises:
+            ValueError: for a rank outside of the grid.
+        """
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank {rank} is outside the grid of {self.world_size} ranks")
         outer, tp_rank = divmod(rank, self.tp_size)
@@ -135,11 +172,25 @@ class RankGrid:
         return tuple(tuple(range(d * n, (d + 1) * n)) for d in range(self.dp_size))
 
     def kv_shard(self, rank: int) -> int:
-        """KV shard that `rank` holds, in `[0, dcp_size)`."""
+        """The KV shard that a rank holds.
+
+        Args:
+            rank: a global rank.
+
+        Returns:
+            Its place in its DCP group's list, in `[0, dcp_size)`.
+        """
         return self._dcp_place[rank]
 
     def home(self, rank: int) -> int:
-        """Home that `rank` belongs to, in `[0, num_homes)`."""
+        """The home (KV replica group) that a rank belongs to.
+
+        Args:
+            rank: a global rank.
+
+        Returns:
+            The home's number, in `[0, num_homes)`.
+        """
         return self.coords(rank).pcp_rank // self.row_ranks
 
     @cached_property

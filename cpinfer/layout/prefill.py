@@ -1,6 +1,7 @@
-"""One prefill step: whole prompts are computed, split over the pcp ranks so that causal work is equal.
+"""One prefill step: prompts are computed by all pcp ranks, load-balanced for the causal mask by the zigzag split.
 
-A prompt of q tokens is cut into n = 2 * pcp pieces; rank r takes pieces r and n-1-r, one cheap and one dear:
+A prompt of q tokens is cut into n = 2 * pcp pieces; rank r takes pieces r and n-1-r, one from the head, cheap, and one
+from the tail, dear (zigzag, or head-tail: as in SGLang, Megatron and ring-flash-attention):
 
     pcp=2, q=8         piece    0    1    2    3          work of a row grows with its end, so 0+3 = 1+2
                        tokens  0 1  2 3  4 5  6 7
@@ -190,7 +191,7 @@ def deal_prompts(
 def split_prompts(
     prompt_lens: Sequence[int], pcp_size: int, *, page_size: int = 1, dealt: Sequence[int | None] | None = None
 ) -> PrefillSplit:
-    """Cut and deal prompts of at least one token each. `dealt` as `deal_prompts` gives it; None splits every prompt."""
+    """The zigzag split of prompts of at least one token each. `dealt` is of `deal_prompts`, None splits all."""
     if min(prompt_lens, default=0) < 1:
         raise ValueError("a prefill step needs at least one prompt, and every prompt at least one token")
     offsets = [0] * pcp_size

@@ -9,6 +9,8 @@ from itertools import chain
 import numpy as np
 from numpy.typing import NDArray
 
+from cpinfer.layout.capacity import KVLayout
+
 Int32Array = NDArray[np.int32]
 
 
@@ -19,7 +21,8 @@ class AttentionRows:
     Row i has the next `q_lens[i]` packed queries, which see the keys with index `[kv_lo[i], kv_hi[i])` of the dense
     sequence that its block table spells out. Under `causal` the last query sees all of them, the one before it one key
     less, and so on (aligned to the end of the row), of which a `window` leaves it the last so many. A row with
-    `kv_lo == kv_hi` is empty: output 0, lse -inf.
+    `kv_lo == kv_hi` is empty: output 0, lse -inf. `v_is_prefix_of_k`: the values of the store are the first columns of
+    its keys, as of latents, and are not stored beside them.
     """
 
     q_lens: Int32Array
@@ -30,6 +33,7 @@ class AttentionRows:
     block_size: int
     causal: bool
     window: int | None = None
+    v_is_prefix_of_k: bool = False
 
     def __post_init__(self) -> None:
         n = len(self.q_lens)
@@ -72,6 +76,10 @@ class AttentionRows:
             block_size=block_size,
             causal=causal,
         )
+
+    def over(self, layout: KVLayout) -> AttentionRows:
+        """The same rows over a store of this layout."""
+        return replace(self, v_is_prefix_of_k=layout.v_is_prefix_of_k)
 
     def within(self, window: int) -> AttentionRows:
         """The same causal rows under a window, without the keys that no query of theirs sees."""

@@ -13,7 +13,7 @@ run see whole are shared, so both halves begin at a block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,7 @@ def share_prefix(rows: AttentionRows, min_saved_keys: int = 1) -> SharedPrefix |
         block_size=rows.block_size,
         causal=False,
     )
+    shared = replace(shared, v_is_prefix_of_k=rows.v_is_prefix_of_k)
     return SharedPrefix(shared, own, num_saved_keys)
 
 

@@ -6,13 +6,12 @@ themselves, and attention gets and caches what a training forward's attention ge
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.layer import AttentionLayer
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.errors import UserError
 from cpinfer.models.checkpoint import first_line
@@ -74,9 +73,6 @@ class CastStep:
         self.num_tokens = step.num_tokens
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if layer.latent is not None:
-            latent = LatentSpace(layer.latent.w_k.to(self._dtype), layer.latent.w_v.to(self._dtype))
-            layer = dataclasses.replace(layer, latent=latent)
         # Attention keeps its own precision: states are merged in float32.
         with torch.autocast(q.device.type, enabled=False):
-            return self._step.attend(layer, q.to(self._dtype), k.to(self._dtype), v.to(self._dtype))
+            return self._step.attend(layer.to(self._dtype), q.to(self._dtype), k.to(self._dtype), v.to(self._dtype))

@@ -15,7 +15,14 @@ def expand_kv_heads(model: Any, tp_size: int) -> None:
 
     Call it before the framework shards the weights. Expanded head j is a copy of head `j // rep`, so a rank's query
     heads find their own KV head beside them; the model computes what it computed before. Nothing happens when
-    `tp_size` is not above the number of KV heads. ValueError when the heads cannot be dealt.
+    `tp_size` is not above the number of KV heads.
+
+    Args:
+        model: a Hugging Face causal LM, whole; its config is changed with it.
+        tp_size: ranks that will share its weights.
+
+    Raises:
+        ValueError: when the heads cannot be shared evenly.
     """
     spec = ModelSpec.from_config(model.config.to_dict())
     if spec.latent is not None:

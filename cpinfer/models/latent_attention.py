@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.layer import LatentLayer
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.models.local_weights import local
 
@@ -45,7 +45,7 @@ def latent_attention(
     w_k, w_v = (
         local(module.kv_b_proj.weight).view(-1, nope + module.v_head_dim, rank).split([nope, module.v_head_dim], dim=1)
     )
-    layer = AttentionLayer(module.layer_idx, module.scaling, latent=LatentSpace(w_k, w_v))
+    layer = LatentLayer(module.layer_idx, module.scaling, w_k=w_k, w_v=w_v)
     out = step.attend(layer, queries, cached, cached[..., :rank])
     return module.o_proj(out.reshape(1, T, -1)), None
 

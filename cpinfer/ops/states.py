@@ -57,7 +57,8 @@ def merge_states(states: Sequence[State]) -> State:
 def count_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     """`out [T, H, D]` after one more key per head, with logit `sinks [H]` and value 0: the state `(0, sink)` merged in.
 
-    It belongs after the last merge, on the row's owner, so that each sink counts once. Without keys the result is 0.
+    These are gpt-oss's attention sinks. They belong after the last merge, on the row's owner, so that each counts once.
+    Without keys the result is 0.
     """
     return out * torch.sigmoid(lse - sinks.to(lse.dtype)).unsqueeze(-1).to(out.dtype)
 

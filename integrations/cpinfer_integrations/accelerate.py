@@ -18,15 +18,26 @@ from accelerate import Accelerator
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.grid import RankGrid
 
+__all__ = ["topology_from", "topology_from_mesh"]
+
 _SEQUENCE_AXES = ("cp", "sp")
 
 
 def topology_from(accelerator: Accelerator, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
-    """The topology of an Accelerate job: from its device mesh; without one, all ranks are lent to prefill.
+    """The topology of an Accelerate job: from its device mesh; without one, all ranks are lent to prefill. Collective.
 
-    By default pcp is the mesh's `cp` axis, or all data-parallel ranks when it has none; a smaller `pcp_size` leaves the
-    rest as dp replicas. `dcp_size` defaults to `pcp_size`. ValueError for a `pcp_size` that does not fit, and for a job
-    whose tensor parallelism is DeepSpeed's, whose groups Accelerate does not know. Collective.
+    Args:
+        accelerator: the job's.
+        pcp_size: ranks that share a prefill; default: the mesh's `cp` axis, else all data-parallel
+            ranks. A smaller one leaves the rest as dp replicas.
+        dcp_size: KV shards of a sequence; default: `pcp_size`.
+
+    Returns:
+        This rank's topology.
+
+    Raises:
+        ValueError: for a `pcp_size` that does not fit, and for a job whose tensor parallelism is DeepSpeed's, whose
+            groups Accelerate does not know.
     """
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     sharding = {} if plugin is None else plugin.deepspeed_config.get("tensor_parallel", {})
@@ -42,9 +53,19 @@ def topology_from(accelerator: Accelerator, *, pcp_size: int | None = None, dcp_
 
 
 def topology_from_mesh(mesh: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
-    """The topology of a `DeviceMesh` over all ranks, as `topology_from` has it; the mesh's groups are used as they are.
+    """The topology of a `DeviceMesh`, whose groups are used as they are. Collective.
 
-    ValueError when the mesh leaves ranks out, or does not count them with `tp` fastest. Collective.
+    Args:
+        mesh: over all ranks, its axes named as Accelerate names them.
+        pcp_size: ranks that share a prefill; default: the mesh's `cp` axis, else all data-parallel
+            ranks. A smaller one leaves the rest as dp replicas.
+        dcp_size: KV shards of a sequence; default: `pcp_size`.
+
+    Returns:
+        This rank's topology.
+
+    Raises:
+        ValueError: when the mesh leaves ranks out, or does not count them with `tp` fastest.
     """
     ranks = mesh.mesh.flatten().tolist()
     world_size = dist.get_world_size()

@@ -29,13 +29,25 @@ from cpinfer.models.kv_expansion import expand_kv_heads
 from cpinfer.refusals import refuse
 from cpinfer_integrations import deepspeed_zero3 as zero3
 
+__all__ = ["LaunchedInference", "init_distributed", "launch_inference", "lend", "topology_from"]
+
 
 def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
     """The topology of a DeepSpeed engine: its own tensor-parallel group, and its data-parallel ranks lent to prefill.
 
-    `engine` comes from `deepspeed.init_inference`, or from `deepspeed.initialize` with or without `autotp_size`. By
-    default all data-parallel ranks become one pcp axis; a smaller `pcp_size` leaves the rest as dp replicas. `dcp_size`
-    defaults to `pcp_size`. Groups that the engine has are used as they are; only missing ones are created. Collective.
+    Groups that the engine has are used as they are; only missing ones are created. Collective.
+
+    Args:
+        engine: of `deepspeed.init_inference`, or of `deepspeed.initialize` with or without `autotp_size`.
+        pcp_size: ranks that share a prefill; default: all data-parallel ranks.
+            A smaller one leaves the rest as dp replicas.
+        dcp_size: KV shards of a sequence; default: `pcp_size`.
+
+    Returns:
+        This rank's topology; `close` it to destroy what was created.
+
+    Raises:
+        ValueError: for sizes that do not fit the job.
     """
     tp_group, lent = _groups_of(engine)
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
@@ -48,8 +60,18 @@ def lend(engine: Any, config: ConfigLike = None) -> Lent:
     """What the engine of a training job lends to rollouts: its module, and its data-parallel ranks as pcp ranks.
 
     Under ZeRO 0, 1 and 2 the weights are where they are used. Under ZeRO-3 they come as `rollout.gather` says; with
-    "tp_shards" the data-parallel ranks serve as tp x pcp. Collective. ValueError when the config's sizes do not fit the
-    job, UnsupportedError for what the table of refusals names.
+    "tp_shards" the data-parallel ranks serve as tp x pcp. Collective.
+
+    Args:
+        engine: of `deepspeed.initialize`.
+        config: the layout, and under `rollout` how weights are gathered.
+
+    Returns:
+        What `rollout_phase` takes.
+
+    Raises:
+        ValueError: when the config's sizes do not fit the job.
+        UnsupportedError: for what the table of refusals names.
     """
     config = job_config(config)
     if engine.torch_autocast_enabled():
@@ -96,7 +118,12 @@ def init_distributed() -> None:
 
 @dataclass(frozen=True)
 class LaunchedInference:
-    """A DeepSpeed inference engine, its model sharded by tensor parallelism, and the topology around it."""
+    """A DeepSpeed inference engine, its model sharded by tensor parallelism, and the topology around it.
+
+    Attributes:
+        engine: DeepSpeed's.
+        topology: this rank's, which owns the groups made for it.
+    """
 
     engine: Any
     topology: Topology
@@ -109,9 +136,16 @@ class LaunchedInference:
 def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> LaunchedInference:
     """Shard `model` over the tp axis of `grid` with DeepSpeed's AutoTP, for jobs that have no engine yet.
 
-    `model` is a Hugging Face causal LM, whole on every rank; it is changed in place, its K/V heads expanded first where
-    tp exceeds them. The default process group must exist. Collective over all ranks. The groups made here belong to the
-    topology.
+    The default process group must exist. Collective over all ranks.
+
+    Args:
+        model: a Hugging Face causal LM, whole on every rank; it is changed in place, its K/V heads expanded first where
+            tp exceeds them.
+        grid: the layout, of all ranks.
+        dtype: of the weights.
+
+    Returns:
+        The engine, and the topology, to which the groups made here belong.
     """
     init_distributed()
     tp_group, owned = None, []

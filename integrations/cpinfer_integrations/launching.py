@@ -12,6 +12,7 @@ from cpinfer.config import LaunchConfig, ParallelConfig
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
+from cpinfer.packages import need_package
 
 
 def grid_for(config: ParallelConfig, world_size: int) -> RankGrid:
@@ -22,6 +23,12 @@ def grid_for(config: ParallelConfig, world_size: int) -> RankGrid:
     if error:
         raise UserError(error)
     return RankGrid(config.tp_size, config.pcp_size, config.dcp_size, world_size // per_replica)
+
+
+def check_packages(config: ParallelConfig) -> None:
+    """UserError when the package that would shard the config's model is not installed. Nothing is imported."""
+    if config.tp_size > 1 and config.tensor_parallel.provider == "autotp":
+        need_package("deepspeed", f'tp_size={config.tp_size} with the provider "autotp"')
 
 
 def launch_inference(config: LaunchConfig, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:

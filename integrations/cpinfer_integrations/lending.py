@@ -16,15 +16,25 @@ from cpinfer.models.wrappers import without_replication
 from cpinfer.refusals import refuse
 from cpinfer_integrations import fsdp
 
+__all__ = ["lend"]
+
 
 def lend(trained: Any, config: ConfigLike = None) -> Lent:
     """The model, ranks and weights of a job, from what its training loop calls forward on. Collective.
 
-    `trained` is a DeepSpeed engine, a model under `DistributedDataParallel`, one on which FSDP2's `fully_shard` was
-    called, one that Transformers shards by tensor parallelism, or a bare model; any of them compiled, and so is what an
-    Accelerator's `prepare` makes of one. `config` is a `JobConfig` (or an `EngineConfig`, of which sizes are the
-    default), a dict of its keys, the path of a JSON file, or nothing. UserError when the config's sizes do not fit the
-    job, UnsupportedError for what the table of refusals names.
+    Args:
+        trained: a DeepSpeed engine, a model under `DistributedDataParallel`, one on which FSDP2's `fully_shard` was
+            called, one that Transformers shards by tensor parallelism, or a bare model; any of them compiled, and so is
+            what an Accelerator's `prepare` makes of one.
+        config: the layout, and under `rollout` how weights are gathered that the trainer has sharded: a `JobConfig`, a
+            dict of its keys, the path of a JSON file, or nothing.
+
+    Returns:
+        What `rollout_phase` takes.
+
+    Raises:
+        UserError: when the config's sizes do not fit the job.
+        UnsupportedError: for what the table of refusals names.
     """
     config = job_config(config)
     module = without_replication(trained)

@@ -42,6 +42,8 @@ from cpinfer.errors import UserError
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
 from cpinfer_integrations.launching import grid_for, launch_inference
 
+__all__ = ["CpinferLM", "main"]
+
 # What lm-eval's own command line adds to every model's arguments; the engine batches, and knows its device, by itself.
 _IGNORED = ("batch_size", "max_batch_size", "device", "trust_remote_code")
 # Arguments of the model itself; all others are keys of a config.
@@ -60,9 +62,21 @@ class CpinferLM(TemplateLM):
     """An engine as lm-eval sees a model. Every rank of the topology holds one and lm-eval runs on each.
 
     With an engine that a job holds, pass it to `lm_eval.simple_evaluate(CpinferLM(engine, topology, tokenizer), ...)`.
-    `max_length` is the longest context with its answer, by default the model's; longer ones lose their beginning.
-    `add_bos_token` None leaves that to the tokenizer, `prefix_token_id` (default: BOS, else EOS) stands where a context
-    is empty. `think_end_token` cuts an answer's text up to its last occurrence.
+
+    Args:
+        engine: awake, attached by the job.
+        topology: the one it was attached with.
+        tokenizer: the model's.
+        max_length: tokens of the longest context with its answer, default: the model's; longer ones lose their
+            beginning.
+        max_gen_toks: tokens of an answer whose task sets no limit.
+        add_bos_token: None leaves that to the tokenizer.
+        prefix_token_id: stands where a context is empty; default: BOS, else EOS.
+        enable_thinking: handed to the chat template; None is not.
+        think_end_token: cuts an answer's text up to its last occurrence.
+
+    Raises:
+        UserError: for a `max_length` beyond the model's positions.
     """
 
     def __init__(
@@ -375,7 +389,15 @@ class CpinferLM(TemplateLM):
 
 
 def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
-    """lm-eval's command line with the model `cpinfer`, on the processes that a launcher started."""
+    """lm-eval's command line with the model `cpinfer`, on the processes that a launcher started.
+
+    Args:
+        argv: lm-eval's arguments.
+        environ: the environment, in which launchers say who this process is.
+
+    Returns:
+        The exit status.
+    """
     launch = Launch.from_environ(environ)
     end_with_launcher(environ, program="lm_eval")
     # lm-eval reads sys.argv; the DeepSpeed launcher has put its own argument there.

@@ -21,12 +21,25 @@ from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
 
+__all__ = ["LaunchedModel", "launch_inference", "lend", "topology_from"]
+
 
 def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:
     """The topology of a model loaded with a `DistributedConfig`: its tp group, all other ranks lent to prefill.
 
-    By default these become one pcp axis; a smaller `pcp_size` leaves the rest as dp replicas. `dcp_size` defaults to
-    `pcp_size`. ValueError for a model whose weights no mesh with a `tp` axis holds. Collective.
+    Collective.
+
+    Args:
+        model: one that was loaded with `distributed_config=DistributedConfig(tp_size=...)`.
+        pcp_size: ranks that share a prefill; default: all ranks beside tp.
+            A smaller one leaves the rest as dp replicas.
+        dcp_size: KV shards of a sequence; default: `pcp_size`.
+
+    Returns:
+        This rank's topology.
+
+    Raises:
+        ValueError: for a model whose weights no mesh with a `tp` axis holds.
     """
     tp_group = _tp_mesh(model)["tp"].get_group()
     tp_size = dist.get_world_size(tp_group)
@@ -37,7 +50,17 @@ def topology_from(model: Any, *, pcp_size: int | None = None, dcp_size: int | No
 def lend(model: Any, config: ConfigLike = None) -> Lent:
     """What a training job lends whose model Transformers shards: its weights in place, its tp group, all other ranks.
 
-    UserError when the config says a tp_size that is not that of the model's mesh. Collective.
+    Collective.
+
+    Args:
+        model: one that was loaded with `distributed_config=DistributedConfig(tp_size=...)`.
+        config: the layout.
+
+    Returns:
+        What `rollout_phase` takes.
+
+    Raises:
+        UserError: when the config says a tp_size that is not that of the model's mesh.
     """
     config, tp_size = job_config(config), _tp_mesh(model)["tp"].size()
     if config.tensor_parallel.tp_size not in (None, tp_size):
@@ -51,7 +74,12 @@ def lend(model: Any, config: ConfigLike = None) -> Lent:
 
 @dataclass(frozen=True)
 class LaunchedModel:
-    """A model sharded by Transformers, and the topology around it."""
+    """A model sharded by Transformers, and the topology around it.
+
+    Attributes:
+        module: the causal LM.
+        topology: this rank's.
+    """
 
     module: Any
     topology: Topology
@@ -61,6 +89,14 @@ def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype) -> Launc
     """Load `model`, a folder or Hugging Face id, sharded over the tp axis of `grid`. Collective over all ranks.
 
     The default process group must exist and span the grid; the groups of the mesh end with it.
+
+    Args:
+        model: a folder or Hugging Face id.
+        grid: the layout, of all ranks.
+        dtype: of the weights.
+
+    Returns:
+        The model and its topology.
     """
     replicas = grid.world_size // grid.tp_size
     more = {"fsdp_size": 1, "dp_replicate_size": replicas} if replicas > 1 else {}

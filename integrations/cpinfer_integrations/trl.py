@@ -35,6 +35,8 @@ from cpinfer.errors import UserError
 from cpinfer_integrations.lending import lend
 from cpinfer_integrations.trl_settings import check_settings, ends_unknown_to_trl, sampling_of
 
+__all__ = ["PhaseRecord", "RolloutFunc", "make_rollout_func"]
+
 T = TypeVar("T")
 logger = logging.getLogger("cpinfer")
 
@@ -43,8 +45,18 @@ logger = logging.getLogger("cpinfer")
 class PhaseRecord:
     """One rollout phase: counts and mismatch over all ranks of the job, times of this rank.
 
-    `phase_s` is from the trainer's call to the model's return. Its parts are `prepare_s` (settings, lending, tokens),
-    `generate_s` (the engine's) and the four of `cost`; measuring the mismatch comes after it, and takes `mismatch_s`.
+    Attributes:
+        weights_version: the optimiser step.
+        num_samples: of all ranks.
+        num_generated_tokens: of all samples.
+        mismatch: of rollout and training logprobs; None in phases where it is not measured.
+        mode: "train" or "eval".
+        num_truncated_prompts: prompts cut from the left to fit.
+        phase_s: seconds from the trainer's call to the model's return.
+        prepare_s: of them settings, lending, tokens.
+        generate_s: of them the engine's.
+        mismatch_s: seconds to measure the mismatch, after the phase.
+        cost: the other parts of `phase_s`.
     """
 
     weights_version: int
@@ -79,12 +91,18 @@ class PhaseRecord:
 def make_rollout_func(config: ConfigLike = None) -> RolloutFunc:
     """What to give a `GRPOTrainer` as `rollout_func`: generation by cpinfer, in the layout of `config`.
 
-    `config` is a `JobConfig`, a dict of its keys, the path of a JSON file (which may be a run's), or nothing: then
-    every data-parallel rank generates for itself, in the dtype that the weights have. UserError where it is none. The
-    layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase; `config.rollout` says how dealt out
-    weights are gathered. Temperature, top_k, top_p, min_p, repetition_penalty and the answer's length are the
-    trainer's; everything else of `config.sampling` holds as it stands. Samples are a function of the trainer's seed and
-    `config.sampling.seed`, of training or evaluation, of the optimiser step, and of the phase's number within it.
+    Colocated rollouts: the layout's pcp ranks are the trainer's data-parallel replicas, lent for the phase.
+    Temperature, top_k, top_p, min_p, repetition_penalty and the answer's length are the trainer's; everything else of
+    `config.sampling` holds as it stands. Samples are a function of the trainer's seed and `config.sampling.seed`, of
+    training or evaluation, of the optimiser step, and of the phase's number within it.
+
+    Args:
+        config: the layout, the sampling, and under `rollout` how weights are gathered that the trainer has sharded: a
+            `JobConfig`, a dict of its keys, the path of a JSON file (which may be a run's), or nothing, which leaves
+            every data-parallel rank to generate for itself.
+
+    Returns:
+        The callable, which keeps a `PhaseRecord` of every phase in `records`.
     """
     return RolloutFunc(config)
 
@@ -101,10 +119,17 @@ class RolloutFunc:
         self.records: list[PhaseRecord] = []
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
-        """`prompt_ids`, `completion_ids` and processed `logprobs` for this rank's prompts, in their order.
+        """One sample for each of this rank's prompts. Collective over all ranks of the job.
 
-        UserError for a prompt that can never run, and for what this path of TRL cannot serve. Collective over all ranks
-        of the job.
+        Args:
+            prompts: texts or chats, as TRL hands them over.
+            trainer: the `GRPOTrainer`.
+
+        Returns:
+            `prompt_ids`, `completion_ids` and processed `logprobs`, in the order of the prompts.
+
+        Raises:
+            UserError: for a prompt that can never run, and for what this path of TRL cannot serve.
         """
         laps = [time.perf_counter()]
         check_settings(trainer, self._config.sampling)

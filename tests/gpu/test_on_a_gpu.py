@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpinfer.attention.backends.base import AttentionNeeds, make_backend
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.registry import make_backend
 from cpinfer.layout.capacity import KVLayout
 from cpinfer_tools.gpu import gpu_check
 

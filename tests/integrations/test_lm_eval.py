@@ -217,7 +217,8 @@ def test_choices_of_a_question_share_its_prefill_in_calls_that_the_pool_holds(
     calls = []
     score = engine.score
     monkeypatch.setattr(engine, "score", lambda pairs: calls.append(pairs) or score(pairs))
-    monkeypatch.setattr(engine, "_pool_size", replace(engine._pool_size, num_blocks=12))  # 48 tokens
+    small = replace(engine._needs.pool_size, num_blocks=12)  # 48 tokens
+    monkeypatch.setattr(engine, "_needs", replace(engine._needs, pool_size=small))
     pairs = [(context, choice) for context in (SHORT, "a" + SHORT, "Recall: Amos") for choice in (" keeps", " owns")]
     ours.loglikelihood(requests("loglikelihood", pairs[::-1]))
     assert [len({tuple(context) for context, _ in call}) for call in calls] == [2, 1]

@@ -23,7 +23,7 @@ def on_flashinfer(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[Atten
             asked.append(needs)
             return checked_backend(device, needs, fake_flashinfer(version))
 
-        monkeypatch.setattr("cpinfer.engine.engine.make_backend", made)
+        monkeypatch.setattr("cpinfer.engine.needs.make_backend", made)
         return asked
 
     return take

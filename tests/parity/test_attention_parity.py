@@ -178,7 +178,7 @@ def test_groups_that_mix_kv_heads_prefill_in_chunks(
 
 @pytest.mark.parametrize("layout", MIXED[:2] + MIXED[6:8], ids=lambda x: "tp{}_pcp{}_dcp{}_q{}_kv{}".format(*x))
 def test_groups_that_mix_kv_heads_work_by_reduce_scatter(layout: tuple[int, int, int, int, int]) -> None:
-    assert run_case(make_mixed(*layout, state_return="ag_rs")).max_error <= TOLERANCE
+    assert run_case(make_mixed(*layout, decode_exchange="ag_rs")).max_error <= TOLERANCE
 
 
 @pytest.mark.parametrize("layout", MIXED, ids=lambda x: "tp{}_pcp{}_dcp{}_q{}_kv{}".format(*x))
@@ -280,20 +280,20 @@ def test_what_a_layer_does_to_its_logits_is_seen_by_these_tests(change: dict[str
 # --- the other ways for states to come back ---
 
 
-@pytest.mark.parametrize("state_return", ["ag_rs", "replicate_q"])
+@pytest.mark.parametrize("decode_exchange", ["ag_rs", "replicate_q"])
 @pytest.mark.parametrize("layout", [(1, 2, 2, 2), (2, 2, 2, 2), (1, 4, 2, 2), (1, 3, 3, 2), (1, 2, 1, 2)])
-def test_every_way_for_states_to_return_gives_the_same(layout: tuple[int, int, int, int], state_return: str) -> None:
-    assert run_case(make_case(*layout, state_return=state_return)).max_error <= TOLERANCE
+def test_every_way_for_states_to_return_gives_the_same(layout: tuple[int, int, int, int], decode_exchange: str) -> None:
+    assert run_case(make_case(*layout, decode_exchange=decode_exchange)).max_error <= TOLERANCE
 
 
 @pytest.mark.parametrize("layout", [(2, 2, 4, 1), (4, 2, 8, 1), (2, 1, 2, 1)])
 def test_reduce_scatter_works_over_columns_too(layout: tuple[int, int, int, int]) -> None:
-    assert run_case(make_case(*layout, state_return="ag_rs")).max_error <= TOLERANCE
+    assert run_case(make_case(*layout, decode_exchange="ag_rs")).max_error <= TOLERANCE
 
 
-@pytest.mark.parametrize(("state_return", "collectives"), [("a2a", 2), ("ag_rs", 3), ("replicate_q", 1)])
-def test_collectives_of_every_way_for_states_to_return(state_return: str, collectives: int) -> None:
-    outcome = run_case(make_case(1, 2, 2, 2, state_return=state_return, num_new_tokens=1))
+@pytest.mark.parametrize(("decode_exchange", "collectives"), [("a2a", 2), ("ag_rs", 3), ("replicate_q", 1)])
+def test_collectives_of_every_way_for_states_to_return(decode_exchange: str, collectives: int) -> None:
+    outcome = run_case(make_case(1, 2, 2, 2, decode_exchange=decode_exchange, num_new_tokens=1))
     assert {t.num_collectives for t in outcome.decode_traffic} == {collectives}
 
 

@@ -7,8 +7,8 @@ import torch
 
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.attention.context import KVContext, QueryContext
-from cpinfer.attention.exchange import StateExchange
-from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
+from cpinfer.attention.layer import AttentionLayer, LatentLayer
 from cpinfer.comm.axis import CountingComm
 from cpinfer.comm.threads import run_ranks
 from cpinfer.comm.topology import Topology
@@ -33,9 +33,10 @@ NUM_CACHED = [100, 0, 33]
 HEADS, DIM, BLOCK = 4, 8, 4
 
 
-# Of every kind of cache: its layout, KV heads of a model of one column, what the layer does to latents.
-LATENT = LatentSpace(torch.randn(HEADS, 6, 8), torch.randn(HEADS, 5, 8))
-KINDS = {"one_head": (KVLayout(1, DIM, DIM), None), "latent": (KVLayout(1, 8 + 4, 8, v_is_prefix_of_k=True), LATENT)}
+# Of every kind of cache: its layout, KV heads of a model of one column, the layer.
+LATENT = LatentLayer(0, 1.0, w_k=torch.randn(HEADS, 6, 8), w_v=torch.randn(HEADS, 5, 8))
+LAYER = AttentionLayer(0, 1.0)
+KINDS = {"one_head": (KVLayout(1, DIM, DIM), LAYER), "latent": (KVLayout(1, 8 + 4, 8, v_is_prefix_of_k=True), LATENT)}
 SIZES = [(1, 2, 2), (1, 3, 3), (1, 4, 2), (1, 2, 1), (2, 2, 4), (2, 1, 2), (1, 1, 1)]
 
 
@@ -53,17 +54,16 @@ def test_counted_bytes_of_context_are_those_of_the_formula(
 @pytest.mark.parametrize("sizes", [(2, 2, 4), (2, 1, 2), (4, 1, 4)])
 def test_groups_that_mix_heads_send_all_that_they_store(sizes: tuple[int, int, int], exchange: str) -> None:
     grid = RankGrid(*sizes)
-    check(grid, HeadPlacement(HEADS * grid.tp_size, 2, grid.tp_size), KVLayout(2, DIM, DIM), None, exchange)
+    check(grid, HeadPlacement(HEADS * grid.tp_size, 2, grid.tp_size), KVLayout(2, DIM, DIM), LAYER, exchange)
 
 
-def check(grid: RankGrid, heads: HeadPlacement, kv: KVLayout, latent: LatentSpace | None, exchange: str) -> None:
+def check(grid: RankGrid, heads: HeadPlacement, kv: KVLayout, layer: AttentionLayer, exchange: str) -> None:
     """Count what a chunk with context receives on every rank of `grid`; hold it against the formula."""
     sharding = KVSharding(grid.dcp_size, 3, BLOCK)
     split = split_prompts(NUM_NEW, grid.pcp_size)
     tables = [list(range(i * 30, i * 30 + 30)) for i in range(3)]
     contexts = [Context(n, i % grid.num_homes, tables[i]) for i, n in enumerate(NUM_CACHED)]
-    layer = AttentionLayer(0, 1.0, latent=latent)
-    q_dim = DIM if latent is None else 6 + 4
+    is_latent = isinstance(layer, LatentLayer)
 
     def body(topology: Topology) -> tuple[int, int]:
         cache = PagedKVCache(kv, 1, 90, BLOCK, torch.float32, CPU)
@@ -73,14 +73,14 @@ def check(grid: RankGrid, heads: HeadPlacement, kv: KVLayout, latent: LatentSpac
         stored = heads.in_group(grid, topology.coords.tp_rank)
         assert len(stored.kv_heads) == kv.num_heads
         if exchange == "queries":
-            states = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
+            states = AllToAllExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
             plan = plan_query_exchange(step, comm.index)
             context: QueryContext | KVContext = QueryContext(plan, backend, cache, states, stored)
         else:
             context = KVContext(plan_kv_exchange(step, comm.index, 64), backend, cache, comm, stored)
         tokens = split.tokens_per_rank()[topology.coords.pcp_rank]
-        out, _ = context.attend(layer, torch.randn(tokens, HEADS, q_dim))
-        assert out.shape == (tokens, HEADS, DIM if latent is None else 5)
+        out, _ = context.attend(layer, torch.randn(tokens, HEADS, 6 + 4 if is_latent else DIM))
+        assert out.shape == (tokens, HEADS, 5 if is_latent else DIM)
         formula = exchange_bytes(exchange, step, HEADS, kv, dtype_bytes=4)
         return comm.traffic.received_bytes, formula
 

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 import cpinfer
-from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.layer import AttentionLayer, LatentLayer
 from cpinfer.attention.steps import DecodeStep, PrefillStep
 from cpinfer.config import SamplingParams
 from cpinfer.engine.attach import model_spec
@@ -320,8 +320,10 @@ def group_heads_with(wrong: Callable[[GroupHeads], dict[str, Any]]) -> Patch:
 
 
 def next_heads_keys(patch: pytest.MonkeyPatch) -> None:
-    absorb = LatentSpace.absorb
-    patch.setattr(LatentSpace, "absorb", lambda space, q: absorb(LatentSpace(space.w_k.roll(1, 0), space.w_v), q))
+    absorb = LatentLayer.absorb
+    patch.setattr(
+        LatentLayer, "absorb", lambda layer, q: absorb(dataclasses.replace(layer, w_k=layer.w_k.roll(1, 0)), q)
+    )
 
 
 def keys_unrotated(patch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ BOOKKEEPING = tuple(
     str(ROOT / name)
     for name in (
         "engine/scheduler.py",
+        "engine/request.py",
         "kv_cache/home.py",
         "kv_cache/block_pool.py",
         "kv_cache/free_runs.py",

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.prompts import check_sampling
-from cpinfer.engine.request import Prompt, SampledToken, Sequence
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.sampling import sample_tokens
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import UserError
@@ -58,7 +58,7 @@ def check(rows):
             check_sampling(params, SPEC)
         except UserError:
             return
-        sequence = Sequence(Prompt(i, str(i), (i,)), 0, params, 64)
+        sequence = SampledRequest(Prompt(i, str(i), (i,)), 0, params, 64)
         sequence.sampled += [SampledToken(token, 0.0, 0.0) for token in sampled]
         sequences.append(sequence)
     stopping = Stopping(SPEC.eos_token_ids, None)

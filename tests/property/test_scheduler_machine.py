@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import Prompt, SampledToken, Sequence
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import plan_decode
@@ -144,7 +144,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         self.num_prompts += 1
         fits = self.sharding.num_blocks(len(prompt.token_ids) + max_new_tokens - 1) <= self.homes[0].pool.num_blocks
         for sample_index in range(n):
-            sequence = Sequence(prompt, sample_index, SamplingParams(), max_new_tokens)
+            sequence = SampledRequest(prompt, sample_index, SamplingParams(), max_new_tokens)
             try:
                 self.scheduler.add(sequence)
             except ValueError:

@@ -295,29 +295,6 @@ def test_windowed_tiles_have_their_real_size_and_read_only_keys_that_some_query_
         assert calls == [(n, n + window - 1) for n in sizes]
 
 
-@pytest.mark.parametrize("causal, window", [(False, None), (True, None), (True, 5)])
-@pytest.mark.parametrize("T, S", [(1, 1), (1, 20), (9, 9), (4, 20)])
-def test_values_that_are_a_prefix_of_the_keys_give_what_a_copy_of_them_gives(T, S, causal, window):
-    q, k, _ = inputs(T, S, 4, 1, 12, 8)
-    for keys in (k, k.repeat(1, 1, 2)[..., 3:15]):  # whole rows, and a strided view
-        got = flash_attention_cpu(q, keys, keys[..., :8], scale=0.3, causal=causal, window=window)
-        want = flash_attention_cpu(q, keys, keys[..., :8].clone(), scale=0.3, causal=causal, window=window)
-        assert got[0].shape == (T, 4, 8)
-        torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
-
-
-def test_values_that_are_a_prefix_of_the_keys_are_not_copied(monkeypatch):
-    q, k, v = inputs(4, 20, 4, 1, 12, 8)
-
-    def refused(*_, **__):
-        raise AssertionError("padded to a copy")
-
-    monkeypatch.setattr(attention.F, "pad", refused)
-    flash_attention_cpu(q, k, k[..., :8], scale=0.3, causal=True)
-    with pytest.raises(AssertionError, match="padded"):  # the control
-        flash_attention_cpu(q, k, v, scale=0.3, causal=True)
-
-
 def test_values_that_begin_elsewhere_are_not_taken_for_a_prefix():
     q, k, _ = inputs(4, 20, 4, 1, 12, 8)
     got = flash_attention_cpu(q, k, k[..., 2:10], scale=0.3, causal=True)

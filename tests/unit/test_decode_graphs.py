@@ -93,10 +93,10 @@ def on_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
 
     def use(capture: Any) -> None:
         monkeypatch.setattr(
-            "cpinfer.engine.engine.make_backend",
+            "cpinfer.engine.needs.make_backend",
             lambda name, device, needs: FlashInferBackend(device, needs, fake_flashinfer()),
         )
-        monkeypatch.setattr("cpinfer.engine.step_runner.why_no_graphs", lambda runner, backend: None)
+        monkeypatch.setattr("cpinfer.engine.decode_graphs.why_no_graphs", lambda runner, backend: None)
         monkeypatch.setattr("cpinfer.engine.decode_graphs.capture_on_cuda", lambda: capture)
 
     return use

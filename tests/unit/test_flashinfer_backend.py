@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpinfer.attention.backends.base import AttentionNeeds, FixedSize, check_choice, make_backend
+from cpinfer.attention.backends.base import AttentionNeeds, FixedSize
 from cpinfer.attention.backends.flashinfer.backend import (
     FA3_TILE_QUERIES,
     FlashInferBackend,
     check_flashinfer,
-    flashinfer_error,
+    unfit,
 )
 from cpinfer.attention.backends.flashinfer.limits import replayed_workspace_bytes
+from cpinfer.attention.backends.registry import check_choice, make_backend
 from cpinfer.attention.backends.self_check import check_backend
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.errors import BackendFaultError, UnsupportedError, UserError
@@ -110,7 +111,7 @@ def test_states_equal_dense_attention(library: Any, rows: AttentionRows, layout:
         assert out.shape == (0, 8, layout.v_dim) and lse.shape == (0, 8)
         return
     q, (k, v) = queries(rows, layout), store(layout)
-    found = backend_of(library).plan(rows).run(q, k, v, scale=0.3, soft_cap=cap)
+    found = backend_of(library).plan(rows.over(layout)).run(q, k, v, scale=0.3, soft_cap=cap)
     assert_equal(found, oracle(rows, q, k, v, 0.3, cap))
 
 
@@ -119,7 +120,7 @@ def test_states_over_latents_equal_dense_attention(library: Any, name: str) -> N
     rows = ROWS[name]
     if rows.num_rows:
         q, (k, v) = queries(rows, LATENT), store(LATENT)
-        found = backend_of(library).plan(rows).run(q, k, v, scale=0.3)
+        found = backend_of(library).plan(rows.over(LATENT)).run(q, k, v, scale=0.3)
         assert_equal(found, oracle(rows, q, k, v, 0.3, None))
 
 
@@ -145,7 +146,7 @@ def test_decode_takes_tensor_cores_where_queries_share_kv_heads(library: Any, he
 )
 def test_each_kind_of_call_goes_to_its_wrapper(library: Any, name: str, layout: KVLayout, kind: str) -> None:
     q, (k, v) = queries(ROWS[name], layout), store(layout)
-    backend_of(library).plan(ROWS[name]).run(q, k, v, scale=0.3)
+    backend_of(library).plan(ROWS[name].over(layout)).run(q, k, v, scale=0.3)
     assert [made["name"] for made in library.log.made] == [kind]
     assert [name for name, _ in library.log.plans] == [kind]
 
@@ -163,7 +164,7 @@ def test_on_hopper_many_queries_over_equal_head_dims_take_its_own_kernels(
     backend._is_hopper = True
     rows = AttentionRows.build([q_len], [18], BLOCKS[4][:1], block_size=4, causal=False)
     q, (k, v) = queries(rows, layout), store(layout)
-    assert_equal(backend.plan(rows).run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
+    assert_equal(backend.plan(rows.over(layout)).run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
     assert library.log.made[0]["backend"] == family
 
 
@@ -238,7 +239,7 @@ def test_a_wrong_number_of_queries_is_an_error(library: Any) -> None:
 def test_latents_are_refused_what_their_kernels_do_wrong_or_not_at_all(name: str, cap: float | None, why: str) -> None:
     q, (k, v) = queries(ROWS[name], LATENT), store(LATENT)
     with pytest.raises(ValueError, match=why):
-        backend_of(fake_flashinfer()).plan(ROWS[name]).run(q, k, v, scale=0.3, soft_cap=cap)
+        backend_of(fake_flashinfer()).plan(ROWS[name].over(LATENT)).run(q, k, v, scale=0.3, soft_cap=cap)
 
 
 def test_more_latent_queries_than_a_plan_has_room_for_are_refused() -> None:
@@ -246,7 +247,7 @@ def test_more_latent_queries_than_a_plan_has_room_for_are_refused() -> None:
     rows = AttentionRows.build([16200], [1], [[0]], block_size=1, causal=False)
     k, v = store(LATENT)
     with pytest.raises(ValueError, match=r"16200 queries of 128 heads .* Lower max_num_batched_tokens"):
-        backend_of(fake_flashinfer()).plan(rows).run(torch.zeros(16200, 128, 12), k, v, scale=0.3)
+        backend_of(fake_flashinfer()).plan(rows.over(LATENT)).run(torch.zeros(16200, 128, 12), k, v, scale=0.3)
 
 
 def test_a_nan_comes_through_but_not_into_rows_without_keys(library: Any) -> None:
@@ -269,7 +270,7 @@ def test_a_plan_of_fixed_size_takes_other_rows_in_the_same_memory(library: Any, 
     for kv_lens in ([18, 0, 6, 8], [1, 0, 0, 5], [0, 0, 7, 2], [0, 0, 0, 0]):
         rows = AttentionRows.build([1] * 4, kv_lens, BLOCKS[4], block_size=4, causal=False)
         q = queries(rows, layout)
-        plan.update(rows)
+        plan.update(rows.over(layout))
         out, lse = plan.run(q, k, v, scale=0.3)
         assert_equal((out, lse), oracle(rows, q, k, v, 0.3, None))
         places.add(out.data_ptr())
@@ -319,7 +320,8 @@ def test_states_over_fp8_latents_equal_dense_attention_over_the_numbers_in_them(
     for rows in (ROWS["context"], ROWS["decode"]):
         q, (k, v) = queries(rows, LATENT), rounded_store(LATENT, torch.float8_e4m3fn)
         assert_equal(
-            backend_of(library).plan(rows).run(q, k, v, scale=0.3), oracle(rows, q, k.float(), v.float(), 0.3, None)
+            backend_of(library).plan(rows.over(LATENT)).run(q, k, v, scale=0.3),
+            oracle(rows, q, k.float(), v.float(), 0.3, None),
         )
 
 
@@ -340,7 +342,7 @@ def test_on_hopper_fp8_pages_of_heads_take_the_older_family(
     backend._is_hopper = True
     rows = AttentionRows.build([FA3_TILE_QUERIES + 1], [18], [BLOCKS[4][0]], block_size=4, causal=False)
     k, v = rounded_store(layout, key_dtype)
-    backend.plan(rows).run(queries(rows, layout), k, v, scale=0.3)
+    backend.plan(rows.over(layout)).run(queries(rows, layout), k, v, scale=0.3)
     [made], [(_, plan)] = library.log.made, library.log.plans
     assert made["backend"] == family and plan["kv_data_type"] == key_dtype and plan["q_data_type"] == torch.float32
 
@@ -444,7 +446,7 @@ def test_on_cpu_it_is_refused_by_name() -> None:
     ],
 )
 def test_what_no_kernel_exists_for_is_refused_by_name(needs: AttentionNeeds, words: str) -> None:
-    error = flashinfer_error(needs, CUDA)
+    error = unfit(CUDA, needs)
     assert isinstance(error, UnsupportedError) and words in str(error) and "Set backend" in str(error)
 
 
@@ -472,7 +474,7 @@ def test_latents_in_fp8_are_refused_where_no_kernel_widens_them(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     latents = ((128, KVLayout(1, 576, 512, v_is_prefix_of_k=True)), (16, KVLayout(16, 192, 128)))
     needs = AttentionNeeds(dtype, latents, cache_dtype=cache_dtype)
-    error = flashinfer_error(needs, CUDA)
+    error = unfit(CUDA, needs)
     assert (error is not None) == is_refused
     if is_refused:
         assert isinstance(error, UnsupportedError) and "latents cached in float8" in str(error)
@@ -481,28 +483,28 @@ def test_latents_in_fp8_are_refused_where_no_kernel_widens_them(
         with pytest.warns(UserWarning, match="torch alone, which is slow on CUDA: latents cached in"):
             assert make_backend("auto", CUDA, needs).name == "torch"
     # Heads have kernels everywhere.
-    assert flashinfer_error(replace(HALF, dtype=dtype, cache_dtype=cache_dtype), CUDA) is None
+    assert unfit(CUDA, replace(HALF, dtype=dtype, cache_dtype=cache_dtype)) is None
 
 
 def test_known_shapes_want_the_package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     latent = (128, KVLayout(1, 576, 512, v_is_prefix_of_k=True))
     for calls in (HALF.calls, (latent, (16, KVLayout(16, 192, 128))), ((8, KVLayout(1, 64, 64)),)):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        error = flashinfer_error(AttentionNeeds(torch.bfloat16, calls), CUDA)
+        error = unfit(CUDA, AttentionNeeds(torch.bfloat16, calls))
         assert error is not None and not isinstance(error, UnsupportedError) and "cpinfer[flashinfer]" in str(error)
         monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-        assert flashinfer_error(AttentionNeeds(torch.bfloat16, calls), CUDA) is None
+        assert unfit(CUDA, AttentionNeeds(torch.bfloat16, calls)) is None
 
 
 def test_on_cuda_auto_takes_it_where_it_can_and_says_why_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     """No device is needed to choose: the backends themselves are stand-ins."""
     module = "cpinfer.attention.backends.flashinfer.backend"
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
+    monkeypatch.setattr(f"{module}.unfit", lambda device, needs: None)
     monkeypatch.setattr(f"{module}.check_flashinfer", lambda device, needs: None)
     assert make_backend("auto", CUDA, HALF) == make_backend("flashinfer", CUDA, HALF) == ("flashinfer", "cuda")
     assert make_backend("torch", CUDA, HALF).name == "torch"
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: UserError("it is not there."))
+    monkeypatch.setattr(f"{module}.unfit", lambda device, needs: UserError("it is not there."))
     with pytest.warns(UserWarning, match="torch alone, which is slow on CUDA: it is not there"):
         assert make_backend("auto", CUDA, HALF).name == "torch"
     with pytest.raises(UserError, match="it is not there"):
@@ -513,7 +515,7 @@ def test_what_is_needed_is_checked_once_per_process_and_anything_else_anew(monke
     module = "cpinfer.attention.backends.flashinfer.backend"
     checks: list[AttentionNeeds] = []
     monkeypatch.setattr(f"{module}.FlashInferBackend", lambda device, needs: ("flashinfer", device.type))
-    monkeypatch.setattr(f"{module}.flashinfer_error", lambda needs, device: None)
+    monkeypatch.setattr(f"{module}.unfit", lambda device, needs: None)
     monkeypatch.setattr(f"{module}.check_backend", lambda backend, needs, device: checks.append(needs))
     check_flashinfer.cache_clear()
     other = replace(HALF, dtype=torch.float16)
@@ -535,5 +537,5 @@ def test_what_is_needed_is_checked_once_per_process_and_anything_else_anew(monke
 
 
 def test_an_unknown_name_is_refused() -> None:
-    with pytest.raises(UserError, match='"warp" is unknown'):
+    with pytest.raises(UserError, match='unknown backend "warp"'):
         check_choice("warp", CPU, HALF)

@@ -81,7 +81,7 @@ def test_a_card_names_the_gpu_and_holds_every_figure(tmp_path: Path, monkeypatch
     figure = Figure("decode", 3.5, "GB/s", bound=4.0, target=3.4, higher_is_better=True)
     told = {"figures": [figure.as_json()], "notes": ["as it was"], "wall_s": 1.0}
     setting = Setting(torch.device("cuda"), is_smoke=False)
-    path = gpu_check._write_card("throughput", told, "python tools/gpu_check.py", setting, tmp_path)
+    path = gpu_check._write_card("throughput", told, "cpinfer gpu-check", setting, tmp_path)
     text = path.read_text(encoding="utf-8")
     assert path.name == "gpu_throughput_nvidia_test_9.md"
     assert "| decode | 3.5 GB/s | 4 | 87.5% | 3.4 | yes |" in text and "as it was" in text and "Test 9" in text

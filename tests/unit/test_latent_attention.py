@@ -75,9 +75,9 @@ class WholeStep:
     def attend(self, layer, q, k, v):
         self.seen.append((layer, q, k, v))
         if self.absorbs:
-            out, _ = dense_attention(layer.latent.absorb(q), k, v, scale=layer.scale, causal=True)
-            return layer.latent.project(out)
-        return dense_attention(q, *layer.latent.expand(k), scale=layer.scale, causal=True)[0]
+            out, _ = dense_attention(layer.absorb(q), k, v, scale=layer.scale, causal=True)
+            return layer.project(out)
+        return dense_attention(q, *layer.expand(k, v), scale=layer.scale, causal=True)[0]
 
 
 @torch.no_grad()

@@ -183,7 +183,7 @@ def test_a_layout_agrees_and_a_planted_difference_is_found(
     assert (peer["name"], peer["num_samples"], peer["is_judged"]) == ("Transformers generate", 6, False)
     assert ours["mismatch_max_abs"] <= 1e-4 and peer["mismatch_max_abs"] <= 1e-4
     assert "| tp1 | whole | 6 |" in captured.err
-    assert f"Command: `python tools/mismatch.py --config {config}" in (output / "report.md").read_text()
+    assert f"Command: `cpinfer mismatch --config {config}" in (output / "report.md").read_text()
     assert {path.name for path in output.iterdir()} == {"report.md", "report.html", "mismatch.json", "tp1"}
 
     launch_here(monkeypatch, planted=0.01)

@@ -41,7 +41,7 @@ def test_a_layer_arrives_with_all_that_its_module_says_of_it():
     step, sinks = Recording(), torch.randn(H)
     attend(step, sliding_window=7, softcap=30.0, s_aux=sinks, dropout=0.0, is_causal=True)
     [(layer, *_)] = step.given
-    assert (layer.index, layer.scale, layer.soft_cap, layer.window, layer.latent) == (5, 0.25, 30.0, 7, None)
+    assert (layer.index, layer.scale, layer.soft_cap, layer.window) == (5, 0.25, 30.0, 7)
     assert layer.sinks is sinks
     attend(step)
     assert step.given[-1][0] == AttentionLayer(5, 0.25)

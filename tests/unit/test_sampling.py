@@ -10,7 +10,7 @@ import torch
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine import sampling
-from cpinfer.engine.request import Prompt, SampledToken, Sequence
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.sampling import uniforms
 from cpinfer.engine.stopping import Stopping
 
@@ -23,7 +23,7 @@ def sample_tokens(logits, sequences):
 
 
 def make_sequence(params=SamplingParams(), id="p", sample_index=0, prompt=(3, 5, 3), so_far=()):
-    sequence = Sequence(Prompt(0, id, tuple(prompt)), sample_index, params, 100)
+    sequence = SampledRequest(Prompt(0, id, tuple(prompt)), sample_index, params, 100)
     sequence.sampled = [SampledToken(t, 0.0, 0.0) for t in so_far]
     return sequence
 

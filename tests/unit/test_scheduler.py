@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import Prompt, SampledToken, Sequence
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken, ScoredRequest, TokenScore
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
@@ -24,12 +24,12 @@ def never(sequence):
 def make_sequence(index, prompt_len, max_new_tokens=4, sample_index=0, first_token=0):
     """Prompts begin with a token of their own, so that none is a prefix of another unless it should be."""
     prompt = Prompt(index, f"p{index}", (first_token or 1000 + index, *range(2, prompt_len + 1)))
-    return Sequence(prompt, sample_index, SamplingParams(), max_new_tokens)
+    return SampledRequest(prompt, sample_index, SamplingParams(), max_new_tokens)
 
 
 def make_group(index, n, prompt_len, max_new_tokens=4):
     prompt = make_sequence(index, prompt_len).prompt
-    return [Sequence(prompt, i, SamplingParams(), max_new_tokens) for i in range(n)]
+    return [SampledRequest(prompt, i, SamplingParams(), max_new_tokens) for i in range(n)]
 
 
 def make_scheduler(
@@ -457,13 +457,13 @@ def test_a_home_starts_where_the_poorest_home_of_its_group_does():
     run(scheduler)
     assert [len(home.prefixes) for home in scheduler.homes] == [2, 0]
     prompt = make_sequence(1, 9, first_token=7).prompt
-    group = [Sequence(prompt, i, SamplingParams(), 1) for i in range(2)]
+    group = [SampledRequest(prompt, i, SamplingParams(), 1) for i in range(2)]
     submit(scheduler, *group)
     step = scheduler.schedule()
     assert spans(step) == [(1, 0, 9)]
     scheduler.commit(step, tokens(step), never)
     assert [len(home.prefixes) for home in scheduler.homes] == [2, 2]
-    submit(scheduler, *(Sequence(prompt, i, SamplingParams(), 1) for i in (2, 3)))
+    submit(scheduler, *(SampledRequest(prompt, i, SamplingParams(), 1) for i in (2, 3)))
     assert spans(scheduler.schedule()) == [(1, 8, 9)]
     scheduler.check_integrity()
 
@@ -502,7 +502,7 @@ def test_an_answer_is_remembered_like_a_prompt():
     run(scheduler)
     assert sequence.next_position == 12
     prompt = Prompt(1, "p1", (*sequence.all_token_ids, 50, 51))
-    scheduler.add(Sequence(prompt, 0, SamplingParams(), 1))
+    scheduler.add(SampledRequest(prompt, 0, SamplingParams(), 1))
     assert spans(scheduler.schedule()) == [(1, 12, 15)]
 
 
@@ -526,7 +526,7 @@ def test_a_prompt_that_fits_finds_its_blocks_when_what_it_matches_is_shared_with
         scheduler.commit(step, sampled, never)
     assert pool.num_free == 0 and len(scheduler.homes[0].prefixes) == 2
     prompt = Prompt(1, "p1", (*group[0].all_token_ids[:6], 99))
-    scheduler.add(Sequence(prompt, 0, SamplingParams(), 2))
+    scheduler.add(SampledRequest(prompt, 0, SamplingParams(), 2))
     assert spans(scheduler.schedule()) == [(1, 6, 7)]
     assert pool.num_free == 0 and len(scheduler.homes[0].prefixes) == 1
     scheduler.check_integrity()
@@ -607,7 +607,7 @@ def make_requests(requests):
     """Samples of (prompt length, longest answer, length at which it stops, samples, first token)."""
     for index, (prompt_len, new, _, n, first_token) in enumerate(requests):
         prompt = make_sequence(index, prompt_len, first_token=first_token).prompt
-        yield [Sequence(prompt, i, SamplingParams(), new) for i in range(n)]
+        yield [SampledRequest(prompt, i, SamplingParams(), new) for i in range(n)]
 
 
 @given(
@@ -727,10 +727,53 @@ def test_to_admit_a_given_answer_costs_the_same_however_many_are_under_way():
         _, scheduler = make_scheduler(10 * num_sequences, num_sequences, 10 * num_sequences)
         for index in range(num_sequences):
             prompt = make_sequence(index, 6).prompt
-            submit(scheduler, Sequence(prompt, 0, SamplingParams(), 1, targets=(5,)))
+            submit(scheduler, ScoredRequest(prompt, (5,)))
         return lines_run(scheduler.schedule) / num_sequences
 
     assert cost(512) <= 1.4 * cost(64)
+
+
+def test_samples_and_given_answers_run_side_by_side_and_leave_nothing_behind():
+    pool, scheduler = make_scheduler(max_num_batched_tokens=5)
+    prompt = make_sequence(0, 6).prompt
+    samples = [SampledRequest(prompt, i, SamplingParams(), 2) for i in range(2)]
+    scored = [ScoredRequest(prompt, targets) for targets in ((7, 8, 9), (7,))]
+    submit(scheduler, samples[0], scored[0], samples[1], scored[1])
+    finished = []
+    while (step := scheduler.schedule()) is not None:
+        scores = [TokenScore(-float(place), True) for chunk in step.chunks for place in chunk.scored_places]
+        finished += scheduler.commit(step, tokens(step), never, scores)
+        scheduler.check_integrity()
+    assert sorted(map(id, finished)) == sorted(map(id, (*samples, *scored)))
+    assert [[score.logprob for score in request.scores] for request in scored] == [[-5.0, -6.0, -7.0], [-5.0]]
+    assert [request.token_ids for request in samples] == [[5, 5]] * 2
+    assert pool.num_free == pool.num_blocks and scheduler.num_unfinished == 0
+
+
+def test_a_given_answer_finds_its_prompt_remembered_up_to_the_token_that_predicts_it():
+    _, scheduler = make_scheduler(prefixes=True)
+    prompt = make_sequence(0, 9).prompt
+    for targets, num_cached in (((7,), 0), ((8, 9), 8)):
+        before = scheduler.stats.num_cached_prefill_tokens
+        submit(scheduler, ScoredRequest(prompt, targets))
+        step = scheduler.schedule()
+        assert scheduler.stats.num_cached_prefill_tokens - before == num_cached
+        assert step.samples == () and [list(chunk.scored_places) for chunk in step.chunks] == [
+            [*range(8, 8 + len(targets))]
+        ]
+        [finished] = scheduler.commit(step, [], never, [TokenScore(-1.0, False)] * len(targets))
+        assert len(finished.scores) == len(targets) and finished.blocks == []
+
+
+def test_few_places_are_scored_in_one_step(monkeypatch):
+    monkeypatch.setattr("cpinfer.engine.scheduler.MAX_SCORED_PLACES", 3)
+    _, scheduler = make_scheduler()
+    submit(scheduler, ScoredRequest(make_sequence(0, 6).prompt, tuple(range(7))), make_sequence(1, 5))
+    places = []
+    while (step := scheduler.schedule()) is not None:
+        places.append([place for chunk in step.chunks for place in chunk.scored_places])
+        scheduler.commit(step, tokens(step), lambda request: True, [TokenScore(0.0, False)] * len(places[-1]))
+    assert places == [[5, 6, 7], [8, 9, 10], [11]]
 
 
 def test_to_preempt_many_costs_the_same_for_each():

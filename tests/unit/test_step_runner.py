@@ -8,7 +8,7 @@ import torch
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import JobConfig
-from cpinfer.engine import step_runner
+from cpinfer.engine import step_attention
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
@@ -75,14 +75,14 @@ def test_alone_chunks_of_many_tokens_expand_the_latents_before_them(monkeypatch,
     """The tiny model expands beyond 33 queries, whatever heads and dims its cache has; as many as a step at a time."""
     taken, lengths = set(), [0]
     for name in ("QueryContext", "KVContext"):
-        made = getattr(step_runner, name)
+        made = getattr(step_attention, name)
 
         def noted(*args, name=name, made=made):
             taken.add(name)
             lengths.extend(window.length for window in getattr(args[0], "windows", ()))
             return made(*args)
 
-        monkeypatch.setattr(step_runner, name, noted)
+        monkeypatch.setattr(step_attention, name, noted)
     model, config = make_model(FAMILIES["deepseek_v2"]), JobConfig(dtype="float32", max_num_batched_tokens=num_tokens)
     with cpinfer.attach(copy.deepcopy(model), config=config) as engine:
         results = engine.generate(prompts_of((5 * num_tokens,), vocab_size=128), SAMPLING)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from cpinfer.attention.backends.torch_backend import TorchBackend
-from cpinfer.attention.exchange import StateExchange
-from cpinfer.attention.layer import AttentionLayer, LatentSpace
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
+from cpinfer.attention.layer import AttentionLayer, LatentLayer
 from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
 from cpinfer.comm.threads import run_ranks
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -157,7 +157,7 @@ def test_the_next_token_sees_all_shards_and_itself_with_each_sink_counted_once(l
         plan = plan_decode(
             LENGTHS, TABLES, world.sharding, pcp_size=pcp, pcp_rank=topology.coords.pcp_rank % pcp, shard=shard
         )
-        exchange = StateExchange(topology.dcp, pcp_size=pcp, wire_dtype=torch.float32, kv_columns=heads.columns)
+        exchange = AllToAllExchange(topology.dcp, pcp_size=pcp, wire_dtype=torch.float32, kv_columns=heads.columns)
         rows = {window: plan.rows if window is None else rows_in_window(plan, LENGTHS, world.sharding, shard, window)}
         # Partial states travel with a float32 lse, so decode runs in float32.
         cache32 = PagedKVCache(cache.layout, 1, 8, BLOCK_SIZE, torch.float32, CPU)
@@ -186,7 +186,7 @@ def test_a_step_without_sequences_gives_zeros_of_the_values_width():
     q, k, v = torch.randn(1, 4, D), torch.randn(1, 2, D), torch.randn(1, 2, 5)
     assert torch.equal(IdleStep().attend(AttentionLayer(0, 1.0), q, k, v), torch.zeros(1, 4, 5))
     # Of latents the values are as wide as what they are projected to.
-    layer = AttentionLayer(0, 1.0, latent=LatentSpace(torch.zeros(4, D, 9), torch.zeros(4, 7, 9)))
+    layer = LatentLayer(0, 1.0, w_k=torch.zeros(4, D, 9), w_v=torch.zeros(4, 7, 9))
     assert torch.equal(IdleStep().attend(layer, q, torch.randn(1, 1, 12), torch.randn(1, 1, 9)), torch.zeros(1, 4, 7))
 
 
@@ -231,7 +231,7 @@ def test_keys_and_values_are_rounded_before_anyone_sees_them_and_too_large_ones_
             pcp_rank=topology.coords.pcp_rank % pcp,
             shard=topology.kv_shard,
         )
-        exchange = StateExchange(topology.dcp, pcp_size=pcp, wire_dtype=torch.float32, kv_columns=heads.columns)
+        exchange = AllToAllExchange(topology.dcp, pcp_size=pcp, wire_dtype=torch.float32, kv_columns=heads.columns)
         decode = DecodeStep(plan, {None: Float32(TorchBackend(CPU).plan(plan.rows))}, cache, exchange, heads)
         own = [int(i) for i in plan.own]
         q, k, v = (

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import Prompt, SampledToken, Sequence
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.stopping import Stopping
 
 EOS = 26
@@ -18,7 +18,7 @@ def tokenizer():
 
 
 def make_sequence(token_ids, **params):
-    sequence = Sequence(Prompt(0, "p", (1,)), 0, SamplingParams(**params), 100)
+    sequence = SampledRequest(Prompt(0, "p", (1,)), 0, SamplingParams(**params), 100)
     sequence.sampled = [SampledToken(t, 0.0, 0.0) for t in token_ids]
     return sequence
 

@@ -1,12 +1,14 @@
 """The torch backend: every shape of block table equals attention over the plain sequence, and touches nothing else."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from cpinfer.attention.backends.base import AttentionNeeds, make_backend
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.registry import make_backend
 from cpinfer.attention.backends.torch_backend import MIN_RUN_TOKENS, TorchBackend
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
@@ -174,9 +176,9 @@ def test_values_that_are_a_prefix_of_keys_equal_values_of_their_own(kind, causal
     q = queries(6)
     rows = make_rows([5, 1], [(0, 37), (2, 9)], [tables_of(kind, 10, 24), [23, 1, 2]], 4, causal)
     rows = rows if window is None else rows.within(window)
-    run = TorchBackend(CPU).plan(rows).run
-    got = [x.clone() for x in run(q, keys, keys[..., :V], scale=SCALE, soft_cap=soft_cap)]
-    want = run(q, keys, keys[..., :V].clone(), scale=SCALE, soft_cap=soft_cap)
+    got = TorchBackend(CPU).plan(of_latents(rows)).run(q, keys, keys[..., :V], scale=SCALE, soft_cap=soft_cap)
+    want = TorchBackend(CPU).plan(rows).run(q, keys, keys[..., :V], scale=SCALE, soft_cap=soft_cap)
+    assert got[0].shape == want[0].shape
     torch.testing.assert_close(tuple(got), tuple(want), atol=TOLERANCE, rtol=0)
 
 
@@ -184,13 +186,26 @@ def test_scattered_keys_are_copied_once_where_values_are_part_of_them():
     keys = make_store(160)[0][:, :1]
     rows = make_rows([1], [(0, 40)], [tables_of("permuted", 10, 40)], 4, False)
 
-    def copies(values):
+    def copies(rows):
         with torch.profiler.profile() as profile:
-            TorchBackend(CPU).plan(rows).run(queries(1), keys, values, scale=SCALE)
+            TorchBackend(CPU).plan(rows).run(queries(1), keys, keys[..., :V], scale=SCALE)
         return sum(event.count for event in profile.key_averages() if event.key == "aten::index_select")
 
-    assert copies(keys[..., :V]) == 1
-    assert copies(keys[..., :V].clone()) == 2
+    assert copies(of_latents(rows)) == 1
+    assert copies(rows) == 2
+
+
+def test_values_that_are_part_of_the_keys_are_not_padded_to_a_copy(monkeypatch):
+    keys = make_store(96)[0][:, :1]
+    rows = make_rows([5, 1], [(0, 37), (2, 9)], [tables_of("contiguous", 10, 24), [23, 1, 2]], 4, True)
+
+    def refused(*_, **__):
+        raise AssertionError("padded to a copy")
+
+    monkeypatch.setattr(attention.F, "pad", refused)
+    TorchBackend(CPU).plan(of_latents(rows)).run(queries(6), keys, keys[..., : D - 2], scale=SCALE)
+    with pytest.raises(AssertionError, match="padded"):  # the control
+        TorchBackend(CPU).plan(rows).run(queries(6), keys, keys[..., : D - 2], scale=SCALE)
 
 
 def test_results_are_valid_until_the_plan_runs_again_and_rows_without_keys_stay_empty():
@@ -328,7 +343,7 @@ def test_queries_of_any_strides_are_accepted():
 def test_keys_in_fp8_are_the_numbers_they_say(rows, dtype, is_latent, soft_cap):
     keys, values = (x.to(dtype) for x in make_store(32 * 32, torch.float32))
     if is_latent:
-        values = keys[..., :V]
+        values, rows = keys[..., :V], of_latents(rows)
     plan, q = TorchBackend(CPU).plan(rows), queries(rows.num_queries, torch.float32)
     found = plan.run(q, keys, values, scale=SCALE, soft_cap=soft_cap)
     found = [x.clone() for x in found]
@@ -356,8 +371,12 @@ def test_of_a_store_in_fp8_no_more_is_cast_than_a_call_takes(monkeypatch):
 def test_auto_and_torch_name_this_backend_on_cpu_and_nothing_else_does():
     needs = AttentionNeeds(torch.float32, ())
     assert make_backend("auto", CPU, needs).name == make_backend("torch", CPU, needs).name == "torch"
-    with pytest.raises(UserError, match='backend "cudnn" is unknown'):
+    with pytest.raises(UserError, match='unknown backend "cudnn"'):
         make_backend("cudnn", CPU, needs)
+
+
+def of_latents(rows):
+    return replace(rows, v_is_prefix_of_k=True)
 
 
 def short_rows(num_keys, block_size=4, lo=0):
@@ -407,7 +426,7 @@ def test_values_that_are_columns_of_the_keys_stay_such_in_a_shared_call():
     store, _ = make_store(4 * 4096)
     rows = short_rows([3, 9, 20, 21, 50])
     q = queries(5)
-    out, lse = TorchBackend(CPU).plan(rows).run(q, store, store[..., :V], scale=SCALE)
+    out, lse = TorchBackend(CPU).plan(of_latents(rows)).run(q, store, store[..., :V], scale=SCALE)
     want = oracle(rows, q, store, store[..., :V])
     torch.testing.assert_close(out, want[0], atol=TOLERANCE, rtol=0)
     torch.testing.assert_close(lse, want[1], atol=TOLERANCE, rtol=0)

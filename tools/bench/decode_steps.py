@@ -10,9 +10,9 @@ import torch
 import cpinfer
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.config import EngineConfig, SamplingParams
-from cpinfer.engine.request import Prompt, SampledToken, Sequence
-from cpinfer.engine.scheduler import Step
-from cpinfer.engine.step_runner import StepRunner
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
+from cpinfer.engine.step import Step
+from cpinfer.engine.step_factory import make_step_runner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.shards import KVSharding
@@ -44,13 +44,13 @@ class DecodeSteps:
                 shape = (2, context_tokens, layout.num_heads, layout.k_dim)
                 k, v = torch.randn(shape, generator=generator)[:, positions]
                 cache.write(layer, slots, (k, v))
-        self._steps = StepRunner(
+        self._steps = make_step_runner(
             runner, topology, config, sharding, TorchBackend(runner.device), cache, Stopping((), None)
         )
         params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
         sequences = []
         for i, block_table in enumerate(tables):
-            sequence = Sequence(Prompt(i, str(i), (0,) * context_tokens), 0, params, params.max_new_tokens)
+            sequence = SampledRequest(Prompt(i, str(i), (0,) * context_tokens), 0, params, params.max_new_tokens)
             sequence.blocks = block_table
             # Its first token is there: the step computes it, at position `context_tokens`, and samples the second.
             sequence.sampled = [SampledToken(i, 0.0, 0.0)]

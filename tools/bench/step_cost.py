@@ -38,10 +38,10 @@ from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.comm.axis import SoloComm
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import agree_on_tokens
-from cpinfer.engine.request import Prompt, SampledToken
-from cpinfer.engine.request import Sequence as Sample
+from cpinfer.engine.request import Prompt, Request, SampledRequest, SampledToken
 from cpinfer.engine.sampling import sample_tokens
-from cpinfer.engine.scheduler import Scheduler, Step
+from cpinfer.engine.scheduler import Scheduler
+from cpinfer.engine.step import Step
 from cpinfer.engine.stopping import Stopping
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import DecodePlan, plan_decode
@@ -159,7 +159,7 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
     scheduler = Scheduler([home], sharding, num_sequences, num_sequences * PROMPT_LEN)
     params = SamplingParams(max_new_tokens=200)
     for i in range(num_sequences):
-        scheduler.add(Sample(Prompt(i, str(i), tuple(range(i, i + PROMPT_LEN))), 0, params, 200))
+        scheduler.add(SampledRequest(Prompt(i, str(i), tuple(range(i, i + PROMPT_LEN))), 0, params, 200))
     sampled = [SampledToken(1, -1.0, -1.0)] * num_sequences
     first = scheduler.schedule()
     assert first is not None
@@ -186,12 +186,12 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
     return {stage: statistics.median(found) / num_sequences * 1e6 for stage, found in seconds.items()}
 
 
-def plan_of(running: Sequence[Sample], sharding: KVSharding) -> DecodePlan:
+def plan_of(running: Sequence[SampledRequest], sharding: KVSharding) -> DecodePlan:
     positions, tables = [s.next_position for s in running], [s.blocks for s in running]
     return plan_decode(positions, tables, sharding, pcp_size=sharding.num_shards, pcp_rank=0, shard=0)
 
 
-def check(plan: DecodePlan, running: Sequence[Sample], sharding: KVSharding) -> None:
+def check(plan: DecodePlan, running: Sequence[SampledRequest], sharding: KVSharding) -> None:
     """The slots that a plan writes to are those of the rule, or AssertionError."""
     wanted = [
         sharding.slots(np.asarray(s.blocks), np.array([s.next_position]), 0)[0]
@@ -212,7 +212,7 @@ def admission_us(num_sequences: int, num_rounds: int) -> dict[str, float]:
     for _ in range(num_rounds):
         home = KVHome(num_sequences * 8, sharding, enable_prefix_caching=True)
         scheduler = Scheduler([home], sharding, num_sequences, num_sequences * ADMITTED_LEN)
-        samples = [Sample(prompt, 0, params, 40) for prompt in prompts]
+        samples = [SampledRequest(prompt, 0, params, 40) for prompt in prompts]
         sampled = [SampledToken(1, -1.0, -1.0)] * num_sequences
         gc.collect()
         gc.disable()
@@ -243,7 +243,7 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
         spent.append(time.thread_time() - starts[-1])
         return step
 
-    def timed_commit(scheduler: Scheduler, *args: Any) -> list[Sample]:
+    def timed_commit(scheduler: Scheduler, *args: Any) -> list[Request]:
         start = time.thread_time()
         finished = commit(scheduler, *args)
         spent[-1] += time.thread_time() - start
@@ -280,7 +280,7 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
 def sampling_us(params: SamplingParams, num_rows: int, num_steps: int) -> float:
     """Median microseconds per row of choosing tokens."""
     logits = 3 * torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    rows = [Sample(Prompt(i, str(i), (1,)), 0, params, 10) for i in range(num_rows)]
+    rows = [SampledRequest(Prompt(i, str(i), (1,)), 0, params, 10) for i in range(num_rows)]
     stopping = Stopping((), None)
     chosen = sample_tokens(logits, rows, stopping)
     if params.greedy:

@@ -1,9 +1,9 @@
 """Explains a layout before anything runs: grid, groups, heads, KV shards, prefill parts, capacity and traffic.
 
-    python tools/explain.py --tp 2 --pcp 2 --dcp 2 --num-q-heads 8 --num-kv-heads 2 --seq-len 1000
-    python tools/explain.py --config configs/pcp2_dcp2.json --json
-    python tools/explain.py --gpus 8 --num-q-heads 64 --num-kv-heads 8
-    python tools/explain.py --tp 4 --pcp 2 --dcp 8 --num-q-heads 128 --kv-lora-rank 512 --qk-rope-head-dim 64
+    cpinfer explain --tp 2 --pcp 2 --dcp 2 --num-q-heads 8 --num-kv-heads 2 --seq-len 1000
+    cpinfer explain --config configs/pcp2_dcp2.json --json
+    cpinfer explain --gpus 8 --num-q-heads 64 --num-kv-heads 8
+    cpinfer explain --tp 4 --pcp 2 --dcp 8 --num-q-heads 128 --kv-lora-rank 512 --qk-rope-head-dim 64
 
 Nothing is measured and no device is needed: from a checkout, numpy is enough. The second form reads a rollout config
 and the `config.json` of its model; flags win over both. The third lists the legal layouts of a machine, best first.
@@ -61,11 +61,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     result: dict[str, Any]
     try:
-        args = _parser().parse_args(argv)
+        args = _parser(prog).parse_args(argv)
         result = _list_layouts(args) if args.gpus else _explain_layout(args)
     except UserError as error:
         result = asdict(Explanation(valid=False, errors=[str(error)]))
@@ -350,9 +350,9 @@ def positive_number(text: str) -> float:
     return value
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="explain.py",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from cpinfer.attention.backends.base import check_choice
+from cpinfer.attention.backends.registry import check_choice
 from cpinfer.comm.bootstrap import (
     PEER_GRACE_S,
     Launch,
@@ -48,7 +48,8 @@ from cpinfer.models.checkpoint import named
 from cpinfer.models.expected_weights import Weights
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
 from cpinfer.models.spec import ModelSpec
-from cpinfer_integrations.launching import grid_for
+from cpinfer.packages import need_package
+from cpinfer_integrations.launching import check_packages, grid_for
 from cpinfer_tools.memory import Fit, MemoryNeeds, available_memory
 from cpinfer_tools.opening import is_writer, open_together
 from cpinfer_tools.results.output import Existing, check_output, default_output
@@ -261,6 +262,12 @@ def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path
         check_sampling(config.sampling, spec)
     except UserError as error:
         raise UserError(f"config {config_path}: {error}") from error
+    try:
+        check_packages(config)
+        if config.wandb is not None:
+            need_package("wandb", 'the key "wandb"')
+    except UserError as error:
+        raise type(error)(f"config {config_path}: {error}") from error
     grid = grid_for(config, launch.world_size)
     heads = spec.heads(grid.tp_size).in_group(grid, grid.coords(launch.rank).tp_rank)
     try:

@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 8 tools/rollout.py --config configs/pcp2_dcp2.json
     torchrun --nproc-per-node 2 tools/rollout.py --config configs/pcp2.json
-    python tools/rollout.py --config configs/single.json
+    cpinfer rollout --config configs/single.json
 
 Bad config or input is found before any model is loaded (exit 2); any failure ends every rank (exit 1). Progress and a
 table go to stderr; the last line that rank 0 writes to stdout is the summary, one JSON object.
@@ -94,16 +94,16 @@ class Rollout(Job):
         return [f"skipped: {complaint}" for complaint in self.skipped]
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser)
     parser.add_argument("--input", metavar="FILE", help="prompts, JSON Lines; wins over the config")
     parser.add_argument("--skip-bad-prompts", action="store_true", help="report bad lines of the input, run the rest")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool("rollout", lambda launch: prepare(launch, parse_args(argv)), rollout)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    return run_tool("rollout", lambda launch: prepare(launch, parse_args(argv, prog)), rollout)
 
 
 def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from cpinfer.errors import UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.states import State
-from cpinfer.refusals import refuse
 
 
 class PlannedAttention(Protocol):
@@ -92,38 +89,3 @@ class AttentionNeeds:
             return (self.cache_dtype,)
         is_expanded = any(other.v_is_prefix_of_k for _, other in self.calls)
         return (self.dtype,) if is_expanded else (self.dtype, self.cache_dtype)
-
-
-def check_choice(name: str, device: torch.device, needs: AttentionNeeds) -> None:
-    """UserError when the backend asked for by name cannot run `needs` on `device`; `auto` can always."""
-    from cpinfer.attention.backends.flashinfer.backend import flashinfer_error
-
-    if name not in ("auto", "torch", "flashinfer"):
-        raise UserError(f'backend "{name}" is unknown; "auto", "torch" or "flashinfer" was wanted.')
-    if name != "flashinfer":
-        return
-    if device.type != "cuda":
-        raise refuse("flashinfer_device", f'backend="flashinfer" on {device.type}')
-    error = flashinfer_error(needs, device)
-    if error is not None:
-        raise error
-
-
-def make_backend(name: str, device: torch.device, needs: AttentionNeeds) -> AttentionBackend:
-    """The backend a config asks for; `auto` is the fastest one that runs `needs` on `device`.
-
-    Errors as `check_choice` has them; BackendFaultError when FlashInfer is there and wrong. When `auto` has to pass
-    over it on CUDA, it says why.
-    """
-    from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, check_flashinfer, flashinfer_error
-    from cpinfer.attention.backends.torch_backend import TorchBackend
-
-    check_choice(name, device, needs)
-    if name == "torch" or device.type != "cuda":
-        return TorchBackend(device)
-    error = flashinfer_error(needs, device)
-    if error is None:
-        check_flashinfer(device, needs)
-        return FlashInferBackend(device, needs)
-    warnings.warn(f"attention runs on torch alone, which is slow on CUDA: {error}", stacklevel=2)
-    return TorchBackend(device)

@@ -39,7 +39,8 @@ def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torc
     each = [(heads, layout, dtype) for heads, layout in needs.calls for dtype in needs.key_dtypes(layout)]
     for num_q_heads, layout, key_dtype in each:
         only_cached = layout.v_is_prefix_of_k or key_dtype != needs.dtype
-        for name, rows in _cases(only_cached, needs.has_windows):
+        for name, plain in _cases(only_cached, needs.has_windows):
+            rows = plain.over(layout)
             inputs = _inputs(rows, num_q_heads, layout, needs.dtype, key_dtype, device)
             what = _fault(backend, rows, inputs, layout.k_dim**-0.5)
             if what is not None:

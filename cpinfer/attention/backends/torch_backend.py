@@ -26,6 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.attention import (
     dense_attention,
@@ -75,6 +77,16 @@ class _SharedCall:
     num_keys: Tensor
 
 
+def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
+    """None: it can do all that there is, on every device."""
+    return None
+
+
+def make(device: torch.device, needs: AttentionNeeds) -> TorchBackend:
+    """It needs no check: it is the definition of attention, and tests hold it to that."""
+    return TorchBackend(device)
+
+
 class TorchBackend:
     """Plans rows into kernel calls; holds no state, so any number of plans are valid at once."""
 
@@ -103,7 +115,7 @@ class TorchBackend:
                 segments = self._segments(runs, causal=False)
             calls.append((slice(end - q_len, end), segments))
         shared_calls = [self._shared_call(rows, some) for some in _alike(rows, shared)]
-        return TorchPlan(calls, shared_calls, rows.num_queries, rows.window, self._device)
+        return TorchPlan(calls, shared_calls, rows.num_queries, rows.window, rows.v_is_prefix_of_k, self._device)
 
     def _shared_call(self, rows: AttentionRows, some: list[int]) -> _SharedCall:
         queries = np.cumsum(rows.q_lens, dtype=np.int64)[some] - 1
@@ -133,12 +145,14 @@ class TorchPlan:
         shared_calls: list[_SharedCall],
         num_queries: int,
         window: int | None,
+        v_is_prefix_of_k: bool,
         device: torch.device,
     ) -> None:
         self._calls = calls
         self._shared_calls = shared_calls
         self._window = window
         self._num_queries = num_queries
+        self._v_is_prefix_of_k = v_is_prefix_of_k
         self._results: State | None = None
         self._has_flash = device.type == "cpu"
 
@@ -147,29 +161,38 @@ class TorchPlan:
         if self._num_queries != T:
             raise ValueError(f"{T} queries were given to a plan of {self._num_queries}")
         q = q.contiguous()  # one query of all heads can then be read without another copy
-        if self._has_flash and soft_cap is None:
+        has_flash, V = self._has_flash and soft_cap is None, values.shape[-1]
+        if has_flash:
             attend = partial(flash_attention_cpu, scale=scale)
         else:
             attend = partial(dense_attention, scale=scale, soft_cap=soft_cap)
-        out, lse = self._room(q, values.shape[-1])
-        # Values that are columns of the keys stay such where keys are copied, and are copied with them.
-        is_prefix = values.data_ptr() == keys.data_ptr()
+        out, lse = self._room(q, V)
         for queries, segments in self._calls:
             states = []
             for segment in segments:
                 k = segment.take(keys, q.dtype)
-                v = k[..., : values.shape[-1]] if is_prefix else segment.take(values, q.dtype)
-                states.append(attend(q[queries], k, v, causal=segment.causal, window=self._window))
+                v = self._values_in(k, V, has_flash) if self._v_is_prefix_of_k else segment.take(values, q.dtype)
+                part, part_lse = attend(q[queries], k, v, causal=segment.causal, window=self._window)
+                states.append((part[..., :V], part_lse))
             out[queries], lse[queries] = merge_states(states)
         for shared in self._shared_calls:
             k = take_rows(keys, shared.slots).to(q.dtype)
-            v = k[..., : values.shape[-1]] if is_prefix else take_rows(values, shared.slots).to(q.dtype)
-            if self._has_flash and soft_cap is None:
+            if self._v_is_prefix_of_k:
+                v = self._values_in(k, V, has_flash)
+            else:
+                v = take_rows(values, shared.slots).to(q.dtype)
+            if has_flash:
                 state = flash_single_queries_cpu(q[shared.queries], k, v, shared.num_keys, scale=scale)
             else:
                 state = dense_single_queries(q[shared.queries], k, v, shared.num_keys, scale=scale, soft_cap=soft_cap)
-            out[shared.queries], lse[shared.queries] = state
+            out[shared.queries], lse[shared.queries] = state[0][..., :V], state[1]
         return out, lse
+
+    @staticmethod
+    def _values_in(keys: Tensor, v_dim: int, has_flash: bool) -> Tensor:
+        """Values that are columns of keys are never copied of their own. The flash kernel wants as many of them as of
+        the keys': what is too much of its output is cut off, which costs less than a copy."""
+        return keys if has_flash else keys[..., :v_dim]
 
     def _room(self, q: Tensor, v_dim: int) -> State:
         """`out [T, H, V]` and `lse [T, H]`, in which rows without keys are `(0, -inf)` and stay so."""

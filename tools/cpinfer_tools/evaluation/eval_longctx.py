@@ -1,7 +1,7 @@
 """Long-context accuracy of a model in a layout: tasks x lengths x samples x seeds.
 
     accelerate launch --multi_gpu --num_processes 4 tools/eval_longctx.py --config configs/eval_recall.json
-    torchrun --nproc-per-node 4 tools/eval_longctx.py --config F --tasks niah_single_1 vt --lengths 4k 16k
+    torchrun --nproc-per-node 4 -m cpinfer_tools eval --config F --tasks niah_single_1 vt --lengths 4k 16k
     deepspeed --num_gpus 4 tools/eval_longctx.py --config F --task-file gsm8k.jsonl --seeds 0 1 2 3 4 \\
         --set sampling.temperature=0.6
 
@@ -113,8 +113,10 @@ class EvaluationJob(Job):
         return ["greedy answers are the same under every seed"] if is_repeated else []
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(
+    argv: Sequence[str] | None, prog: str | None = None, description: str | None = __doc__
+) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.epilog = "tasks:\n" + "\n".join(f"  {task.name:<16} {task.help}" for task in TASKS.values())
     add_common_flags(parser)
     asked = parser.add_mutually_exclusive_group()
@@ -128,8 +130,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool("eval_longctx", lambda launch: prepare(launch, parse_args(argv)), evaluate)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    return run_tool("eval_longctx", lambda launch: prepare(launch, parse_args(argv, prog)), evaluate)
 
 
 def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:

@@ -1,1 +1,1 @@
-"""What tools/gpu_check.py is made of: stages, each alone, and what they share."""
+"""What `cpinfer gpu-check` is made of: stages, each alone, and what they share."""

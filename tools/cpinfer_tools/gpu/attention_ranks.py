@@ -17,7 +17,7 @@ from torch import Tensor
 from cpinfer.attention.backends.base import AttentionBackend
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
-from cpinfer.attention.exchange import StateExchange, StateReturn
+from cpinfer.attention.exchanges.registry import EXCHANGES
 from cpinfer.attention.layer import AttentionLayer
 from cpinfer.attention.steps import DecodeStep, PrefillStep
 from cpinfer.comm.axis import CountingComm, Traffic
@@ -65,7 +65,7 @@ class Case:
     chunk: int | None = None
     context_exchange: Exchange = "queries"
     context_workspace_tokens: int = 65536
-    state_return: StateReturn = "a2a"
+    decode_exchange: str = "a2a"
     window: int | None = None
     soft_cap: float | None = None
     with_sinks: bool = False
@@ -142,7 +142,7 @@ def run_case(case: Case, tampering: Tampering = Tampering()) -> Outcome:
     # Rows are dealt over pcp and heads over tp, so every (position, head) is computed once; replicated rows by all.
     for count, length in zip(seen, case.prompt_lens, strict=True):
         assert (count[:length] == 1).all()
-        assert (count[length:] == (case.grid.row_ranks if case.state_return == "replicate_q" else 1)).all()
+        assert (count[length:] == (case.grid.row_ranks // EXCHANGES[case.decode_exchange].row_ranks(case.grid))).all()
     return Outcome(worst, [prefill for _, prefill, _ in ranks], [decode for _, _, decode in ranks])
 
 
@@ -200,7 +200,7 @@ def _run_rank(
 
     def context_of(step: StepContext) -> ContextAttention:
         if case.context_exchange == "queries":
-            exchange = StateExchange(context_comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
+            exchange = EXCHANGES["a2a"](context_comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32)
             plan = plan_query_exchange(step, context_comm.index)
             return QueryContext(plan, backend, cache, exchange, stored)
         kv_plan = plan_kv_exchange(step, context_comm.index, case.context_workspace_tokens)
@@ -247,14 +247,9 @@ def _run_rank(
     prefill_traffic = replace(prefill_comm.traffic)
     dcp.traffic = Traffic()
 
-    row_ranks = 1 if case.state_return == "replicate_q" else grid.row_ranks
-    exchange = StateExchange(
-        dcp,
-        pcp_size=row_ranks,
-        wire_dtype=torch.float32,
-        state_return=case.state_return,
-        kv_columns=stored.columns,
-    )
+    of_decode = EXCHANGES[case.decode_exchange]
+    row_ranks = of_decode.row_ranks(grid)
+    exchange = of_decode(dcp, pcp_size=row_ranks, wire_dtype=torch.float32, kv_columns=stored.columns)
     here = [i for i in range(len(case.prompt_lens)) if case.home(i) == home]
     for step in range(case.num_new_tokens if here else 0):
         positions = [case.prompt_lens[i] + step for i in here]

@@ -1,6 +1,6 @@
 """Stage comm: the exchanges of decode over several processes, one per GPU over NCCL. For users: it has never run here.
 
-    torchrun --nproc-per-node 8 tools/gpu_check.py --only comm
+    torchrun --nproc-per-node 8 -m cpinfer_tools gpu-check --only comm
 
 What comes back is checked against what one process computes from the same states, then timed. Bound: bytes received,
 at the rate that a plain all-gather of as many bytes reaches.
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.grid import RankGrid
 from cpinfer.ops.states import merge_states
@@ -28,12 +28,14 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5}
 def run(setting: Setting) -> Found:
     """Microseconds of gathering queries and of returning states, dcp over all processes."""
     if not dist.is_initialized():
-        return Found(notes=("needs several processes: torchrun --nproc-per-node N tools/gpu_check.py --only comm",))
+        return Found(
+            notes=("needs several processes: torchrun --nproc-per-node N -m cpinfer_tools gpu-check --only comm",)
+        )
     size, rank = dist.get_world_size(), dist.get_rank()
     R, H, D = (2, 2, 8) if setting.is_smoke else (32, 32, 128)
     topology = Topology.from_world(RankGrid(1, size, size))
     try:
-        exchange = StateExchange(topology.dcp, pcp_size=size, wire_dtype=setting.dtype)
+        exchange = AllToAllExchange(topology.dcp, pcp_size=size, wire_dtype=setting.dtype)
         # Every rank knows all states, so each can tell what it should get.
         generator = torch.Generator().manual_seed(0)
         outs = torch.randn(size, size * R, H, D, generator=generator).to(setting.device, setting.dtype)

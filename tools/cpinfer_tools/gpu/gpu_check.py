@@ -1,9 +1,9 @@
 """Check and measure cpinfer on a GPU, stage by stage.
 
-    python tools/gpu_check.py                                    # everything that one GPU can show
-    python tools/gpu_check.py --only parity                      # one stage; each is made to end within 8 minutes
-    torchrun --nproc-per-node 8 tools/gpu_check.py --only comm   # the exchanges, over NCCL
-    python tools/gpu_check.py --device cpu                       # smoke: tiny, torch alone; shows that the tool works
+    cpinfer gpu-check                                    # everything that one GPU can show
+    cpinfer gpu-check --only parity                      # one stage; each is made to end within 8 minutes
+    torchrun --nproc-per-node 8 -m cpinfer_tools gpu-check --only comm   # the exchanges, over NCCL
+    cpinfer gpu-check --device cpu                       # smoke: tiny, torch alone; shows that the tool works
 
 - parity      kernels and layouts against attention in float32
 - model       whole models, played ranks against Transformers
@@ -52,8 +52,10 @@ STAGES: Mapping[str, Callable[[Setting], Found]] = {
 EXIT_DONE, EXIT_MISSED, EXIT_BAD_INPUT = 0, 1, 2
 
 
-def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None, prog: str | None = None, *, results: Path = RESULTS) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=STAGES, action="append", help="run this stage; may be repeated")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a smoke run")
     parser.add_argument("--no-card", action="store_true", help="write no cards")
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None, results: Path = RESULTS) -> int:
     launch = Launch.from_environ(os.environ)
     device = torch.device("cpu") if is_smoke else launch.device
     setting = Setting(device, is_smoke)
-    command = "python tools/gpu_check.py " + " ".join(argv if argv is not None else sys.argv[1:])
+    command = "cpinfer gpu-check " + " ".join(argv if argv is not None else sys.argv[1:])
     stages = {}
     end_with_launcher(os.environ, program="gpu_check")
     with default_group(launch):

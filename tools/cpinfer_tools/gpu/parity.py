@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
-from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, flashinfer_error
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, unfit
 from cpinfer.attention.cascade import plan_sharing
 from cpinfer.layout.advice import legal_layouts
 from cpinfer.layout.capacity import KVLayout
@@ -92,7 +92,7 @@ def _is_asked(needs: AttentionNeeds, layout: KVLayout, setting: Setting) -> bool
     if needs.cache_dtype == needs.dtype:
         return True
     is_expanded = layout.k_dim != layout.v_dim and not layout.v_is_prefix_of_k
-    return not is_expanded and (setting.is_smoke or flashinfer_error(needs, setting.device) is None)
+    return not is_expanded and (setting.is_smoke or unfit(setting.device, needs) is None)
 
 
 def _rows(is_smoke: bool) -> Iterator[tuple[AttentionRows, int]]:
@@ -144,6 +144,7 @@ def _error(
     keys, values = store[..., : layout.k_dim], store[..., -layout.v_dim :]
     if layout.v_is_prefix_of_k:
         values = keys[..., : layout.v_dim]
+    rows = rows.over(layout)
     scale = layout.k_dim**-0.5
     plan = backend.plan(rows) if rows.causal else plan_sharing(backend, rows, min_saved_keys=0)
     out, lse = plan.run(q, keys, values, scale=scale)

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds, make_backend
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.registry import make_backend
 
 _HEAD_START_CYCLES = 4_000_000  # about 2 ms
 

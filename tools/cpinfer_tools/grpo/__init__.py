@@ -1,1 +1,1 @@
-"""What `tools/train_grpo.py` is made of: rewards, the run with TRL, its curves."""
+"""What `cpinfer train-grpo` is made of: rewards, the run with TRL, its curves."""

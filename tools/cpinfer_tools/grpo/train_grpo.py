@@ -1,7 +1,7 @@
 """Reinforcement learning with TRL's GRPO, rollouts by cpinfer on the trainer's own weights.
 
     deepspeed --num_gpus 2 tools/train_grpo.py --config configs/grpo_sentence.json
-    deepspeed --num_gpus 2 tools/train_grpo.py --config configs/grpo_sentence.json --set training.zero_stage=3
+    torchrun --nproc-per-node 2 -m cpinfer_tools train-grpo --config configs/grpo_sentence.json
     deepspeed --num_gpus 2 tools/train_grpo.py --config configs/grpo_sentence.json \\
         --set training.generator=transformers --beside runs/FIRST/output.jsonl
 
@@ -35,6 +35,7 @@ from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.spec import ModelSpec
+from cpinfer.packages import need_package
 from cpinfer.strict_json import read_text
 from cpinfer_tools.grpo.curves import draw_curves, ends
 from cpinfer_tools.grpo.rewards import Reward, find_reward
@@ -80,16 +81,16 @@ class Training(Job):
         return {"num_prompts": len(self.rows), "num_steps": self.config.training.num_steps}
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common_flags(parser, can_resume=False)
     parser.add_argument("--input", metavar="FILE", help="prompts, JSON Lines; wins over the config")
     parser.add_argument("--beside", nargs="+", default=[], metavar="FILE", help="outputs of other runs to draw beside")
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_tool("train_grpo", lambda launch: prepare(launch, parse_args(argv)), train_and_write)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    return run_tool("train_grpo", lambda launch: prepare(launch, parse_args(argv, prog)), train_and_write)
 
 
 def prepare(launch: Launch, args: argparse.Namespace) -> Training:
@@ -152,6 +153,10 @@ def _check_training(config: RunConfig, world_size: int) -> None:
 def _check_trainer(config: RunConfig, environ: Mapping[str, str]) -> None:
     """UserError for what DeepSpeed or Transformers' generation would fail at, or leave out without a word."""
     training = config.training
+    if training.zero_stage is not None:
+        need_package("deepspeed", f"training.zero_stage={training.zero_stage}")
+    if training.lora_rank:
+        need_package("peft", f"training.lora_rank={training.lora_rank}")
     if training.zero_stage is not None and not is_launched(environ):
         raise UserError(
             f'"training.zero_stage" is {training.zero_stage}, and DeepSpeed needs a launcher also for one process. '

@@ -1,7 +1,7 @@
 """Compare the results of a rollout with the unsharded model, run by Transformers alone.
 
-    python tools/check_rollout.py                               # the newest runs/*/results.jsonl
-    python tools/check_rollout.py --output my_results.jsonl
+    cpinfer check-rollout                               # the newest runs/*/results.jsonl
+    cpinfer check-rollout --output my_results.jsonl
 
 Every sample is scored again by the whole model in one process: the log-probability of each of its tokens must agree to
 `--tolerance`. Greedy samples are also generated again, by `generate`, and must have the same tokens. Where the rollout
@@ -30,9 +30,11 @@ from cpinfer_tools.results.output import read_meta
 from cpinfer_tools.run_config import RunConfig, parse_run_config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", metavar="FILE", help="results of tools/rollout.py; default: the newest under runs/")
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", metavar="FILE", help="results of cpinfer rollout; default: the newest under runs/")
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest logprob difference (default: 1e-4)")
     args = parser.parse_args(argv)
     try:
@@ -56,9 +58,7 @@ def newest_results(folder: Path) -> Path:
     """The results file under `folder` that was written last."""
     found = sorted(folder.glob("*/results.jsonl"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise UserError(
-            f"there is no {folder}/*/results.jsonl; run tools/rollout.py first, or name a file by --output."
-        )
+        raise UserError(f"there is no {folder}/*/results.jsonl; run cpinfer rollout first, or name a file by --output.")
     return found[-1]
 
 

@@ -1,10 +1,10 @@
 """Compare layouts: one evaluation over each of them, the same samples, and what differs.
 
-    python tools/compare.py --config configs/compare_recall.json
-    python tools/compare.py --config configs/compare_published.json --launcher deepspeed
-    python tools/compare.py --config configs/compare_recall.json --layouts tp1 pcp2 pcp4_dcp2 --output runs/mine --reuse
+    cpinfer compare --config configs/compare_recall.json
+    cpinfer compare --config configs/compare_published.json --launcher deepspeed
+    cpinfer compare --config configs/compare_recall.json --layouts tp1 pcp2 pcp4_dcp2 --output runs/mine --reuse
 
-Each layout runs `tools/eval_longctx.py` on as many processes as it has ranks, one layout after the other; the first is
+Each layout runs `cpinfer eval` on as many processes as it has ranks, one layout after the other; the first is
 the reference. Where the config samples (temperature above 0), each layout runs twice: greedy with the first seed, since
 greedy tokens must be the same, and sampled with all seeds, for the accuracy that papers print.
 
@@ -78,9 +78,11 @@ class Job:
     args: argparse.Namespace
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="as of eval_longctx.py, with `comparison`")
+def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = Parser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="as of cpinfer eval, with `comparison`")
     parser.add_argument(
         "--layouts",
         nargs="+",
@@ -103,11 +105,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     os.environ.setdefault(*NO_REPORTS)
     with ExitStack() as stack:
         try:
-            job = prepare(parse_args(argv))
+            job = prepare(parse_args(argv, prog))
             stack.enter_context(locked(job.output / "comparison.json"))
         except UserError as error:
             print(f"compare: {error}", file=sys.stderr)
@@ -182,7 +184,7 @@ def _failed(name: str, evaluation: Evaluation, returncode: int | None, job: Job)
     how = f"did not end within {job.args.timeout_s:g} s" if returncode is None else f"ended with exit code {returncode}"
     print(f"compare: {name} {how}; the end of {evaluation.log}:", file=sys.stderr)
     print(last_lines(evaluation.log), file=sys.stderr)
-    print(f"compare: mend it, then --output {job.output} --reuse keeps what is complete.", file=sys.stderr, flush=True)
+    print(f"compare: fix it, then --output {job.output} --reuse keeps what is complete.", file=sys.stderr, flush=True)
     # What an evaluation says of its tasks before it loads a model is bad input to us as well.
     return EXIT_BAD_INPUT if returncode == EXIT_BAD_INPUT else EXIT_FAILURE
 

@@ -1,10 +1,10 @@
 """How far rollouts are from the training forward: logprobs of the same sampled tokens, layout by layout.
 
-    python tools/mismatch.py --config configs/single.json --set sampling.temperature=1
-    python tools/mismatch.py --config configs/single.json --set sampling.temperature=1 --set dtype=bfloat16 \\
+    cpinfer mismatch --config configs/single.json --set sampling.temperature=1
+    cpinfer mismatch --config configs/single.json --set sampling.temperature=1 --set dtype=bfloat16 \\
         --layouts tp1 pcp2 tp2_pcp2
 
-Each layout samples its own rollouts (`tools/rollout.py`, one layout after the other, on as many processes as it has
+Each layout samples its own rollouts (`cpinfer rollout`, one layout after the other, on as many processes as it has
 ranks). Then this process loads the whole model once and calls it over every sample, as a trainer does: padded on the
 right, no cache, attention as Transformers chooses it. The differences are reported as mean, max, an estimate of
 KL(rollout || training) per token, and the share of tokens above 1e-3. Beside the layouts stands Transformers'
@@ -105,9 +105,11 @@ class Job:
         return self.output / layout.name / "rollouts.jsonl"
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--config", required=True, metavar="FILE", help="as of rollout.py")
+def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
+    parser = Parser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="as of cpinfer rollout")
     parser.add_argument(
         "--layouts", nargs="+", metavar="NAME", help="names such as tp4_pcp2_dcp4, or configs; default: the config's"
     )
@@ -127,11 +129,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     os.environ.setdefault(*NO_REPORTS)
     with ExitStack() as stack:
         try:
-            args = parse_args(argv)
+            args = parse_args(argv, prog)
             if args.forward_worker is not None:
                 return run_forward(Path(args.forward_worker))
             job = prepare(args, sys.argv[1:] if argv is None else argv)
@@ -279,7 +281,7 @@ def write_results(job: Job, rows: Sequence[Row]) -> dict[str, Any]:
     title = Path(job.args.config).stem
     html = html_report(title, verdict(rows), ok, [section], {})
     (job.output / "report.html").write_text(html, encoding="utf-8")
-    command = "python tools/mismatch.py " + shlex.join(job.argv)
+    command = "cpinfer mismatch " + shlex.join(job.argv)
     told = (section.title, f"{verdict(rows)}\n\n{section.text}\n\n{section.table}")
     card = Card("mismatch", title, command, (told,), config_to_dict(job.config))
     (job.output / "report.md").write_text(card.text(machine_name(), versions()), encoding="utf-8")

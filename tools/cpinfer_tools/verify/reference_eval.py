@@ -1,8 +1,8 @@
 """The same evaluation by Transformers alone: the whole model in one process, `generate`, one question at a time.
 
-    python tools/reference_eval.py --config configs/eval_recall.json --output runs/reference/results.jsonl
+    cpinfer reference-eval --config configs/eval_recall.json --output runs/reference/results.jsonl
 
-Takes the flags of tools/eval_longctx.py and writes the same files, so that the two can be compared line by line; what
+Takes the flags of `cpinfer eval` and writes the same files, so that the two can be compared line by line; what
 the config says of a layout is left aside. Greedy only: sampled text would depend on Transformers' own random numbers.
 Exit codes as there: 0 done, 2 bad config or input, 1 failure.
 """
@@ -31,10 +31,10 @@ from cpinfer_tools.opening import open_together
 from cpinfer_tools.results.output import ResultWriter
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     launch = Launch()  # one process, whatever started it
     try:
-        args = parse_args(argv)
+        args = parse_args(argv, prog, __doc__)
         args.set = [*args.set, *WHOLE]
         job = prepare(launch, args)
         if not job.config.sampling.greedy or job.config.sampling.repetition_penalty != 1:

@@ -83,8 +83,10 @@ class _Kind:
     tensor_cores: bool = False
 
 
-def flashinfer_error(needs: AttentionNeeds, device: torch.device) -> UserError | None:
-    """Why FlashInfer cannot do what is needed, on a CUDA device; None when it can."""
+def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
+    """Why FlashInfer cannot do what is needed; None when it can."""
+    if device.type != "cuda":
+        return refuse("flashinfer_device", f'backend="flashinfer" on {device.type}')
     if needs.dtype not in (torch.bfloat16, torch.float16):
         return refuse("flashinfer_dtype", f'backend="flashinfer" with {_name(needs.dtype)}')
     for _, layout in needs.calls:
@@ -103,6 +105,12 @@ def flashinfer_error(needs: AttentionNeeds, device: torch.device) -> UserError |
             'Run `pip install "cpinfer[flashinfer]"`, or set backend to "torch".'
         )
     return None
+
+
+def make(device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
+    """The backend, when it has passed its check."""
+    check_flashinfer(device, needs)
+    return FlashInferBackend(device, needs)
 
 
 @functools.cache
@@ -211,7 +219,7 @@ class FlashInferPlan:
         table = self._table
         if table is None or len(q) != table.num_queries:
             raise ValueError(f"{len(q)} queries were given to a plan of {table and table.num_queries}")
-        call = _call_of(q, keys, values, scale, soft_cap)
+        call = _call_of(table, q, keys, values, scale, soft_cap)
         out, lse = self._room(call, q)
         if table.num_rows == 0:
             return out, lse
@@ -396,10 +404,9 @@ def _check_latent(table: PageTable, call: _Call) -> None:
         raise ValueError("latent attention of several queries per row is not causal here")
 
 
-def _call_of(q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None) -> _Call:
-    is_latent = values.data_ptr() == keys.data_ptr() and values.shape[-1] < keys.shape[-1]
+def _call_of(table: PageTable, q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None) -> _Call:
     heads_and_dims = (q.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
-    return _Call(*heads_and_dims, q.dtype, keys.dtype, scale, soft_cap, is_latent)
+    return _Call(*heads_and_dims, q.dtype, keys.dtype, scale, soft_cap, table.v_is_prefix_of_k)
 
 
 def _name(dtype: torch.dtype) -> str:

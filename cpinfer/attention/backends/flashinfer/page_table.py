@@ -28,7 +28,7 @@ class PageTable:
 
     `qo_indptr [B + 1]`, `kv_indptr [B + 1]`: where queries and pages of each row begin. `kv_indices [P]`: the pages.
     `last_page_len [B]`, in `[1, page_size]`. `kv_lens [B]`, at least 1. `empty [T]` bool: queries without keys.
-    `window_left`: keys that a query sees before its own, -1 for all.
+    `window_left`: keys that a query sees before its own, -1 for all. `v_is_prefix_of_k`: see `AttentionRows`.
     """
 
     qo_indptr: Int32Array
@@ -40,6 +40,7 @@ class PageTable:
     page_size: int
     causal: bool
     window_left: int
+    v_is_prefix_of_k: bool
 
     @property
     def num_rows(self) -> int:
@@ -88,6 +89,7 @@ def page_table(rows: AttentionRows, *, single_tokens: bool = False) -> PageTable
         page_size=page_size,
         causal=rows.causal,
         window_left=-1 if rows.window is None else rows.window - 1,
+        v_is_prefix_of_k=rows.v_is_prefix_of_k,
     )
 
 

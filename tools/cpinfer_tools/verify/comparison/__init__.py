@@ -1,1 +1,1 @@
-"""What tools/compare.py is made of: layouts by name, launches, agreement, tables, pictures, the report."""
+"""What `cpinfer compare` is made of: layouts by name, launches, agreement, tables, pictures, the report."""

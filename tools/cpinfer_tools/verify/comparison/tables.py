@@ -170,7 +170,7 @@ def figures(runs: Sequence[Run], layouts: Sequence[Layout], spec: ModelSpec, num
     add("tpot_s_p50", {name: busy[first] / n for name, n in busy.items()}, work)
     add("tokens_per_s", {name: n / busy[first] for name, n in busy.items()}, work)
     add("num_generated_tokens", dict.fromkeys(busy, 1.0), "the same text")
-    longest = "longest sequence in equal bytes per rank: dcp / stored KV heads, as tools/explain.py has it"
+    longest = "longest sequence in equal bytes per rank: dcp / stored KV heads, as cpinfer explain has it"
     add("kv_capacity_tokens", {name: tokens / capacity[first] for name, tokens in capacity.items()}, longest)
     memory = "1/tp of the weights and the same KV pool; on a CPU it is the whole process, libraries included"
     add("peak_memory_bytes_per_rank", None, memory)

@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from cpinfer.attention.exchange import StateExchange
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
+from cpinfer.attention.exchanges.registry import EXCHANGES, context_exchange, decode_exchange
 from cpinfer.comm.axis import CountingComm, SoloComm
 from cpinfer.comm.threads import run_ranks
+from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
-from cpinfer.ops.states import merge_states
+from cpinfer.ops.states import merge_packed, merge_states, pack_by_place
 
 R, H, K, D = 3, 2, 1, 4
 
@@ -50,10 +52,10 @@ def group_sizes(grid):
     return grid.dcp_size, grid.row_ranks
 
 
-def exchange_states(grid, state_return, empty=(), wire_dtype=torch.float32):
+def exchange_states(grid, name, empty=(), wire_dtype=torch.float32):
     """(the world, each rank's merged state, traffic) for every rank of the grid."""
     places, pcp_size = group_sizes(grid)
-    replicated = state_return == "replicate_q"
+    replicated = name == "replicate_q"
     # Replicated queries: every rank has computed all rows, so there is one place to deal them to.
     world = World(grid, places, 1 if replicated else pcp_size, empty)
     if replicated:
@@ -61,9 +63,7 @@ def exchange_states(grid, state_return, empty=(), wire_dtype=torch.float32):
 
     def body(topology):
         comm = CountingComm(topology.dcp)
-        exchange = StateExchange(
-            comm, pcp_size=1 if replicated else pcp_size, wire_dtype=wire_dtype, state_return=state_return
-        )
+        exchange = EXCHANGES[name](comm, pcp_size=1 if replicated else pcp_size, wire_dtype=wire_dtype)
         mine = world.out[comm.index], world.lse[comm.index]
         if replicated:
             mine = mine[0][:, :H], mine[1][:, :H]
@@ -81,10 +81,10 @@ def assert_merged(world, got, place, tolerance=2e-6):
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("state_return", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("name", ["a2a", "ag_rs"])
 @pytest.mark.parametrize("grid", ONE_COLUMN + COLUMNS, ids=str)
-def test_own_rows_and_heads_come_back_merged_over_all_shards(grid, state_return):
-    world, results = exchange_states(grid, state_return)
+def test_own_rows_and_heads_come_back_merged_over_all_shards(grid, name):
+    world, results = exchange_states(grid, name)
     for place, got, _ in results:
         assert_merged(world, got, place)
 
@@ -98,35 +98,30 @@ def test_replicated_rows_are_merged_on_every_rank_and_equal_on_all(grid):
 
 
 @pytest.mark.parametrize(
-    "grid, state_return",
+    "grid, name",
     [(grid, way) for grid in ONE_COLUMN for way in ("a2a", "ag_rs", "replicate_q")]
     + [(grid, way) for grid in COLUMNS for way in ("a2a", "ag_rs")],
     ids=str,
 )
-def test_shards_that_hold_nothing_of_a_row_count_nothing_and_rows_that_nobody_holds_stay_empty(grid, state_return):
+def test_shards_that_hold_nothing_of_a_row_count_nothing_and_rows_that_nobody_holds_stay_empty(grid, name):
     shards = range(grid.dcp_size)
     empty = [(0, 0), (1, grid.dcp_size - 1), *((2, shard) for shard in shards)]
-    world, results = exchange_states(grid, state_return, empty)
+    world, results = exchange_states(grid, name, empty)
     for place, got, _ in results:
-        at = 0 if state_return == "replicate_q" else place
+        at = 0 if name == "replicate_q" else place
         assert_merged(world, got, at)
         if at % world.pcp_size == 0:  # row 2 is among the rows of pcp rank 0
             assert (got[1][2] == -torch.inf).all() and (got[0][2] == 0).all()
             assert got[1][:2].isfinite().all()
 
 
-@pytest.mark.parametrize("state_return", ["a2a", "ag_rs", "replicate_q"])
-def test_a_fault_in_one_shard_is_not_merged_away(state_return):
+@pytest.mark.parametrize("name", ["a2a", "ag_rs", "replicate_q"])
+def test_a_fault_in_one_shard_is_not_merged_away(name):
     grid = RankGrid(1, 2, 2)
 
     def body(topology):
-        exchange = StateExchange(
-            topology.dcp,
-            pcp_size=1 if state_return == "replicate_q" else 2,
-            wire_dtype=torch.float32,
-            state_return=state_return,
-        )
-        rows = R if state_return == "replicate_q" else 2 * R
+        exchange = EXCHANGES[name](topology.dcp, pcp_size=1 if name == "replicate_q" else 2, wire_dtype=torch.float32)
+        rows = R if name == "replicate_q" else 2 * R
         out, lse = torch.ones(rows, H, D), torch.zeros(rows, H)
         if topology.rank == 1:
             out[0, 0, 0] = torch.nan
@@ -135,20 +130,20 @@ def test_a_fault_in_one_shard_is_not_merged_away(state_return):
     assert run_ranks(grid, body)[0][0, 0].isnan().any()
 
 
-@pytest.mark.parametrize("state_return, tolerance", [("a2a", 2e-2), ("replicate_q", 2e-2), ("ag_rs", 2e-6)])
-def test_a_narrow_wire_rounds_outputs_and_never_lse(state_return, tolerance):
+@pytest.mark.parametrize("name, tolerance", [("a2a", 2e-2), ("replicate_q", 2e-2), ("ag_rs", 2e-6)])
+def test_a_narrow_wire_rounds_outputs_and_never_lse(name, tolerance):
     """`ag_rs` sends what is already weighted, in float32 whatever the wire."""
-    world, results = exchange_states(RankGrid(1, 4, 4), state_return, wire_dtype=torch.bfloat16)
+    world, results = exchange_states(RankGrid(1, 4, 4), name, wire_dtype=torch.bfloat16)
     for place, got, _ in results:
-        assert_merged(world, got, 0 if state_return == "replicate_q" else place, tolerance)
+        assert_merged(world, got, 0 if name == "replicate_q" else place, tolerance)
 
 
 @pytest.mark.parametrize(
-    "state_return, gathers, all_to_alls, reduce_scatters",
+    "name, gathers, all_to_alls, reduce_scatters",
     [("a2a", 0, 1, 0), ("ag_rs", 1, 0, 1), ("replicate_q", 1, 0, 0)],
 )
-def test_states_come_back_by_the_collectives_of_the_design(state_return, gathers, all_to_alls, reduce_scatters):
-    _, results = exchange_states(RankGrid(1, 4, 4), state_return)
+def test_states_come_back_by_the_collectives_of_the_design(name, gathers, all_to_alls, reduce_scatters):
+    _, results = exchange_states(RankGrid(1, 4, 4), name)
     for _, _, traffic in results:
         counts = (traffic.num_all_gather, traffic.num_all_to_all, traffic.num_reduce_scatter)
         assert counts == (gathers, all_to_alls, reduce_scatters)
@@ -167,7 +162,7 @@ def test_rows_are_gathered_in_pcp_order_with_the_heads_of_all_columns_side_by_si
 
     def body(topology):
         comm = topology.dcp
-        exchange = StateExchange(comm, pcp_size=pcp_size, wire_dtype=torch.float32)
+        exchange = AllToAllExchange(comm, pcp_size=pcp_size, wire_dtype=torch.float32)
         q, rows = world.own(world.q, comm.index), slice(comm.index % pcp_size * R, (comm.index % pcp_size + 1) * R)
         return exchange.gather_rows(q), exchange.gather_qkv(q, (world.k[rows], world.v[rows]))
 
@@ -181,7 +176,7 @@ def test_keys_and_values_of_other_widths_are_taken_apart_again():
     q, k, v = (torch.randn(2 * R, heads, dim, generator=g) for heads, dim in ((H, 6), (2, 6), (2, 4)))
 
     def body(topology):
-        exchange = StateExchange(topology.dcp, pcp_size=2, wire_dtype=torch.float32)
+        exchange = AllToAllExchange(topology.dcp, pcp_size=2, wire_dtype=torch.float32)
         rows = slice(topology.rank * R, (topology.rank + 1) * R)
         q_rows, new = exchange.gather_qkv(q[rows], (k[rows], v[rows]))
         return q_rows, *new
@@ -196,16 +191,16 @@ def test_replicated_rows_and_a_solo_axis_are_not_gathered():
 
     def body(topology):
         comm = CountingComm(topology.dcp)
-        exchange = StateExchange(comm, pcp_size=1, wire_dtype=torch.float32, state_return="replicate_q")
-        assert exchange.replicated
+        exchange = EXCHANGES["replicate_q"](comm, pcp_size=1, wire_dtype=torch.float32)
+        assert exchange.replicates_rows
         q_rows, new = exchange.gather_qkv(q, (k, v))
         same = [x is y for x, y in zip((q_rows, *new), (q, k, v), strict=True)]
         return [exchange.gather_rows(q) is q, *same], comm.traffic.num_collectives
 
     assert run_ranks(RankGrid(1, 2, 2), body) == [([True] * 4, 0)] * 2
-    for state_return in ("a2a", "ag_rs", "replicate_q"):
+    for name in ("a2a", "ag_rs", "replicate_q"):
         comm = CountingComm(SoloComm())
-        solo = StateExchange(comm, pcp_size=1, wire_dtype=torch.bfloat16, state_return=state_return)
+        solo = EXCHANGES[name](comm, pcp_size=1, wire_dtype=torch.bfloat16)
         assert solo.gather_rows(q) is q and solo.return_partials(state) is state
         assert comm.traffic.num_collectives == 0
 
@@ -222,7 +217,7 @@ def test_the_wrong_shard_order_of_columns_is_seen():
 def test_places_that_do_not_divide_into_columns_are_refused():
     def body(topology):
         with pytest.raises(ValueError, match="4 places do not divide into columns of 3 pcp ranks"):
-            StateExchange(topology.dcp, pcp_size=3, wire_dtype=torch.float32)
+            AllToAllExchange(topology.dcp, pcp_size=3, wire_dtype=torch.float32)
         return True
 
     assert run_ranks(RankGrid(1, 4, 4), body) == [True] * 4
@@ -257,7 +252,7 @@ def test_new_keys_and_values_of_all_rows_have_the_heads_of_the_named_columns_in_
 
     def body(topology):
         comm = CountingComm(topology.dcp)
-        exchange = StateExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32, kv_columns=kv_columns)
+        exchange = AllToAllExchange(comm, pcp_size=grid.pcp_size, wire_dtype=torch.float32, kv_columns=kv_columns)
         column, pcp_rank = divmod(comm.index, grid.pcp_size)
         mine = slice(pcp_rank * R, (pcp_rank + 1) * R)
         own_q = q[mine, column * H : (column + 1) * H]
@@ -279,7 +274,7 @@ def test_columns_in_another_order_would_be_seen():
     k = torch.randn(2, 2 * R, 1, D, generator=torch.Generator().manual_seed(0))
 
     def body(topology):
-        exchange = StateExchange(topology.dcp, pcp_size=2, wire_dtype=torch.float32, kv_columns=(1, 0))
+        exchange = AllToAllExchange(topology.dcp, pcp_size=2, wire_dtype=torch.float32, kv_columns=(1, 0))
         column, pcp_rank = divmod(topology.dcp.index, 2)
         own = k[column, pcp_rank * R : (pcp_rank + 1) * R]
         return exchange.gather_qkv(own, (own,))[1][0]
@@ -289,19 +284,18 @@ def test_columns_in_another_order_would_be_seen():
         assert torch.equal(got, torch.cat([k[1], k[0]], dim=1))
 
 
-@pytest.mark.parametrize("state_return", ["a2a", "ag_rs"])
+@pytest.mark.parametrize("name", ["a2a", "ag_rs"])
 @pytest.mark.parametrize("grid", [RankGrid(2, 2, 4), RankGrid(3, 1, 3)], ids=str)
-def test_mixed_groups_return_states_as_others_do(grid, state_return):
+def test_mixed_groups_return_states_as_others_do(grid, name):
     """Whose KV heads were met makes no difference to where a row and query head belong."""
     world = World(grid, grid.dcp_size, grid.pcp_size)
 
     def body(topology):
         comm = topology.dcp
-        exchange = StateExchange(
+        exchange = EXCHANGES[name](
             comm,
             pcp_size=grid.pcp_size,
             wire_dtype=torch.float32,
-            state_return=state_return,
             kv_columns=range(grid.tp_size),
         )
         return comm.index, exchange.return_partials((world.out[comm.index], world.lse[comm.index]))
@@ -316,9 +310,36 @@ def test_new_keys_that_every_rank_has_already_are_not_sent():
 
     def body(topology):
         comm = CountingComm(topology.dcp)
-        exchange = StateExchange(comm, pcp_size=1, wire_dtype=torch.float32)
+        exchange = AllToAllExchange(comm, pcp_size=1, wire_dtype=torch.float32)
         _, new = exchange.gather_qkv(q, (k, k))
         assert new[0] is k and new[1] is k
         return comm.traffic.received_bytes
 
     assert run_ranks(RankGrid(4, 1, 2), body) == [q.numel() * 4] * 4
+
+
+def test_a_name_near_a_known_one_is_named():
+    with pytest.raises(UserError, match='the nearest known decode_exchange is "ag_rs"'):
+        decode_exchange("ag_sr")
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_queries_of_a_prefill_are_split_over_ranks_whatever_decode_rows_are(name):
+    assert not context_exchange(name).replicates_rows
+    assert context_exchange(name) is decode_exchange(name) or decode_exchange(name).replicates_rows
+
+
+class InOrder(AllToAllExchange):
+    """A trial of one file: as by all-to-all, but every place sends all it has, and takes its own part of that."""
+
+    def _return(self, out, lse):
+        packed = pack_by_place(out, lse, self._wire_dtype, self._pcp_size, self._columns)
+        return merge_packed(self._comm.all_gather(packed)[:, self._comm.index], out.shape[-1])
+
+
+def test_a_row_is_all_that_a_new_exchange_takes(monkeypatch):
+    monkeypatch.setitem(EXCHANGES, "trial", InOrder)
+    for grid in (RankGrid(1, 4, 4), RankGrid(2, 2, 4)):
+        world, results = exchange_states(grid, "trial")
+        for place, got, _ in results:
+            assert_merged(world, got, place)

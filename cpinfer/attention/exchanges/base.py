@@ -1,5 +1,7 @@
 """How partial attention over KV shards becomes whole: rows to every shard, states back to the rows' owners.
 
+Rows go by all-gather; states come back by one all-to-all, or by all-gather and reduce-scatter, as in vLLM.
+
 The places of the axis run pcp fastest: a gathered `[S, ...]` is `[C, pcp, ...]`, with C tp columns. Query heads of the
 columns stand side by side, in order. Their KV heads are copies of one, of which any column's will do, or differ (mixed
 groups): then `kv_columns` says whose make up the heads that every rank of the group stores.
@@ -13,44 +15,49 @@ head dim.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cpinfer.comm.axis import AxisComm
-from cpinfer.ops.states import State, by_place, merge_packed, pack_by_place
+from cpinfer.errors import UserError
+from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.rules import LayoutSizes
+from cpinfer.ops.states import State
 
-StateReturn = Literal["a2a", "ag_rs", "replicate_q"]
 
+class StateExchange(ABC):
+    """Exchange along one axis, of `comm.size` places with `pcp_size` of them in a column. A solo axis moves nothing.
 
-class StateExchange:
-    """Exchange along one axis, of `size` places with `pcp_size` of them in a column. A solo axis moves nothing.
-
-    How states come back: `a2a`, one all-to-all of packed (out, lse). `ag_rs`, an all-gather of lse and a reduce-scatter
-    of outputs already weighted by it, in float32. `replicate_q`, one all-gather of packed states, where every rank has
-    computed every row (`pcp_size` is then 1 here, and so is C).
+    `replicates_rows`: every rank of a home computes every decode row. What a new exchange has to say is `_return`, how
+    states come back; of the rest what differs from here.
     """
 
+    replicates_rows: ClassVar[bool] = False
+
     def __init__(
-        self,
-        comm: AxisComm,
-        *,
-        pcp_size: int,
-        wire_dtype: torch.dtype,
-        state_return: StateReturn = "a2a",
-        kv_columns: Sequence[int] = (0,),
+        self, comm: AxisComm, *, pcp_size: int, wire_dtype: torch.dtype, kv_columns: Sequence[int] = (0,)
     ) -> None:
-        self.replicated = state_return == "replicate_q"
         if comm.size % pcp_size:
             raise ValueError(f"{comm.size} places do not divide into columns of {pcp_size} pcp ranks")
         self._comm = comm
         self._pcp_size = pcp_size
-        self._columns = 1 if self.replicated else comm.size // pcp_size
+        self._columns = comm.size // pcp_size
         self._wire_dtype = wire_dtype
-        self._state_return = state_return
         self._kv_columns = kv_columns
+
+    @classmethod
+    def row_ranks(cls, grid: RankGrid) -> int:
+        """Over how many pcp ranks of a home the rows of a decode step are dealt."""
+        return grid.row_ranks
+
+    @classmethod
+    def layout_error(cls, sizes: LayoutSizes) -> UserError | None:
+        """Why decode in this layout cannot use it; None where it can."""
+        return None
 
     def gather_qkv(self, q: Tensor, new_kv: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """q `[pcp * R, C * H, D]`, new K/V `[pcp * R, G, D]` of all rows, from q `[R, H, D]`, K/V `[R, K, D]`."""
@@ -66,19 +73,13 @@ class StateExchange:
 
     def gather_rows(self, q: Tensor) -> Tensor:
         """`[pcp * R, C * H, D]` of all rows from own q `[R, H, D]`."""
-        if self._comm.size == 1 or self.replicated:
+        if self._comm.size == 1:
             return q
         return self._rows_by_heads(self._comm.all_gather(q.flatten(1)), *q.shape)
 
     def return_partials(self, state: State) -> State:
         """`out [R, H, D]` (float32 where states merged) and `lse [R, H]` of own rows and heads."""
-        if self._comm.size == 1:
-            return state
-        if self._state_return == "a2a":
-            return self._by_all_to_all(*state)
-        if self._state_return == "ag_rs":
-            return self._by_reduce_scatter(*state)
-        return self._by_all_gather(*state)
+        return state if self._comm.size == 1 else self._return(*state)
 
     def _rows_by_heads(self, x: Tensor, R: int, H: int, D: int) -> Tensor:
         """`[S, R, H * D]` to `[pcp * R, C * H, D]`."""
@@ -91,20 +92,6 @@ class StateExchange:
         picked = [columns[c] for c in self._kv_columns]
         return picked[0] if len(picked) == 1 else torch.cat(picked, dim=1)
 
-    def _by_all_to_all(self, out: Tensor, lse: Tensor) -> State:
-        packed = pack_by_place(out, lse, self._wire_dtype, self._pcp_size, self._columns)
-        return merge_packed(self._comm.all_to_all(packed), out.shape[-1])
-
-    def _by_all_gather(self, out: Tensor, lse: Tensor) -> State:
-        (packed,) = pack_by_place(out, lse, self._wire_dtype, pcp_size=1, columns=1)
-        return merge_packed(self._comm.all_gather(packed), out.shape[-1])
-
-    def _by_reduce_scatter(self, out: Tensor, lse: Tensor) -> State:
-        lses = self._comm.all_gather(lse)
-        peak = lses.amax(dim=0)
-        total = torch.logsumexp(lses - torch.where(peak == -torch.inf, 0.0, peak), dim=0) + peak
-        total = torch.where(peak == -torch.inf, peak, total)
-        share = torch.exp(lse - torch.where(total == -torch.inf, 0.0, total))
-        weighted = share.unsqueeze(-1) * out.float()
-        weighted, total = (by_place(x, self._pcp_size, self._columns) for x in (weighted, total))
-        return self._comm.reduce_scatter(weighted), total[self._comm.index]
+    @abstractmethod
+    def _return(self, out: Tensor, lse: Tensor) -> State:
+        """`return_partials` over two places or more, from `out [pcp * R, C * H, D]` and `lse [pcp * R, C * H]`."""

@@ -1,0 +1,94 @@
+"""The attention backends that there are. A new one is a file or a folder beside this one, and a row here.
+
+    make_backend("auto", device, needs)      the first row that is made for the device and can do what is needed
+
+A row names a module, which is imported when the backend is first asked for, so that nobody needs the libraries of
+backends that they do not use. The module has the two functions of `BackendModule`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.errors import UserError, unknown_word
+
+
+class BackendModule(Protocol):
+    """What the module of a row has."""
+
+    def unfit(self, device: torch.device, needs: AttentionNeeds) -> UserError | None:
+        """Why the backend cannot do what is `needed` on `device`; None when it can. Loads no kernels."""
+        ...
+
+    def make(self, device: torch.device, needs: AttentionNeeds) -> AttentionBackend:
+        """The backend, checked where it is not ours. BackendFaultError when it is there and wrong."""
+        ...
+
+
+@dataclass(frozen=True)
+class BackendRow:
+    """One backend. `device_types` are those that `auto` takes it for; None is all."""
+
+    module: str
+    device_types: frozenset[str] | None = None
+
+    @property
+    def code(self) -> BackendModule:
+        return cast("BackendModule", import_module(self.module))
+
+    def is_made_for(self, device: torch.device) -> bool:
+        return self.device_types is None or device.type in self.device_types
+
+
+# In the order in which `auto` asks them: the fastest first, and last the one that can always.
+BACKENDS: Mapping[str, BackendRow] = {
+    "flashinfer": BackendRow("cpinfer.attention.backends.flashinfer.backend", frozenset({"cuda"})),
+    "torch": BackendRow("cpinfer.attention.backends.torch_backend"),
+}
+
+
+def check_choice(
+    name: str, device: torch.device, needs: AttentionNeeds, backends: Mapping[str, BackendRow] = BACKENDS
+) -> None:
+    """UserError when the backend asked for by name cannot run `needs` on `device`; `auto` can always."""
+    if name == "auto":
+        return
+    if name not in backends:
+        raise UserError(unknown_word("backend", name, ["auto", *backends]))
+    error = backends[name].code.unfit(device, needs)
+    if error is not None:
+        raise error
+
+
+def make_backend(
+    name: str, device: torch.device, needs: AttentionNeeds, backends: Mapping[str, BackendRow] = BACKENDS
+) -> AttentionBackend:
+    """The backend a config asks for; `auto` is the first row that is made for `device` and can run `needs`.
+
+    Errors as `check_choice` has them; BackendFaultError when a library is there and wrong. When `auto` has to pass over
+    a backend that is made for the device, it says why.
+    """
+    check_choice(name, device, needs, backends)
+    if name != "auto":
+        return backends[name].code.make(device, needs)
+    passed_over: list[UserError] = []
+    for other, row in backends.items():
+        if not row.is_made_for(device):
+            continue
+        error = row.code.unfit(device, needs)
+        if error is None:
+            if passed_over:
+                why = " ".join(map(str, passed_over))
+                warnings.warn(
+                    f"attention runs on {other} alone, which is slow on {device.type.upper()}: {why}", stacklevel=2
+                )
+            return row.code.make(device, needs)
+        passed_over.append(error)
+    raise UserError(" ".join(["no backend can do what is needed:", *map(str, passed_over)]))

@@ -1,0 +1,132 @@
+"""What callers give, as requests that can run; or the UserError that says why not, before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cpinfer.config import SamplingParams
+from cpinfer.engine.agreement import Prepared, pack_token_lists
+from cpinfer.engine.pooled_prompts import PooledPrompts, SamplePlaces, TokenIds
+from cpinfer.engine.prompts import (
+    PromptLike,
+    PromptsLike,
+    as_pairs,
+    as_prompt,
+    as_prompts,
+    as_sampling,
+    as_token_lists,
+    check_distinct,
+    check_prompt,
+    check_scored_length,
+    check_tokens,
+    naming,
+)
+from cpinfer.engine.request import Prompt, SampledRequest, ScoredRequest
+from cpinfer.errors import UserError
+from cpinfer.layout.capacity import PoolSize
+from cpinfer.models.spec import ModelSpec
+
+
+class InputProcessor:
+    """Makes requests for a model and a pool. What it prepares names what the ranks of a replica must have in common."""
+
+    def __init__(self, spec: ModelSpec, pool_size: PoolSize, tokenizer: Any | None) -> None:
+        self._spec = spec
+        self._pool_size = pool_size
+        self._tokenizer = tokenizer
+
+    def samples(
+        self,
+        prompts: PromptsLike,
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        skip: frozenset[tuple[int, int]],
+    ) -> Prepared[list[SampledRequest]]:
+        """A request for each sample of each prompt but those to skip, by (prompt, sample)."""
+        given = as_prompts(prompts)
+        each = as_sampling(sampling, len(given), SamplingParams())
+        self._refuse_unread_stops(each)
+        wanted = []
+        for index, (prompt, params) in enumerate(zip(given, each, strict=True)):
+            with naming("prompt", index):
+                wanted.append(as_prompt(prompt, index, self._tokenizer))
+                check_prompt(wanted[-1], params, self._spec, self._pool_size)
+        check_distinct(wanted, [params.seed for params in each])
+        distinct = {params: i for i, params in enumerate(dict.fromkeys(each))}
+        return Prepared(
+            self._requests(wanted, each, skip),
+            lambda: {
+                "sampling": each[0] if len(distinct) == 1 else [list(distinct), [distinct[params] for params in each]],
+                "skip": sorted(skip),
+                "prompts": wanted,
+            },
+        )
+
+    def scored(self, pairs: Iterable[tuple[PromptLike, Sequence[int]]]) -> Prepared[list[ScoredRequest]]:
+        """A request for each pair of a prompt and its continuation."""
+        requests = []
+        for index, pair in enumerate(as_pairs(pairs)):
+            with naming("pair", index):
+                requests.append(self._to_score(index, *pair))
+        return Prepared(requests, lambda: {"pairs": [(r.prompt.token_ids, r.targets) for r in requests]})
+
+    def _to_score(self, index: int, given: PromptLike, continuation: Sequence[int]) -> ScoredRequest:
+        prompt = as_prompt(given, index, self._tokenizer)
+        targets = tuple(continuation)
+        if not targets:
+            raise UserError("the continuation is empty; at least one token was wanted.")
+        check_tokens(prompt.token_ids, self._spec)
+        check_tokens(targets, self._spec)
+        check_scored_length(len(prompt.token_ids), len(targets), self._spec, self._pool_size)
+        return ScoredRequest(prompt, targets)
+
+    def packed(
+        self, own_prompts: PromptsLike, sampling: SamplingParams | None, name: str, num_copies: int, num_ranks: int
+    ) -> Prepared[NDArray[np.int64]]:
+        """This rank's prompts as one row of numbers, with a number of its own in front, by which to name the batch."""
+        params = sampling or SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise UserError(f"found a {type(params).__name__} for sampling; SamplingParams were wanted.")
+        self._refuse_unread_stops([params])
+        if type(num_copies) is not int or num_copies < 1 or num_ranks % num_copies:
+            raise UserError(f"num_copies is {num_copies!r}; a divisor of the replica's {num_ranks} rank(s) was wanted.")
+        own = as_token_lists(own_prompts, self._tokenizer)
+        for i, tokens in enumerate(own):
+            with naming("prompt", i):
+                check_prompt(Prompt(i, str(i), tokens), params, self._spec, self._pool_size)
+        packed = pack_token_lists([[secrets.randbits(62)], *own])
+        same: Mapping[str, object] = {"sampling": params, "name": name, "num_copies": num_copies}
+        return Prepared(packed, lambda: same, number=len(packed))
+
+    def pooled(
+        self, asked: Sequence[Sequence[TokenIds]], num_copies: int, sampling: SamplingParams | None, name: str
+    ) -> tuple[list[SampledRequest], Sequence[SamplePlaces]]:
+        """A request for each sample that any rank asks for, and for each owner the (prompt, sample) that are its own.
+
+        Ranks have checked what they ask for. `num_copies` neighbours are one owner; prompt i is named `name/i`.
+        """
+        params = sampling or SamplingParams()
+        pooled = PooledPrompts.of_ranks(asked, num_copies)
+        prompts = [Prompt(i, f"{name}/{i}", tokens) for i, tokens in enumerate(pooled.prompts)]
+        each = [dataclasses.replace(params, n=n) for n in pooled.counts]
+        return self._requests(prompts, each, frozenset()), pooled.places
+
+    def _requests(
+        self, prompts: Sequence[Prompt], sampling: Sequence[SamplingParams], skip: frozenset[tuple[int, int]]
+    ) -> list[SampledRequest]:
+        requests = []
+        for prompt, params in zip(prompts, sampling, strict=True):
+            room = self._spec.max_positions - len(prompt.token_ids)
+            for sample_index in range(params.n):
+                if (prompt.index, sample_index) not in skip:
+                    requests.append(SampledRequest(prompt, sample_index, params, min(params.max_new_tokens, room)))
+        return requests
+
+    def _refuse_unread_stops(self, sampling: Sequence[SamplingParams]) -> None:
+        if self._tokenizer is None and any(params.stop for params in sampling):
+            raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")

@@ -1,0 +1,51 @@
+"""Puts together what runs the steps of one rank, over a cache and a backend."""
+
+from __future__ import annotations
+
+from cpinfer.attention.backends.base import AttentionBackend
+from cpinfer.comm.topology import Topology
+from cpinfer.config import EngineConfig
+from cpinfer.engine.decode_graphs import make_decode_graphs
+from cpinfer.engine.exchanges import Exchanges
+from cpinfer.engine.logits_reader import LogitsReader
+from cpinfer.engine.step_attention import StepAttention
+from cpinfer.engine.step_plans import StepPlanner
+from cpinfer.engine.step_runner import StepRunner
+from cpinfer.engine.stopping import Stopping
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
+from cpinfer.layout.shards import KVSharding
+from cpinfer.models.runner import ModelRunner
+
+
+def make_step_runner(
+    runner: ModelRunner,
+    topology: Topology,
+    config: EngineConfig,
+    sharding: KVSharding,
+    backend: AttentionBackend,
+    cache: PagedKVCache,
+    stopping: Stopping,
+) -> StepRunner:
+    """The step runner of one rank. Every rank makes the same decisions here, but for its place in the grid."""
+    grid, spec = topology.grid, runner.spec
+    heads = spec.heads(grid.tp_size).in_group(grid, topology.coords.tp_rank)
+    exchanges = Exchanges.of(topology, heads, config, runner.dtype)
+    graphs = None
+    if config.cuda_graphs:
+        max_rows = -(-config.max_num_seqs // exchanges.row_ranks)
+        graphs = make_decode_graphs(
+            runner, topology.replica, backend, cache, exchanges.decode, heads, sharding, max_rows
+        )
+    planner = StepPlanner(
+        grid,
+        topology.rank,
+        sharding,
+        shard=topology.kv_shard,
+        row_ranks=exchanges.row_ranks,
+        in_buckets=graphs is not None,
+        windows=spec.windows,
+        pairs_per_token=spec.pairs_per_token,
+        kv_layout=cache.layout,
+    )
+    attention = StepAttention(spec, config, heads, exchanges, backend, cache)
+    return StepRunner(runner, cache, planner, attention, LogitsReader(topology, runner.device, stopping), graphs)

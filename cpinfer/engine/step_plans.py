@@ -1,0 +1,195 @@
+"""What a step computes on one rank, and who computes what all ranks wait for: plans in numpy, made from what all know.
+
+chunks of prefills, or running requests  ->  token ids and positions of this rank  |  layout plans for attention
+                                         ->  rows whose logits are read, here and on other ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+from cpinfer.engine.request import SampledRequest
+from cpinfer.engine.step import Chunk
+from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.context import Context, StepContext, exchange_places
+from cpinfer.layout.decode import DecodePlan, bucket_of, plan_decode, rows_in_window
+from cpinfer.layout.grid import RankGrid
+from cpinfer.layout.prefill import (
+    PrefillPlan,
+    ScoredRows,
+    StepCost,
+    deal_prompts,
+    plan_prefill,
+    plan_scored_rows,
+    split_prompts,
+)
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.layout.shards import KVSharding
+
+# Who computed a token: its pcp rank, and the row of that rank's record.
+TokenPlace = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class PrefillInput:
+    """A prefill step on one rank: `token_ids` at `plan.positions`, behind what `context` says is cached.
+
+    `sampled_rows` of the model's rows are sampled from, request i of `requests` from the `drawn[i]`-th of them; and
+    those of `scored` are asked for `targets`. `places` are those of all tokens that the step samples, on any rank.
+    """
+
+    plan: PrefillPlan
+    context: StepContext
+    token_ids: list[int]
+    sampled_rows: list[int]
+    drawn: list[int]
+    requests: list[SampledRequest]
+    places: list[TokenPlace]
+    scored: ScoredRows
+    targets: list[int]
+
+    @property
+    def kept_rows(self) -> list[int]:
+        """Rows whose logits are computed: those that are sampled from, and behind them those that score."""
+        return [*self.sampled_rows, *self.scored.rows]
+
+
+@dataclass(frozen=True)
+class DecodeInput:
+    """A decode step on one rank: the newest tokens of its `requests`, and keys for the layers of every window.
+
+    Without a plan its home has no request. `places` are those of all tokens that the step samples, on any rank.
+    """
+
+    plan: DecodePlan | None
+    rows: Mapping[int | None, AttentionRows]
+    requests: list[SampledRequest]
+    places: list[TokenPlace]
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [request.last_token_id for request in self.requests]
+
+
+class StepPlanner:
+    """Plans steps for one rank. Decode rows are dealt over `row_ranks` of a home; `in_buckets`: padded to few sizes.
+
+    `windows`: of the model's layers, how many of the last tokens each sees; `pairs_per_token` as `StepCost` has it.
+    `kv_layout`: of what decode rows attend to, the cache.
+    """
+
+    def __init__(
+        self,
+        grid: RankGrid,
+        rank: int,
+        sharding: KVSharding,
+        *,
+        shard: int,
+        row_ranks: int,
+        in_buckets: bool,
+        windows: Sequence[int | None],
+        pairs_per_token: int,
+        kv_layout: KVLayout,
+    ) -> None:
+        self._grid = grid
+        self._pcp_rank = grid.coords(rank).pcp_rank
+        self._home = grid.home(rank)
+        self._shard = shard
+        self._sharding = sharding
+        self._row_ranks = row_ranks
+        self._in_buckets = in_buckets
+        # In a fixed order, the same on every rank.
+        self._windows: list[int | None] = sorted(set(windows), key=lambda window: -1 if window is None else window)
+        self._kv_layout = kv_layout
+        self._cost = StepCost(pairs_per_token=pairs_per_token)
+        self._places = exchange_places(grid, rank)
+
+    def prefill(self, chunks: Sequence[Chunk]) -> PrefillInput:
+        """A step of chunks: split over the pcp axis, or dealt to its ranks whole."""
+        pcp_size = self._grid.pcp_size
+        starts = [chunk.start for chunk in chunks]
+        lens = [chunk.end - chunk.start for chunk in chunks]
+        split = split_prompts(lens, pcp_size, dealt=deal_prompts(lens, pcp_size, self._cost, starts))
+        leaders = [chunk.prefill.leaders.get(self._home) for chunk in chunks]
+        plan = plan_prefill(
+            split,
+            [None if leader is None else leader.blocks for leader in leaders],
+            self._sharding,
+            pcp_rank=self._pcp_rank,
+            shard=self._shard,
+            context_lens=starts,
+        )
+        token_ids = [
+            token
+            for piece in plan.pieces
+            for token in chunks[piece.prompt].prefill.token_ids[
+                starts[piece.prompt] + piece.start : starts[piece.prompt] + piece.end
+            ]
+        ]
+        last = [i for i, chunk in enumerate(chunks) if chunk.samples]
+        mine = [i for i in last if plan.sample_rows[i] >= 0]
+        scored = plan_scored_rows(plan, [chunk.scored_places for chunk in chunks], starts)
+        # Samples that share a prefill are all drawn from the logits of its last token.
+        drawn = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
+        owners = [int(plan.sample_owner[i]) for i in last for _ in chunks[i].prefill.samples]
+        rows = {owner: count() for owner in owners}
+        return PrefillInput(
+            plan=plan,
+            context=StepContext(split, [_context_of(chunk) for chunk in chunks], self._sharding, self._places),
+            token_ids=token_ids,
+            sampled_rows=plan.sample_rows[mine].tolist(),
+            drawn=[row for row, _ in drawn],
+            requests=[sample for _, sample in drawn],
+            places=[(owner, next(rows[owner])) for owner in owners],
+            scored=scored,
+            targets=[r.target_at(place) for i, place in scored.own for r in chunks[i].prefill.scored],
+        )
+
+    def decode(self, running: Sequence[SampledRequest]) -> DecodeInput:
+        """A step of one token of every running request, each in its home."""
+        by_home = [[r for r in running if r.home == home] for home in range(self._grid.num_homes)]
+        here = by_home[self._home]
+        place_of = self._decode_places(by_home)
+        places = [place_of[id(r)] for r in running]
+        if not here:
+            return DecodeInput(None, {}, [], places)
+        positions = [r.next_position for r in here]
+        plan = plan_decode(
+            positions,
+            [r.blocks for r in here],
+            self._sharding,
+            pcp_size=self._row_ranks,
+            pcp_rank=self._pcp_rank % self._row_ranks,
+            shard=self._shard,
+            rows_per_rank=self._rows_per_rank(len(here)),
+        )
+        rows = {
+            window: plan.rows
+            if window is None
+            else rows_in_window(plan, positions, self._sharding, self._shard, window)
+            for window in self._windows
+        }
+        rows = {window: r.over(self._kv_layout) for window, r in rows.items()}
+        return DecodeInput(plan, rows, [here[i] for i in plan.own if i >= 0], places)
+
+    def _decode_places(self, by_home: Sequence[Sequence[SampledRequest]]) -> dict[int, TokenPlace]:
+        """Who computes each running request, by `id`."""
+        places = {}
+        for home, requests in enumerate(by_home):
+            rows_per_rank = self._rows_per_rank(len(requests))
+            for i, request in enumerate(requests):  # neighbours on each rank, as `deal_rows` has them
+                pcp_rank, record = divmod(i, rows_per_rank)
+                places[id(request)] = (home * self._grid.row_ranks + pcp_rank, record)
+        return places
+
+    def _rows_per_rank(self, num_rows: int) -> int:
+        """As few as hold them; where steps are replayed, as many as a step that is captured."""
+        needed = -(-num_rows // self._row_ranks)
+        return bucket_of(needed) if self._in_buckets else needed
+
+
+def _context_of(chunk: Chunk) -> Context:
+    home, leader = next(iter(chunk.prefill.leaders.items()))
+    return Context(chunk.start, home, leader.blocks)

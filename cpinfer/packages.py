@@ -1,0 +1,42 @@
+"""Packages that only some of what is here needs: they are extras, and a missing one is named with how to get it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from cpinfer.errors import UserError
+
+# By the name that they are imported by; the extra of cpinfer that brings each.
+EXTRAS: Mapping[str, str] = {
+    "accelerate": "accelerate",
+    "deepspeed": "deepspeed",
+    "lm_eval": "eval",
+    "matplotlib": "eval",
+    "peft": "rl",
+    "psutil": "eval",
+    "trl": "rl",
+    "wandb": "wandb",
+}
+
+
+def missing_package(module: str, who: str) -> UserError | None:
+    """What to say of a `module` that could not be imported, and that `who` needs; None where no extra brings it.
+
+    >>> print(missing_package("trl.trainer", "cpinfer train-grpo"))
+    cpinfer train-grpo needs the package trl, which is not installed. Run `pip install "cpinfer[rl]"`.
+    """
+    package = module.partition(".")[0]
+    if package not in EXTRAS:
+        return None
+    return UserError(
+        f'{who} needs the package {package}, which is not installed. Run `pip install "cpinfer[{EXTRAS[package]}]"`.'
+    )
+
+
+def need_package(package: str, who: str) -> None:
+    """UserError when `package`, one of `EXTRAS`, is not installed. Nothing is imported."""
+    if find_spec(package) is None:
+        error = missing_package(package, who)
+        assert error is not None, f"{package} is no extra"
+        raise error

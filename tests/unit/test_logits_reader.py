@@ -1,0 +1,65 @@
+"""What ranks read off their logits, as threads: the owner's first tp rank decides, and all know it."""
+
+import pytest
+import torch
+
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import SamplingParams
+from cpinfer.engine.logits_reader import LogitsReader
+from cpinfer.engine.request import Prompt, SampledRequest
+from cpinfer.engine.stopping import Stopping
+from cpinfer.errors import EngineFaultError
+from cpinfer.layout.grid import RankGrid
+
+GRID = RankGrid(tp_size=2, pcp_size=2)
+CPU = torch.device("cpu")
+REQUESTS = [SampledRequest(Prompt(i, str(i), (1,)), 0, SamplingParams(temperature=0), 4) for i in range(3)]
+# Request 0 and 2 on pcp rank 0, request 1 on pcp rank 1.
+PLACES = [(0, 0), (1, 0), (0, 1)]
+OWN = [[REQUESTS[0], REQUESTS[2]], [REQUESTS[1]]]
+WANTED = {0: 4, 1: 6, 2: 1}
+
+
+def logits_for(requests, tp_rank=0):
+    """Rows whose likeliest token is the wanted one on the first tp rank, and another on the others."""
+    logits = torch.zeros(len(requests), 8)
+    for row, request in enumerate(requests):
+        logits[row, (WANTED[request.prompt.index] + tp_rank) % 8] = 5.0
+    return logits
+
+
+def sampled_on(topology, broken_rank=None):
+    coords = topology.coords
+    own = OWN[coords.pcp_rank]
+    logits = logits_for(own, coords.tp_rank)
+    if topology.rank == broken_rank:
+        logits[0, 3] = torch.nan
+    return LogitsReader(topology, CPU, Stopping((), None)).sample(logits, own, REQUESTS, PLACES, leaves=False)
+
+
+def test_all_ranks_get_the_tokens_that_the_first_tp_rank_of_each_owner_chose():
+    for tokens in run_ranks(GRID, sampled_on):
+        assert [token.token_id for token in tokens] == [WANTED[i] for i in range(3)]
+
+
+@pytest.mark.parametrize("broken_rank", range(4))
+def test_logits_that_are_not_finite_on_any_rank_are_an_error_on_all(broken_rank):
+    def body(topology):
+        with pytest.raises(EngineFaultError, match=rf"rank\(s\) \[{broken_rank}\]"):
+            sampled_on(topology, broken_rank)
+        return True
+
+    assert all(run_ranks(GRID, body))
+
+
+def test_all_ranks_get_the_scores_of_every_place():
+    def body(topology):
+        own = OWN[topology.coords.pcp_rank]
+        targets = [WANTED[r.prompt.index] if r.prompt.index else 0 for r in own]
+        reader = LogitsReader(topology, CPU, Stopping((), None))
+        return reader.score(logits_for(own), targets, PLACES, leaves=False)
+
+    likely, unlikely = (float(torch.log_softmax(logits_for(REQUESTS[:1])[0], -1)[i]) for i in (WANTED[0], 0))
+    for scores in run_ranks(GRID, body):
+        assert [s.is_greedy for s in scores] == [False, True, True]
+        assert [s.logprob for s in scores] == pytest.approx([unlikely, likely, likely])

@@ -1,0 +1,35 @@
+"""What is an extra is named where it is missing, and the table of extras is that of pyproject.toml."""
+
+import doctest
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cpinfer import packages
+from cpinfer.errors import UserError
+from cpinfer.packages import EXTRAS, need_package
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+def test_every_extra_brings_the_package_that_it_is_named_for():
+    for package, extra in EXTRAS.items():
+        brought = [re.split(r"[><=;\[ ]", spec)[0] for spec in PROJECT["optional-dependencies"][extra]]
+        assert package in brought
+    required = {re.split(r"[><=;\[ ]", spec)[0] for spec in PROJECT["dependencies"]}
+    assert not required & EXTRAS.keys()
+
+
+def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    need_package("wandb", "nobody")  # it is here
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r'the key "wandb" needs the package wandb.*pip install "cpinfer\[wandb\]"'):
+        need_package("wandb", 'the key "wandb"')
+    assert packages.missing_package("torch", "nobody") is None
+
+
+def test_the_example_is_true():
+    found = doctest.testmod(packages)
+    assert found.attempted and not found.failed

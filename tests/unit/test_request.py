@@ -1,0 +1,81 @@
+"""Requests: what the scheduler and the steps ask of them, by their type."""
+
+import pytest
+
+from cpinfer.config import SamplingParams
+from cpinfer.engine.request import DROPPED, Prompt, Request, SampledRequest, SampledToken, ScoredRequest, TokenScore
+
+PROMPT = Prompt(3, "p", (5, 6, 7))
+
+
+def sampled(*token_ids, prompt=PROMPT, sample_index=0, max_new_tokens=4, **params):
+    request = SampledRequest(prompt, sample_index, SamplingParams(**params), max_new_tokens)
+    request.sampled = [SampledToken(t, -1.0, -0.5, ((t, -1.0),)) for t in token_ids]
+    return request
+
+
+def test_a_request_that_is_neither_sampled_nor_scored_cannot_be_made():
+    with pytest.raises(TypeError, match="abstract"):
+        Request(PROMPT)
+
+
+def test_a_sample_computes_its_prompt_and_its_answer_so_far_and_reads_the_logits_of_the_newest_token():
+    fresh, later = sampled(), sampled(8, 9)
+    assert fresh.all_token_ids == (5, 6, 7) and fresh.first_logits_place == 2
+    assert later.all_token_ids == (5, 6, 7, 8, 9) and later.first_logits_place == later.next_position == 4
+    assert {request.max_length for request in (fresh, later)} == {7}
+    assert {request.max_cached_tokens for request in (fresh, later)} == {6}
+    assert later.scored_places(0, 5) == range(0)
+
+
+def test_of_a_given_answer_all_but_the_last_token_is_computed_and_every_token_is_scored_once():
+    request = ScoredRequest(PROMPT, (8, 9, 10))
+    assert request.all_token_ids == (5, 6, 7, 8, 9)
+    assert request.max_length == 6 and request.max_cached_tokens == len(request.all_token_ids)
+    places = [place for chunk in ((0, 1), (1, 3), (3, 5)) for place in request.scored_places(*chunk)]
+    assert places == [2, 3, 4] and places[0] == request.first_logits_place
+    assert tuple(map(request.target_at, places)) == request.targets
+
+
+def test_fresh_samples_of_one_prompt_share_a_prefill_and_nobody_else_does():
+    equal_but_another = Prompt(3, "p", (5, 6, 7))
+    assert sampled().shares_prefill_with(sampled(sample_index=1))
+    assert not sampled().shares_prefill_with(sampled(prompt=equal_but_another))
+    assert not sampled(8).shares_prefill_with(sampled()) and not sampled().shares_prefill_with(sampled(8))
+    assert not sampled().shares_prefill_with(ScoredRequest(PROMPT, (8,)))
+    assert not ScoredRequest(PROMPT, (8,)).shares_prefill_with(sampled())
+    assert not ScoredRequest(PROMPT, (8,)).shares_prefill_with(ScoredRequest(PROMPT, (8,)))
+
+
+def test_blocks_are_dropped_from_the_front_and_taken_once():
+    request = sampled()
+    request.blocks = [4, 2, 9]
+    assert request.drop_blocks(2) == [4, 2] and request.drop_blocks(1) == []
+    assert request.blocks == [DROPPED, DROPPED, 9] and request.held_blocks == [9]
+    assert request.take_blocks() == [9] and request.take_blocks() == [] and request.num_dropped == 0
+
+
+def test_a_result_says_what_was_sampled_and_how_long_it_took():
+    request = sampled(8, 9, 10, top_logprobs=1)
+    request.finish_reason, request.submitted_s, request.first_token_s, request.finished_s = "stop", 1.0, 3.0, 4.0
+    result = request.result("text", 7)
+    assert (result.id, result.prompt_index, result.sample_index) == ("p", 3, 0)
+    assert (result.prompt_token_ids, result.token_ids, result.text) == ((5, 6, 7), (8, 9, 10), "text")
+    assert (result.logprobs, result.processed_logprobs) == ((-1.0,) * 3, (-0.5,) * 3)
+    assert (result.ttft_s, result.tpot_s, result.finish_reason, result.weights_version) == (2.0, 0.5, "stop", 7)
+    assert result.top_logprobs == (((8, -1.0),), ((9, -1.0),), ((10, -1.0),))
+
+
+def test_without_a_second_token_there_is_no_time_between_tokens():
+    request = sampled(8)
+    request.finish_reason, request.first_token_s, request.finished_s = "length", 3.0, 4.0
+    result = request.result(None, 0)
+    assert result.tpot_s is None and result.top_logprobs is None
+
+
+@pytest.mark.parametrize("greedy", [[True, True], [True, False]], ids=str)
+def test_an_answer_is_greedy_when_all_of_its_tokens_are(greedy):
+    request = ScoredRequest(PROMPT, (8, 9))
+    request.scores = [TokenScore(-float(i), is_greedy) for i, is_greedy in enumerate(greedy)]
+    result = request.result()
+    assert result.logprobs == (0.0, -1.0) and result.logprob == -1.0 and result.is_greedy == all(greedy)
