@@ -208,13 +208,13 @@ class EngineConfig(Checked):
         return self.cp_kv_cache_interleave_size or self.block_size
 
     def cache_dtype(self, dtype: str) -> str:
-        """The dtype of the KV cache.
+        """What the KV cache of a model has.
 
         Args:
-            dtype: of the model's activations, as torch calls it ("bfloat16").
+            dtype: the model's, as torch calls it.
 
         Returns:
-            What keys and values are stored in, as torch calls it.
+            The cache's, likewise.
         """
         return KV_CACHE_DTYPES[self.kv_cache_dtype or "auto"] or dtype
 
@@ -260,7 +260,14 @@ class JobConfig(EngineConfig, ParallelConfig):
     rollout: RolloutConfig = _key("rollout phases inside a trainer", factory=RolloutConfig)
 
     def seen_from(self, folder: Path) -> Self:
-        """The same with its relative paths from `folder`, that of the config file."""
+        """With its relative paths made ones from here.
+
+        Args:
+            folder: that of the config file.
+
+        Returns:
+            The same, but for its paths.
+        """
         model = self.model
         # A hub id looks like a relative path, so a name is a folder when there is one, or when it says so itself.
         if model is not None and (model.startswith((".", "/", "~")) or _is_folder(folder / model)):
@@ -300,17 +307,17 @@ _ASKS_FOR_NOTHING = {"pipeline_parallel_size": (None, 1)}
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
-    """What a config file says to a job. Relative paths in it are relative to its folder.
+    """What a config file says to a job.
 
     Args:
         path: of a JSON file, which may be that of a run: what only tools read in it is left out.
-        overrides: `a.b=value`, the value in JSON or else text; they win over the file.
+        overrides: `a.b=value`, values in JSON, else text; they win over the file.
 
     Returns:
-        The config, checked.
+        The config, its relative paths resolved against the file's folder.
 
     Raises:
-        UserError: naming the file, for what cannot be read, an unknown key (with the nearest), a wrong type or value.
+        UserError: naming the file, for anything that cannot be read or understood.
     """
     return load_as(JobConfig, path, overrides)
 
@@ -319,13 +326,13 @@ def parse_config(data: Mapping[str, Any]) -> JobConfig:
     """What plain data says to a job.
 
     Args:
-        data: keys and values, as JSON has them.
+        data: the keys of a `JobConfig`, as JSON has them.
 
     Returns:
-        The config, checked.
+        The config.
 
     Raises:
-        UserError: for an unknown key (with the nearest), a wrong type or an illegal value.
+        UserError: for an unknown key (naming the nearest), a wrong type or an illegal value.
     """
     return parse_as(JobConfig, data)
 

@@ -89,7 +89,7 @@ def rollout_phase(
 
     Args:
         lent: what the trainer lends, as `cpinfer_integrations.lending.lend` finds it.
-        config: what `cpinfer.attach` takes.
+        config: what `cpinfer.attach` takes; sizes in it are those of what is lent.
         tokenizer: for prompts that are text, stop strings, and the text of results.
         weights_version: what results will say; count it up with every optimiser step.
         report: called with what the phase cost, after one that did not fail.

@@ -58,23 +58,24 @@ def attach(
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
     Collective over the replica: two small gathers, the first of which compares config, model, a sample of the weights
-    (`check_ranks`) and versions.
+    (`check_ranks`) and versions. Errors come on every rank alike, with the model as it was.
 
     Args:
         model: a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
             whose active adapters are then in effect).
-        topology: the ranks and the layout, which it owns; default: one process.
+        topology: the ranks, and the layout, which it alone decides; default: one process.
         config: an `EngineConfig` or more than one (a `JobConfig`, a tool's), a dict of keys, the path of a JSON file,
-            or nothing. Of the config of a job or run only the engine's keys are read.
+            or nothing. Of what a job or a run says only the engine's keys are read: sampling goes with each call.
         tokenizer: for prompts that are text, stop strings, and the text of results.
-        keys: those of an `EngineConfig`; they win over `config`: `attach(model, topology, max_num_seqs=64)`.
+        keys: those of an `EngineConfig`, which win over `config`: `attach(model, topology, max_num_seqs=64)`.
 
     Yields:
         The engine, awake.
 
     Raises:
         UserError: when model, topology and config do not fit together, also where a config says sizes that are not the
-            topology's, or a dtype that is not the weights'. On every rank alike, with the model as it was.
+            topology's, or a dtype that is not the weights'.
+        UnsupportedError: for what the table of refusals names.
         RanksDifferError: when ranks do not bring the same.
     """
     topology = topology or Topology.single()

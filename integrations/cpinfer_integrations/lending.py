@@ -26,9 +26,8 @@ def lend(trained: Any, config: ConfigLike = None) -> Lent:
         trained: a DeepSpeed engine, a model under `DistributedDataParallel`, one on which FSDP2's `fully_shard` was
             called, one that Transformers shards by tensor parallelism, or a bare model; any of them compiled, and so is
             what an Accelerator's `prepare` makes of one.
-        config: a `JobConfig` (or an `EngineConfig`, of which sizes are the default), a dict of its keys, the path of a
-            JSON file, or nothing: the layout, and under `rollout` how weights are gathered that the trainer has
-            sharded.
+        config: the layout, and under `rollout` how weights are gathered that the trainer has sharded: a `JobConfig`, a
+            dict of its keys, the path of a JSON file, or nothing.
 
     Returns:
         What `rollout_phase` takes.

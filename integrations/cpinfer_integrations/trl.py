@@ -97,9 +97,9 @@ def make_rollout_func(config: ConfigLike = None) -> RolloutFunc:
     training or evaluation, of the optimiser step, and of the phase's number within it.
 
     Args:
-        config: a `JobConfig`, a dict of its keys, the path of a JSON file (which may be a run's), or nothing: then
-            every data-parallel rank generates for itself, in the dtype that the weights have. The layout, the
-            sampling, and under `rollout` how weights are gathered that the trainer has sharded.
+        config: the layout, the sampling, and under `rollout` how weights are gathered that the trainer has sharded: a
+            `JobConfig`, a dict of its keys, the path of a JSON file (which may be a run's), or nothing, which leaves
+            every data-parallel rank to generate for itself.
 
     Returns:
         The callable, which keeps a `PhaseRecord` of every phase in `records`.

@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 INTEGRATIONS = ROOT / "integrations" / "cpinfer_integrations"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Attributes")
-
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = ast.ClassDef | Function
 
@@ -48,17 +47,21 @@ def faults_of_function(function: Function) -> Iterator[str]:
         yield "neither Returns nor Yields"
 
 
+def says_itself(field: ast.AnnAssign) -> bool:
+    """Whether a field of a schema has its sentence beside it, which the README prints."""
+    made = field.value
+    if not isinstance(made, ast.Call) or ast.unparse(made.func) not in ("key", "_key") or not made.args:
+        return False
+    return isinstance(made.args[0], ast.Constant) and bool(made.args[0].value)
+
+
 def faults_of_class(node: ast.ClassDef) -> Iterator[str]:
     """Fields of dataclasses; parameters of constructors that users call; methods that no library's class documents."""
     doc = ast.get_docstring(node) or ""
     bases = {ast.unparse(base) for base in node.bases}
     if any("dataclass" in ast.unparse(d) for d in node.decorator_list):
-        # A key of a config says what it is in its own words, which the README's table prints.
-        own = [
-            f for f in node.body if isinstance(f, ast.AnnAssign) and not ast.unparse(f.value or f).startswith("_key(")
-        ]
-        fields = [f.target.id for f in own if isinstance(f.target, ast.Name)]
-        yield from unnamed(doc, "Attributes", fields)
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+        yield from unnamed(doc, "Attributes", [ast.unparse(f.target) for f in fields if not says_itself(f)])
     is_error = any(base.endswith("Error") for base in bases)
     for method in (m for m in node.body if isinstance(m, Function)):
         if method.name == "__init__" and not is_error and "Made by" not in doc:
@@ -146,6 +149,8 @@ ARGS = "Args:\n        x: one.\n"
         (f"def f(x):\n    '''F.\n\n    {ARGS}    '''", "neither Returns nor Yields"),
         ("def f(x) -> None:\n    '''F.\n\n    Raises:\n        x: one.\n    '''", "Args without x"),
         ("@dataclass\nclass C:\n    '''C.'''\n    x: int", "Attributes without x"),
+        ("@dataclass\nclass C:\n    '''C.'''\n    x: int = _key('', 1)", "Attributes without x"),
+        ("@dataclass\nclass C:\n    '''C.'''\n    x: int = field('one', 1)", "Attributes without x"),
         ("class C:\n    '''C.'''\n    def __init__(self, x): pass", "Args without x"),
         ("class C:\n    '''C.'''\n    def f(self, x) -> None:\n        '''F.'''", "f: Args without x"),
     ],
@@ -161,6 +166,7 @@ def test_what_is_not_said_is_noticed(source, fault):
         f"def f(x) -> int:\n    '''F.\n\n    {ARGS}\n    Returns:\n        A number.\n    '''",
         "class C:\n    '''C. Made by `f`.'''\n    def __init__(self, x): pass\n    def _g(self, x): pass",
         "class E(ValueError):\n    '''E.'''\n    def __init__(self, x): pass",
+        "@dataclass\nclass C:\n    '''C.'''\n    x: int = _key('one', 1)",
         "class C(TheirModel):\n    '''C.'''\n    def asked(self, x): pass",
     ],
 )

@@ -76,7 +76,7 @@ def test_a_key_that_is_no_text_is_unknown(name):
         ({"enable_prefix_caching": 0}, "enable_prefix_caching", "true or false"),
         ({"context_exchange": "keys"}, "context_exchange", 'one of "auto", "queries", "kv"'),
         ({"cascade_attention": "on", "cuda_graphs": True}, "cascade_attention", "with cuda_graphs"),
-        ({"context_exchange": "ring"}, "context_exchange", 'one of "auto", "queries", "kv"\'),
+        ({"context_exchange": "ring"}, "context_exchange", 'one of "auto", "queries", "kv"'),
         ({"model": 3}, "model", "a text"),
         ({"dtype": "fp8"}, "dtype", 'one of "float32", "bfloat16", "float16"'),
         ({"dtype": None}, "dtype", "one of"),
