@@ -27,7 +27,6 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
-from cpinfer.models.families import FAMILIES
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
@@ -200,11 +199,11 @@ def _errors(spec: ModelSpec, config: EngineConfig, sizes: LayoutSizes, provider:
 def _tensor_parallel_errors(spec: ModelSpec, tp_size: int, provider: Provider) -> list[str]:
     """What the provider of tensor parallelism cannot do with a family."""
     found = f'model_type "{spec.family}" with tp={tp_size}'
-    if spec.family == "gpt_bigcode" and spec.num_kv_heads > 1:
+    if spec.traits.has_fused_qkv and spec.num_kv_heads > 1:
         return [str(refuse("fused_heads", found))]
     if provider == "autotp":
         return []
-    why = FAMILIES[spec.family].refused.get("transformers_tp")
+    why = spec.traits.refused.get("transformers_tp")
     if why is not None:
         return [str(refuse("transformers_tp", f"{found} ({why})"))]
     if spec.latent is None and tp_size > spec.num_kv_heads:

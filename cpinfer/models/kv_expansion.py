@@ -27,8 +27,7 @@ def expand_kv_heads(model: Any, tp_size: int) -> None:
     spec = ModelSpec.from_config(model.config.to_dict())
     if spec.latent is not None:
         return  # its projection is whole on every rank
-    if spec.family == "gpt_bigcode":
-        # AutoTP keeps its fused K and V whole on every rank, but cuts the queries by the number of KV heads it reads.
+    if spec.traits.has_fused_qkv:
         model.config.num_key_value_heads = spec.num_kv_heads * spec.heads(tp_size).rep
         return
     # Heads that are copies already count: a second call finds enough of them.

@@ -10,23 +10,13 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.config_values import OLD_NAMES, check_number, check_relations, check_token_ids, check_values
-from cpinfer.models.families import FAMILIES
+from cpinfer.models.families import FAMILIES, RECURRENT, Family
 from cpinfer.refusals import refuse
 
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
 NUM_KV_HEADS_BEFORE_EXPANSION = "cpinfer_num_key_value_heads"
 
-# fmt: off
-_RECURRENT_FAMILIES = frozenset((
-    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "mamba", "mamba2",
-    "minimax", "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
-))
-# fmt: on
 _MULTIMODAL_KEYS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
-# Families that put `sliding_window` on every layer when they have one; the others list it per layer.
-_WINDOW_ON_EVERY_LAYER = frozenset(("mistral", "mixtral", "qwen3_moe"))
-# Families whose attention is multi-head latent attention.
-_LATENT_FAMILIES = frozenset(("deepseek_v2", "deepseek_v3"))
 
 
 @dataclass(frozen=True)
@@ -104,6 +94,11 @@ class ModelSpec:
             latent=latent,
         )
 
+    @property
+    def traits(self) -> Family:
+        """What is particular about its family."""
+        return FAMILIES[self.family]
+
     def heads(self, tp_size: int) -> HeadPlacement:
         return HeadPlacement(self.num_q_heads, self.num_kv_heads, tp_size)
 
@@ -134,7 +129,7 @@ def _num_kv_heads(config: Mapping[str, Any], num_q_heads: int) -> int:
 
 
 def _latent_dims(config: Mapping[str, Any]) -> LatentDims | None:
-    if config["model_type"] not in _LATENT_FAMILIES:
+    if not FAMILIES[config["model_type"]].is_latent:
         return None
     for name in LatentDims.__dataclass_fields__:
         check_number(config, name, 1, 2**20)
@@ -156,7 +151,7 @@ def _mlp_size(config: Mapping[str, Any]) -> int:
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """For each layer its window."""
     window, num_layers = config.get("sliding_window"), config["num_hidden_layers"]
-    if config["model_type"] in _WINDOW_ON_EVERY_LAYER:
+    if FAMILIES[config["model_type"]].window_on_every_layer:
         return (window,) * num_layers
     layer_types = config.get("layer_types") or ["full_attention"] * num_layers
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
@@ -172,7 +167,7 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     layer_types = {x for x in layer_types if isinstance(x, str)} if isinstance(layer_types, (list, tuple)) else set()
     if any(config.get(key) is not None for key in _MULTIMODAL_KEYS):
         raise refuse("multimodal", found)
-    if family in _RECURRENT_FAMILIES or layer_types & {"linear_attention", "mamba", "recurrent", "conv"}:
+    if family in RECURRENT or layer_types & {"linear_attention", "mamba", "recurrent", "conv"}:
         raise refuse("recurrent", found)
     if config.get("is_encoder_decoder"):
         raise refuse("encoder_decoder", found)
