@@ -31,6 +31,8 @@ RECURRENT = frozenset((
     "minimax", "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
 ))
 # fmt: on
+# Kinds of layers in a config that have such a state.
+RECURRENT_LAYERS = frozenset(("linear_attention", "mamba", "recurrent", "conv"))
 
 
 @dataclass(frozen=True)

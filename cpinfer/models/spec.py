@@ -10,7 +10,7 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.config_values import OLD_NAMES, check_number, check_relations, check_token_ids, check_values
-from cpinfer.models.families import FAMILIES, RECURRENT, Family
+from cpinfer.models.families import FAMILIES, RECURRENT, RECURRENT_LAYERS, Family
 from cpinfer.refusals import refuse
 
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
@@ -167,7 +167,7 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     layer_types = {x for x in layer_types if isinstance(x, str)} if isinstance(layer_types, (list, tuple)) else set()
     if any(config.get(key) is not None for key in _MULTIMODAL_KEYS):
         raise refuse("multimodal", found)
-    if family in RECURRENT or layer_types & {"linear_attention", "mamba", "recurrent", "conv"}:
+    if family in RECURRENT or layer_types & RECURRENT_LAYERS:
         raise refuse("recurrent", found)
     if config.get("is_encoder_decoder"):
         raise refuse("encoder_decoder", found)
