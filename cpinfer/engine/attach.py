@@ -18,6 +18,7 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.logs import RankLogger
 from cpinfer.models.families import FAMILIES
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
@@ -64,9 +65,21 @@ def attach(
         engine = Engine(runner, topology, config, tokenizer, PoolSize(min(num_blocks), own.sharding))
         stack.callback(engine.close)
         engine.wake()
+        _tell(engine, runner, topology, config)
         yield engine
         engine.close()
         engine.raise_if_left_alone()
+
+
+def _tell(engine: Engine, runner: ModelRunner, topology: Topology, config: Config) -> None:
+    grid = topology.grid
+    RankLogger(__name__, topology.rank, grid.world_size, speaks=topology.is_writer).shared(
+        "attached to a %s model in %s on %s: tp=%d pcp=%d dcp=%d dp=%d; KV pool of %d tokens, %.2f GiB on this rank; "
+        "context exchange %s, decode exchange %s",
+        runner.spec.family, str(runner.dtype).removeprefix("torch."), runner.device, grid.tp_size, grid.pcp_size,
+        grid.dcp_size, grid.dp_size, engine.kv_capacity_tokens, engine.kv_pool_bytes / 2**30,
+        config.context_exchange, config.decode_exchange,
+    )  # fmt: skip
 
 
 def what_runs(spec: ModelSpec, config: Config, tokenizer: Any | None) -> Mapping[str, object]:

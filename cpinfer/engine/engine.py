@@ -407,6 +407,8 @@ class Engine:
     def _end(self, scheduler: Scheduler) -> None:
         scheduler.abort_all()
         scheduler.check_integrity()
+        if self._steps is not None:
+            self._steps.tell_end(scheduler)
         self._is_cut = False
         self._open = None
 

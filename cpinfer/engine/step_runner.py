@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens, smallest
 from cpinfer.engine.decode_graphs import DecodeGraphs, why_no_graphs
 from cpinfer.engine.request import SampledToken, Sequence, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
-from cpinfer.engine.scheduler import Chunk, Step
+from cpinfer.engine.scheduler import Chunk, Scheduler, Step
 from cpinfer.engine.stopping import Stopping
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.context import (
@@ -47,6 +48,7 @@ from cpinfer.layout.prefill import (
 )
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
+from cpinfer.logs import RankLogger
 from cpinfer.models.runner import ModelRunner
 
 
@@ -83,6 +85,7 @@ class StepRunner:
         self._backend = backend
         self._cache = cache
         self._stopping = stopping
+        self._log = RankLogger(__name__, topology.rank, grid.world_size, speaks=topology.is_writer)
         self._cost = StepCost(pairs_per_token=spec.pairs_per_token)
         # In a fixed order: every rank gathers for one window after the other.
         self._windows = sorted({w for w in spec.windows if w is not None})
@@ -104,6 +107,10 @@ class StepRunner:
         )
         self._min_saved_keys = {"auto": backend.min_saved_keys, "on": 0, "off": None}[config.cascade_attention]
         self._graphs = self._decode_graphs() if config.cuda_graphs else None
+        self._log.shared(
+            "attention by %s (backend is %r, device %s), cascade from %s saved keys on, decode graphs %s",
+            backend.name, config.backend, runner.device, self._min_saved_keys, "on" if self._graphs else "off",
+        )  # fmt: skip
         self._places = exchange_places(grid, topology.rank)
         self._context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp
         self._context_exchange = StateExchange(
@@ -143,9 +150,24 @@ class StepRunner:
 
     def run(self, step: Step, *, leaves: bool = False) -> StepOutput:
         """What `step` samples and scores, the same on every rank. `leaves`: this rank takes no more results."""
+        if self._log.isEnabledFor(logging.DEBUG):
+            num_tokens = sum(chunk.end - chunk.start for chunk in step.chunks) or len(step.running)
+            self._log.debug(
+                "step: %d chunk(s), %d running, %d token(s)", len(step.chunks), len(step.running), num_tokens
+            )
         if step.chunks:
             return self._prefill(step.chunks, step.samples, leaves)
         return StepOutput(self._decode(step.running, leaves))
+
+    def tell_end(self, scheduler: Scheduler) -> None:
+        """Log what a run came to."""
+        stats = scheduler.stats
+        self._log.shared(
+            "done: %d tokens generated, %d of prompts computed and %d found cached; %d preemption(s); %d prefix "
+            "unit(s) evicted since the engine began",
+            stats.num_generated_tokens, stats.num_computed_prefill_tokens, stats.num_cached_prefill_tokens,
+            stats.num_preemptions, sum(home.prefixes.num_evicted_units for home in scheduler.homes),
+        )  # fmt: skip
 
     def copy_blocks(self, pairs: ListLike[tuple[int, int]]) -> None:
         """Copy KV blocks of this rank's home, (from, to)."""

@@ -45,6 +45,7 @@ from cpinfer.errors import EngineFaultError, ModelChangedError, OutputError, Use
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
+from cpinfer.logs import LEVELS, log_to
 from cpinfer.models.checkpoint import named
 from cpinfer.models.expected_weights import Weights
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
@@ -76,6 +77,7 @@ class Job(ABC):
     existing: Existing
     meta: Mapping[str, Any]
     dry_run: bool
+    log_level: str = "warning"
     done: frozenset[Any] = frozenset()  # what an earlier run has left; known when the output is open
 
     def read_done(self) -> frozenset[Any]:
@@ -116,6 +118,7 @@ def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True
         "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
+    parser.add_argument("--log-level", choices=LEVELS, default="warning", help="of cpinfer's logs, on stderr")
     existing = parser.add_mutually_exclusive_group()
     if can_resume:
         existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
@@ -167,6 +170,7 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
             assert job is not None, "without a complaint there is a job"
             if launch.rank == 0:
                 announce(tool, job)
+            stack.enter_context(log_to(job.log_level, sys.stderr, launch.rank, launch.world_size))
             if not job.dry_run:
                 work(launch, job)
             elif launch.rank == 0:

@@ -2,7 +2,7 @@
 
     rollout: loading configs/recall-tiny: 0.0018 GB in float32, on 2 rank(s) (cpu)
     rollout: loaded in 12.3 s
-    rollout: 12/64 samples after 30 s; 3,240 tokens generated, 108/s; 36,279 of prompts computed; about 2 min left
+    rollout: 12/64 samples after 30 s; 3,240 tokens generated, 108/s; 36,279 of prompts computed; about 130 s left
 
 A thread writes the lines, since samples may be long in coming: it reads counts, and nothing reads it.
 """
@@ -57,7 +57,7 @@ def progress_line(
     """How far a job is, for people. `most_tokens` is what it generates at most, 0 where nobody knows.
 
     >>> progress_line(12, 64, "sample", 30.0, Tokens(3240, 36279))
-    '12/64 samples after 30 s; 3,240 tokens generated, 108/s; 36,279 of prompts computed; about 2 min left'
+    '12/64 samples after 30 s; 3,240 tokens generated, 108/s; 36,279 of prompts computed; about 130 s left'
     >>> progress_line(0, 64, "sample", 30.0, Tokens(3000, 9), most_tokens=9000)
     '0/64 samples after 30 s; 3,000 tokens generated, 100/s; 9 of prompts computed; 60 s left if all are of full length'
     """

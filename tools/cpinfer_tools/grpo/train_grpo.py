@@ -122,6 +122,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
         existing=existing,
         meta=describe_run(config, grid, launch),
         dry_run=args.dry_run,
+        log_level=args.log_level,
         reward=reward,
         rows=tuple(_read_rows(Path(config.input))),
         beside={Path(path).parent.name: _read_lines(Path(path)) for path in args.beside},
