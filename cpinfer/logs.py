@@ -10,7 +10,7 @@ logger, and no decision reads a log.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -38,19 +38,26 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
 
 
 @contextmanager
-def log_to(level: str, stream: TextIO, rank: int = 0, world_size: int = 1) -> Iterator[None]:
-    """Records of cpinfer from `level` on go to `stream` inside the block; then all is as it was. One of `LEVELS`."""
+def log_to(
+    level: str, stream: TextIO, rank: int = 0, world_size: int = 1, *, shown: Sequence[str] = ()
+) -> Iterator[None]:
+    """Records of cpinfer from `level` on, one of `LEVELS`, go to `stream` inside the block; then all is as it was.
+
+    Of the loggers named in `shown` those from INFO on.
+    """
     logger = logging.getLogger(ROOT)
     handler = logging.StreamHandler(stream)
     handler.setFormatter(_Formatter(rank, world_size))
-    before = logger.level
-    logger.setLevel(level.upper())
+    before = {each: each.level for each in (logger, *map(logging.getLogger, shown))}
+    for each in before:
+        each.setLevel(logging.INFO if each.name in shown else level.upper())
     logger.addHandler(handler)
     try:
         yield
     finally:
         logger.removeHandler(handler)
-        logger.setLevel(before)
+        for each, was in before.items():
+            each.setLevel(was)
 
 
 class _Formatter(logging.Formatter):

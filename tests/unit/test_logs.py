@@ -38,6 +38,16 @@ def test_a_handler_of_the_users_sees_the_rank_as_a_field_and_in_the_message(capl
     assert record.rank == 3 and record.world_size == 4 and record.getMessage() == "rank 3: x"
 
 
+def test_a_logger_may_be_shown_while_others_stay_quiet():
+    stream, shown = io.StringIO(), logging.getLogger("cpinfer.trl")
+    with log_to("warning", stream, shown=["cpinfer.trl"]):
+        shown.info("heard")
+        shown.debug("too much")
+        logging.getLogger("cpinfer.engine").info("not asked for")
+    assert stream.getvalue().endswith("INFO cpinfer.trl: heard\n") and stream.getvalue().count("\n") == 1
+    assert shown.level == logging.NOTSET
+
+
 def test_what_was_set_is_put_back_also_after_an_error():
     logger, root = logging.getLogger("cpinfer"), logging.getLogger()
     before = (logger.level, list(logger.handlers), root.level, list(root.handlers))

@@ -54,6 +54,7 @@ from cpinfer_integrations.launching import grid_for
 from cpinfer_tools.memory import Fit, MemoryNeeds, available_memory
 from cpinfer_tools.opening import is_writer, open_together
 from cpinfer_tools.progress import Tokens, loading
+from cpinfer_tools.quiet import quiet_others
 from cpinfer_tools.results.output import Existing, check_output, default_output
 
 # W&B tells its makers of its own errors, also offline, unless this says no.
@@ -83,6 +84,11 @@ class Job(ABC):
     def read_done(self) -> frozenset[Any]:
         """What an earlier run has left in the output, by key. UserError when it is not to be continued."""
         return frozenset()
+
+    @property
+    def shown_logs(self) -> Sequence[str]:
+        """Loggers of which people see more than of the others unless they ask for less: INFO."""
+        return ()
 
     @property
     @abstractmethod
@@ -137,7 +143,8 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
     end_with_launcher(os.environ, program=tool)
     transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
     try:
-        return _run(tool, launch, prepare, work)
+        with quiet_others(launch.rank):
+            return _run(tool, launch, prepare, work)
     except SystemExit:  # --help
         raise
     except BaseException as error:
@@ -170,7 +177,7 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
             assert job is not None, "without a complaint there is a job"
             if launch.rank == 0:
                 announce(tool, job)
-            stack.enter_context(log_to(job.log_level, sys.stderr, launch.rank, launch.world_size))
+            stack.enter_context(log_to(job.log_level, sys.stderr, launch.rank, launch.world_size, shown=job.shown_logs))
             if not job.dry_run:
                 work(launch, job)
             elif launch.rank == 0:

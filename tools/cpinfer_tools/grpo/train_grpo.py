@@ -69,6 +69,10 @@ class Training(Job):
     beside: dict[str, list[Line]]
 
     @property
+    def shown_logs(self) -> tuple[str, ...]:
+        return ("cpinfer.trl",) if self.log_level == "warning" else ()
+
+    @property
     def what(self) -> str:
         training = self.config.training
         return f"{training.num_steps} steps over {len(self.rows)} prompts, rollouts by {training.generator}"
