@@ -9,12 +9,16 @@ The names below are loaded when they are first used: `cpinfer.layout` alone need
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import cpinfer.comm.parent  # noqa: F401  # asks now, before anything slow is imported
 
 __version__ = "0.1.0"
+
+# A library says nothing until its user listens: see `cpinfer.logs`.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
     from cpinfer.colocate.mismatch import Mismatch

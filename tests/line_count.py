@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 
-def lines_run(call: Callable[[], Any], within: str = "") -> int:
+def lines_run(call: Callable[[], Any], within: str | tuple[str, ...] = "") -> int:
     """How many lines of Python `call` runs, in files whose path ends with `within`."""
     count = 0
 

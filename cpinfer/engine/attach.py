@@ -27,6 +27,7 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.logs import RankLogger
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
@@ -103,6 +104,7 @@ def attach(
         engine = Engine(runner, topology, wanted, tokenizer, needs)
         stack.callback(engine.close)
         engine.wake()
+        _tell(engine, runner, topology, wanted)
         yield engine
         engine.close()
         engine.raise_if_left_alone()
@@ -115,6 +117,17 @@ def engine_config(given: ConfigLike, keys: Mapping[str, Any]) -> EngineConfig:
             'the config has "sampling", which an engine takes with each call. Give it to generate or stream.'
         )
     return with_keys(given if isinstance(given, EngineConfig) else job_config(given), keys)
+
+
+def _tell(engine: Engine, runner: ModelRunner, topology: Topology, config: EngineConfig) -> None:
+    grid = topology.grid
+    RankLogger(__name__, topology.rank, grid.world_size, speaks=topology.is_writer).shared(
+        "attached to a %s model in %s on %s: tp=%d pcp=%d dcp=%d dp=%d; KV pool of %d tokens, %.2f GiB on this rank; "
+        "context exchange %s, decode exchange %s",
+        runner.spec.family, str(runner.dtype).removeprefix("torch."), runner.device, grid.tp_size, grid.pcp_size,
+        grid.dcp_size, grid.dp_size, engine.kv_capacity_tokens, engine.kv_pool_bytes / 2**30,
+        config.context_exchange, config.decode_exchange,
+    )  # fmt: skip
 
 
 def what_runs(spec: ModelSpec, grid: RankGrid, config: EngineConfig, tokenizer: Any | None) -> Mapping[str, object]:

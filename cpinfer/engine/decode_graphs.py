@@ -17,6 +17,7 @@ Graphs read weights where they were. When those have moved, or are others, all r
 
 from __future__ import annotations
 
+import logging
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -129,11 +130,13 @@ class DecodeGraphs:
         if self._capture is None:
             return None
         try:
-            return self._capture(bucket.run)
+            replay = self._capture(bucket.run)
         except RuntimeError as error:
             self._capture = None
             warnings.warn(f"decode runs without CUDA graphs: capturing failed ({error})", stacklevel=2)
             return None
+        logging.getLogger(__name__).info("captured a decode graph of %d row(s)", len(bucket.logits))
+        return replay
 
     def _new_bucket(self, plan: DecodePlan, rows: RowsByWindow) -> _Bucket:
         num_rows = len(plan.gathered)

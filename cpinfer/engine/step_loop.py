@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Generator
 
@@ -11,6 +12,7 @@ from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import EngineFaultError, StreamEndedError
+from cpinfer.logs import RankLogger
 
 
 class StepLoop:
@@ -21,11 +23,14 @@ class StepLoop:
     it here, where that could only be told to the others.
     """
 
-    def __init__(self, scheduler: Scheduler, steps: StepRunner, stopping: Stopping, home: int, num_ranks: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, steps: StepRunner, stopping: Stopping, home: int, num_ranks: int, log: RankLogger
+    ) -> None:
         self._scheduler = scheduler
         self._stopping = stopping
         self._home = home
         self._num_ranks = num_ranks
+        self._log = log
         self.is_open = False
         self.is_cut = False
         self.left_alone: StreamEndedError | None = None
@@ -61,6 +66,11 @@ class StepLoop:
 
     def _advance(self, steps: StepRunner, step: Step, *, leaves: bool = False) -> list[Request]:
         """Run a step and take note of it; the requests that it finished."""
+        if self._log.isEnabledFor(logging.DEBUG):
+            num_tokens = sum(chunk.end - chunk.start for chunk in step.chunks) or len(step.running)
+            self._log.debug(
+                "step: %d chunk(s), %d running, %d token(s)", len(step.chunks), len(step.running), num_tokens
+            )
         output = steps.run(step, leaves=leaves)
         now = time.perf_counter()
         finished = self._scheduler.commit(step, output.sampled, self._stopping.stops, output.scores)
@@ -89,4 +99,11 @@ class StepLoop:
     def _end(self) -> None:
         self._scheduler.abort_all()
         self._scheduler.check_integrity()
+        stats = self._scheduler.stats
+        self._log.shared(
+            "done: %d tokens generated, %d of prompts computed and %d found cached; %d preemption(s); %d prefix "
+            "unit(s) evicted since the engine began",
+            stats.num_generated_tokens, stats.num_computed_prefill_tokens, stats.num_cached_prefill_tokens,
+            stats.num_preemptions, sum(home.prefixes.num_evicted_units for home in self._scheduler.homes),
+        )  # fmt: skip
         self.is_open = self.is_cut = False

@@ -44,6 +44,7 @@ class PrefixCache:
         self._enabled = enabled
         self._units: dict[Key, _Unit] = {}
         self._num_uses = 0
+        self.num_evicted_units = 0
         # Samples share blocks of a prompt up to the last whole block, not the last whole unit: units that begin alike
         # and end differently have blocks in common. Each unit has a reference to each of its blocks.
         self._units_of: dict[int, tuple[Key, ...]] = {}
@@ -112,6 +113,7 @@ class PrefixCache:
                 unit.queued_use = 0
                 if not self._idle_blocks.isdisjoint(unit.blocks):
                     self._forget(key)
+                    self.num_evicted_units += 1
 
     def can_evict(self, num_blocks: int) -> bool:
         """Whether `evict` could free so many blocks: whether there are so many that no sequence reads."""

@@ -5,6 +5,8 @@ What a folder holds is input like any other: it is checked before it is used, an
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,8 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     config = _read_config(model)
     if (folder := local_folder(model)) is not None:
         read_checkpoint(folder)
+    log, start_s = logging.getLogger(__name__), time.perf_counter()
+    log.info("loading %s in %s", model, str(dtype).removeprefix("torch."))
     try:
         with without_load_report():
             loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -91,6 +95,7 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise UserError(f"model {model}: it comes with an adapter; a whole model was wanted. Merge it into the model.")
     check_loading_info(model, loaded, info)
+    log.info("loaded %s in %.1f s", model, time.perf_counter() - start_s)
     return loaded.eval()
 
 

@@ -38,7 +38,7 @@ from cpinfer_integrations.trl_settings import check_settings, ends_unknown_to_tr
 __all__ = ["PhaseRecord", "RolloutFunc", "make_rollout_func"]
 
 T = TypeVar("T")
-logger = logging.getLogger("cpinfer")
+logger = logging.getLogger("cpinfer.trl")
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,8 @@ class RolloutFunc:
             cost=costs[0],
         )
         self._record(_over_all_ranks(own, lent.num_copies), trainer)
+        if trainer.is_world_process_zero():
+            _tell_times(self.records)
         return {
             "prompt_ids": [list(r.prompt_token_ids) for r in results],
             "completion_ids": [list(r.token_ids) for r in results],
@@ -220,6 +222,20 @@ class RolloutFunc:
         self.records.append(record)
         for key, value in record.metrics().items():
             trainer._metrics[record.mode][f"rollout/{key}"].append(value)
+
+
+def _tell_times(records: Sequence[PhaseRecord]) -> None:
+    """Where the newest phase's time went: of the first for all to see, of later ones for who asks."""
+    newest, cost = records[-1], records[-1].cost
+    assert cost is not None, "a phase that ended has told its cost"
+    logger.log(
+        logging.INFO if len(records) == 1 else logging.DEBUG,
+        "rollout phase %d: %.3f s = prepare %.3f + gather %.3f + attach %.3f + generate %.3f + detach %.3f + release "
+        "%.3f; then mismatch %.3f s; %d tokens, weights %.2g GB, KV pool %.2g GB on this rank",
+        len(records), newest.phase_s, newest.prepare_s, cost.gather_s, cost.attach_s, newest.generate_s, cost.detach_s,
+        cost.release_s, newest.mismatch_s, newest.num_generated_tokens, cost.weights_bytes / 1e9,
+        cost.kv_pool_bytes / 1e9,
+    )  # fmt: skip
 
 
 def _tokenized_by_all(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:

@@ -7,7 +7,6 @@ Each rank runs in FOLDER/rank<i> where that is there; the first takes DELAY_S lo
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cpinfer_tools import opening
+from cpinfer_tools.cli import run
 
 
 def main(folder: Path, delay_s: float, tool: str, *arguments: str) -> int:
@@ -30,7 +30,7 @@ def main(folder: Path, delay_s: float, tool: str, *arguments: str) -> int:
             opened(*given)
 
         opening.open_output = open_late  # type: ignore[attr-defined]
-    return int(importlib.import_module(tool).main(arguments))
+    return run(tool, arguments)
 
 
 if __name__ == "__main__":

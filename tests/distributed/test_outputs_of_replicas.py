@@ -55,7 +55,7 @@ def test_an_output_that_the_replicas_do_not_share_is_refused_before_loading(two_
 
 @pytest.mark.slow
 def test_an_evaluation_whose_replicas_share_no_output_is_refused_before_loading(two_hosts: Path) -> None:
-    finished = run(two_hosts, "eval_longctx", *ASKED, "--output", "out.jsonl")
+    finished = run(two_hosts, "eval", *ASKED, "--output", "out.jsonl")
     assert_part_is_not_seen(finished, two_hosts, "eval_longctx")
 
 

@@ -48,7 +48,7 @@ SPEC = load_spec(str(ROOT / "configs" / "recall-tiny"))
 TOLERANCE = 1e-4
 
 
-@pytest.mark.parametrize("name", ["agreement", "layouts"])
+@pytest.mark.parametrize("name", ["agreement", "layouts", "plots"])
 def test_examples_in_docstrings_are_true(name: str) -> None:
     result = doctest.testmod(importlib.import_module(f"cpinfer_tools.verify.comparison.{name}"))
     assert result.attempted and not result.failed
@@ -402,8 +402,10 @@ def test_layouts_that_agree_end_with_0_and_leave_tables_pictures_and_a_report(to
     html = (tool.output / "report.html").read_text()
     assert_self_contained(html)
     plots = {path.name for path in (tool.output / "plots").iterdir()}
-    assert plots == {"heatmap_niah_single_1.png", "accuracy_by_length.png", "agreement.png"}
-    assert html.count("data:image/png;base64,") == len(plots)
+    stems = ("heatmap_niah_single_1", "accuracy_by_length", "agreement")
+    assert plots == {f"{stem}{suffix}" for stem in stems for suffix in (".png", ".svg")}
+    assert all((tool.output / "plots" / f"{stem}.svg").read_text().rstrip().endswith("</svg>") for stem in stems)
+    assert html.count("data:image/png;base64,") == len(stems)
     data = json.loads((tool.output / "comparison.json").read_text())
     assert data["figures"] and data["accuracy_by_length"] and data["summaries"]["pcp2/greedy"]
     assert "| task | metric | tp1 | pcp2 | tp2_pcp2 |" in (tool.output / "report.md").read_text()

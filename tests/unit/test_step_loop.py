@@ -14,8 +14,11 @@ from cpinfer.engine.stopping import Stopping
 from cpinfer.errors import EngineFaultError, StreamEndedError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
+from cpinfer.logs import RankLogger
 
 SHARDING = KVSharding(1, 4, 4)
+
+LOG = RankLogger("cpinfer.engine.step_loop")
 
 
 class Steps:
@@ -49,7 +52,7 @@ def loop_of(steps, num_ranks=1, lens=(2, 4, 6)):
     for i, length in enumerate(lens):
         prompt = Prompt(i, str(i), (i, 1, 2, 3, 4))
         scheduler.add(SampledRequest(prompt, 0, SamplingParams(max_new_tokens=length), length))
-    return StepLoop(scheduler, steps, Stopping((), None), 0, num_ranks), home
+    return StepLoop(scheduler, steps, Stopping((), None), 0, num_ranks, LOG), home
 
 
 def test_requests_come_as_they_finish_with_their_times_and_the_last_when_all_has_ended():
@@ -70,7 +73,7 @@ def test_what_is_sampled_and_what_is_scored_finish_in_one_loop():
     sampled = SampledRequest(Prompt(1, "1", (1, 2)), 0, SamplingParams(), 3)
     scheduler.add(scored)
     scheduler.add(sampled)
-    finished = list(StepLoop(scheduler, Steps(), Stopping((), None), 0, 1).finished)
+    finished = list(StepLoop(scheduler, Steps(), Stopping((), None), 0, 1, LOG).finished)
     assert finished == [scored, sampled] and len(scored.scores) == 2 and scored.result().is_greedy
 
 

@@ -89,6 +89,7 @@ def test_a_run_leaves_a_line_per_step_a_summary_and_a_curve(folder, tmp_path):
     assert summary["mismatch_num_tokens"] > 0 and summary["mismatch_max_abs"] <= 1e-4
     assert summary == json.loads((tmp_path / "out.jsonl.summary.json").read_text())
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out.svg").read_text().rstrip().endswith("</svg>")
     assert folder.meta()["config"]["training"]["reward"] == "sentence"
 
 

@@ -45,6 +45,7 @@ from cpinfer.errors import EngineFaultError, ModelChangedError, OutputError, Use
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
+from cpinfer.logs import LEVELS, log_to
 from cpinfer.models.checkpoint import named
 from cpinfer.models.expected_weights import Weights
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
@@ -54,6 +55,7 @@ from cpinfer_integrations.launching import check_packages, grid_for
 from cpinfer_tools.memory import Fit, MemoryNeeds, available_memory
 from cpinfer_tools.opening import is_writer, open_together
 from cpinfer_tools.progress import Tokens, loading
+from cpinfer_tools.quiet import quiet_others
 from cpinfer_tools.results.output import Existing, check_output, default_output
 from cpinfer_tools.run_config import RunConfig
 
@@ -78,11 +80,17 @@ class Job(ABC):
     existing: Existing
     meta: Mapping[str, Any]
     dry_run: bool
+    log_level: str = "warning"
     done: frozenset[Any] = frozenset()  # what an earlier run has left; known when the output is open
 
     def read_done(self) -> frozenset[Any]:
         """What an earlier run has left in the output, by key. UserError when it is not to be continued."""
         return frozenset()
+
+    @property
+    def shown_logs(self) -> Sequence[str]:
+        """Loggers of which people see more than of the others unless they ask for less: INFO."""
+        return ()
 
     @property
     @abstractmethod
@@ -118,6 +126,7 @@ def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True
         "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
+    parser.add_argument("--log-level", choices=LEVELS, default="warning", help="of cpinfer's logs, on stderr")
     existing = parser.add_mutually_exclusive_group()
     if can_resume:
         existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
@@ -136,7 +145,8 @@ def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, 
     end_with_launcher(os.environ, program=tool)
     transformers.utils.logging.disable_progress_bar()  # one bar per rank is noise; ours is enough
     try:
-        return _run(tool, launch, prepare, work)
+        with quiet_others(launch.rank):
+            return _run(tool, launch, prepare, work)
     except SystemExit:  # --help
         raise
     except BaseException as error:
@@ -169,6 +179,7 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
             assert job is not None, "without a complaint there is a job"
             if launch.rank == 0:
                 announce(tool, job)
+            stack.enter_context(log_to(job.log_level, sys.stderr, launch.rank, launch.world_size, shown=job.shown_logs))
             if not job.dry_run:
                 work(launch, job)
             elif launch.rank == 0:

@@ -145,6 +145,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
         existing=existing,
         meta=describe_run(config, grid, launch, made_of),
         dry_run=args.dry_run,
+        log_level=args.log_level,
     )
 
 

@@ -168,6 +168,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> EvaluationJob:
         existing=existing,
         meta={**meta, "evaluation": meta["config"]["evaluation"]},
         dry_run=args.dry_run,
+        log_level=args.log_level,
     )
 
 

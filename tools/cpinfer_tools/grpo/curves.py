@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from cpinfer_tools.verify.comparison.plots import COLOURS, DPI
+from cpinfer_tools.verify.comparison.plots import COLOURS, save
 
 # Steps at each end of a run whose mean rewards are compared.
 END_STEPS = 10
@@ -30,9 +29,8 @@ def ends(lines: Lines) -> tuple[float, float]:
 
 
 def draw_curves(runs: Mapping[str, Lines], path: Path) -> None:
-    """A PNG of reward and seconds per rollout phase over steps, one line for each run by its name."""
+    """Reward and seconds per rollout phase over steps, a line for each run by its name: a PNG, an SVG beside it."""
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")
-    FigureCanvasAgg(figure)
     rewards, seconds = figure.subplots(1, 2)
     for (name, lines), colour in zip(runs.items(), COLOURS, strict=False):
         steps = [line["step"] for line in lines]
@@ -46,4 +44,4 @@ def draw_curves(runs: Mapping[str, Lines], path: Path) -> None:
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
     rewards.legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+    save(figure, path)

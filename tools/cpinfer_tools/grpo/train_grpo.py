@@ -71,6 +71,10 @@ class Training(Job):
     beside: dict[str, list[Line]]
 
     @property
+    def shown_logs(self) -> tuple[str, ...]:
+        return ("cpinfer.trl",) if self.log_level == "warning" else ()
+
+    @property
     def what(self) -> str:
         training = self.config.training
         return f"{training.num_steps} steps over {len(self.rows)} prompts, rollouts by {training.generator}"
@@ -124,6 +128,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
         existing=existing,
         meta=describe_run(config, grid, launch),
         dry_run=args.dry_run,
+        log_level=args.log_level,
         reward=reward,
         rows=tuple(_read_rows(Path(config.input))),
         beside={Path(path).parent.name: _read_lines(Path(path)) for path in args.beside},

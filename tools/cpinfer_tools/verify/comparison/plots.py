@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from cpinfer_tools.verify.comparison.agreement import Agreement
 from cpinfer_tools.verify.comparison.samples import Run, Sample
@@ -73,18 +76,18 @@ def draw_all(
     folder: Path, runs: Sequence[Run], differences: Mapping[str, Sequence[float]], agreements: Sequence[Agreement],
     tolerance: float,
 ) -> dict[str, Path]:  # fmt: skip
-    """Every picture as a PNG in `folder`, by its title. `runs` are of one pass, the reference's first."""
+    """Every picture in `folder`, as PNG and SVG; the PNGs by title. `runs` are of one pass, the reference's first."""
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {}
     for task in needle_tasks(runs[0]):
         path = folder / f"heatmap_{task}.png"
-        _save(_draw_heat_maps(task, runs), path)
+        save(_draw_heat_maps(task, runs), path)
         pictures[f"{task}: score by needle depth and length"] = path
     path = folder / "accuracy_by_length.png"
-    _save(_draw_accuracy(runs), path)
+    save(_draw_accuracy(runs), path)
     pictures["Score by length"] = path
     path = folder / "agreement.png"
-    _save(_draw_agreement(differences, agreements, tolerance), path)
+    save(_draw_agreement(differences, agreements, tolerance), path)
     pictures["Agreement with the reference"] = path
     return pictures
 
@@ -106,7 +109,8 @@ def _draw_heat_maps(task: str, runs: Sequence[Run]) -> Figure:
     figure.supxlabel("prompt and answer, tokens", fontsize=9)
     axes[0].set_ylabel("needle depth")
     figure.suptitle(f"{task}: mean score", fontsize=11)
-    figure.colorbar(image, ax=axes, shrink=0.85, label="score")
+    colour_bar = figure.colorbar(image, ax=axes, shrink=0.85, label="score")
+    show_shares(colour_bar.ax.yaxis)
     return figure
 
 
@@ -118,7 +122,7 @@ def _draw_heat_map(axis: Axes, cells: HeatMap) -> Any:
     axis.set_yticks(range(len(cells.depths)), [f"{depth:g}" for depth in cells.depths], fontsize=8)
     for y, row in enumerate(cells.values):
         for x, value in enumerate(row):
-            text = "-" if value is None else f"{value:.2f}".removeprefix("0") if value < 1 else "1"
+            text = "-" if value is None else percent(value)
             colour = "white" if value is not None and value < 0.55 else "black"
             axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
     return image
@@ -142,11 +146,12 @@ def _draw_accuracy(runs: Sequence[Run]) -> Figure:
             axis.errorbar(
                 [lengths.index(length) for length in points], means, [error or 0.0 for error in errors],
                 color=COLOURS[i % len(COLOURS)], marker=MARKERS[i % len(MARKERS)], label=run.layout,
-                linewidth=6 * shrink, markersize=11 * shrink, capsize=2, elinewidth=1,
+                linewidth=6 * shrink, markersize=11 * shrink, capsize=2, elinewidth=1, clip_on=False,
             )  # fmt: skip
         axis.set_xticks(range(len(lengths)), [_kilo(n) for n in lengths], fontsize=8)
-        axis.set_ylim(-0.03, 1.05)
-        axis.set_title(task, fontsize=10)
+        axis.set_ylim(0, 1)
+        show_shares(axis.yaxis)
+        axis.set_title(task, fontsize=10, pad=10)
         axis.grid(alpha=0.3)
     for axis in axes[len(tasks) :]:
         axis.set_visible(False)
@@ -170,22 +175,49 @@ def _draw_agreement(
     left.set_xscale("log")
     left.set_xlabel("abs logprob difference of a token (0 drawn at 1e-9)")
     left.set_ylabel("share of tokens at or below")
+    left.set_ylim(0, 1)
+    show_shares(left.yaxis)
     left.legend(fontsize=8)
     left.grid(alpha=0.3)
-    labels = [f"{a.layout}, {a.passed}" for a in agreements]
     shares = [a.share_identical or 0.0 for a in agreements]
-    bars = right.barh(labels, shares, color=COLOURS[0])
-    right.bar_label(bars, [f"{share:.2%}" for share in shares], padding=3, fontsize=8)
+    # The number stands with the name: the axis ends where a share does, and a short bar has no room.
+    labels = [f"{a.layout}, {a.passed}: {percent(share)}" for a, share in zip(agreements, shares, strict=True)]
+    right.barh(labels, shares, color=COLOURS[0])
     right.invert_yaxis()
-    right.set_xlim(0, 1.2)
+    right.set_xlim(0, 1)
+    show_shares(right.xaxis)
     right.set_xlabel("share of samples with the reference's tokens")
     return figure
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
+    """The figure as `path`, a PNG, and as an SVG beside it."""
     FigureCanvasAgg(figure)
-    # No date and no version inside: the same figures make the same file.
+    # No date, no version and no random ids inside: the same figures make the same files.
     figure.savefig(path, dpi=DPI, facecolor="white", metadata={"Software": None})
+    with matplotlib.rc_context({"svg.hashsalt": "cpinfer"}):
+        figure.savefig(svg_of(path), facecolor="white", metadata={"Date": None, "Creator": None})
+
+
+def svg_of(path: Path) -> Path:
+    """Where a picture lies as SVG."""
+    return path.with_suffix(".svg")
+
+
+def percent(share: float) -> str:
+    """A share as all pictures write it: to a tenth of a percent, 100% and 0% only where that is so.
+
+    >>> percent(1.0), percent(0.9999), percent(2 / 3), percent(0.5), percent(1e-5), percent(0.0)
+    ('100%', '99.9%', '66.7%', '50%', '0.1%', '0%')
+    """
+    if 0 < share < 1:
+        share = min(max(share, 0.001), 0.999)
+    return f"{round(100 * share, 1):g}%"
+
+
+def show_shares(axis: Axis) -> None:
+    """Label an axis of shares as `percent` has it."""
+    axis.set_major_formatter(FuncFormatter(lambda share, _: percent(share)))
 
 
 def _kilo(tokens: int) -> str:

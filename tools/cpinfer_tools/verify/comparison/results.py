@@ -15,7 +15,7 @@ from cpinfer_tools.run_config import RunConfig
 from cpinfer_tools.verify.comparison.agreement import Agreement, Disagreement, agree, all_logprob_differences
 from cpinfer_tools.verify.comparison.evaluations import Evaluation
 from cpinfer_tools.verify.comparison.layouts import Layout
-from cpinfer_tools.verify.comparison.plots import draw_all
+from cpinfer_tools.verify.comparison.plots import draw_all, svg_of
 from cpinfer_tools.verify.comparison.report import Section, html_report, markdown_report
 from cpinfer_tools.verify.comparison.samples import Pass, Run, runs_of
 from cpinfer_tools.verify.comparison.tables import (
@@ -190,6 +190,7 @@ def log_to_wandb(
             )
         )
     files = [written.html, written.markdown, written.json, *written.pictures.values()]
+    files += map(svg_of, written.pictures.values())
     files += [path for e in evaluations for path in (e.config, e.output)]
     return log_comparison(results.config.wandb, logs, written.html, files, has_api_key=may_go_online(environ))
 
