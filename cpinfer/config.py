@@ -126,7 +126,7 @@ class RolloutConfig(Checked):
     """How a trainer lends its model for a rollout phase."""
 
     gather: Literal["full", "layerwise", "tp_shards"] = _key(
-        "weights that ZeRO-3 or FSDP has dealt out: all at once, a layer when it is needed, or each rank's slice of "
+        "weights that ZeRO-3 or FSDP has sharded: all at once, a layer when it is needed, or each rank's slice of "
         "tensor parallelism over `tp_size` lent ranks",
         "full",
     )

@@ -90,7 +90,7 @@ REFUSALS: dict[str, Refusal] = {
         'Lend all data-parallel ranks to one replica (prefill_context_parallel_size), or use "full".',
     ),
     "tp_shards_owner": Refusal(
-        'rollout.gather "tp_shards" for weights that are not dealt out by ZeRO-3 alone', 'Use "full" or "layerwise".'
+        'rollout.gather "tp_shards" for weights that are not sharded by ZeRO-3 alone', 'Use "full" or "layerwise".'
     ),
     "engine_autocast": Refusal(
         "DeepSpeed's torch_autocast (it is around the engine's forward, not the model's)",

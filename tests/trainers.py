@@ -64,7 +64,7 @@ def deepspeed_trainer(stage: int, model: Any = None, autotp: int = 1, micro_step
         "gradient_accumulation_steps": micro_steps,
         "zero_optimization": {
             "stage": stage,
-            # Small enough for tiny models: norms are kept whole, all else is dealt out.
+            # Small enough for tiny models: norms are kept whole, all else is sharded.
             "stage3_param_persistence_threshold": 100,
             "stage3_prefetch_bucket_size": 20000,
         },

@@ -28,7 +28,7 @@ class CascadePlan:
         return merge_states([plan.run(q, keys, values, scale=scale, soft_cap=soft_cap) for plan in plans])
 
 
-def plan_sharing(backend: AttentionBackend, rows: AttentionRows, min_saved_keys: int | None) -> PlannedAttention:
+def plan_cascade(backend: AttentionBackend, rows: AttentionRows, min_saved_keys: int | None) -> PlannedAttention:
     """Plan `rows`, which are not causal, as a cascade where that saves so many keys per query; None never does."""
     cut = None if min_saved_keys is None else share_prefix(rows, min_saved_keys * rows.num_queries)
     return backend.plan(rows) if cut is None else CascadePlan(backend.plan(cut.shared), backend.plan(cut.own))

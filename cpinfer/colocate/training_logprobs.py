@@ -18,7 +18,7 @@ Tokens = Sequence[int]
 
 
 @contextmanager
-def only_measured(model: Any) -> Iterator[None]:
+def eval_no_grad(model: Any) -> Iterator[None]:
     """The model without dropout and without gradients, for the length of the block; it changes nothing of training.
 
     Every module has its mode back afterwards, and the random states of this process (torch's, on the model's device
@@ -51,7 +51,7 @@ def training_logprobs(
 ) -> list[list[float]]:
     """The logprob of every token of every completion, log_softmax(logits / temperature) in float32.
 
-    The model is called, hooks and all, `only_measured`; no cache. Samples are batched by length and padded on the
+    The model is called, hooks and all, `eval_no_grad`; no cache. Samples are batched by length and padded on the
     right. Only completions meet the vocabulary, as far as batches are alike.
 
     Args:
@@ -81,7 +81,7 @@ def training_logprobs(
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]) + len(completions[i]), len(prompts[i])))
     found: list[list[float]] = [[] for _ in prompts]
     num_called = 0
-    with only_measured(model):
+    with eval_no_grad(model):
         for rows in (order[at : at + batch_size] for at in range(0, len(order), batch_size)):
             batch = [(prompts[i], completions[i]) for i in rows]
             for i, logprobs in zip(rows, _of_batch(model, batch, temperature, pad_token_id), strict=True):

@@ -1,4 +1,4 @@
-"""Tensor parallelism for the length of a phase, for weights that a trainer has dealt out and no framework slices.
+"""Tensor parallelism for the length of a phase, for weights that a trainer has sharded and no framework slices.
 
     q, k, v; gate, up    rows of this rank's heads (a KV head on several ranks where tp exceeds them); part of the MLP:
                          a ColumnParallelLinear, as Megatron and vLLM call it
@@ -33,7 +33,7 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Cut:
+class SlicedProjection:
     """A projection, and the part `[start, stop)` of its rows (or columns) that this rank keeps."""
 
     parent: nn.Module
@@ -51,11 +51,11 @@ class Cut:
         """The module that takes the projection's place; its weights, whole at this moment, are copied in part."""
         weight, bias = self.linear.weight, self.linear.bias
         if self.sums:
-            return SummedLinear(_copy(weight[:, self.part]), None if bias is None else _copy(bias), tp)
-        return SlicedLinear(_copy(weight[self.part]), None if bias is None else _copy(bias[self.part]))
+            return RowParallelLinear(_copy(weight[:, self.part]), None if bias is None else _copy(bias), tp)
+        return ColumnParallelLinear(_copy(weight[self.part]), None if bias is None else _copy(bias[self.part]))
 
 
-class SlicedLinear(nn.Module):
+class ColumnParallelLinear(nn.Module):
     """`[..., C]` to this rank's outputs."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -67,7 +67,7 @@ class SlicedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-class SummedLinear(SlicedLinear):
+class RowParallelLinear(ColumnParallelLinear):
     """This rank's inputs to `[..., C]`, the same on all tp ranks. One all-reduce over tp."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, tp: AxisComm) -> None:
@@ -79,35 +79,37 @@ class SummedLinear(SlicedLinear):
         return total if self.bias is None else total + self.bias
 
 
-def cuts(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int) -> list[list[Cut]]:
+def sliced_projections(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int) -> list[list[SlicedProjection]]:
     """For each layer, what tensor parallelism slices of it. UnsupportedError where that cannot be done."""
     heads = spec.heads(tp_size)
     refuse_adapters_under_tp(model)
-    found = [list(_cuts_of(layer, heads, tp_rank)) for layer in decoder_layers(model)]
+    found = [list(_sliced_projections_of(layer, heads, tp_rank)) for layer in decoder_layers(model)]
     for index, layer in enumerate(found):
-        names = {cut.name for cut in layer}
+        names = {projection.name for projection in layer}
         if not {"o_proj"} < names or not names & {"q_proj", "q_b_proj"}:
             raise refuse("lent_tp", f'model_type "{spec.family}", layer {index}')
     return found
 
 
-def _cuts_of(layer: nn.Module, heads: HeadPlacement, tp_rank: int) -> Iterator[Cut]:
+def _sliced_projections_of(layer: nn.Module, heads: HeadPlacement, tp_rank: int) -> Iterator[SlicedProjection]:
     q_heads, kv_heads, tp_size = heads.q_heads(tp_rank), heads.kv_heads(tp_rank), heads.tp_size
     for parent in layer.modules():
         linears = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
         if "o_proj" in linears:
             for name in linears:
                 if name in _QUERIES:
-                    yield Cut(parent, name, _part(linears[name], 0, q_heads, heads.num_q_heads), False)
+                    yield SlicedProjection(parent, name, _part(linears[name], 0, q_heads, heads.num_q_heads), False)
                 elif name in _KEYS:
-                    yield Cut(parent, name, _part(linears[name], 0, kv_heads, heads.num_kv_heads), False)
-            yield Cut(parent, "o_proj", _part(linears["o_proj"], 1, q_heads, heads.num_q_heads), True)
+                    yield SlicedProjection(parent, name, _part(linears[name], 0, kv_heads, heads.num_kv_heads), False)
+            yield SlicedProjection(parent, "o_proj", _part(linears["o_proj"], 1, q_heads, heads.num_q_heads), True)
         elif all(name in linears for name in _MLP):
             inner = shape_in_use(linears["down_proj"].weight)[1]
             if inner % tp_size == 0:  # else whole on every rank, which is right as well
                 for name in _MLP:
                     dim = int(name == "down_proj")
-                    yield Cut(parent, name, _part(linears[name], dim, range(tp_rank, tp_rank + 1), tp_size), dim == 1)
+                    yield SlicedProjection(
+                        parent, name, _part(linears[name], dim, range(tp_rank, tp_rank + 1), tp_size), dim == 1
+                    )
 
 
 def _part(linear: nn.Linear, dim: int, mine: range, of: int) -> slice:
@@ -122,7 +124,9 @@ def _copy(part: Tensor) -> Tensor:
 
 @contextmanager
 def sliced(
-    layers: Sequence[Sequence[Cut]], tp: AxisComm, whole: Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+    layers: Sequence[Sequence[SlicedProjection]],
+    tp: AxisComm,
+    whole: Callable[[list[nn.Parameter]], AbstractContextManager[Any]],
 ) -> Iterator[None]:
     """The model computes this rank's part of every cut for the length of the block.
 
@@ -130,9 +134,9 @@ def sliced(
     """
     with ExitStack() as stack:
         for layer in layers:
-            with whole([x for cut in layer for x in cut.linear.parameters(recurse=False)]):
-                kept = [cut.kept(tp) for cut in layer]
-            for cut, module in zip(layer, kept, strict=True):
-                stack.callback(cut.parent._modules.__setitem__, cut.name, cut.linear)
-                cut.parent._modules[cut.name] = module
+            with whole([x for projection in layer for x in projection.linear.parameters(recurse=False)]):
+                kept = [projection.kept(tp) for projection in layer]
+            for projection, module in zip(layer, kept, strict=True):
+                stack.callback(projection.parent._modules.__setitem__, projection.name, projection.linear)
+                projection.parent._modules[projection.name] = module
         yield

@@ -153,7 +153,7 @@ def first_complaint(launch: Launch, complaint: str | None) -> str | None:
     return next((found for found in complaints if found is not None), None)
 
 
-def share_from_first(launch: Launch, value: Shared) -> Shared:
+def broadcast_object(launch: Launch, value: Shared) -> Shared:
     """Rank 0's `value`, on every rank. Collective."""
     if launch.world_size == 1:
         return value

@@ -17,7 +17,7 @@ from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
 from cpinfer.engine.step_factory import make_step_runner
 from cpinfer.engine.step_loop import StepLoop
 from cpinfer.engine.step_runner import StepRunner
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.logs import RankLogger
 from cpinfer.models.runner import ModelRunner
 
@@ -37,7 +37,7 @@ class Engine:
         self._runner = runner
         self._topology = topology
         self._config = config
-        self._stopping = Stopping(runner.spec.eos_token_ids, tokenizer)
+        self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
         self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer)
         self._needs = needs
         self._homes = needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching)
@@ -90,13 +90,13 @@ class Engine:
         )[0]
 
     def sleep(self) -> None:
-        """Free the KV pool and all scratch, for the optimiser to use; remembered prefixes are gone with it."""
+        """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it."""
         self._refuse_while_streaming("sleep")
         self._forget_prefixes()
         self._steps = None
 
     def weights_changed(self) -> None:
-        """Tell the engine that the weights are new: `weights_version` rises, remembered prefixes are dropped."""
+        """Tell the engine that the weights are new: `weights_version` rises, cached prefixes are dropped."""
         self._refuse_when_closed()
         self._refuse_while_streaming("change weights")
         self._forget_prefixes()
@@ -207,7 +207,7 @@ class Engine:
         """How likely the model finds given continuations. Collective over the replica.
 
         Prompts that several continuations share are computed once, as far as the pool can keep them. At most
-        `MAX_SCORED_PLACES` rows of logits exist at a time.
+        `MAX_SCORED_POSITIONS` rows of logits exist at a time.
 
         Args:
             pairs: (prompt, continuation), prompts in any form that `stream` takes, continuations as token ids.
@@ -276,7 +276,7 @@ class Engine:
         try:
             for request in loop.finished:
                 assert isinstance(request, SampledRequest), "nothing else was asked for"
-                yield request.result(self._stopping.text(request), version)
+                yield request.result(self._stop_checker.text(request), version)
         finally:
             loop.finished.close()
 
@@ -295,16 +295,16 @@ class Engine:
         topology = self._topology
         home, num_ranks = topology.grid.home(topology.rank), topology.replica.size
         log = RankLogger(__name__, self._topology.rank, self._topology.grid.world_size, speaks=self._topology.is_writer)
-        self._loop = StepLoop(scheduler, self._steps, self._stopping, home, num_ranks, log)
+        self._loop = StepLoop(scheduler, self._steps, self._stop_checker, home, num_ranks, log)
         return self._loop
 
     def _made_steps(self) -> StepRunner:
         """The KV pool, the backend, and what runs steps with them."""
         runner, config = self._runner, self._config
-        cache = self._needs.make_cache(runner, has_spare_block=config.cuda_graphs)
+        cache = self._needs.make_cache(runner, has_padding_block=config.cuda_graphs)
         backend = self._needs.make_backend(config.backend, runner.device)
         sharding = self._needs.pool_size.sharding
-        return make_step_runner(runner, self._topology, config, sharding, backend, cache, self._stopping)
+        return make_step_runner(runner, self._topology, config, sharding, backend, cache, self._stop_checker)
 
     def _refuse_when_closed(self) -> None:
         self.raise_if_left_alone()

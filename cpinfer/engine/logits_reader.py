@@ -12,16 +12,16 @@ from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.step_plans import TokenPlace
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 
 
 class LogitsReader:
     """Samples and scores on the ranks that are the authority for their rows, and agrees with the others."""
 
-    def __init__(self, topology: Topology, device: torch.device, stopping: Stopping) -> None:
+    def __init__(self, topology: Topology, device: torch.device, stop_checker: StopChecker) -> None:
         self._topology = topology
         self._device = device
-        self._stopping = stopping
+        self._stop_checker = stop_checker
 
     def sample(
         self,
@@ -37,7 +37,7 @@ class LogitsReader:
         if not bool(torch.isfinite(logits).all()):
             own = [None] * len(requests)
         elif self._topology.coords.tp_rank == 0:
-            own = sample_tokens(logits, requests, self._stopping)
+            own = sample_tokens(logits, requests, self._stop_checker)
         topology, device = self._topology, self._device
         num_top = max((s.params.top_logprobs for s in samples), default=0)
         return agree_on_tokens(topology.replica, topology.grid.tp_size, places, own, device, num_top, leaves=leaves)

@@ -49,7 +49,7 @@ class RankNeeds:
         per_token = self.kv_layout.bytes_per_token(num_layers, self.cache_dtype)
         return self.pool_size.num_blocks * self.pool_size.sharding.block_size * per_token
 
-    def make_cache(self, runner: ModelRunner, *, has_spare_block: bool) -> PagedKVCache:
+    def make_cache(self, runner: ModelRunner, *, has_padding_block: bool) -> PagedKVCache:
         """The KV pool's memory."""
         return PagedKVCache(
             self.kv_layout,
@@ -58,7 +58,7 @@ class RankNeeds:
             self.pool_size.sharding.block_size,
             runner.dtype,
             runner.device,
-            has_spare_block=has_spare_block,
+            has_padding_block=has_padding_block,
             store_dtype=self.attention.cache_dtype,
         )
 

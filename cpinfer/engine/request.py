@@ -84,7 +84,7 @@ class Request(ABC):
         """The first place of a prefill whose logits it reads: what is cached of others is of use up to there."""
 
     @abstractmethod
-    def scored_places(self, start: int, end: int) -> range:
+    def scored_positions(self, start: int, end: int) -> range:
         """Places in `[start, end)` of a prefill whose logits score a token of a given answer."""
 
     @abstractmethod
@@ -155,7 +155,7 @@ class SampledRequest(Request):
         """The newest token: the next is drawn from its logits."""
         return len(self.prompt.token_ids) + len(self.sampled) - 1
 
-    def scored_places(self, start: int, end: int) -> range:
+    def scored_positions(self, start: int, end: int) -> range:
         return range(0)
 
     def shares_prefill_with(self, other: Request) -> bool:
@@ -209,7 +209,7 @@ class ScoredRequest(Request):
         """The last token of the prompt, which predicts the first target."""
         return len(self.prompt.token_ids) - 1
 
-    def scored_places(self, start: int, end: int) -> range:
+    def scored_positions(self, start: int, end: int) -> range:
         return range(max(start, self.first_logits_place), end)
 
     def target_at(self, place: int) -> int:

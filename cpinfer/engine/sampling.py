@@ -15,11 +15,11 @@ from torch import Tensor
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.models.logits import logits_processors
 
 
-def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], stopping: Stopping) -> list[SampledToken]:
+def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], stop_checker: StopChecker) -> list[SampledToken]:
     """One token for each row of `logits [N, vocab]`, float32, chosen as each row's request wants. Empty for N = 0.
 
     A row that may not end yet (`min_new_tokens`) does not choose a token that would end it.
@@ -28,7 +28,7 @@ def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], stopping: 
     for row, request in enumerate(requests):
         params = request.params
         may_end = len(request.sampled) + 1 >= params.min_new_tokens
-        suppressed = () if may_end else stopping.stop_token_ids(params)
+        suppressed = () if may_end else stop_checker.stop_token_ids(params)
         alike.setdefault((params.distribution, suppressed), []).append(row)
     sampled: dict[int, SampledToken] = {}
     for (_, suppressed), rows in alike.items():

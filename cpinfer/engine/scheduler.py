@@ -24,7 +24,7 @@ from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
 
 # Places of given answers that one step scores at most, so that logits stay small: 0.6 GB with 150k words.
-MAX_SCORED_PLACES = 1024
+MAX_SCORED_POSITIONS = 1024
 
 
 @dataclass
@@ -42,7 +42,7 @@ class HomeLoad:
     """What is under way in one home: the samples that are prefilled or run, and the blocks that forks will take."""
 
     num_active: int = 0
-    num_promised: int = 0
+    num_reserved_blocks: int = 0
 
 
 def sum_stats(parts: Sequence[SchedulerStats]) -> SchedulerStats:
@@ -57,7 +57,7 @@ class Scheduler:
 
     Prompts go before decode steps, so that a batch fills up before it advances. When a running request needs a block
     and its home has none, the youngest there is put back in front of the queue and computed again later.
-    `copies` are copied, per home, before the next step: what a forked sample may not share with its leader.
+    `blocks_to_copy` are copied, per home, before the next step: what a forked sample may not share with its leader.
     `window`: how many of the last tokens any layer sees, None for all; blocks without such a token are given back as
     it moves on.
     """
@@ -68,7 +68,7 @@ class Scheduler:
     max_num_batched_tokens: int
     window: int | None = None
     stats: SchedulerStats = field(default_factory=SchedulerStats)
-    copies: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    blocks_to_copy: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _waiting: deque[Request] = field(default_factory=deque)
     _prefilling: list[Prefill] = field(default_factory=list)
     _running: list[SampledRequest] = field(default_factory=list)
@@ -96,7 +96,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, None when all is done. The blocks it writes to are taken here."""
-        draft = StepDraft(self.max_num_batched_tokens, MAX_SCORED_PLACES)
+        draft = StepDraft(self.max_num_batched_tokens, MAX_SCORED_POSITIONS)
         for prefill in self._prefilling:
             self._add_chunk(prefill, draft)
         while draft.num_tokens > 0 and (admitted := self._admit()) is not None:
@@ -120,25 +120,25 @@ class Scheduler:
     ) -> list[Request]:
         """Take note of a step that ran. Returns the finished requests.
 
-        `sampled` are the tokens of `step.samples`, `scores` those of its chunks' `scored_places`, one after another.
+        `sampled` are the tokens of `step.samples`, `scores` those of its chunks' `scored_positions`, one after another.
         """
         token_of = dict(zip(map(id, step.samples), sampled, strict=True))
         next_scores = iter(scores)
         started: list[SampledRequest] = []
         finished: list[Request] = []
         for chunk in step.chunks:
-            chunk.prefill.num_done = chunk.end
+            chunk.prefill.num_computed_tokens = chunk.end
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
             if self.window is not None:
                 self._drop_dead_of_leaders(chunk.prefill)
             for scored in chunk.prefill.scored:
-                scored.scores += islice(next_scores, len(chunk.scored_places))
+                scored.scores += islice(next_scores, len(chunk.scored_positions))
             if chunk.is_last:
                 self._remember(chunk.prefill)
                 started += self._fork(chunk.prefill)
                 finished += self._end_scored(chunk.prefill)
         if step.chunks:
-            self._prefilling = [p for p in self._prefilling if p.num_done < len(p.token_ids)]
+            self._prefilling = [p for p in self._prefilling if p.num_computed_tokens < len(p.token_ids)]
         self._running += started
         for request in started if step.chunks else step.running:
             request.sampled.append(token_of[id(request)])
@@ -156,11 +156,11 @@ class Scheduler:
             self._running = [s for s in self._running if s.finish_reason is None]
         return finished
 
-    def take_copies(self, home: int) -> list[tuple[int, int]]:
+    def take_blocks_to_copy(self, home: int) -> list[tuple[int, int]]:
         """Blocks to copy in `home` before the next step, (from, to); forgotten by this call."""
-        copies = self.copies.pop(home, [])
-        self.copies.clear()
-        return copies
+        blocks_to_copy = self.blocks_to_copy.pop(home, [])
+        self.blocks_to_copy.clear()
+        return blocks_to_copy
 
     def abort_all(self) -> None:
         """Forget every unfinished request and free its blocks."""
@@ -168,7 +168,7 @@ class Scheduler:
             self.homes[request.home].release(request.take_blocks())
         self._running, self._prefilling, self._waiting = [], [], deque()
         self._load = [HomeLoad() for _ in self.homes]
-        self.copies.clear()
+        self.blocks_to_copy.clear()
 
     def check_integrity(self) -> None:
         """Every block is free, remembered, or held by an unfinished request. ValueError names a leak."""
@@ -187,7 +187,7 @@ class Scheduler:
             mutable = self._num_mutable_blocks(len(prefill.token_ids))
             for index in prefill.leaders:
                 num_forks = sum(r.home == index for r in prefill.requests) - 1
-                load[index].num_promised += num_forks * mutable
+                load[index].num_reserved_blocks += num_forks * mutable
         return load
 
     def _holders(self) -> list[Request]:
@@ -195,14 +195,14 @@ class Scheduler:
 
     def _add_chunk(self, prefill: Prefill, draft: StepDraft) -> None:
         """Add the next chunk of a prefill to the step, as far as it has room for it."""
-        start = prefill.num_done
+        start = prefill.num_computed_tokens
         end = min(start + draft.num_tokens, len(prefill.token_ids))
         if end < len(prefill.token_ids):
             # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
             aligned = end // self.sharding.prefix_unit * self.sharding.prefix_unit
             end = aligned if aligned > start else end
         # Logits are as wide as the vocabulary, so few tokens may have theirs at once.
-        end -= max(0, len(Chunk(prefill, start, end).scored_places) - draft.num_scored_places)
+        end -= max(0, len(Chunk(prefill, start, end).scored_positions) - draft.num_scored_positions)
         if end > start:
             draft.add(Chunk(prefill, start, end))
 
@@ -218,7 +218,7 @@ class Scheduler:
                 break
             group.append(other)
         token_ids = first.all_token_ids
-        members = self._deal_to_homes(group)
+        members = self._assign_to_homes(group)
         while not self._fits(len(token_ids), members):
             if len(group) == 1:
                 return None
@@ -227,10 +227,10 @@ class Scheduler:
             self._waiting.popleft()
         for load, num_samples in zip(self._load, members, strict=True):
             load.num_active += num_samples
-            load.num_promised += max(0, num_samples - 1) * self._num_mutable_blocks(len(token_ids))
+            load.num_reserved_blocks += max(0, num_samples - 1) * self._num_mutable_blocks(len(token_ids))
         return self._start(token_ids, group)
 
-    def _deal_to_homes(self, group: list[Request]) -> list[int]:
+    def _assign_to_homes(self, group: list[Request]) -> list[int]:
         """Each sample to the home with the fewest active ones. Returns how many each home got."""
         before = [load.num_active for load in self._load]
         after = list(before)
@@ -247,7 +247,7 @@ class Scheduler:
         """
         whole, mutable = self.sharding.num_blocks(length), self._num_mutable_blocks(length)
         return all(
-            home.has(whole + (num_samples - 1) * mutable + load.num_promised)
+            home.has(whole + (num_samples - 1) * mutable + load.num_reserved_blocks)
             for home, load, num_samples in zip(self.homes, self._load, members, strict=True)
             if num_samples
         )
@@ -271,9 +271,9 @@ class Scheduler:
             blocks = known[index][:shortest]
             room = self.sharding.num_blocks(leader.max_cached_tokens) - shortest
             leader.blocks = blocks + home.take(total - shortest, room=room)
-        num_done = self.homes[group[0].home].prefixes.tokens_of(known[group[0].home][:shortest])
-        self.stats.num_cached_prefill_tokens += num_done
-        return Prefill(token_ids, tuple(group), leaders, num_done)
+        num_computed_tokens = self.homes[group[0].home].prefixes.tokens_of(known[group[0].home][:shortest])
+        self.stats.num_cached_prefill_tokens += num_computed_tokens
+        return Prefill(token_ids, tuple(group), leaders, num_computed_tokens)
 
     def _fork(self, prefill: Prefill) -> list[SampledRequest]:
         """End a prefill: samples share their leader's blocks, but for those that they will write to.
@@ -287,7 +287,7 @@ class Scheduler:
             home, leader = self.homes[request.home], prefill.leaders[request.home]
             own = leader.blocks[num_shared:]
             if request is not leader:
-                self._load[request.home].num_promised -= len(own)
+                self._load[request.home].num_reserved_blocks -= len(own)
             if request is leader:
                 started.append(request)
             elif home.has(len(own)):
@@ -297,7 +297,7 @@ class Scheduler:
                 request.blocks = leader.blocks[:num_shared] + copied
                 request.num_dropped = leader.num_dropped
                 if own:
-                    self.copies.setdefault(request.home, []).extend(zip(own, copied, strict=True))
+                    self.blocks_to_copy.setdefault(request.home, []).extend(zip(own, copied, strict=True))
                 started.append(request)
             else:
                 self._load[request.home].num_active -= 1
@@ -353,12 +353,12 @@ class Scheduler:
     def _remember(self, prefill: Prefill) -> None:
         """A prompt that is sampled again or continued is worth remembering, as far as it is computed."""
         for index, leader in prefill.leaders.items():
-            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_done], leader.blocks)
+            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_computed_tokens], leader.blocks)
 
     def _drop_dead_of_leaders(self, prefill: Prefill) -> None:
         self._remember(prefill)  # answers are not hashed block by block
         for leader in prefill.leaders.values():
-            self._drop_dead(leader, prefill.num_done)
+            self._drop_dead(leader, prefill.num_computed_tokens)
 
     def _drop_dead(self, request: Request, num_cached: int) -> None:
         """Give back the blocks of a request that no later query sees, when `num_cached` tokens have KV."""

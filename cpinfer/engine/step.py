@@ -12,13 +12,13 @@ class Prefill:
     """Tokens being computed for all `requests` that continue them: n samples of a prompt, or one request alone.
 
     In each home with requests one of them is the leader, which owns the blocks until the others fork off.
-    `num_done` tokens have KV in the home of every leader.
+    `num_computed_tokens` tokens have KV in the home of every leader.
     """
 
     token_ids: tuple[int, ...]
     requests: tuple[Request, ...]
     leaders: dict[int, Request]
-    num_done: int
+    num_computed_tokens: int
 
     @property
     def samples(self) -> tuple[SampledRequest, ...]:
@@ -49,9 +49,9 @@ class Chunk:
         return self.prefill.samples if self.is_last else ()
 
     @property
-    def scored_places(self) -> range:
+    def scored_positions(self) -> range:
         """Places in the sequence whose logits score a token of a given answer: of the one request that has one."""
-        return self.prefill.requests[0].scored_places(self.start, self.end)
+        return self.prefill.requests[0].scored_positions(self.start, self.end)
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class StepDraft:
     """The chunks of a step so far, and how much more of it there may be."""
 
     num_tokens: int
-    num_scored_places: int
+    num_scored_positions: int
     chunks: list[Chunk] = field(default_factory=list)
 
     def add(self, chunk: Chunk) -> None:
         self.num_tokens -= chunk.end - chunk.start
-        self.num_scored_places -= len(chunk.scored_places)
+        self.num_scored_positions -= len(chunk.scored_positions)
         self.chunks.append(chunk)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpinfer.attention.backends.base import AttentionBackend
-from cpinfer.attention.cascade import plan_sharing
+from cpinfer.attention.cascade import plan_cascade
 from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
 from cpinfer.config import EngineConfig
@@ -97,7 +97,7 @@ class StepAttention:
         if planned.plan is None:
             return IdleStep()
         kernels = {
-            window: plan_sharing(self._backend, r, self._min_saved_keys if window is None else None)
+            window: plan_cascade(self._backend, r, self._min_saved_keys if window is None else None)
             for window, r in planned.rows.items()
         }
         return DecodeStep(planned.plan, kernels, self._cache, self._exchanges.decode, self._heads)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from cpinfer.attention.backends.base import AttentionBackend
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
-from cpinfer.engine.decode_graphs import make_decode_graphs
+from cpinfer.engine.decode_cuda_graphs import make_decode_graphs
 from cpinfer.engine.exchanges import Exchanges
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.step_attention import StepAttention
 from cpinfer.engine.step_plans import StepPlanner
 from cpinfer.engine.step_runner import StepRunner
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.shards import KVSharding
 from cpinfer.logs import RankLogger
@@ -25,7 +25,7 @@ def make_step_runner(
     sharding: KVSharding,
     backend: AttentionBackend,
     cache: PagedKVCache,
-    stopping: Stopping,
+    stop_checker: StopChecker,
 ) -> StepRunner:
     """The step runner of one rank. Every rank makes the same decisions here, but for its place in the grid."""
     grid, spec = topology.grid, runner.spec
@@ -53,4 +53,4 @@ def make_step_runner(
         kv_layout=cache.layout,
     )
     attention = StepAttention(spec, config, heads, exchanges, backend, cache)
-    return StepRunner(runner, cache, planner, attention, LogitsReader(topology, runner.device, stopping), graphs)
+    return StepRunner(runner, cache, planner, attention, LogitsReader(topology, runner.device, stop_checker), graphs)

@@ -10,7 +10,7 @@ from cpinfer.engine.request import Request
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import EngineFaultError, StreamEndedError
 from cpinfer.logs import RankLogger
 
@@ -24,10 +24,16 @@ class StepLoop:
     """
 
     def __init__(
-        self, scheduler: Scheduler, steps: StepRunner, stopping: Stopping, home: int, num_ranks: int, log: RankLogger
+        self,
+        scheduler: Scheduler,
+        steps: StepRunner,
+        stop_checker: StopChecker,
+        home: int,
+        num_ranks: int,
+        log: RankLogger,
     ) -> None:
         self._scheduler = scheduler
-        self._stopping = stopping
+        self._stop_checker = stop_checker
         self._home = home
         self._num_ranks = num_ranks
         self._log = log
@@ -73,8 +79,8 @@ class StepLoop:
             )
         output = steps.run(step, leaves=leaves)
         now = time.perf_counter()
-        finished = self._scheduler.commit(step, output.sampled, self._stopping.stops, output.scores)
-        steps.copy_blocks(self._scheduler.take_copies(self._home))
+        finished = self._scheduler.commit(step, output.sampled, self._stop_checker.stops, output.scores)
+        steps.copy_blocks(self._scheduler.take_blocks_to_copy(self._home))
         for request in step.samples:
             if request.sampled:  # one that was put back has no token yet
                 request.first_token_s = request.first_token_s or now

@@ -14,16 +14,16 @@ from cpinfer.engine.request import SampledRequest
 from cpinfer.engine.step import Chunk
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import Context, StepContext, exchange_places
-from cpinfer.layout.decode import DecodePlan, bucket_of, plan_decode, rows_in_window
+from cpinfer.layout.decode import DecodePlan, cuda_graph_batch_size, plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.prefill import (
     PrefillPlan,
     ScoredRows,
     StepCost,
-    deal_prompts,
+    assign_prompts,
     plan_prefill,
     plan_scored_rows,
-    split_prompts,
+    zigzag_split,
 )
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
@@ -111,7 +111,7 @@ class StepPlanner:
         pcp_size = self._grid.pcp_size
         starts = [chunk.start for chunk in chunks]
         lens = [chunk.end - chunk.start for chunk in chunks]
-        split = split_prompts(lens, pcp_size, dealt=deal_prompts(lens, pcp_size, self._cost, starts))
+        split = zigzag_split(lens, pcp_size, assigned=assign_prompts(lens, pcp_size, self._cost, starts))
         leaders = [chunk.prefill.leaders.get(self._home) for chunk in chunks]
         plan = plan_prefill(
             split,
@@ -130,7 +130,7 @@ class StepPlanner:
         ]
         last = [i for i, chunk in enumerate(chunks) if chunk.samples]
         mine = [i for i in last if plan.sample_rows[i] >= 0]
-        scored = plan_scored_rows(plan, [chunk.scored_places for chunk in chunks], starts)
+        scored = plan_scored_rows(plan, [chunk.scored_positions for chunk in chunks], starts)
         # Samples that share a prefill are all drawn from the logits of its last token.
         drawn = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
         owners = [int(plan.sample_owner[i]) for i in last for _ in chunks[i].prefill.samples]
@@ -179,7 +179,7 @@ class StepPlanner:
         places = {}
         for home, requests in enumerate(by_home):
             rows_per_rank = self._rows_per_rank(len(requests))
-            for i, request in enumerate(requests):  # neighbours on each rank, as `deal_rows` has them
+            for i, request in enumerate(requests):  # neighbours on each rank, as `assign_rows` has them
                 pcp_rank, record = divmod(i, rows_per_rank)
                 places[id(request)] = (home * self._grid.row_ranks + pcp_rank, record)
         return places
@@ -187,7 +187,7 @@ class StepPlanner:
     def _rows_per_rank(self, num_rows: int) -> int:
         """As few as hold them; where steps are replayed, as many as a step that is captured."""
         needed = -(-num_rows // self._row_ranks)
-        return bucket_of(needed) if self._in_buckets else needed
+        return cuda_graph_batch_size(needed) if self._in_buckets else needed
 
 
 def _context_of(chunk: Chunk) -> Context:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.steps import AttentionStep
-from cpinfer.engine.decode_graphs import DecodeGraphs
+from cpinfer.engine.decode_cuda_graphs import DecodeCudaGraphs
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.step import Step
@@ -23,7 +23,7 @@ from cpinfer.models.runner import ModelRunner
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The tokens of `step.samples`, and the scores of its chunks' `scored_places`, one after another."""
+    """The tokens of `step.samples`, and the scores of its chunks' `scored_positions`, one after another."""
 
     sampled: list[SampledToken]
     scores: Sequence[TokenScore] = ()
@@ -39,7 +39,7 @@ class StepRunner:
         planner: StepPlanner,
         attention: StepAttention,
         reader: LogitsReader,
-        graphs: DecodeGraphs | None,
+        graphs: DecodeCudaGraphs | None,
     ) -> None:
         self._runner = runner
         self._cache = cache

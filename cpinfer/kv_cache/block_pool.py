@@ -17,7 +17,7 @@ from itertools import takewhile
 
 import numpy as np
 
-from cpinfer.kv_cache.free_runs import FreeRuns
+from cpinfer.kv_cache.free_block_tree import FreeBlockTree
 
 
 class BlockPool:
@@ -27,7 +27,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.num_free = num_blocks
         self._refs = [0] * num_blocks
-        self._free = FreeRuns(num_blocks)
+        self._free = FreeBlockTree(num_blocks)
         # Where the next sequence is placed; behind the room that the last one was given.
         self._next = 0
 

@@ -19,20 +19,20 @@ class KVHome:
         self._enable_prefix_caching = enable_prefix_caching
 
     def emptied(self) -> KVHome:
-        """The same home without a sequence or a remembered prefix; this one is as it was."""
+        """The same home without a sequence or a cached prefix; this one is as it was."""
         return KVHome(self.pool.num_blocks, self._sharding, enable_prefix_caching=self._enable_prefix_caching)
 
     def has(self, n: int) -> bool:
-        """Whether `n` blocks are free, or would be without remembered prefixes."""
+        """Whether `n` blocks are free, or would be without cached prefixes."""
         return self.prefixes.can_evict(n - self.pool.num_free)
 
     def take(self, n: int, *, room: int = 0, after: int | None = None) -> list[int]:
-        """`n` blocks; remembered prefixes give way. ValueError when `has(n)` does not hold."""
+        """`n` blocks; cached prefixes give way. ValueError when `has(n)` does not hold."""
         self.prefixes.evict(n)
         return self.pool.allocate(n, room=room, after=after)
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give back a sequence's blocks; those of remembered prefixes may now give way."""
+        """Give back a sequence's blocks; those of cached prefixes may now give way."""
         self.pool.release(blocks)
         self.prefixes.note_release(blocks)
 

@@ -24,7 +24,7 @@ class PagedKVCache:
 
     It starts as zeros: attention kernels read whole blocks, and what they mask must at least be finite. On CPU a page
     of it takes memory, and time to be zeroed, when it is first touched: a phase pays for the blocks that it uses. With
-    `has_spare_block` one block more, which no table names: padding rows write to `spare_slot`, and nobody reads it.
+    `has_padding_block` one block more, which no table names: padding rows write to `padding_slot`, and nobody reads it.
 
     `dtype` is the model's, in which K and V are computed and travel. In `store_dtype` they are kept; where it is
     smaller, K and V are rounded through it when they are made (`rounded`), before anyone reads them:
@@ -44,7 +44,7 @@ class PagedKVCache:
         dtype: torch.dtype,
         device: torch.device,
         *,
-        has_spare_block: bool = False,
+        has_padding_block: bool = False,
         store_dtype: torch.dtype | None = None,
     ) -> None:
         self.layout = layout
@@ -53,8 +53,8 @@ class PagedKVCache:
         self.dtype = dtype
         self.store_dtype = store_dtype or dtype
         self.device = device
-        self.spare_slot = num_blocks * block_size
-        slots = self.spare_slot + (block_size if has_spare_block else 0)
+        self.padding_slot = num_blocks * block_size
+        slots = self.padding_slot + (block_size if has_padding_block else 0)
 
         def zeros(dim: int) -> list[Tensor]:
             shape = (slots, layout.num_heads, dim)

@@ -55,7 +55,7 @@ def plan_decode(
     """
     if not positions:
         raise ValueError("a decode step needs at least one sequence")
-    gathered = deal_rows(len(positions), pcp_size, rows_per_rank)
+    gathered = assign_rows(len(positions), pcp_size, rows_per_rank)
     own = gathered.reshape(pcp_size, -1)[pcp_rank]
     at = np.asarray(positions, dtype=np.int64)
     # Of a new token its owner alone keeps K and V.
@@ -92,32 +92,32 @@ def rows_in_window(
     return plan.rows.above(sharding.local_len(np.maximum(0, at - window + 1), shard))
 
 
-def writing_all(plan: DecodePlan, spare_slot: int) -> DecodePlan:
-    """The same plan, in which every gathered row is written: those of other shards to `spare_slot`, which none reads.
+def writing_all(plan: DecodePlan, padding_slot: int) -> DecodePlan:
+    """The same plan, in which every gathered row is written: those of other shards to `padding_slot`, which none reads.
 
     So what is written is as much in every step, and does not decide how much work there is.
     """
-    slots = np.full(len(plan.gathered), spare_slot, dtype=np.int64)
+    slots = np.full(len(plan.gathered), padding_slot, dtype=np.int64)
     slots[plan.write_src] = plan.write_slots
     return replace(plan, write_src=np.arange(len(plan.gathered)), write_slots=slots)
 
 
-def bucket_of(rows_per_rank: int) -> int:
+def cuda_graph_batch_size(rows_per_rank: int) -> int:
     """The CUDA-graph batch size of a step: the rows that it is padded to, at most half as many again.
 
-    >>> [bucket_of(n) for n in (1, 2, 3, 5, 9, 17, 25, 33, 100)]
+    >>> [cuda_graph_batch_size(n) for n in (1, 2, 3, 5, 9, 17, 25, 33, 100)]
     [1, 2, 4, 6, 12, 24, 32, 48, 128]
     """
     power = 1 << max(0, rows_per_rank - 1).bit_length()
     return power * 3 // 4 if power >= 8 and rows_per_rank <= power * 3 // 4 else power
 
 
-def deal_rows(num_rows: int, pcp_size: int, rows_per_rank: int | None = None) -> IntArray:
+def assign_rows(num_rows: int, pcp_size: int, rows_per_rank: int | None = None) -> IntArray:
     """`[pcp * R]` rows in gathered order, -1 for padding; R is what is needed, or `rows_per_rank`.
 
-    >>> deal_rows(5, 2).tolist()
+    >>> assign_rows(5, 2).tolist()
     [0, 1, 2, 3, 4, -1]
-    >>> deal_rows(2, 2, rows_per_rank=2).tolist()
+    >>> assign_rows(2, 2, rows_per_rank=2).tolist()
     [0, 1, -1, -1]
     """
     per_rank = -(-num_rows // pcp_size) if rows_per_rank is None else rows_per_rank

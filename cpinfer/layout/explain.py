@@ -23,7 +23,7 @@ from itertools import chain
 from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout, PoolSize
 from cpinfer.layout.grid import Group, RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.prefill import split_prompts
+from cpinfer.layout.prefill import zigzag_split
 from cpinfer.layout.rules import LayoutSizes, layout_errors
 from cpinfer.layout.shards import KVSharding
 from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_bytes
@@ -198,7 +198,7 @@ def draw_grid(grid: RankGrid, heads: HeadPlacement) -> str:
 
 def _prefill_cost(question: Question, seq_len: int, grid: RankGrid, heads: HeadPlacement) -> PrefillCost:
     pcp = grid.pcp_size
-    split = split_prompts([seq_len], pcp, dealt=[None if pcp > 1 else 0])
+    split = zigzag_split([seq_len], pcp, assigned=[None if pcp > 1 else 0])
     pairs = split.pairs_per_rank()
     received = None
     if question.kv_head is not None:

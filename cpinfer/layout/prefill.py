@@ -15,9 +15,9 @@ Every rank sends the K and V of its tokens; the gathered buffer is read through 
 Each piece is one row of a variable-length batch: its queries, and all keys up to its end. Prompts too short to be worth
 cutting stay whole on one rank.
 
->>> cut(8, pcp_size=2).tolist()
+>>> zigzag_cuts(8, pcp_size=2).tolist()
 [0, 2, 4, 6, 8]
->>> cut(25, pcp_size=2, page_size=4).tolist()
+>>> zigzag_cuts(25, pcp_size=2, page_size=4).tolist()
 [0, 4, 12, 20, 25]
 """
 
@@ -111,7 +111,7 @@ class PrefillPlan:
     sample_owner: IntArray
 
 
-def cut(num_tokens: int, pcp_size: int, page_size: int = 1) -> IntArray:
+def zigzag_cuts(num_tokens: int, pcp_size: int, page_size: int = 1) -> IntArray:
     """`[2 * pcp + 1]` cut points of a prompt, ascending, multiples of `page_size` except the last.
 
     Pieces may be empty (a prompt of one token has one piece that is not). The work of ranks differs by at most 1 %
@@ -148,7 +148,7 @@ class StepCost:
 MAX_SPLIT = 256
 
 
-def deal_prompts(
+def assign_prompts(
     prompt_lens: Sequence[int],
     pcp_size: int,
     cost: StepCost = StepCost(),
@@ -161,9 +161,9 @@ def deal_prompts(
     The longest are split, the others dealt whole, longest first, each to the rank that is soonest done with it. How
     many are split (up to `MAX_SPLIT`) is decided by the time of the slowest rank; as few as possible when it is equal.
 
-    >>> deal_prompts([200], pcp_size=8), deal_prompts([4000], pcp_size=8)
+    >>> assign_prompts([200], pcp_size=8), assign_prompts([4000], pcp_size=8)
     ([0], [None])
-    >>> deal_prompts([4000, 300, 300], pcp_size=2)
+    >>> assign_prompts([4000, 300, 300], pcp_size=2)
     [None, 0, 1]
     """
     if pcp_size == 1:
@@ -182,23 +182,23 @@ def deal_prompts(
         takers[k, : k + 1] = np.lexsort((whole[..., 0], cost.of(whole + work)), axis=-1)[:, 0]
         whole[np.arange(len(whole)), takers[k, : k + 1]] += work
     num_split = int(cost.of(load).max(axis=1).argmin())
-    dealt: list[int | None] = [None] * len(order)
+    assigned: list[int | None] = [None] * len(order)
     for k in range(num_split, len(order)):
-        dealt[order[k]] = int(takers[k, num_split])
-    return dealt
+        assigned[order[k]] = int(takers[k, num_split])
+    return assigned
 
 
-def split_prompts(
-    prompt_lens: Sequence[int], pcp_size: int, *, page_size: int = 1, dealt: Sequence[int | None] | None = None
+def zigzag_split(
+    prompt_lens: Sequence[int], pcp_size: int, *, page_size: int = 1, assigned: Sequence[int | None] | None = None
 ) -> PrefillSplit:
-    """The zigzag split of prompts of at least one token each. `dealt` is of `deal_prompts`, None splits all."""
+    """The zigzag split of prompts of at least one token each. `assigned` is of `assign_prompts`, None splits all."""
     if min(prompt_lens, default=0) < 1:
         raise ValueError("a prefill step needs at least one prompt, and every prompt at least one token")
     offsets = [0] * pcp_size
     pieces = []
     for prompt, q in enumerate(prompt_lens):
-        whole_on = None if dealt is None else dealt[prompt]
-        cuts = cut(q, pcp_size, page_size) if whole_on is None else np.array([0, q])
+        whole_on = None if assigned is None else assigned[prompt]
+        cuts = zigzag_cuts(q, pcp_size, page_size) if whole_on is None else np.array([0, q])
         n = len(cuts) - 1
         for i in range(n):
             start, end = int(cuts[i]), int(cuts[i + 1])

@@ -13,7 +13,7 @@ _FORWARD_HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
 
 @contextmanager
-def hooks_asleep(model: nn.Module, owner: str, *, inside: bool = True) -> Iterator[None]:
+def hooks_disabled(model: nn.Module, owner: str, *, inside: bool = True) -> Iterator[None]:
     """For the length of the block no forward hook runs that the package `owner` has put on a module of `model`.
 
     Without `inside` that is on `model` alone. Hooks of others run as ever. Afterwards every module has the hooks it

@@ -1,7 +1,7 @@
 """This rank's slice of a weight, whatever shards it, and what a model's weights take up.
 
 AutoTP keeps plain tensors, Transformers TP keeps DTensors. ZeRO-3 leaves an empty tensor where a weight was that it has
-dealt out, with the whole shape beside it, and FSDP a DTensor: both bring the whole weight when it is used.
+sharded, with the whole shape beside it, and FSDP a DTensor: both bring the whole weight when it is used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def shape_in_use(weight: Any, *, gathered_by_fsdp: bool = False) -> tuple[int, .
         return tuple(dealt)
     if not gathered_by_fsdp or not hasattr(weight, "device_mesh"):
         return tuple(local(weight).shape)
-    # FSDP makes whole what it has dealt out itself; what tensor parallelism has cut stays cut.
+    # FSDP makes whole what it has sharded itself; what tensor parallelism has cut stays cut.
     shape, mesh = list(weight.shape), weight.device_mesh
     for name, size, placement in zip(mesh.mesh_dim_names or (), mesh.shape, weight.placements, strict=False):
         if name == "tp" and placement.is_shard():
@@ -39,7 +39,7 @@ def shape_in_use(weight: Any, *, gathered_by_fsdp: bool = False) -> tuple[int, .
 
 
 def is_dealt_out(weight: Any) -> bool:
-    """Whether ZeRO-3 has dealt out a weight, and nobody has made it whole."""
+    """Whether ZeRO-3 has sharded a weight, and nobody has made it whole."""
     return hasattr(weight, "ds_id") and not weight.numel()
 
 
@@ -68,7 +68,7 @@ def dtype_in_use(model: Any, layer: Any) -> torch.dtype:
 def weight_kind(weight: Any, *, gathered_by_fsdp: bool = False) -> WeightKind | None:
     """Dtype and device of a weight that stays what it is between steps; no device where it comes and goes.
 
-    FSDP's have a kind while they are dealt out: it may bring them in another dtype, and leave them there.
+    FSDP's have a kind while they are sharded: it may bring them in another dtype, and leave them there.
     """
     if gathered_by_fsdp:
         return (weight.dtype, None) if hasattr(weight, "device_mesh") else None

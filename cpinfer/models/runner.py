@@ -19,7 +19,7 @@ from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters
 from cpinfer.models.attachment import Attachment, attending_by, claimed, replaced, uncompiled
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.decoder_layers import check_layers, decoder_layers
-from cpinfer.models.hooks import hooks_asleep
+from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.latent_attention import is_latent_attention, latent_attention
 from cpinfer.models.layer_order import EveryLayerOnce
 from cpinfer.models.local_weights import (
@@ -31,8 +31,8 @@ from cpinfer.models.local_weights import (
     refuse_unusable_weights,
     shape_in_use,
 )
-from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
 from cpinfer.models.spec import ModelSpec
+from cpinfer.models.unpadded_moe import UnpaddedMoE, is_moe_block
 from cpinfer.models.wrappers import refuse_all_but_causal_lms, unwrapped, without_replication
 from cpinfer.refusals import refuse
 
@@ -96,7 +96,7 @@ class ModelRunner:
         entry: Any,
         spec: ModelSpec,
         q_heads: range,
-        real_rows: RealRows,
+        unpadded_moe: UnpaddedMoE,
         dtype: torch.dtype,
         cast: torch.dtype | None,
     ) -> None:
@@ -106,7 +106,7 @@ class ModelRunner:
         self._cast = cast
         self._adapters = adapter_state(model)
         self._q_heads = q_heads
-        self._real_rows = real_rows
+        self._real_rows = unpadded_moe
         self.spec = spec
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.weights_dtype: torch.dtype = dtype
@@ -128,11 +128,11 @@ class ModelRunner:
 
     @property
     def has_experts(self) -> bool:
-        return any(map(is_mixture_of_experts, self._model.modules()))
+        return any(map(is_moe_block, self._model.modules()))
 
     @property
     def weights_come_and_go(self) -> bool:
-        """Whether weights are dealt out, and gathered while the model runs."""
+        """Whether weights are sharded, and gathered while the model runs."""
         return self._attachment.gathered_by_fsdp or any(map(is_dealt_out, self._model.parameters()))
 
     def weight_places(self) -> tuple[int, ...]:
@@ -177,21 +177,21 @@ def attached(outermost: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) ->
     _check_model(model, spec, tp_size, gathered_by_fsdp)
     AttentionInterface.register(ATTENTION_NAME, attend_by_step)
     training = {module: module.training for module in outermost.modules()}
-    real_rows = RealRows()
+    unpadded_moe = UnpaddedMoE()
     with ExitStack() as stack:
         stack.enter_context(claimed(model))
         stack.enter_context(uncompiled(outermost))
         # AutoTP's pickles the arguments of the first batch to compare them between ranks, once: training's business.
-        stack.enter_context(hooks_asleep(entry, "deepspeed", inside=False))
+        stack.enter_context(hooks_disabled(entry, "deepspeed", inside=False))
         for module in model.modules():
-            for name, value in _replacements(module, spec, tp_size, real_rows):
+            for name, value in _replacements(module, spec, tp_size, unpadded_moe):
                 stack.enter_context(replaced(module, name, value))
         stack.callback(_set_modes, training)
         model.eval()
         attending = attending_by(model, ATTENTION_NAME, gathered_by_fsdp=gathered_by_fsdp)
         attachment = stack.enter_context(attending)
         dtype, cast = dtype_in_use(outermost, decoder_layers(model)[0]), autocast_dtype(outermost, model)
-        yield ModelRunner(attachment, entry, spec, spec.heads(tp_size).q_heads(tp_rank), real_rows, dtype, cast)
+        yield ModelRunner(attachment, entry, spec, spec.heads(tp_size).q_heads(tp_rank), unpadded_moe, dtype, cast)
 
 
 def _check_model(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:
@@ -213,12 +213,12 @@ def _entry(outermost: Any, model: Any) -> Any:
     return outermost
 
 
-def _replacements(module: Any, spec: ModelSpec, tp_size: int, real_rows: RealRows) -> Iterator[tuple[str, Any]]:
+def _replacements(module: Any, spec: ModelSpec, tp_size: int, unpadded_moe: UnpaddedMoE) -> Iterator[tuple[str, Any]]:
     """The attributes of a module that are others while the engine runs it, beside its config."""
     if is_latent_attention(module):
         yield "forward", partial(_latent_forward, module)
-    elif is_mixture_of_experts(module):
-        yield "forward", partial(real_rows.forward, module, module.forward)
+    elif is_moe_block(module):
+        yield "forward", partial(unpadded_moe.forward, module, module.forward)
     elif "c_attn" in module._modules:
         # GPT-BigCode cuts its fused projection by a size that AutoTP leaves at that of all heads.
         yield "embed_dim", spec.heads(tp_size).q_heads_per_rank * spec.head_dim

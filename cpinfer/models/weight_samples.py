@@ -3,7 +3,7 @@
 Values are compared by samples: the bits of a few elements of every tensor, in places that follow from its name. That
 sees another checkpoint, another seed, an optimiser step that one rank has missed. It does not see a change of single
 elements between the places; a position-weighted checksum over all elements does, which reads all of them. Weights that
-are dealt out when an engine attaches (ZeRO-3 and FSDP, `rollout.gather` "layerwise") are compared by shape alone.
+are sharded when an engine attaches (ZeRO-3 and FSDP, `rollout.gather` "layerwise") are compared by shape alone.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _checksum(x: Tensor) -> int:
 
 
 def _values_here(x: Tensor) -> Tensor | None:
-    """The values that this rank computes with; None where they are dealt out, or there are none."""
+    """The values that this rank computes with; None where they are sharded, or there are none."""
     placements, mesh = getattr(x, "placements", ()), getattr(x, "device_mesh", None)
     names = () if mesh is None else mesh.mesh_dim_names or ("",) * mesh.ndim
     dealt_out = any(p.is_shard() for name, p in zip(names, placements, strict=True) if name != "tp")

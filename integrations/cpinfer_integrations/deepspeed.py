@@ -19,7 +19,7 @@ import torch.distributed as dist
 from deepspeed.inference.engine import InferenceEngine
 
 from cpinfer.colocate.phase import Lent
-from cpinfer.colocate.weight_slices import cuts
+from cpinfer.colocate.weight_slices import sliced_projections
 from cpinfer.comm.topology import Topology, new_group
 from cpinfer.config import ConfigLike, JobConfig, job_config
 from cpinfer.engine.attach import config_errors, model_spec
@@ -105,7 +105,7 @@ def _lend_tp_shards(engine: Any, config: JobConfig) -> Lent:
         raise ValueError(f"tp={config.tp_size} does not divide the job's {dist.get_world_size()} ranks")
     num_replicas = dist.get_world_size() // config.tp_size
     grid = RankGrid.lending(config.tp_size, num_replicas, config.pcp_size, config.dcp_size)
-    cuts(module, spec, config.tp_size, 0)  # what cannot be sliced is refused now
+    sliced_projections(module, spec, config.tp_size, 0)  # what cannot be sliced is refused now
     topology = Topology.from_world(grid, slices_weights=True)
     return Lent(module, topology, partial(zero3.tp_shards, module, spec, topology.tp), "tp_shards")
 

@@ -19,10 +19,10 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-from cpinfer.colocate.weight_slices import cuts, sliced
+from cpinfer.colocate.weight_slices import sliced, sliced_projections
 from cpinfer.comm.axis import AxisComm
 from cpinfer.models.decoder_layers import decoder_layers
-from cpinfer.models.hooks import hooks_asleep
+from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.wrappers import unwrapped
 
@@ -32,7 +32,7 @@ _OWNER = "deepspeed"
 @contextmanager
 def full(module: nn.Module) -> Iterator[None]:
     """All parameters are whole for the length of the block. Collective."""
-    with hooks_asleep(module, _OWNER), whole(module.parameters()):
+    with hooks_disabled(module, _OWNER), whole(module.parameters()):
         yield
 
 
@@ -43,11 +43,11 @@ def layerwise(module: nn.Module) -> Iterator[int]:
     So is each step inside the block, and all ranks must run the same ones.
     """
     layers = decoder_layers(unwrapped(module))
-    inside = [_dealt_out(layer.parameters()) for layer in layers]
+    inside = [_partitioned(layer.parameters()) for layer in layers]
     in_layers = {id(parameter) for parameters in inside for parameter in parameters}
     outside = [parameter for parameter in module.parameters() if id(parameter) not in in_layers]
     moving = [_Layer(parameters) for parameters in inside]
-    with hooks_asleep(module, _OWNER), whole(outside), ExitStack() as stack:
+    with hooks_disabled(module, _OWNER), whole(outside), ExitStack() as stack:
         for index, (layer, its) in enumerate(zip(layers, moving, strict=True)):
             stack.callback(its.release)
             following = moving[(index + 1) % len(moving)]
@@ -63,16 +63,16 @@ def layerwise(module: nn.Module) -> Iterator[int]:
 @contextmanager
 def tp_shards(module: nn.Module, spec: ModelSpec, tp: AxisComm) -> Iterator[None]:
     """Each rank has its slices of the projections, and all other parameters whole. Collective."""
-    layers = cuts(module, spec, tp.size, tp.index)
-    in_slices = {id(x) for layer in layers for cut in layer for x in cut.linear.parameters(recurse=False)}
+    layers = sliced_projections(module, spec, tp.size, tp.index)
+    in_slices = {id(x) for layer in layers for projection in layer for x in projection.linear.parameters(recurse=False)}
     rest = [parameter for parameter in module.parameters() if id(parameter) not in in_slices]
-    with hooks_asleep(module, _OWNER), whole(rest), sliced(layers, tp, whole):
+    with hooks_disabled(module, _OWNER), whole(rest), sliced(layers, tp, whole):
         yield
 
 
 def whole(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[Any]:
     """The parameters are whole for the length of the block; those that were are left alone. Collective."""
-    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(_dealt_out(parameters))
+    context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(_partitioned(parameters))
     return context
 
 
@@ -98,7 +98,7 @@ class _Layer:
             self._coming, self._is_whole = None, True
 
     def release(self) -> None:
-        """Be dealt out again. What is on its way is awaited first: the others send it already."""
+        """Be sharded again. What is on its way is awaited first: the others send it already."""
         if self._coming is not None:
             self.finish()
         if self._is_whole:
@@ -121,7 +121,7 @@ def _release(its: _Layer) -> Any:
     return after_forward
 
 
-def _dealt_out(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def _partitioned(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     return [p for p in parameters if getattr(p, "ds_status", None) is ZeroParamStatus.NOT_AVAILABLE]
 
 

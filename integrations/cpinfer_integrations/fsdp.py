@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cpinfer.models.decoder_layers import decoder_layers
-from cpinfer.models.hooks import hooks_asleep
+from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.wrappers import unwrapped
 from cpinfer.refusals import refuse
 
@@ -37,7 +37,7 @@ def mesh_axes(module: nn.Module) -> set[str]:
 @contextmanager
 def full(module: nn.Module) -> Iterator[None]:
     """All parameters are whole for the length of the block. Collective."""
-    with _sharded_again(module), hooks_asleep(module, _OWNER):
+    with _sharded_again(module), hooks_disabled(module, _OWNER):
         for part in sharded_modules(module):
             part.unshard()
         yield
@@ -87,7 +87,7 @@ def _outermost(parts: list[Any]) -> list[Any]:
 
 
 def _is_sharded(part: nn.Module) -> bool:
-    """Whether the parameters that belong to this call of `fully_shard` are dealt out now."""
+    """Whether the parameters that belong to this call of `fully_shard` are sharded now."""
     nested = {id(x) for other in sharded_modules(part) if other is not part for x in other.parameters()}
     return any(isinstance(x, DTensor) for x in part.parameters() if id(x) not in nested)
 

@@ -27,7 +27,7 @@ from trl.data_utils import is_conversational
 
 from cpinfer.colocate.mismatch import Compared, Mismatch
 from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
-from cpinfer.colocate.training_logprobs import only_measured
+from cpinfer.colocate.training_logprobs import eval_no_grad
 from cpinfer.config import ConfigLike, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
@@ -246,10 +246,10 @@ def _tokenized_by_all(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
         token_ids = tokenize(prompts, trainer)
     except Exception as error:  # templates are programs of the model's author and raise what they like
         own_error = error
-    told = _told_by_all(None if own_error is None else str(own_error) or type(own_error).__name__)
+    gathered = _all_gather_object(None if own_error is None else str(own_error) or type(own_error).__name__)
     if own_error is not None:
         raise own_error
-    for rank, complaint in enumerate(told):
+    for rank, complaint in enumerate(gathered):
         if complaint is not None:
             raise UserError(f"rank {rank} could not tokenize its prompts: {complaint}")
     return token_ids
@@ -278,7 +278,7 @@ def _truncated(prompts: Sequence[list[int]], engine: Engine, sampling: SamplingP
 
     Replicas may have pools of different sizes, yet share a group: the smallest counts. Collective over the job.
     """
-    longest = min(_told_by_all(engine.longest_prompt(sampling)))
+    longest = min(_all_gather_object(engine.longest_prompt(sampling)))
     if longest < 1:
         raise UserError(
             f"max_completion_length={sampling.max_new_tokens} leaves no room for a prompt: the model has "
@@ -336,7 +336,7 @@ def _training_logprobs(trainer: Any, results: Sequence[RolloutResult]) -> list[l
         ids[row, start : start + len(tokens)] = tokens
         mask[row, start : start + len(tokens)] = 1
     device = trainer.accelerator.device
-    with only_measured(trainer.model):
+    with eval_no_grad(trainer.model):
         logprobs, *_ = trainer._get_per_token_logps_and_entropies(
             trainer.model,
             ids.to(device),
@@ -349,21 +349,21 @@ def _training_logprobs(trainer: Any, results: Sequence[RolloutResult]) -> list[l
 
 def _over_all_ranks(own: PhaseRecord, num_copies: int) -> PhaseRecord:
     """Counts and mismatch of the whole job; ranks that train on the same data count once. Collective."""
-    told = _told_by_all(replace(own, cost=None))[::num_copies]
-    measured = [record.mismatch for record in told if record.mismatch is not None]
+    gathered = _all_gather_object(replace(own, cost=None))[::num_copies]
+    measured = [record.mismatch for record in gathered if record.mismatch is not None]
     return replace(
         own,
-        num_samples=sum(record.num_samples for record in told),
-        num_generated_tokens=sum(record.num_generated_tokens for record in told),
-        num_truncated_prompts=sum(record.num_truncated_prompts for record in told),
+        num_samples=sum(record.num_samples for record in gathered),
+        num_generated_tokens=sum(record.num_generated_tokens for record in gathered),
+        num_truncated_prompts=sum(record.num_truncated_prompts for record in gathered),
         mismatch=Mismatch.merge(measured) if measured else None,
     )
 
 
-def _told_by_all(own: T) -> list[T]:
+def _all_gather_object(own: T) -> list[T]:
     """What each rank of the job says. Collective."""
-    told = [own]
+    gathered = [own]
     if dist.is_initialized() and dist.get_world_size() > 1:
-        told = [own] * dist.get_world_size()
-        dist.all_gather_object(told, own)
-    return told
+        gathered = [own] * dist.get_world_size()
+        dist.all_gather_object(gathered, own)
+    return gathered

@@ -1,4 +1,4 @@
-"""Latent attention, experts and adapters whose weights ZeRO-3 has dealt out."""
+"""Latent attention, experts and adapters whose weights ZeRO-3 has sharded."""
 
 from __future__ import annotations
 

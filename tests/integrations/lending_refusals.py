@@ -77,7 +77,7 @@ def with_hooks_awake(trainer: Trainer) -> Iterator[str]:
     before = photograph(trainer)
     lent = lend(trainer.trained, PCP2)
     with (
-        patch.object(deepspeed_zero3, "hooks_asleep", awake),
+        patch.object(deepspeed_zero3, "hooks_disabled", awake),
         rollout_phase(lent, PCP2) as engine,
     ):
         engine.generate(PROMPTS, GREEDY)

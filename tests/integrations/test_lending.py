@@ -108,9 +108,9 @@ def test_mixed_precision_is_that_of_the_training_forward(kind: str, outcomes: Ou
 REFUSED = {
     "layerwise with replicas": r'2 replicas: .*"layerwise" with several replicas',
     "fsdp2 layerwise with replicas": r'2 replicas: .*"layerwise" with several replicas',
-    "tp_shards of zero2": r"ZeRO stage 2, .*not dealt out by ZeRO-3 alone",
-    "tp_shards of fsdp2": r"an FSDP2 model: .*not dealt out by ZeRO-3 alone",
-    "tp_shards of ddp": r"DistributedDataParallel: .*not dealt out by ZeRO-3 alone",
+    "tp_shards of zero2": r"ZeRO stage 2, .*not sharded by ZeRO-3 alone",
+    "tp_shards of fsdp2": r"an FSDP2 model: .*not sharded by ZeRO-3 alone",
+    "tp_shards of ddp": r"DistributedDataParallel: .*not sharded by ZeRO-3 alone",
     "tp_shards without tp": r"tp_size 1; give",
     "tp_shards of fused heads": r"gpt_bigcode.*families whose heads",
     "fsdp1": r"FSDP1 .*Use FSDP2",

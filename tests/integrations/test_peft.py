@@ -7,7 +7,7 @@ import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from cpinfer.colocate.weight_slices import cuts
+from cpinfer.colocate.weight_slices import sliced_projections
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import EngineConfig, JobConfig, SamplingParams, TensorParallel
 from cpinfer.engine.attach import attach, model_spec
@@ -217,7 +217,7 @@ def test_adapters_under_tensor_parallelism_are_refused_by_name():
         ):
             pytest.fail("the block must not be entered")
         with pytest.raises(UnsupportedError, match="adapters under tensor parallelism"):
-            cuts(model.get_base_model(), model_spec(model), 2, 0)
+            sliced_projections(model.get_base_model(), model_spec(model), 2, 0)
         return True
 
     assert run_ranks(RankGrid(tp_size=2), body) == [True, True]

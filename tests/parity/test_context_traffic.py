@@ -24,7 +24,7 @@ from cpinfer.layout.context import (
 )
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.prefill import split_prompts
+from cpinfer.layout.prefill import zigzag_split
 from cpinfer.layout.shards import KVSharding
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_groups_that_mix_heads_send_all_that_they_store(sizes: tuple[int, int, i
 def check(grid: RankGrid, heads: HeadPlacement, kv: KVLayout, layer: AttentionLayer, exchange: str) -> None:
     """Count what a chunk with context receives on every rank of `grid`; hold it against the formula."""
     sharding = KVSharding(grid.dcp_size, 3, BLOCK)
-    split = split_prompts(NUM_NEW, grid.pcp_size)
+    split = zigzag_split(NUM_NEW, grid.pcp_size)
     tables = [list(range(i * 30, i * 30 + 30)) for i in range(3)]
     contexts = [Context(n, i % grid.num_homes, tables[i]) for i, n in enumerate(NUM_CACHED)]
     is_latent = isinstance(layer, LatentLayer)

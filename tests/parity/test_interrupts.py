@@ -29,7 +29,7 @@ BOOKKEEPING = tuple(
         "engine/request.py",
         "kv_cache/home.py",
         "kv_cache/block_pool.py",
-        "kv_cache/free_runs.py",
+        "kv_cache/free_block_tree.py",
         "kv_cache/prefix_cache.py",
     )
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cpinfer
-from cpinfer.colocate.weight_slices import cuts, sliced
+from cpinfer.colocate.weight_slices import sliced, sliced_projections
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
@@ -41,7 +41,7 @@ def generate(family, grid, spoil=None):
 
     def body(topology):
         model = models[topology.rank]
-        layers = cuts(model, model_spec(model), topology.tp.size, topology.tp.index)
+        layers = sliced_projections(model, model_spec(model), topology.tp.size, topology.tp.index)
         if spoil is not None:
             layers = spoil(layers)
         before, modules = storage_bytes(model.parameters()), list(model.modules())
@@ -84,10 +84,10 @@ def test_a_slice_of_the_wrong_rank_is_seen():
 
     def swap(layers):
         for layer in layers:
-            for i, cut in enumerate(layer):
-                if cut.name == "o_proj":
-                    other = slice(32, 64) if cut.part.start == 0 else slice(0, 32)
-                    layer[i] = type(cut)(cut.parent, cut.name, other, cut.sums)
+            for i, projection in enumerate(layer):
+                if projection.name == "o_proj":
+                    other = slice(32, 64) if projection.part.start == 0 else slice(0, 32)
+                    layer[i] = type(projection)(projection.parent, projection.name, other, projection.sums)
         return layers
 
     with pytest.raises(AssertionError):
@@ -97,7 +97,7 @@ def test_a_slice_of_the_wrong_rank_is_seen():
 def test_a_family_without_projections_of_its_own_is_refused_by_name():
     model = make_model(FAMILIES["gpt_bigcode"])
     with pytest.raises(UnsupportedError, match=r'gpt_bigcode.*"tp_shards"'):
-        cuts(model, model_spec(model), 2, 0)
+        sliced_projections(model, model_spec(model), 2, 0)
 
 
 def test_a_phase_that_fails_puts_the_projections_back():
@@ -105,7 +105,10 @@ def test_a_phase_that_fails_puts_the_projections_back():
     modules = list(model.modules())
 
     def body(topology):
-        with pytest.raises(KeyboardInterrupt), sliced(cuts(model, model_spec(model), 1, 0), topology.tp, whole):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            sliced(sliced_projections(model, model_spec(model), 1, 0), topology.tp, whole),
+        ):
             assert list(model.modules()) != modules
             raise KeyboardInterrupt
         return True

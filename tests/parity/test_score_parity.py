@@ -91,7 +91,7 @@ def test_a_shared_prompt_is_computed_once_up_to_whole_units() -> None:
 
 
 def test_few_rows_have_logits_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_module, "MAX_SCORED_PLACES", 7)
+    monkeypatch.setattr(scheduler_module, "MAX_SCORED_POSITIONS", 7)
     model = make_model(FAMILIES["llama"])
     [long] = prompts_of((100,), 128)
     with cpinfer.attach(copy.deepcopy(model), config=config_of(RankGrid())) as engine:

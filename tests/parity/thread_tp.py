@@ -66,11 +66,11 @@ def shard_attention(model: Any, topology: cpinfer.Topology) -> Any:
                 keep = _even_part(range(attention.embed_dim), tp_size, tp_rank)
                 setattr(attention, name, _rows_of(linear, [*keep, *range(attention.embed_dim, linear.out_features)]))
             elif name in PROJECTIONS_FROM_HEADS:
-                setattr(attention, name, SummedLinear(linear, topology))
+                setattr(attention, name, RowParallelLinear(linear, topology))
     return model
 
 
-class SummedLinear(nn.Module):
+class RowParallelLinear(nn.Module):
     """A linear layer whose inputs are dealt over the tp ranks. `[1, T, own inputs]` to `[1, T, C]`, the same on all."""
 
     def __init__(self, linear: nn.Linear, topology: cpinfer.Topology) -> None:

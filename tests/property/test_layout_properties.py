@@ -14,7 +14,7 @@ from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.explain import rank_places
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.prefill import deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.prefill import assign_prompts, plan_prefill, zigzag_split
 from cpinfer.layout.shards import KVSharding
 
 LAW = settings(max_examples=60, deadline=None, derandomize=True)
@@ -42,9 +42,9 @@ def prefill_steps(draw):
     lens = draw(st.lists(st.integers(1, 70) | st.integers(200, 700), min_size=1, max_size=5))
     pcp = draw(st.integers(1, 5))
     at_will = st.lists(st.none() | st.integers(0, pcp - 1), min_size=len(lens), max_size=len(lens))
-    dealt = draw(st.none() | st.just(deal_prompts(lens, pcp)) | at_will)
+    assigned = draw(st.none() | st.just(assign_prompts(lens, pcp)) | at_will)
     sharding = draw(small_shardings)
-    split = split_prompts(lens, pcp, page_size=draw(st.sampled_from([1, 2, 3, 16])), dealt=dealt)
+    split = zigzag_split(lens, pcp, page_size=draw(st.sampled_from([1, 2, 3, 16])), assigned=assigned)
     return lens, split, draw(block_tables(lens, sharding)), sharding
 
 
@@ -126,7 +126,7 @@ def test_pieces_partition_every_prompt_and_fit_their_send_buffers(step):
 def test_every_rank_works_as_much_within_one_percent(num_tokens, pcp, data):
     largest = num_tokens // (200 * (pcp - 1))
     page = data.draw(st.integers(1, largest) if largest else st.just(1))
-    pairs = split_prompts([num_tokens], pcp, page_size=page).pairs_per_rank()
+    pairs = zigzag_split([num_tokens], pcp, page_size=page).pairs_per_rank()
     assert sum(pairs) == num_tokens * (num_tokens + 1) // 2
     if largest:
         assert max(pairs) * pcp / sum(pairs) <= 1.01

@@ -11,7 +11,7 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine.prompts import check_sampling
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.sampling import sample_tokens
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import UserError
 from cpinfer.models.spec import ModelSpec
 
@@ -61,8 +61,8 @@ def check(rows):
         sequence = SampledRequest(Prompt(i, str(i), (i,)), 0, params, 64)
         sequence.sampled += [SampledToken(token, 0.0, 0.0) for token in sampled]
         sequences.append(sequence)
-    stopping = Stopping(SPEC.eos_token_ids, None)
-    found = sample_tokens(torch.tensor([logits for logits, _, _ in rows]), sequences, stopping)
+    stop_checker = StopChecker(SPEC.eos_token_ids, None)
+    found = sample_tokens(torch.tensor([logits for logits, _, _ in rows]), sequences, stop_checker)
     for sequence, token in zip(sequences, found, strict=True):
         params = sequence.params
         assert 0 <= token.token_id < VOCAB
@@ -70,7 +70,7 @@ def check(rows):
         assert math.isfinite(token.processed_logprob) and token.processed_logprob <= 1e-6
         assert len(token.top) == min(params.top_logprobs, VOCAB)
         if len(sequence.sampled) + 1 < params.min_new_tokens:
-            assert token.token_id not in stopping.stop_token_ids(params), "it may not end yet"
+            assert token.token_id not in stop_checker.stop_token_ids(params), "it may not end yet"
 
 
 @QUICK

@@ -19,7 +19,7 @@ from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import plan_decode
-from cpinfer.layout.prefill import deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.prefill import assign_prompts, plan_prefill, zigzag_split
 from cpinfer.layout.shards import KVSharding
 
 EMPTY = 0
@@ -61,7 +61,7 @@ class SimulatedKV:
 
     def prefill(self, chunks):
         starts, lens = [c.start for c in chunks], [c.end - c.start for c in chunks]
-        split = split_prompts(lens, self.pcp_size, dealt=deal_prompts(lens, self.pcp_size, context_lens=starts))
+        split = zigzag_split(lens, self.pcp_size, assigned=assign_prompts(lens, self.pcp_size, context_lens=starts))
         gathered = np.full(self.pcp_size * split.part_len, EMPTY)
         for piece in split.pieces:
             chunk, first = chunks[piece.prompt], piece.pcp_rank * split.part_len + piece.offset
@@ -134,7 +134,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         """(sequence, how many of its tokens have KV): all that hold blocks of a home."""
         for prefill in self.prefilling:
             if home in prefill.leaders:
-                yield prefill.leaders[home], prefill.token_ids, prefill.num_done
+                yield prefill.leaders[home], prefill.token_ids, prefill.num_computed_tokens
         for sequence in self.running:
             if sequence.home == home:
                 yield sequence, sequence.all_token_ids, sequence.next_position
@@ -182,10 +182,10 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             sampled = [self.sample(s) for s in step.samples]
             finished = self.scheduler.commit(step, sampled, lambda s: len(s.sampled) >= stop_after)
             self.check_copies()
-            for home, pairs in dict(self.scheduler.copies).items():
+            for home, pairs in dict(self.scheduler.blocks_to_copy).items():
                 self.kv.copy_blocks(home, pairs)
-            self.scheduler.take_copies(0)
-            assert self.scheduler.copies == {}
+            self.scheduler.take_blocks_to_copy(0)
+            assert self.scheduler.blocks_to_copy == {}
             self.check_finished(finished, stop_after)
             self.check_everything()
             self.is_intact = True
@@ -197,7 +197,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         assert len(step.samples) <= self.max_num_seqs
         assert len({id(c.prefill) for c in step.chunks}) == len(step.chunks)
         for chunk in step.chunks:
-            assert chunk.start == chunk.prefill.num_done < chunk.end <= len(chunk.prefill.token_ids)
+            assert chunk.start == chunk.prefill.num_computed_tokens < chunk.end <= len(chunk.prefill.token_ids)
             for leader in chunk.prefill.leaders.values():
                 assert self.sharding.num_blocks(chunk.end) <= len(leader.blocks)
         for sequence in step.running:
@@ -224,7 +224,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         assert seen.tolist() == self.kv.contents(token_ids)[first:].tolist(), "KV of another sequence"
 
     def check_copies(self):
-        for home, pairs in self.scheduler.copies.items():
+        for home, pairs in self.scheduler.blocks_to_copy.items():
             pool, sources, targets = self.homes[home].pool, {a for a, _ in pairs}, [b for _, b in pairs]
             assert len(set(targets)) == len(targets)
             assert sources.isdisjoint(targets)
@@ -294,7 +294,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
                 self.kv.slots[home][:, slots] = EMPTY
         self.scheduler.abort_all()
         self.submitted = [s for s in self.submitted if s.finish_reason is not None]
-        assert self.scheduler.schedule() is None and self.scheduler.copies == {}
+        assert self.scheduler.schedule() is None and self.scheduler.blocks_to_copy == {}
         self.is_intact = True
 
     def slots_of(self, step):

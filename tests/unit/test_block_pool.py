@@ -153,7 +153,7 @@ def test_integrity_check_finds_a_free_block_that_is_not_searched():
 
 
 # What the interpreter does meanwhile (finalizers of earlier tests) is not the pool's.
-OWN_FILES = ("block_pool.py", "free_runs.py")
+OWN_FILES = ("block_pool.py", "free_block_tree.py")
 
 
 def test_a_call_costs_by_its_blocks_and_not_by_the_pool():

@@ -11,7 +11,7 @@ import torch
 from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
 from cpinfer.attention.backends.torch_backend import MIN_SAVED_KEYS, TorchBackend
-from cpinfer.attention.cascade import CascadePlan, plan_sharing
+from cpinfer.attention.cascade import CascadePlan, plan_cascade
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shared_prefix import share_prefix
 from fake_flashinfer import fake_flashinfer
@@ -46,7 +46,7 @@ def test_a_cascade_equals_rows_left_whole(
 ) -> None:
     q, keys, values = inputs(*heads)
     rows = rows_of(KV_LENS)
-    cascade = plan_sharing(backend, rows, 0)
+    cascade = plan_cascade(backend, rows, 0)
     assert isinstance(cascade, CascadePlan)
     out, lse = cascade.run(q, keys, values, scale=0.3, soft_cap=soft_cap)
     want_out, want_lse = backend.plan(rows).run(q, keys, values, scale=0.3, soft_cap=soft_cap)
@@ -57,7 +57,7 @@ def test_a_cascade_equals_rows_left_whole(
 def test_latents_are_shared_alike(backend: AttentionBackend) -> None:
     q, keys, values = inputs(4, 1, 12, latent=True)
     rows = replace(rows_of(KV_LENS), v_is_prefix_of_k=True)
-    out, lse = plan_sharing(backend, rows, 0).run(q, keys, values, scale=0.3)
+    out, lse = plan_cascade(backend, rows, 0).run(q, keys, values, scale=0.3)
     want_out, want_lse = backend.plan(rows).run(q, keys, values, scale=0.3)
     assert (out - want_out).abs().max() <= TOLERANCE and (lse - want_lse).abs().max() <= TOLERANCE
 
@@ -65,7 +65,7 @@ def test_latents_are_shared_alike(backend: AttentionBackend) -> None:
 def test_rows_without_other_keys_and_without_any_are_right_too() -> None:
     q, keys, values = inputs(4, 2, 8)
     backend, rows = TorchBackend(CPU), rows_of([8, 9, 8, 0, 8, 8])
-    out, lse = plan_sharing(backend, rows, 0).run(q, keys, values, scale=0.3)
+    out, lse = plan_cascade(backend, rows, 0).run(q, keys, values, scale=0.3)
     want_out, want_lse = backend.plan(rows).run(q, keys, values, scale=0.3)
     assert (out[3] == 0).all() and (lse[3] == -torch.inf).all()
     real = [0, 1, 2, 4, 5]
@@ -90,7 +90,7 @@ def test_it_is_for_prefixes_that_save_enough() -> None:
     cut = share_prefix(rows)
     assert cut is not None and cut.num_saved_keys == 24  # 4 keys per query
     for at_least, expected in ((None, False), (0, True), (4, True), (5, False)):
-        assert isinstance(plan_sharing(TorchBackend(CPU), rows, at_least), CascadePlan) == expected
+        assert isinstance(plan_cascade(TorchBackend(CPU), rows, at_least), CascadePlan) == expected
 
 
 def test_by_itself_it_is_done_only_where_it_has_been_measured() -> None:
@@ -102,7 +102,7 @@ def test_by_itself_it_is_done_only_where_it_has_been_measured() -> None:
 def test_the_shared_keys_are_read_by_one_row_of_the_library() -> None:
     library = fake_flashinfer()
     backend = FlashInferBackend(CPU, AttentionNeeds(torch.float32, ()), library)
-    plan_sharing(backend, rows_of(KV_LENS), 0).run(*inputs(6, 2, 8), scale=0.3)
+    plan_cascade(backend, rows_of(KV_LENS), 0).run(*inputs(6, 2, 8), scale=0.3)
     (shared_kind, shared), (own_kind, own) = library.log.plans
     assert (shared_kind, own_kind) == ("prefill", "decode")
     assert shared["qo_indptr"].tolist() == [0, 3, 4, 6] and not shared["causal"]

@@ -22,7 +22,7 @@ from cpinfer.layout.context import (
     plan_window_exchange,
 )
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
-from cpinfer.layout.prefill import gathered_rows, split_prompts
+from cpinfer.layout.prefill import gathered_rows, zigzag_split
 from cpinfer.layout.shards import KVSharding
 
 GRIDS = [RankGrid(tp, pcp, dcp) for tp in (1, 2, 4) for pcp in (1, 2, 3, 4) for dcp in legal_dcp_sizes(tp, pcp)]
@@ -153,8 +153,8 @@ def context_steps(draw):
     grid = draw(st.sampled_from(GRIDS))
     n = draw(st.integers(1, 4))
     lens = draw(st.lists(st.integers(1, 20), min_size=n, max_size=n))
-    dealt = draw(st.none() | st.lists(st.none() | st.integers(0, grid.pcp_size - 1), min_size=n, max_size=n))
-    split = split_prompts(lens, grid.pcp_size, dealt=dealt)
+    assigned = draw(st.none() | st.lists(st.none() | st.integers(0, grid.pcp_size - 1), min_size=n, max_size=n))
+    split = zigzag_split(lens, grid.pcp_size, assigned=assigned)
     sharding = KVSharding(grid.dcp_size, draw(st.integers(1, 6)), draw(st.integers(1, 5)))
     cached = draw(st.lists(st.just(0) | st.integers(1, 60), min_size=n, max_size=n))
     homes = draw(st.lists(st.integers(0, grid.num_homes - 1), min_size=n, max_size=n))
@@ -207,7 +207,7 @@ def test_travelling_kv_shows_every_query_every_cached_token_of_its_prompt_once_i
 def test_a_rotated_shard_is_seen_by_these_tests():
     """Negative control: a plan for another shard's tokens must not pass."""
     grid, sharding = RankGrid(1, 2, 2), KVSharding(2, 2, 4)
-    split, contexts = split_prompts([6], 2), [Context(7, 0, [1])]
+    split, contexts = zigzag_split([6], 2), [Context(7, 0, [1])]
     store = caches(contexts, sharding, 1, 8)
     places = exchange_places(grid, 0)
     assert query_exchange_sees(split, contexts, sharding, places, store) == wanted(split, contexts)
@@ -263,7 +263,7 @@ def test_bytes_are_those_that_a_literal_exchange_moves(step, q_heads, dtype_byte
 def choice(grid, num_new, num_cached, q_heads, kv_heads, head_dim=128):
     """What travels for one prompt on this grid; heads are those of one rank."""
     sharding = KVSharding(grid.dcp_size, 16, 16)
-    split = split_prompts([num_new], grid.pcp_size)
+    split = zigzag_split([num_new], grid.pcp_size)
     contexts = [Context(num_cached, 0, range(sharding.num_blocks(num_cached)))]
     kv = KVLayout(kv_heads, head_dim, head_dim)
     return choose_exchange(StepContext(split, contexts, sharding, exchange_places(grid, 0)), q_heads, kv, 2)
@@ -297,7 +297,7 @@ def test_queries_travel_when_both_cost_the_same_and_nothing_is_to_be_exchanged_a
 @pytest.mark.parametrize("cached", [1, 5000])
 @pytest.mark.parametrize(("num_new", "expected"), [(1, "queries"), (170, "queries"), (171, "kv"), (4000, "kv")])
 def test_alone_latents_are_expanded_for_many_queries(num_new, expected, cached):
-    sharding, split = KVSharding(1, 16, 16), split_prompts([num_new], 1)
+    sharding, split = KVSharding(1, 16, 16), zigzag_split([num_new], 1)
     contexts = [Context(cached, 0, range(sharding.num_blocks(cached)))]
     kv, places = KVLayout(1, 576, 512, v_is_prefix_of_k=True), exchange_places(RankGrid(), 0)
     step = StepContext(split, contexts, sharding, places)
@@ -306,7 +306,7 @@ def test_alone_latents_are_expanded_for_many_queries(num_new, expected, cached):
 
 
 def test_of_several_prompts_what_is_cached_weighs():
-    sharding, split = KVSharding(1, 16, 16), split_prompts([1000, 10], 1)
+    sharding, split = KVSharding(1, 16, 16), zigzag_split([1000, 10], 1)
     kv, places = KVLayout(1, 576, 512, v_is_prefix_of_k=True), exchange_places(RankGrid(), 0)
     for cached, expected in (((100, 100), "kv"), ((100, 1000), "queries"), ((0, 0), "queries")):
         contexts = [Context(n, 0, range(sharding.num_blocks(n))) for n in cached]
@@ -391,7 +391,7 @@ def test_in_a_window_every_query_sees_exactly_the_last_positions_of_its_prompt_i
 @pytest.mark.parametrize("window", [1, 5, 100])
 def test_the_same_on_every_axis_with_and_without_context_side_by_side(grid, window):
     sharding = KVSharding(grid.dcp_size, 2, 3)
-    split = split_prompts([9, 4, 7], grid.pcp_size, dealt=[None, 0, None])
+    split = zigzag_split([9, 4, 7], grid.pcp_size, assigned=[None, 0, None])
     cached, blocks = [17, 0, 40], iter(range(100))
     contexts = [
         Context(n, i % grid.num_homes, [next(blocks) for _ in range(sharding.num_blocks(n))])
@@ -405,7 +405,7 @@ def test_the_same_on_every_axis_with_and_without_context_side_by_side(grid, wind
 
 
 def test_a_window_of_one_token_lets_nothing_travel():
-    sharding, split = KVSharding(2, 2, 4), split_prompts([6], 2)
+    sharding, split = KVSharding(2, 2, 4), zigzag_split([6], 2)
     places = exchange_places(RankGrid(1, 2, 2), 0)
     plan = plan_window_exchange(StepContext(split, [Context(20, 0, [0, 1, 2])], sharding, places), 0, 1)
     assert plan.length == 0 and plan.slots.tolist() == []
@@ -414,7 +414,7 @@ def test_a_window_of_one_token_lets_nothing_travel():
 
 def test_a_rotated_shard_or_a_window_off_by_one_is_seen_by_these_tests():
     """Negative controls."""
-    sharding, split, contexts = KVSharding(2, 2, 4), split_prompts([6], 2), [Context(7, 0, [1])]
+    sharding, split, contexts = KVSharding(2, 2, 4), zigzag_split([6], 2), [Context(7, 0, [1])]
     store = caches(contexts, sharding, 1, 8)
     places = exchange_places(RankGrid(1, 2, 2), 0)
     want = [wanted_in_window(split, contexts, place, 5) for place in places]

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cpinfer.layout.decode import deal_rows, plan_decode, rows_in_window
+from cpinfer.layout.decode import assign_rows, plan_decode, rows_in_window
 from cpinfer.layout.shards import KVSharding
 
 SHARDING = KVSharding(num_shards=2, interleave=2, block_size=4)
@@ -25,9 +25,9 @@ def test_the_drawn_example_deals_five_rows_over_two_ranks():
 @pytest.mark.parametrize("num_rows", range(1, 12))
 @pytest.mark.parametrize("pcp", [1, 2, 3, 8])
 def test_every_rank_takes_as_many_neighbours_and_padding_comes_last(num_rows, pcp):
-    dealt = deal_rows(num_rows, pcp)
-    assert len(dealt) == pcp * -(-num_rows // pcp)
-    assert dealt[:num_rows].tolist() == list(range(num_rows)) and (dealt[num_rows:] == -1).all()
+    assigned = assign_rows(num_rows, pcp)
+    assert len(assigned) == pcp * -(-num_rows // pcp)
+    assert assigned[:num_rows].tolist() == list(range(num_rows)) and (assigned[num_rows:] == -1).all()
 
 
 def test_the_new_token_is_among_the_keys_its_query_sees():

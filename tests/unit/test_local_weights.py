@@ -109,6 +109,6 @@ def test_weights_that_are_elsewhere_are_refused_by_name():
 def test_a_kind_of_weight_is_what_stays_the_same_between_steps():
     weight = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))
     assert weight_kind(weight) == (torch.bfloat16, torch.device("cpu"))
-    assert weight_kind(weight, gathered_by_fsdp=True) is None, "what FSDP has brought may be dealt out again"
-    weight.ds_id = 1  # dealt out by ZeRO-3, which brings it wherever it wants
+    assert weight_kind(weight, gathered_by_fsdp=True) is None, "what FSDP has brought may be sharded again"
+    weight.ds_id = 1  # sharded by ZeRO-3, which brings it wherever it wants
     assert weight_kind(weight) == (torch.bfloat16, None)

@@ -7,7 +7,7 @@ from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.request import Prompt, SampledRequest
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import EngineFaultError
 from cpinfer.layout.grid import RankGrid
 
@@ -34,7 +34,7 @@ def sampled_on(topology, broken_rank=None):
     logits = logits_for(own, coords.tp_rank)
     if topology.rank == broken_rank:
         logits[0, 3] = torch.nan
-    return LogitsReader(topology, CPU, Stopping((), None)).sample(logits, own, REQUESTS, PLACES, leaves=False)
+    return LogitsReader(topology, CPU, StopChecker((), None)).sample(logits, own, REQUESTS, PLACES, leaves=False)
 
 
 def test_all_ranks_get_the_tokens_that_the_first_tp_rank_of_each_owner_chose():
@@ -56,7 +56,7 @@ def test_all_ranks_get_the_scores_of_every_place():
     def body(topology):
         own = OWN[topology.coords.pcp_rank]
         targets = [WANTED[r.prompt.index] if r.prompt.index else 0 for r in own]
-        reader = LogitsReader(topology, CPU, Stopping((), None))
+        reader = LogitsReader(topology, CPU, StopChecker((), None))
         return reader.score(logits_for(own), targets, PLACES, leaves=False)
 
     likely, unlikely = (float(torch.log_softmax(logits_for(REQUESTS[:1])[0], -1)[i]) for i in (WANTED[0], 0))

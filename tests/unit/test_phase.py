@@ -10,7 +10,7 @@ from cpinfer.colocate.phase import Lent, rollout_phase
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig, JobConfig, SamplingParams
 from cpinfer.errors import UserError
-from cpinfer.models.hooks import hooks_asleep
+from cpinfer.models.hooks import hooks_disabled
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model
 
@@ -95,7 +95,7 @@ def test_only_the_hooks_of_the_named_package_sleep_and_all_come_back_in_order():
     handle = model.register_forward_pre_hook(trainers)
     model.register_forward_pre_hook(foreign)
     model.register_forward_hook(trainers)
-    with hooks_asleep(model, "trainer"):
+    with hooks_disabled(model, "trainer"):
         model(torch.ones(1, 2))
     assert calls == ["foreign"]
     model(torch.ones(1, 2))

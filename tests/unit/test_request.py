@@ -25,14 +25,14 @@ def test_a_sample_computes_its_prompt_and_its_answer_so_far_and_reads_the_logits
     assert later.all_token_ids == (5, 6, 7, 8, 9) and later.first_logits_place == later.next_position == 4
     assert {request.max_length for request in (fresh, later)} == {7}
     assert {request.max_cached_tokens for request in (fresh, later)} == {6}
-    assert later.scored_places(0, 5) == range(0)
+    assert later.scored_positions(0, 5) == range(0)
 
 
 def test_of_a_given_answer_all_but_the_last_token_is_computed_and_every_token_is_scored_once():
     request = ScoredRequest(PROMPT, (8, 9, 10))
     assert request.all_token_ids == (5, 6, 7, 8, 9)
     assert request.max_length == 6 and request.max_cached_tokens == len(request.all_token_ids)
-    places = [place for chunk in ((0, 1), (1, 3), (3, 5)) for place in request.scored_places(*chunk)]
+    places = [place for chunk in ((0, 1), (1, 3), (3, 5)) for place in request.scored_positions(*chunk)]
     assert places == [2, 3, 4] and places[0] == request.first_logits_place
     assert tuple(map(request.target_at, places)) == request.targets
 

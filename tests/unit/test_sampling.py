@@ -12,14 +12,14 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine import sampling
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.sampling import uniforms
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 
 VOCAB = 24
 EOS = 2
 
 
 def sample_tokens(logits, sequences):
-    return sampling.sample_tokens(logits, sequences, Stopping((EOS,), None))
+    return sampling.sample_tokens(logits, sequences, StopChecker((EOS,), None))
 
 
 def make_sequence(params=SamplingParams(), id="p", sample_index=0, prompt=(3, 5, 3), so_far=()):

@@ -206,11 +206,11 @@ def test_abort_frees_what_runs_is_prefilled_or_waits_and_forgets_copies():
     pool, scheduler = make_scheduler(num_blocks=20, max_num_batched_tokens=12)
     submit(scheduler, *make_group(0, 2, 6), make_sequence(1, 20), make_sequence(2, 8))
     advance(scheduler)
-    assert scheduler.num_unfinished == 4 and scheduler.copies and pool.num_free < 20
+    assert scheduler.num_unfinished == 4 and scheduler.blocks_to_copy and pool.num_free < 20
     assert spans(scheduler.schedule())[0] == (1, 4, 16)
     scheduler.abort_all()
     scheduler.check_integrity()
-    assert (pool.num_free, scheduler.num_unfinished, scheduler.copies) == (20, 0, {})
+    assert (pool.num_free, scheduler.num_unfinished, scheduler.blocks_to_copy) == (20, 0, {})
     assert scheduler.schedule() is None
     scheduler.abort_all()  # again is harmless
     assert pool.num_free == 20
@@ -322,8 +322,8 @@ def test_a_group_prefills_its_prompt_once_and_shares_the_blocks_that_stay_as_the
     assert [pool.refs(block) for block in first] == [3, 3, 1]
     mutable = [s.blocks[2] for s in group]
     assert len(set(mutable)) == 3 and 20 - pool.num_free == 5
-    assert scheduler.take_copies(0) == [(mutable[0], mutable[1]), (mutable[0], mutable[2])]
-    assert scheduler.take_copies(0) == []
+    assert scheduler.take_blocks_to_copy(0) == [(mutable[0], mutable[1]), (mutable[0], mutable[2])]
+    assert scheduler.take_blocks_to_copy(0) == []
 
 
 def test_a_prompt_that_ends_with_a_block_leaves_nothing_to_copy():
@@ -331,7 +331,7 @@ def test_a_prompt_that_ends_with_a_block_leaves_nothing_to_copy():
     group = make_group(0, n=3, prompt_len=8)
     submit(scheduler, *group)
     advance(scheduler)
-    assert 20 - pool.num_free == 2 and scheduler.take_copies(0) == []
+    assert 20 - pool.num_free == 2 and scheduler.take_blocks_to_copy(0) == []
     advance(scheduler)  # now each writes, in a block of its own
     assert 20 - pool.num_free == 5
     assert [pool.refs(s.blocks[-1]) for s in group] == [1, 1, 1]
@@ -343,7 +343,7 @@ def test_a_block_that_one_shard_has_filled_and_another_has_not_is_copied():
     group = make_group(0, n=2, prompt_len=7)
     submit(scheduler, *group)
     advance(scheduler)
-    assert scheduler.take_copies(0) == [(0, group[1].blocks[0])] and group[0].blocks == [0]
+    assert scheduler.take_blocks_to_copy(0) == [(0, group[1].blocks[0])] and group[0].blocks == [0]
 
 
 def test_samples_of_different_prompts_are_no_group_even_when_the_tokens_are_equal():
@@ -435,10 +435,10 @@ def test_samples_are_dealt_to_the_home_with_the_fewest_and_prefilled_once_for_al
     assert scheduler.stats.num_computed_prefill_tokens == 10
     for follower, leader in ((group[2], group[0]), (group[3], group[1])):
         assert follower.blocks[0] == leader.blocks[0] and follower.blocks[1] != leader.blocks[1]
-    copies = {h: [(group[h ^ 1].blocks[1], group[3 - h].blocks[1])] for h in (0, 1)}
-    assert scheduler.copies == copies
-    assert scheduler.take_copies(1) == copies[1]
-    assert scheduler.take_copies(0) == []  # a rank is in one home; the others' copies are not its business
+    blocks_to_copy = {h: [(group[h ^ 1].blocks[1], group[3 - h].blocks[1])] for h in (0, 1)}
+    assert scheduler.blocks_to_copy == blocks_to_copy
+    assert scheduler.take_blocks_to_copy(1) == blocks_to_copy[1]
+    assert scheduler.take_blocks_to_copy(0) == []  # a rank is in one home; the others' copies are not its business
     scheduler.check_integrity()
 
 
@@ -672,7 +672,7 @@ def test_two_schedulers_fed_alike_decide_alike(requests, num_blocks, max_num_seq
                 for span, chunk in zip(spans(step), step.chunks, strict=True)
             ]
             samples = [(s.prompt.index, s.sample_index, s.home, tuple(s.blocks)) for s in step.samples]
-            steps.append((chunks, samples, {h: list(pairs) for h, pairs in scheduler.copies.items()}))
+            steps.append((chunks, samples, {h: list(pairs) for h, pairs in scheduler.blocks_to_copy.items()}))
 
         run(scheduler, stops=lambda s: len(s.sampled) == requests[s.prompt.index][2], watch=watch)
         return steps, scheduler.stats
@@ -690,7 +690,7 @@ def test_blocks_that_a_group_will_fork_into_are_not_given_to_the_next():
     assert len(scheduler.schedule().running) == 3
 
 
-@pytest.mark.parametrize("counter", ["num_active", "num_promised"])
+@pytest.mark.parametrize("counter", ["num_active", "num_reserved_blocks"])
 def test_integrity_check_finds_a_load_that_is_not_what_is_under_way(counter):
     _, scheduler = make_scheduler(num_homes=2)
     submit(scheduler, *make_group(0, n=3, prompt_len=6))
@@ -741,7 +741,7 @@ def test_samples_and_given_answers_run_side_by_side_and_leave_nothing_behind():
     submit(scheduler, samples[0], scored[0], samples[1], scored[1])
     finished = []
     while (step := scheduler.schedule()) is not None:
-        scores = [TokenScore(-float(place), True) for chunk in step.chunks for place in chunk.scored_places]
+        scores = [TokenScore(-float(place), True) for chunk in step.chunks for place in chunk.scored_positions]
         finished += scheduler.commit(step, tokens(step), never, scores)
         scheduler.check_integrity()
     assert sorted(map(id, finished)) == sorted(map(id, (*samples, *scored)))
@@ -758,7 +758,7 @@ def test_a_given_answer_finds_its_prompt_remembered_up_to_the_token_that_predict
         submit(scheduler, ScoredRequest(prompt, targets))
         step = scheduler.schedule()
         assert scheduler.stats.num_cached_prefill_tokens - before == num_cached
-        assert step.samples == () and [list(chunk.scored_places) for chunk in step.chunks] == [
+        assert step.samples == () and [list(chunk.scored_positions) for chunk in step.chunks] == [
             [*range(8, 8 + len(targets))]
         ]
         [finished] = scheduler.commit(step, [], never, [TokenScore(-1.0, False)] * len(targets))
@@ -766,12 +766,12 @@ def test_a_given_answer_finds_its_prompt_remembered_up_to_the_token_that_predict
 
 
 def test_few_places_are_scored_in_one_step(monkeypatch):
-    monkeypatch.setattr("cpinfer.engine.scheduler.MAX_SCORED_PLACES", 3)
+    monkeypatch.setattr("cpinfer.engine.scheduler.MAX_SCORED_POSITIONS", 3)
     _, scheduler = make_scheduler()
     submit(scheduler, ScoredRequest(make_sequence(0, 6).prompt, tuple(range(7))), make_sequence(1, 5))
     places = []
     while (step := scheduler.schedule()) is not None:
-        places.append([place for chunk in step.chunks for place in chunk.scored_places])
+        places.append([place for chunk in step.chunks for place in chunk.scored_positions])
         scheduler.commit(step, tokens(step), lambda request: True, [TokenScore(0.0, False)] * len(places[-1]))
     assert places == [[5, 6, 7], [8, 9, 10], [11]]
 

@@ -10,7 +10,7 @@ from cpinfer.engine.request import Prompt, SampledRequest, SampledToken, ScoredR
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step_loop import StepLoop
 from cpinfer.engine.step_runner import StepOutput
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import EngineFaultError, StreamEndedError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
@@ -35,7 +35,7 @@ class Steps:
         self.leaves.append(leaves)
         if self.fail is not None and len(self.leaves) == self.at:
             raise self.fail
-        scores = [TokenScore(-1.0, True) for chunk in step.chunks for _ in chunk.scored_places]
+        scores = [TokenScore(-1.0, True) for chunk in step.chunks for _ in chunk.scored_positions]
         return StepOutput([SampledToken(5, -1.0, -1.0) for _ in step.samples], scores)
 
     def copy_blocks(self, pairs):
@@ -52,7 +52,7 @@ def loop_of(steps, num_ranks=1, lens=(2, 4, 6)):
     for i, length in enumerate(lens):
         prompt = Prompt(i, str(i), (i, 1, 2, 3, 4))
         scheduler.add(SampledRequest(prompt, 0, SamplingParams(max_new_tokens=length), length))
-    return StepLoop(scheduler, steps, Stopping((), None), 0, num_ranks, LOG), home
+    return StepLoop(scheduler, steps, StopChecker((), None), 0, num_ranks, LOG), home
 
 
 def test_requests_come_as_they_finish_with_their_times_and_the_last_when_all_has_ended():
@@ -73,7 +73,7 @@ def test_what_is_sampled_and_what_is_scored_finish_in_one_loop():
     sampled = SampledRequest(Prompt(1, "1", (1, 2)), 0, SamplingParams(), 3)
     scheduler.add(scored)
     scheduler.add(sampled)
-    finished = list(StepLoop(scheduler, Steps(), Stopping((), None), 0, 1, LOG).finished)
+    finished = list(StepLoop(scheduler, Steps(), StopChecker((), None), 0, 1, LOG).finished)
     assert finished == [scored, sampled] and len(scored.scores) == 2 and scored.result().is_greedy
 
 

@@ -58,9 +58,9 @@ def steps_of(grid):
     drawn = iter(range(5000, 6000))
     while (step := scheduler.schedule()) is not None:
         yield step
-        scores = [TokenScore(0.0, True) for chunk in step.chunks for _ in chunk.scored_places]
+        scores = [TokenScore(0.0, True) for chunk in step.chunks for _ in chunk.scored_positions]
         scheduler.commit(step, [SampledToken(next(drawn), 0.0, 0.0) for _ in step.samples], lambda r: False, scores)
-        scheduler.take_copies(0)
+        scheduler.take_blocks_to_copy(0)
 
 
 def ranks_of_first_column(grid):
@@ -104,7 +104,7 @@ def test_every_target_is_asked_of_the_token_before_it(grid):
     planners, pairs = planners_of(grid), []
     for step in (s for s in steps_of(grid) if s.chunks):
         planned = [planner.prefill(step.chunks) for planner in planners]
-        wanted = [place for chunk in step.chunks for place in chunk.scored_places]
+        wanted = [place for chunk in step.chunks for place in chunk.scored_positions]
         assert all(p.scored.places == planned[0].scored.places for p in planned)
         for place, (pcp_rank, record) in zip(wanted, planned[0].scored.places, strict=True):
             own = planned[grid.rank(0, pcp_rank, 0)]

@@ -13,7 +13,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.decode import plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.prefill import plan_prefill, split_prompts
+from cpinfer.layout.prefill import plan_prefill, zigzag_split
 from cpinfer.layout.shards import KVSharding
 from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.float8 import rounded_through
@@ -68,7 +68,7 @@ class World:
 def prefill(world, topology, context=None, window=None):
     """(the step, its cache, this rank's q, k, v, the (prompt, position) of each, its query heads)."""
     heads, q_heads, kv_heads = world.heads(topology)
-    split = split_prompts(LENGTHS, world.grid.pcp_size)
+    split = zigzag_split(LENGTHS, world.grid.pcp_size)
     pcp_rank, shard = topology.coords.pcp_rank, topology.kv_shard
     plan = plan_prefill(split, TABLES, world.sharding, pcp_rank=pcp_rank, shard=shard)
     cache = world.cache(heads)

@@ -8,7 +8,7 @@ import torch
 
 import cpinfer
 from cpinfer.colocate.mismatch import Mismatch
-from cpinfer.colocate.training_logprobs import num_batches_of, only_measured, training_logprobs
+from cpinfer.colocate.training_logprobs import eval_no_grad, num_batches_of, training_logprobs
 from cpinfer.config import SamplingParams, parse_config
 from tiny_models import FAMILIES, make_model
 
@@ -141,7 +141,7 @@ def test_dropout_is_left_out_and_random_states_and_every_modules_mode_are_those_
         assert Mismatch.of(oracle(plain, 1.0), given(noisy)).max_abs < 2e-5
         assert [m.training for m in noisy.modules()] == modes and {True, False} <= set(modes)
         assert random_states() == before
-        with pytest.raises(ZeroDivisionError), only_measured(noisy):
+        with pytest.raises(ZeroDivisionError), eval_no_grad(noisy):
             noisy(torch.tensor([[1, 2]]))
             raise ZeroDivisionError
         assert [m.training for m in noisy.modules()] == modes and random_states() == before

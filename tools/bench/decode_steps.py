@@ -13,7 +13,7 @@ from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_factory import make_step_runner
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.shards import KVSharding
 
@@ -45,7 +45,7 @@ class DecodeSteps:
                 k, v = torch.randn(shape, generator=generator)[:, positions]
                 cache.write(layer, slots, (k, v))
         self._steps = make_step_runner(
-            runner, topology, config, sharding, TorchBackend(runner.device), cache, Stopping((), None)
+            runner, topology, config, sharding, TorchBackend(runner.device), cache, StopChecker((), None)
         )
         params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
         sequences = []

@@ -225,7 +225,7 @@ def measure_prefill(
     import cpinfer
     from cpinfer.config import EngineConfig, SamplingParams
     from cpinfer.layout.capacity import KVLayout
-    from cpinfer.layout.prefill import split_prompts
+    from cpinfer.layout.prefill import zigzag_split
     from cpinfer.layout.traffic import prefill_bytes
 
     [prompt] = random_prompts([size.prompt_tokens], size.shape.vocab_size, 4)
@@ -266,7 +266,7 @@ def measure_prefill(
                 complaints.append(
                     f"prefill, {way}: token {token}, logprob {result.logprobs[0]:.6f}; Transformers: {oracle.max():.6f}"
                 )
-    split = split_prompts([size.prompt_tokens], NUM_RANKS)
+    split = zigzag_split([size.prompt_tokens], NUM_RANKS)
     pairs = split.pairs_per_rank()
     return {
         "seconds": turns["seconds"],

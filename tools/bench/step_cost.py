@@ -42,7 +42,7 @@ from cpinfer.engine.request import Prompt, Request, SampledRequest, SampledToken
 from cpinfer.engine.sampling import sample_tokens
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step import Step
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import DecodePlan, plan_decode
 from cpinfer.layout.shards import KVSharding
@@ -281,14 +281,14 @@ def sampling_us(params: SamplingParams, num_rows: int, num_steps: int) -> float:
     """Median microseconds per row of choosing tokens."""
     logits = 3 * torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     rows = [SampledRequest(Prompt(i, str(i), (1,)), 0, params, 10) for i in range(num_rows)]
-    stopping = Stopping((), None)
-    chosen = sample_tokens(logits, rows, stopping)
+    stop_checker = StopChecker((), None)
+    chosen = sample_tokens(logits, rows, stop_checker)
     if params.greedy:
         assert [token.token_id for token in chosen] == logits.argmax(dim=-1).tolist(), "greedy is not the argmax"
     seconds = []
     for _ in range(max(3, num_steps // 10)):
         start = time.thread_time()
-        sample_tokens(logits, rows, stopping)
+        sample_tokens(logits, rows, stop_checker)
         seconds.append(time.thread_time() - start)
     return statistics.median(seconds) / num_rows * 1e6
 

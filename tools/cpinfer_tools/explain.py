@@ -28,7 +28,7 @@ from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout
 from cpinfer.layout.explain import Explanation, Question, draw_grid, explain
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.prefill import deal_prompts
+from cpinfer.layout.prefill import assign_prompts
 from cpinfer.layout.rules import LayoutSizes
 from cpinfer_tools.lengths import length
 
@@ -189,7 +189,7 @@ def _describe_prefill(question: Question, answer: Explanation) -> list[str]:
     lines.append(f"            max/mean work {cost.max_over_mean_work:.4f}")
     if cost.received_bytes_per_rank_per_layer:
         lines[-1] += f"; a rank receives {cost.received_bytes_per_rank_per_layer:,} bytes per layer in one K/V gather"
-    if len(cost.pieces) > 1 and deal_prompts([seq_len], len(cost.pieces)) != [None]:
+    if len(cost.pieces) > 1 and assign_prompts([seq_len], len(cost.pieces)) != [None]:
         lines.append("            (the engine leaves so short a prompt whole on one rank)")
     return lines
 

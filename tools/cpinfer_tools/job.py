@@ -30,11 +30,11 @@ from cpinfer.attention.backends.registry import check_choice
 from cpinfer.comm.bootstrap import (
     PEER_GRACE_S,
     Launch,
+    broadcast_object,
     default_group,
     die,
     end_with_launcher,
     first_complaint,
-    share_from_first,
 )
 from cpinfer.config import ParallelConfig, config_to_dict
 from cpinfer.engine.attach import config_errors
@@ -173,7 +173,7 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
         if complaint is None:
             assert job is not None, "without a complaint there is a job"
             # Each rank has read its own clock for a default name; the first rank's is the one.
-            job = replace(job, output=Path(share_from_first(launch, str(job.output))))
+            job = replace(job, output=Path(broadcast_object(launch, str(job.output))))
             job, complaint = open_together(launch, job, stack)
         if complaint is None:
             assert job is not None, "without a complaint there is a job"
@@ -323,12 +323,12 @@ def wanted_output(config: RunConfig, args: argparse.Namespace, grid: RankGrid, r
     return output, existing
 
 
-def gather(launch: Launch, told: Told) -> list[Told]:
+def gather(launch: Launch, gathered: Told) -> list[Told]:
     """What each rank tells, in rank order. Collective."""
     if launch.world_size == 1:
-        return [told]
-    all_told = [told] * launch.world_size
-    dist.all_gather_object(all_told, told)
+        return [gathered]
+    all_told = [gathered] * launch.world_size
+    dist.all_gather_object(all_told, gathered)
     return all_told
 
 

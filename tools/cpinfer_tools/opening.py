@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from cpinfer.comm.bootstrap import Launch, first_complaint, share_from_first
+from cpinfer.comm.bootstrap import Launch, broadcast_object, first_complaint
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.results.finished import flat
@@ -55,14 +55,14 @@ def open_together(launch: Launch, job: J, stack: ExitStack) -> tuple[J, str | No
     is_first = launch.rank == 0
     with ExitStack() as until_seen:
         opening = _begin(launch, job, stack, until_seen) if is_first else None
-        opening = share_from_first(launch, opening)
+        opening = broadcast_object(launch, opening)
         assert opening is not None, "the first rank has told"
         complaint = opening.complaint
         if complaint is None and not job.dry_run:
             complaint = first_complaint(launch, None if is_first else _doubt(launch, job, opening))
     if complaint is None and is_first and not job.dry_run:
         complaint = _complaint_of_opening(job)
-    complaint = share_from_first(launch, complaint)
+    complaint = broadcast_object(launch, complaint)
     return replace(job, done=opening.done), complaint
 
 

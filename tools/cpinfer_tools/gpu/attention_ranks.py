@@ -37,7 +37,7 @@ from cpinfer.layout.context import (
 from cpinfer.layout.decode import plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
-from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, deal_prompts, plan_prefill, split_prompts
+from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, assign_prompts, plan_prefill, zigzag_split
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
 from cpinfer.ops.attention import dense_attention
@@ -215,8 +215,8 @@ def _run_rank(
         if begin + chunk >= max(case.prompt_lens):
             ends = [case.prompt_lens[i] for i in which]
         lens = [end - start for start, end in zip(starts, ends, strict=True)]
-        dealt = deal_prompts(lens, grid.pcp_size, context_lens=starts) if case.whole_prompts else None
-        split = split_prompts(lens, grid.pcp_size, page_size=case.page_size, dealt=dealt)
+        assigned = assign_prompts(lens, grid.pcp_size, context_lens=starts) if case.whole_prompts else None
+        split = zigzag_split(lens, grid.pcp_size, page_size=case.page_size, assigned=assigned)
         plan = plan_prefill(
             split,
             [own_tables[i] for i in which],

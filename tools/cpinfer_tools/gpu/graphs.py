@@ -31,7 +31,7 @@ def run(setting: Setting) -> Found:
         warnings.simplefilter("always")
         replayed, replayed_s = _generate(model, setting, cuda_graphs=True)
         notes = tuple(str(w.message) for w in caught if "CUDA graphs" in str(w.message))
-    with mock.patch("cpinfer.engine.decode_graphs.capture_on_cuda", lambda: _refuse), warnings.catch_warnings():
+    with mock.patch("cpinfer.engine.decode_cuda_graphs.capture_on_cuda", lambda: _refuse), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         padded, padded_s = _generate(model, setting, cuda_graphs=True)
     plain, plain_s = _generate(model, setting, cuda_graphs=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
 from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, unfit
-from cpinfer.attention.cascade import plan_sharing
+from cpinfer.attention.cascade import plan_cascade
 from cpinfer.layout.advice import legal_layouts
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
@@ -146,7 +146,7 @@ def _error(
         values = keys[..., : layout.v_dim]
     rows = rows.over(layout)
     scale = layout.k_dim**-0.5
-    plan = backend.plan(rows) if rows.causal else plan_sharing(backend, rows, min_saved_keys=0)
+    plan = backend.plan(rows) if rows.causal else plan_cascade(backend, rows, min_saved_keys=0)
     out, lse = plan.run(q, keys, values, scale=scale)
     first, want_out, want_lse = 0, [], []
     for row, q_len in enumerate(rows.q_lens.tolist()):

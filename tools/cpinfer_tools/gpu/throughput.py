@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
-from cpinfer.attention.cascade import plan_sharing
+from cpinfer.attention.cascade import plan_cascade
 from cpinfer.attention.layer import AttentionLayer
 from cpinfer.attention.steps import PrefillStep
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -24,7 +24,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.prefill import plan_prefill, split_prompts
+from cpinfer.layout.prefill import plan_prefill, zigzag_split
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
 from cpinfer.ops.states import merge_packed, pack_by_place
@@ -167,7 +167,7 @@ def _play_prefill(
     sharding = KVSharding(pcp_size, 16, 16)
     table = list(range(sharding.num_blocks(length)))
     cache = PagedKVCache(sizes.kv, 1, len(table), 16, setting.dtype, setting.device)
-    split = split_prompts([length], pcp_size, page_size=page_size)
+    split = zigzag_split([length], pcp_size, page_size=page_size)
     plan = plan_prefill(split, [table], sharding, pcp_rank=pcp_rank, shard=pcp_rank)
     heads = HeadPlacement(sizes.num_q_heads, sizes.num_kv_heads, 1).in_group(grid, 0)
     axis = PlayedAxis(pcp_size, pcp_rank)
@@ -253,7 +253,7 @@ def _cascade(setting: Setting, sizes: Sizes, backend: AttentionBackend, copy_rat
             name = f"decode {num_groups} x {num_samples} samples of {shared:,} shared and {sizes.own_keys} own keys"
             seconds = {}
             for way, min_saved_keys in (("together", 0), ("each alone", None)):
-                planned = plan_sharing(backend, rows, min_saved_keys)
+                planned = plan_cascade(backend, rows, min_saved_keys)
                 seconds[way] = median_s(
                     partial(planned.run, q, keys, values, scale=scale), setting.device, sizes.repeats
                 )
@@ -275,7 +275,7 @@ def _plan_and_run(
     scale: float,
 ) -> None:
     """Backends may plan when the first layer runs."""
-    plan_sharing(backend, rows, min_saved_keys).run(*inputs, scale=scale)
+    plan_cascade(backend, rows, min_saved_keys).run(*inputs, scale=scale)
 
 
 def _merge(setting: Setting, sizes: Sizes, copy_rate: float) -> Iterator[Figure]:

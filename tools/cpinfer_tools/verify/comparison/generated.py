@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.models.spec import ModelSpec
 from cpinfer_tools.progress import Progress
 from cpinfer_tools.verify.comparison.mismatches import Sampled
@@ -31,7 +31,7 @@ def generate_samples(
     `min_new_tokens` are left out: they say which tokens come, not what the model thinks of them.
     """
     torch.manual_seed(sampling.seed)
-    stop_token_ids = Stopping(spec.eos_token_ids, None).stop_token_ids(sampling)
+    stop_token_ids = StopChecker(spec.eos_token_ids, None).stop_token_ids(sampling)
     num_samples = 1 if sampling.greedy else sampling.n  # greedy samples of a prompt are one
     per_batch = max(1, batch_size // num_samples)
     samples: list[tuple[Prompt, list[int], list[float]]] = []

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
-from cpinfer.engine.stopping import Stopping
+from cpinfer.engine.stop_checker import StopChecker
 
 EOS = 26
 
@@ -23,42 +23,42 @@ def make_sequence(token_ids, **params):
     return sequence
 
 
-def stops_after(stopping, token_ids, **params):
+def stops_after(stop_checker, token_ids, **params):
     """The number of tokens after which an answer that would be `token_ids` ends; None when it does not."""
     for n in range(1, len(token_ids) + 1):
-        if stopping.stops(make_sequence(token_ids[:n], **params)):
+        if stop_checker.stops(make_sequence(token_ids[:n], **params)):
             return n
     return None
 
 
 def test_an_eos_token_ends_an_answer():
-    assert stops_after(Stopping((EOS, 30), None), [5, 6, 30, 7]) == 3
-    assert stops_after(Stopping((EOS, 30), None), [5, EOS]) == 2
-    assert stops_after(Stopping((), None), [5, EOS]) is None
+    assert stops_after(StopChecker((EOS, 30), None), [5, 6, 30, 7]) == 3
+    assert stops_after(StopChecker((EOS, 30), None), [5, EOS]) == 2
+    assert stops_after(StopChecker((), None), [5, EOS]) is None
 
 
 def test_ignore_eos_ignores_eos_and_nothing_else():
-    stopping = Stopping((EOS,), None)
-    assert stops_after(stopping, [5, EOS, 6], ignore_eos=True) is None
-    assert stops_after(stopping, [5, EOS, 6], ignore_eos=True, stop_token_ids=(6,)) == 3
-    assert stops_after(stopping, [5, EOS, 6], ignore_eos=True, stop_token_ids=(EOS,)) == 2
+    stop_checker = StopChecker((EOS,), None)
+    assert stops_after(stop_checker, [5, EOS, 6], ignore_eos=True) is None
+    assert stops_after(stop_checker, [5, EOS, 6], ignore_eos=True, stop_token_ids=(6,)) == 3
+    assert stops_after(stop_checker, [5, EOS, 6], ignore_eos=True, stop_token_ids=(EOS,)) == 2
 
 
 def test_stop_token_ids_end_an_answer_beside_the_models_own():
-    stopping = Stopping((EOS,), None)
-    assert stops_after(stopping, [5, 7, EOS], stop_token_ids=(7, 8)) == 2
-    assert stops_after(stopping, [5, EOS, 7], stop_token_ids=(7, 8)) == 2
+    stop_checker = StopChecker((EOS,), None)
+    assert stops_after(stop_checker, [5, 7, EOS], stop_token_ids=(7, 8)) == 2
+    assert stops_after(stop_checker, [5, EOS, 7], stop_token_ids=(7, 8)) == 2
 
 
 def test_only_the_newest_token_is_asked():
-    assert not Stopping((EOS,), None).stops(make_sequence([EOS, 5]))
+    assert not StopChecker((EOS,), None).stops(make_sequence([EOS, 5]))
 
 
 @pytest.mark.parametrize("stop", ["valley", "alle", "y o", "ok", " v"])
 def test_a_stop_string_is_seen_when_its_last_token_comes(tokenizer, stop):
     ids = tokenizer("the valley was quiet, all of it, ok then")["input_ids"]
-    stopping = Stopping((), tokenizer)
-    n = stops_after(stopping, ids, stop=(stop,))
+    stop_checker = StopChecker((), tokenizer)
+    n = stops_after(stop_checker, ids, stop=(stop,))
     text = tokenizer.decode(ids)
     if stop not in text:
         assert n is None
@@ -70,7 +70,7 @@ def test_a_stop_string_is_seen_when_its_last_token_comes(tokenizer, stop):
 def test_a_stop_string_may_span_many_tokens(tokenizer):
     ids = tokenizer("qqq xxxyyyzzz www")["input_ids"]
     stop = "xxxyyyzzz"
-    n = stops_after(Stopping((), tokenizer), ids, stop=(stop,))
+    n = stops_after(StopChecker((), tokenizer), ids, stop=(stop,))
     assert n is not None and len(tokenizer(stop)["input_ids"]) >= 5
     assert tokenizer.decode(ids[:n]).endswith(stop)
 
@@ -78,43 +78,43 @@ def test_a_stop_string_may_span_many_tokens(tokenizer):
 def test_a_stop_string_of_characters_with_many_bytes_is_seen(tokenizer):
     stop = "€漢字🙂"
     ids = tokenizer("." * 40 + stop + "...")["input_ids"]
-    n = stops_after(Stopping((), tokenizer), ids, stop=(stop,))
+    n = stops_after(StopChecker((), tokenizer), ids, stop=(stop,))
     assert n is not None and tokenizer.decode(ids[:n]).endswith(stop)
 
 
 def test_any_of_several_stop_strings_ends_the_answer(tokenizer):
     ids = tokenizer("one two three")["input_ids"]
-    early = stops_after(Stopping((), tokenizer), ids, stop=("three", "two"))
+    early = stops_after(StopChecker((), tokenizer), ids, stop=("three", "two"))
     assert early is not None and tokenizer.decode(ids[:early]) == "one two"
 
 
 def test_without_its_stop_string_an_answer_goes_on(tokenizer):
     ids = tokenizer("one two three")["input_ids"]
-    assert stops_after(Stopping((EOS,), tokenizer), ids, stop=("four",)) is None
+    assert stops_after(StopChecker((EOS,), tokenizer), ids, stop=("four",)) is None
 
 
 def test_text_is_cut_before_the_first_stop_string_and_tokens_are_not(tokenizer):
     ids = tokenizer("one two three")["input_ids"]
-    stopping = Stopping((), tokenizer)
+    stop_checker = StopChecker((), tokenizer)
     sequence = make_sequence(ids, stop=("three", "two"))
-    assert stopping.text(sequence) == "one "
+    assert stop_checker.text(sequence) == "one "
     assert sequence.token_ids == ids
-    assert stopping.text(make_sequence(ids, stop=("one",))) == ""
-    assert stopping.text(make_sequence(ids, stop=("four",))) == "one two three"
+    assert stop_checker.text(make_sequence(ids, stop=("one",))) == ""
+    assert stop_checker.text(make_sequence(ids, stop=("four",))) == "one two three"
 
 
 def test_text_leaves_special_tokens_out(tokenizer):
     ids = tokenizer("one two")["input_ids"]
-    assert Stopping((EOS,), tokenizer).text(make_sequence([*ids, EOS])) == "one two"
+    assert StopChecker((EOS,), tokenizer).text(make_sequence([*ids, EOS])) == "one two"
 
 
 def test_a_special_token_can_be_no_part_of_a_stop_string(tokenizer):
     ids = tokenizer("a;b")["input_ids"]
     assert EOS in ids
-    assert stops_after(Stopping((), tokenizer), ids, stop=("ab",)) == len(ids)
+    assert stops_after(StopChecker((), tokenizer), ids, stop=("ab",)) == len(ids)
 
 
 def test_without_a_tokenizer_there_is_no_text():
-    stopping = Stopping((EOS,), None)
-    assert stopping.text(make_sequence([5, EOS])) is None
-    assert stopping.stops(make_sequence([5, EOS]))
+    stop_checker = StopChecker((EOS,), None)
+    assert stop_checker.text(make_sequence([5, EOS])) is None
+    assert stop_checker.stops(make_sequence([5, EOS]))

@@ -7,7 +7,7 @@ was launched on, so everything that differs between steps lies where it lay, and
     model forward, collectives included                       <- captured once, replayed
     logits [R, vocab]                                         -> one buffer for all graphs
 
-Steps are padded to a few CUDA-graph batch sizes (`bucket_of`), which all ranks of a home know alike.
+Steps are padded to a few CUDA-graph batch sizes (`cuda_graph_batch_size`), which all ranks of a home know alike.
 Padding rows have no keys, and what they write goes to a slot that nobody reads. Nothing that the others notice depends
 on whether capturing succeeds: not how much is padded, nor how often a step runs before it is captured. So a rank whose
 capture failed still meets the others in every collective: it runs the same steps, launch by launch.
@@ -32,7 +32,7 @@ from cpinfer.attention.steps import DecodeStep, RowsByWindow
 from cpinfer.comm.axis import AxisComm
 from cpinfer.engine.agreement import smallest
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
-from cpinfer.layout.decode import DecodePlan, bucket_of, writing_all
+from cpinfer.layout.decode import DecodePlan, cuda_graph_batch_size, writing_all
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
@@ -41,7 +41,7 @@ from cpinfer.models.runner import ModelRunner
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
-def why_no_graphs(runner: ModelRunner, backend: AttentionBackend) -> str | None:
+def cuda_graphs_error(runner: ModelRunner, backend: AttentionBackend) -> str | None:
     """Why decode of this model cannot be captured, for a reason that all ranks share; None when it can."""
     if runner.device.type != "cuda":
         return f"the model is on {runner.device.type}"
@@ -63,16 +63,16 @@ def make_decode_graphs(
     heads: GroupHeads,
     sharding: KVSharding,
     max_rows: int,
-) -> DecodeGraphs | None:
+) -> DecodeCudaGraphs | None:
     """Graphs of one rank for steps of `max_rows` on it; None, with a warning that says why, where there can be none."""
-    why_not = why_no_graphs(runner, backend)
+    why_not = cuda_graphs_error(runner, backend)
     if why_not is not None or not isinstance(backend, FixedSizeBackend):
         warnings.warn(f"decode runs without CUDA graphs: {why_not}", stacklevel=2)
         return None
-    return DecodeGraphs(runner, replica, backend, cache, exchange, heads, sharding, bucket_of(max_rows))
+    return DecodeCudaGraphs(runner, replica, backend, cache, exchange, heads, sharding, cuda_graph_batch_size(max_rows))
 
 
-class DecodeGraphs:
+class DecodeCudaGraphs:
     """The graphs of one rank, over one cache, for steps of at most `max_rows` on it."""
 
     def __init__(
@@ -114,7 +114,7 @@ class DecodeGraphs:
 
         The result lies in memory that the next call overwrites.
         """
-        plan = writing_all(plan, self._cache.spare_slot)
+        plan = writing_all(plan, self._cache.padding_slot)
         bucket = self._buckets.get(len(plan.own))
         if bucket is not None:
             bucket.load(plan, rows, token_ids)

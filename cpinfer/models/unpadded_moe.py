@@ -14,12 +14,12 @@ from torch import Tensor
 _ROUTERS = frozenset(("gate", "router"))
 
 
-def is_mixture_of_experts(module: Any) -> bool:
+def is_moe_block(module: Any) -> bool:
     """Whether the parts of one are the module's own: wrappers answer for what they wrap, which is met on its own."""
     return "experts" in module._modules and not _ROUTERS.isdisjoint(module._modules)
 
 
-class RealRows:
+class UnpaddedMoE:
     """The forward of a mixture of experts, for the first `count` rows; those behind it get zeros.
 
     One is made for each engine and set before each step.

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from cpinfer.kv_cache.free_runs import FreeRuns
+from cpinfer.kv_cache.free_block_tree import FreeBlockTree
 from line_count import lines_run
 
 
@@ -16,7 +16,7 @@ def walked(free, length, start):
 @pytest.mark.parametrize("num_blocks", [1, 2, 3, 5, 8, 13, 16, 17])
 def test_the_first_run_from_any_place_is_the_one_that_a_walk_finds(num_blocks):
     chance = random.Random(num_blocks)
-    runs, free = FreeRuns(num_blocks), [1] * num_blocks
+    runs, free = FreeBlockTree(num_blocks), [1] * num_blocks
     for _ in range(60):
         wanted = chance.randint(0, 1)
         blocks = [block for block in range(num_blocks) if chance.random() < 0.4]
@@ -30,17 +30,17 @@ def test_the_first_run_from_any_place_is_the_one_that_a_walk_finds(num_blocks):
 
 
 def test_nothing_is_free_outside_of_the_blocks():
-    runs = FreeRuns(5)
+    runs = FreeBlockTree(5)
     assert not runs.is_free(-1) and not runs.is_free(5)
     assert runs.first(5) == 0 and runs.first(6) is None and runs.first(2, 4) is None
-    assert FreeRuns(0).first(1) is None and FreeRuns(0).flags() == []
+    assert FreeBlockTree(0).first(1) is None and FreeBlockTree(0).flags() == []
 
 
 def test_a_search_costs_by_the_depth_of_the_tree_however_many_runs_there_are():
     """Every second block is taken: a list of runs would be walked from end to end."""
 
     def cost(num_blocks):
-        runs = FreeRuns(num_blocks)
+        runs = FreeBlockTree(num_blocks)
         runs.take(range(0, num_blocks - 1, 2))
         runs.first(2)  # the tree learns of what was taken
         before = lines_run(lambda: runs.first(2))
@@ -56,7 +56,7 @@ def test_what_changes_between_searches_goes_up_the_tree_at_once():
     """So neighbours that are taken one after another share their way up."""
 
     def cost(num_changes):
-        runs = FreeRuns(1 << 12)
+        runs = FreeBlockTree(1 << 12)
         for block in range(num_changes):
             runs.take([block])
         return lines_run(lambda: runs.first(2))

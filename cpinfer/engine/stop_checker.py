@@ -8,7 +8,7 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine.request import SampledRequest
 
 
-class Stopping:
+class StopChecker:
     """Knows the model's end-of-text tokens and, where there is a tokenizer, reads the text so far."""
 
     def __init__(self, eos_token_ids: tuple[int, ...], tokenizer: Any | None) -> None:

@@ -13,10 +13,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class FreeRuns:
+class FreeBlockTree:
     """Which of the blocks in `[0, num_blocks)` are free; all are at first.
 
-    >>> runs = FreeRuns(8)
+    >>> runs = FreeBlockTree(8)
     >>> runs.take([2, 3])
     >>> [runs.first(length) for length in (2, 3, 5)]
     [0, 4, None]

@@ -21,9 +21,9 @@ from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
-from cpinfer.engine.decode_graphs import why_no_graphs
+from cpinfer.engine.decode_cuda_graphs import cuda_graphs_error
 from cpinfer.errors import EngineFaultError
-from cpinfer.layout.decode import bucket_of, deal_rows, plan_decode, writing_all
+from cpinfer.layout.decode import assign_rows, cuda_graph_batch_size, plan_decode, writing_all
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import attached
@@ -36,19 +36,19 @@ SHARDING = KVSharding(2, 4, 4)
 
 
 def test_buckets_are_few_and_pad_by_half_at_most() -> None:
-    sizes = [bucket_of(n) for n in range(1, 257)]
+    sizes = [cuda_graph_batch_size(n) for n in range(1, 257)]
     assert all(n <= size <= max(n + 1, 1.5 * n) for n, size in enumerate(sizes, 1))
     assert sizes == sorted(sizes) and len(set(sizes)) <= 16
 
 
 @pytest.mark.parametrize("rows_per_rank", [2, 3, 8])
 def test_room_to_spare_is_padding_behind_all_rows(rows_per_rank: int) -> None:
-    assert deal_rows(3, 2, rows_per_rank).tolist() == [0, 1, 2] + [-1] * (2 * rows_per_rank - 3)
+    assert assign_rows(3, 2, rows_per_rank).tolist() == [0, 1, 2] + [-1] * (2 * rows_per_rank - 3)
 
 
 def test_too_little_room_is_an_error() -> None:
     with pytest.raises(ValueError, match="5 rows do not fit 2 on each of 2 ranks"):
-        deal_rows(5, 2, 2)
+        assign_rows(5, 2, 2)
 
 
 @pytest.mark.parametrize("shard", [0, 1])
@@ -96,8 +96,8 @@ def on_fake_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], None]:
             "cpinfer.engine.needs.make_backend",
             lambda name, device, needs: FlashInferBackend(device, needs, fake_flashinfer()),
         )
-        monkeypatch.setattr("cpinfer.engine.decode_graphs.why_no_graphs", lambda runner, backend: None)
-        monkeypatch.setattr("cpinfer.engine.decode_graphs.capture_on_cuda", lambda: capture)
+        monkeypatch.setattr("cpinfer.engine.decode_cuda_graphs.cuda_graphs_error", lambda runner, backend: None)
+        monkeypatch.setattr("cpinfer.engine.decode_cuda_graphs.capture_on_cuda", lambda: capture)
 
     return use
 
@@ -172,7 +172,7 @@ def test_a_rank_that_cannot_capture_beside_one_that_can_is_no_hang(
     graphs = Graphs()
     on_fake_cuda(None)
     captures = iter([refuse_to_capture, graphs.capture])
-    monkeypatch.setattr("cpinfer.engine.decode_graphs.capture_on_cuda", lambda: next(captures))
+    monkeypatch.setattr("cpinfer.engine.decode_cuda_graphs.capture_on_cuda", lambda: next(captures))
     with pytest.warns(UserWarning, match="capturing failed"):
         assert_right(*generate("qwen2", RankGrid(pcp_size=2, dcp_size=2), (5, 33, 17, 2, 9), cuda_graphs=True))
     assert graphs.num_captured >= 2
@@ -265,11 +265,11 @@ def test_what_keeps_a_model_from_graphs_is_known_before_any_step(family: str, ba
     with attached(model, model_spec(model), 1) as runner:
         runner.device = torch.device("cuda")  # nothing is run
         backend = backend or FlashInferBackend(CPU, AttentionNeeds(torch.float32, ()), fake_flashinfer())
-        found = why_no_graphs(runner, backend)
+        found = cuda_graphs_error(runner, backend)
         weight = model.lm_head.weight
         whole, weight.data, weight.ds_id = weight.data, torch.empty(0), 0  # as ZeRO-3 leaves it
-        dealt_out = why_no_graphs(runner, backend)
+        dealt_out = cuda_graphs_error(runner, backend)
         weight.data = whole  # brought for the length of a phase
-        assert why_no_graphs(runner, backend) == found
+        assert cuda_graphs_error(runner, backend) == found
     assert found is None if why is None else found is not None and why in found
     assert dealt_out is not None and ("gathered while the model runs" in dealt_out or dealt_out == found)

@@ -12,7 +12,7 @@ from cpinfer.comm.threads import run_ranks
 from cpinfer.config import JobConfig
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models import runner
-from cpinfer.models.real_rows import RealRows, is_mixture_of_experts
+from cpinfer.models.unpadded_moe import UnpaddedMoE, is_moe_block
 from tiny_models import FAMILIES, make_model, prompts_of
 
 EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 2, "deepseek_v2": 1, "deepseek_v3": 1}  # layers that have them
@@ -39,7 +39,7 @@ def routed(family, grid=GRID, **config):
         own, seen = copy.deepcopy(model), Counter()
         for layer in own.model.layers:
             router = getattr(layer.mlp, "router", None) or getattr(layer.mlp, "gate", None)
-            if is_mixture_of_experts(layer.mlp):
+            if is_moe_block(layer.mlp):
                 router.register_forward_hook(lambda _, args, out: seen.update(tokens=args[0].numel() // 64, calls=1))
         with cpinfer.attach(own, topology, parsed) as engine:
             for prompts, n in ((PROMPTS[:1], NEW_TOKENS[0]), (PROMPTS, NEW_TOKENS[1]), (PROMPTS[2:], NEW_TOKENS[2])):
@@ -74,14 +74,14 @@ def test_the_same_on_one_rank_with_homes_and_in_chunks(family, grid):
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_without_real_rows_dummies_and_padding_are_counted(family, monkeypatch):
     """Negative control."""
-    monkeypatch.setattr(runner, "is_mixture_of_experts", lambda module: False)
+    monkeypatch.setattr(runner, "is_moe_block", lambda module: False)
     seen, computed = routed(family, **PLAIN)
     assert sum(seen) > computed
 
 
 def test_experts_are_told_by_what_blocks_are_made_of():
     for family, config in FAMILIES.items():
-        found = [name for name, m in make_model(config).named_modules() if is_mixture_of_experts(m)]
+        found = [name for name, m in make_model(config).named_modules() if is_moe_block(m)]
         assert len(found) == EXPERTS.get(family, 0)
         assert all(name.endswith(".mlp") for name in found)
 
@@ -104,10 +104,10 @@ class Block(nn.Module):
 
 
 def forward(count, num_rows, returns_scores):
-    block, real_rows = Block(returns_scores), RealRows()
-    real_rows.count = count
+    block, unpadded_moe = Block(returns_scores), UnpaddedMoE()
+    unpadded_moe.count = count
     x = torch.arange(1.0, 1 + num_rows * 3).reshape(1, num_rows, 3)
-    found = real_rows.forward(block, block.run, x)
+    found = unpadded_moe.forward(block, block.run, x)
     out, scores = found if returns_scores else (found, None)
     return x, out, scores, block.given
 
