@@ -14,8 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import cpinfer.comm.parent  # noqa: F401  # asks now, before anything slow is imported
-
-__version__ = "0.1.0"
+from cpinfer.version import __version__ as __version__
 
 # A library says nothing until its user listens: see `cpinfer.logs`.
 logging.getLogger(__name__).addHandler(logging.NullHandler())

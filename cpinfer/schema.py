@@ -107,6 +107,8 @@ def parse_object(cls: type[T], data: Mapping[Any, Any], where: str = "") -> T:
     for name in data:
         if not isinstance(name, str) or name not in known:
             raise UserError(unknown_word("key", name, known, where))
+    if not where and issubclass(schema, Checked):
+        return cls(**data)  # which looks at each value itself, under the same name
     return cls(**{name: conform(known[name][0], value, where + name, known[name][1]) for name, value in data.items()})
 
 

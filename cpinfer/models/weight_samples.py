@@ -20,6 +20,7 @@ from torch import Tensor
 
 from cpinfer.models.local_weights import local, shape_in_use
 from cpinfer.models.model_files import NOT_THE_MODEL
+from cpinfer.version import __version__
 
 # Elements of a tensor that are compared.
 _NUM_SAMPLES = 32
@@ -31,8 +32,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of the libraries that compute, which may differ between hosts."""
-    return {"torch": torch.__version__, "transformers": transformers.__version__}
+    """Versions of what computes, which may differ between hosts."""
+    return {"cpinfer": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 def config_identity(model: Any) -> dict[str, object]:

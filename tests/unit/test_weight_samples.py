@@ -83,4 +83,4 @@ def test_what_has_no_values_yet_is_compared_by_shape():
 
 
 def test_versions_of_what_computes_are_compared():
-    assert {"torch", "transformers"} <= software_versions().keys()
+    assert {"cpinfer", "torch", "transformers"} <= software_versions().keys()

@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
+import cpinfer
 from cpinfer.attention.backends.registry import check_choice
 from cpinfer.comm.bootstrap import (
     PEER_GRACE_S,
@@ -339,7 +340,7 @@ def describe_run(
 
     `made_of`: what must be the same in a run that continues it, see `cpinfer_tools.results.finished`.
     """
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions = {"cpinfer": cpinfer.__version__, "python": platform.python_version(), "torch": torch.__version__}
     versions["transformers"] = transformers.__version__
     if config.tp_size > 1 and config.tensor_parallel.provider == "autotp":
         import deepspeed
