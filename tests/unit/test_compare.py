@@ -602,9 +602,22 @@ def test_an_evaluation_replaces_what_was_there(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(evaluations_module, "launch", fake_launch)
     assert not is_complete(evaluation, {"weights": "sha256:1"})
-    evaluate(evaluation, "torchrun", 10, {})
-    assert seen[0][-5:] == ["--config", str(evaluation.config), "--output", str(evaluation.output), "--overwrite"]
+    evaluate(evaluation, "torchrun", 10, {}, "info")
+    files = ["--config", str(evaluation.config), "--output", str(evaluation.output)]
+    assert seen[0][-7:] == [*files, "--overwrite", "--log-level", "info"]
     assert not is_complete(evaluation, {"weights": "sha256:1"})
     write_run(evaluation.output, [line()], summary(), {"weights": "sha256:1"})
     assert is_complete(evaluation, {"weights": "sha256:1"})
     assert not is_complete(evaluation, {"weights": "sha256:2"})
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "evaluate", lambda *_: pytest.fail("it was run"))
+    arguments = ["--config", str(CONFIG), "--layouts", "tp1", "pcp2", "--output", str(tmp_path / "out"), "--dry-run"]
+    assert compare.main([*arguments, "--set", "sampling.temperature=0"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told == {"dry_run": True, "layouts": ["tp1", "pcp2"], "num_runs": 2}
+    assert not (tmp_path / "out").exists()
+    assert compare.main([*arguments, "--layouts", "tp3"]) == 2  # what is wrong is found all the same

@@ -251,3 +251,13 @@ def test_under_tensor_parallelism_half_precision_is_judged_by_the_forward_that_h
         ]
         assert [r.is_judged for r in rows] == judged
         assert rows[1].mismatch.max_abs == 0 and rows[0].mismatch == rows[2].mismatch != rows[1].mismatch
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(mismatch, "_launch", lambda *_: pytest.fail("it was run"))
+    assert mismatch.main(["--config", str(config), "--output", str(tmp_path / "out"), "--dry-run"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["dry_run"] and told["layouts"] == ["tp1"] and told["num_prompts"] > 0
+    assert not (tmp_path / "out").exists()

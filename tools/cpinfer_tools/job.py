@@ -126,13 +126,18 @@ def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True
     parser.add_argument(
         "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
-    parser.add_argument("--log-level", choices=LEVELS, default="warning", help="of cpinfer's logs, on stderr")
+    add_run_flags(parser)
     existing = parser.add_mutually_exclusive_group()
     if can_resume:
         existing.add_argument("--resume", action="store_true", help="continue an output with the samples it lacks")
     existing.add_argument("--overwrite", action="store_true", help="replace an output that exists")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every tool: --dry-run, --log-level."""
+    parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
+    parser.add_argument("--log-level", choices=LEVELS, default="warning", help="of cpinfer's logs, on stderr")
 
 
 def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, J], None]) -> int:

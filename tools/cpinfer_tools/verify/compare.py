@@ -38,6 +38,7 @@ from cpinfer_tools.job import (
     EXIT_FAILURE,
     NO_REPORTS,
     Parser,
+    add_run_flags,
     needed_spec,
     needed_tokenizer,
     needed_weights,
@@ -97,6 +98,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     )
     parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="of each run of a layout (default: 6 h)")
     parser.add_argument("--no-wandb", action="store_true", help="local files only")
+    add_run_flags(parser)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--reuse", action="store_true", help="keep complete runs of the same config, model and tasks, run the others"
@@ -110,6 +112,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     with ExitStack() as stack:
         try:
             job = prepare(parse_args(argv, prog))
+            if job.args.dry_run:
+                return tell_plan(job)
             stack.enter_context(locked(job.output / "comparison.json"))
         except UserError as error:
             print(f"compare: {error}", file=sys.stderr)
@@ -140,6 +144,18 @@ def prepare(args: argparse.Namespace) -> Job:
     return Job(config, spec, tuple(layouts), tuple(evaluations), tolerance, output, args)
 
 
+def tell_plan(job: Job) -> int:
+    """What would run: for people, and as the last line of stdout."""
+    for evaluation in job.evaluations:
+        sizes = evaluation.layout.sizes
+        print(
+            f"compare: {evaluation.layout.name}, {evaluation.passed}: {sizes.world_size} process(es)", file=sys.stderr
+        )
+    names = [layout.name for layout in job.layouts]
+    print(json.dumps({"dry_run": True, "layouts": names, "num_runs": len(job.evaluations)}), flush=True)
+    return EXIT_DONE
+
+
 def compare(job: Job) -> int:
     """Run what is missing, then write everything that follows from it."""
     started_s = time.perf_counter()
@@ -151,7 +167,7 @@ def compare(job: Job) -> int:
             print(f"compare: {name}: kept", file=sys.stderr)
         else:
             print(f"compare: {name}: {evaluation.layout.sizes.world_size} process(es)", file=sys.stderr, flush=True)
-            ended = evaluate(evaluation, job.args.launcher, job.args.timeout_s, os.environ)
+            ended = evaluate(evaluation, job.args.launcher, job.args.timeout_s, os.environ, job.args.log_level)
             if ended.returncode != 0:
                 return _failed(name, evaluation, ended.returncode, job)
             print(f"compare: {name}: done in {ended.wall_s:.0f} s", file=sys.stderr, flush=True)

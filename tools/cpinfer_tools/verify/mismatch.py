@@ -62,6 +62,7 @@ from cpinfer_tools.job import (
     EXIT_FAILURE,
     NO_REPORTS,
     Parser,
+    add_run_flags,
     needed_spec,
     needed_weights,
     pool_size,
@@ -124,6 +125,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     )
     parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="of each layout's rollouts (default: 6 h)")
     parser.add_argument("--no-wandb", action="store_true", help="local files only")
+    add_run_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in a folder that exists")
     parser.add_argument("--forward-worker", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -138,6 +140,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             if args.forward_worker is not None:
                 return run_forward(Path(args.forward_worker))
             job = prepare(args, sys.argv[1:] if argv is None else argv)
+            if args.dry_run:
+                return tell_plan(job)
             stack.enter_context(locked(job.output / "mismatch.json"))
         except UserError as error:
             print(f"mismatch: {error}", file=sys.stderr)
@@ -181,6 +185,7 @@ def measure(job: Job) -> int:
         config = output.with_name("rollouts.config.json")
         write_json(config, layout.data)
         arguments = ["--config", str(config), "--output", str(output), "--overwrite"]
+        arguments += ["--log-level", job.args.log_level]
         _launch(job, ROLLOUT, layout.sizes.world_size, arguments, output.with_suffix(".log"))
     sampled = {layout.name: Sampled.read(job.rollouts(layout), job.compared) for layout in job.layouts}
     rows = judge(job, sampled, {tp_size: sharded_forward(job, tp_size) for tp_size in job.tp_sizes})
@@ -225,6 +230,15 @@ def judge(job: Job, sampled: Mapping[str, Sampled], by_tp: Mapping[int, Mapping[
     )
     whole = _forward(model, generated, job.compared.temperature, job.args.batch_size)
     return [*rows, Row.of(GENERATE, WHOLE, generated, whole, dtype, is_judged=False)]
+
+
+def tell_plan(job: Job) -> int:
+    """What would run: for people, and as the last line of stdout."""
+    for layout in job.layouts:
+        print(f"mismatch: {layout.name}: {layout.sizes.world_size} process(es)", file=sys.stderr)
+    names = [layout.name for layout in job.layouts]
+    print(json.dumps({"dry_run": True, "layouts": names, "num_prompts": len(job.inputs)}), flush=True)
+    return EXIT_DONE
 
 
 def sharded_forward(job: Job, tp_size: int) -> dict[str, Logprobs]:

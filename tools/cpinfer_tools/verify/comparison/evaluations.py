@@ -80,12 +80,15 @@ def is_complete(evaluation: Evaluation, contents: Mapping[str, Any]) -> bool:
         return False
 
 
-def evaluate(evaluation: Evaluation, launcher: Launcher, timeout_s: float, environ: Mapping[str, str]) -> Ended:
+def evaluate(
+    evaluation: Evaluation, launcher: Launcher, timeout_s: float, environ: Mapping[str, str], log_level: str
+) -> Ended:
     """Run it. What an earlier run left is replaced."""
     evaluation.folder.mkdir(parents=True, exist_ok=True)
     # In this order: a config beside an old summary would look like a complete run.
     summary_path(evaluation.output).unlink(missing_ok=True)
     write_json(evaluation.config, evaluation.data)
     arguments = ["--config", str(evaluation.config), "--output", str(evaluation.output), "--overwrite"]
+    arguments += ["--log-level", log_level]
     command = launch_command(launcher, evaluation.layout.sizes.world_size, MODULE, arguments)
     return launch(command, evaluation.log, timeout_s, environ)
