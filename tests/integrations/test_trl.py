@@ -270,7 +270,9 @@ def test_what_is_lent_and_what_trl_will_count_as_clipped_is_said_once(
     with caplog.at_level("INFO", logger="cpinfer"):
         rollouts(TEXTS, trainer)
         rollouts(TEXTS, trainer)
-    told, warned = (record.getMessage() for record in caplog.records)
+    said = [record.getMessage() for record in caplog.records]
+    [told] = [line for line in said if line.startswith("rollouts in")]
+    [warned] = [line for line in said if "stop_token_ids" in line]
     assert told == "rollouts in 1 replica(s) of tp=1 pcp=1 dcp=1, weights lent: in_place"
     assert "sampling.stop_token_ids=[99]" in warned and "completions/clipped_ratio" in warned
 

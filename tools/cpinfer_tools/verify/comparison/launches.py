@@ -63,7 +63,7 @@ def launch_command(launcher: Launcher, num_ranks: int, module: str, arguments: S
         start = [python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_ranks)]
         start += ["-m"]
     else:
-        start = [python, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_ranks)]
+        start = [python, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", str(num_ranks)]
         start += ["--master_port", str(_free_port()), "--module"]
     return [*start, module, *arguments]
 
