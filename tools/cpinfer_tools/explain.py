@@ -5,10 +5,11 @@
     cpinfer explain --gpus 8 --num-q-heads 64 --num-kv-heads 8
     cpinfer explain --tp 4 --pcp 2 --dcp 8 --num-q-heads 128 --kv-lora-rank 512 --qk-rope-head-dim 64
 
-Nothing is measured and no device is needed: from a checkout, numpy is enough. The second form reads a rollout config
-and the `config.json` of its model; flags win over both. The third lists the legal layouts of a machine, best first.
-The last is a model with MLA (DeepSeek): its cache is one latent head, whose copies on all tp ranks can become shards.
-With `--json` the last line of stdout is one JSON object. Exit 0 for a legal layout, 2 for one that is not.
+Nothing is measured and no device is needed. numpy is enough: `PYTHONPATH=. python tools/explain.py` from a checkout.
+The second form reads a rollout config and the `config.json` of its model; flags win over both. The third lists the
+legal layouts of a machine, best first. The last is a model with MLA (DeepSeek): its cache is one latent head, whose
+copies on all tp ranks can become shards. With `--json` the last line of stdout is one JSON object. Exit 0 for a legal
+layout, 2 for one that is not.
 """
 
 from __future__ import annotations
