@@ -18,11 +18,9 @@ rollout: $(VENV)/.installed
 	deepspeed --num_gpus $(GPUS) tools/rollout.py --config $(CONFIG)
 	$(BIN)/python tools/check_rollout.py
 
-# What runs in one process shares the cores; what starts processes of its own has them to itself.
-ONE_PROCESS := tests/unit tests/property tests/parity
+# Files by twos, those that start processes first: while they wait for each other, others compute.
 test: check
-	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile $(ONE_PROCESS)
-	$(BIN)/pytest -q -m "not slow" $(ONE_PROCESS:%=--ignore=%)
+	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m slow
