@@ -357,6 +357,10 @@ def with_keys(config: E, keys: Mapping[str, Any]) -> E:
     """The config with some of the engine's keys changed. UserError for an unknown one, and for an illegal value."""
     own, known = _own_keys(keys, ""), [field.name for field in dataclasses.fields(EngineConfig)]
     for name in own:
+        if name in (field.name for field in dataclasses.fields(ParallelConfig)):
+            raise UserError(f'"{name}" is no key of an engine: the layout is the topology\'s. Say it there.')
+        if name == "sampling":
+            raise UserError('"sampling" is no key of an engine, which takes it with each call. Give it to generate.')
         if name not in known:
             raise UserError(unknown_word("key", name, known, ""))
     return dataclasses.replace(config, **own) if own else config
@@ -383,8 +387,6 @@ def load_as(
     try:
         if not isinstance(data, dict):
             raise UserError(f"the file holds a {type(data).__name__}, an object with config keys was wanted.")
-        not_for_us = KEYS_OF_TOOLS - {field.name for field in dataclasses.fields(cls)}
-        data = {name: value for name, value in data.items() if name not in not_for_us}
         for override in overrides:
             apply_override(data, override)
         return parse_as(cls, _over(defaults or {}, data)).seen_from(path.parent)
@@ -393,10 +395,14 @@ def load_as(
 
 
 def parse_as(cls: type[C], data: Mapping[str, Any]) -> C:
-    """A config from plain data. UserError for an unknown key (naming the nearest), wrong type or illegal value."""
+    """A config from plain data, which may be that of a run: what only tools read is passed over by others.
+
+    UserError for an unknown key (naming the nearest), wrong type or illegal value.
+    """
     if not isinstance(data, Mapping):
         raise UserError(f"found {quoted(data)}; an object with config keys was wanted.")
-    return parse_object(cls, _own_keys(data, ""))
+    not_for_us = KEYS_OF_TOOLS - {field.name for field in dataclasses.fields(cls)}
+    return parse_object(cls, _own_keys({name: data[name] for name in data if name not in not_for_us}, ""))
 
 
 def config_to_dict(config: EngineConfig) -> dict[str, Any]:

@@ -20,8 +20,10 @@ EXTRAS: Mapping[str, str] = {
 }
 
 
-def missing_package(module: str, who: str) -> UserError | None:
+def missing_package(module: str, who: str, extra: str | None = None) -> UserError | None:
     """What to say of a `module` that could not be imported, and that `who` needs; None where no extra brings it.
+
+    `extra`: that of who needs it, where several bring it.
 
     >>> print(missing_package("trl.trainer", "cpinfer train-grpo"))
     cpinfer train-grpo needs the package trl, which is not installed. Run `pip install "cpinfer[rl]"`.
@@ -29,9 +31,14 @@ def missing_package(module: str, who: str) -> UserError | None:
     package = module.partition(".")[0]
     if package not in EXTRAS:
         return None
-    return UserError(
-        f'{who} needs the package {package}, which is not installed. Run `pip install "cpinfer[{EXTRAS[package]}]"`.'
-    )
+    line = f'pip install "cpinfer[{extra or EXTRAS[package]}]"'
+    return UserError(f"{who} needs the package {package}, which is not installed. Run `{line}`.")
+
+
+def named(error: ModuleNotFoundError, who: str) -> ModuleNotFoundError:
+    """The same error, with how to get what is missing where one of our extras brings it."""
+    missing = missing_package(error.name or "", who)
+    return error if missing is None else ModuleNotFoundError(str(missing), name=error.name)
 
 
 def need_package(package: str, who: str) -> None:

@@ -78,11 +78,21 @@ def attach(
         UnsupportedError: for what the table of refusals names.
         RanksDifferError: when ranks do not bring the same.
     """
+    if not isinstance(topology, Topology | None):
+        raise UserError(
+            f"attach was given a {type(topology).__name__} as its topology. Give a config as `config=`, or its keys as "
+            "keywords: attach(model, max_num_seqs=64)."
+        )
     topology = topology or Topology.single()
     with ExitStack() as stack:
 
         def prepare() -> Prepared[tuple[EngineConfig, ModelRunner, PoolSize]]:
             wanted = engine_config(config, keys)
+            if tokenizer is not None and not callable(tokenizer):
+                raise UserError(
+                    f"the tokenizer is a {type(tokenizer).__name__}; one of Transformers was wanted, as "
+                    "AutoTokenizer.from_pretrained gives it."
+                )
             spec = model_spec(model)
             check_layout(spec, wanted, topology.grid)
             runner = stack.enter_context(attached(model, spec, topology.grid.tp_size, topology.coords.tp_rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +80,15 @@ class RankNeeds:
 
 
 def own_pool(runner: ModelRunner, topology: Topology, config: EngineConfig) -> PoolSize:
-    """The KV pool that this rank alone could afford. UserError when it is no single block."""
+    """The KV pool that this rank alone could afford. UserError when it is no single block, or beyond all memory."""
     heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
     cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
+    memory = _memory_bytes(runner.device)
+    if (config.kv_cache_gib or 0) * 2**30 > memory:
+        raise UserError(
+            f"kv_cache_gib={config.kv_cache_gib:g} is more than the {memory / 2**30:.1f} GiB of memory of "
+            f"{runner.device}. Lower it."
+        )
     return affordable_pool(runner.spec, len(heads.kv_heads), topology.grid.dcp_size, config, cache_dtype, runner.device)
 
 
@@ -116,6 +123,13 @@ def affordable_pool(
         needed = per_token * config.block_size
         raise UserError(f"the KV budget of {budget} bytes buys no block of {needed} bytes. Raise kv_cache_gib.")
     return pool
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """All memory that there is on a device, whoever uses it."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _kv_budget_bytes(config: EngineConfig, device: torch.device) -> int:

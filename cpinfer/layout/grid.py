@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from cpinfer.errors import UserError
+
 Group = tuple[int, ...]
 
 
@@ -78,7 +80,10 @@ class RankGrid:
         """
         pcp_size = pcp_size or num_replicas
         if num_replicas % pcp_size:
-            raise ValueError(f"pcp={pcp_size} does not divide the job's {num_replicas} replicas of the model")
+            raise UserError(
+                f"pcp={pcp_size} does not divide the job's {num_replicas} replica(s) of the model, which would be its "
+                "ranks. Lower prefill_context_parallel_size, or start more ranks."
+            )
         return cls(tp_size, pcp_size, dcp_size or pcp_size, num_replicas // pcp_size)
 
     @property

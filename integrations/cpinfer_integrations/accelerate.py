@@ -13,10 +13,15 @@ from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
-from accelerate import Accelerator
 
 from cpinfer.comm.topology import Topology
 from cpinfer.layout.grid import RankGrid
+from cpinfer.packages import named
+
+try:
+    from accelerate import Accelerator
+except ModuleNotFoundError as error:
+    raise named(error, __name__) from error
 
 __all__ = ["topology_from", "topology_from_mesh"]
 

@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.inference.engine import InferenceEngine
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.colocate.weight_slices import sliced_projections
@@ -26,8 +24,15 @@ from cpinfer.engine.attach import config_errors, model_spec
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
+from cpinfer.packages import named
 from cpinfer.refusals import refuse
 from cpinfer_integrations import deepspeed_zero3 as zero3
+
+try:
+    import deepspeed
+    from deepspeed.inference.engine import InferenceEngine
+except ModuleNotFoundError as error:
+    raise named(error, __name__) from error
 
 __all__ = ["LaunchedInference", "init_distributed", "launch_inference", "lend", "topology_from"]
 
@@ -102,7 +107,10 @@ def _lend_tp_shards(engine: Any, config: JobConfig) -> Lent:
     if check:
         raise UserError(" ".join(check))
     if dist.get_world_size() % config.tp_size:
-        raise ValueError(f"tp={config.tp_size} does not divide the job's {dist.get_world_size()} ranks")
+        raise UserError(
+            f"tp={config.tp_size} does not divide the job's {dist.get_world_size()} ranks. Give another "
+            "tensor_parallel.tp_size."
+        )
     num_replicas = dist.get_world_size() // config.tp_size
     grid = RankGrid.lending(config.tp_size, num_replicas, config.pcp_size, config.dcp_size)
     sliced_projections(module, spec, config.tp_size, 0)  # what cannot be sliced is refused now

@@ -15,8 +15,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
-import deepspeed
-from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
 from cpinfer.colocate.weight_slices import sliced, sliced_projections
@@ -25,6 +23,13 @@ from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.wrappers import unwrapped
+from cpinfer.packages import named
+
+try:
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+except ModuleNotFoundError as error:
+    raise named(error, __name__) from error
 
 _OWNER = "deepspeed"
 

@@ -25,11 +25,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lm_eval import utils
-from lm_eval.__main__ import cli_evaluate
-from lm_eval.api.model import TemplateLM
-from lm_eval.api.registry import register_model
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 from tqdm import tqdm
 
 from cpinfer.comm.bootstrap import PEER_GRACE_S, Launch, default_group, die, end_with_launcher
@@ -40,7 +35,17 @@ from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
+from cpinfer.packages import named
 from cpinfer_integrations.launching import grid_for, launch_inference
+
+try:
+    from lm_eval import utils
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+except ModuleNotFoundError as error:
+    raise named(error, __name__) from error
 
 __all__ = ["CpinferLM", "main"]
 

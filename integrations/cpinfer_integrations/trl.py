@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from trl.data_utils import is_conversational
 
 from cpinfer.colocate.mismatch import Compared, Mismatch
 from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
@@ -32,8 +31,14 @@ from cpinfer.config import ConfigLike, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
+from cpinfer.packages import named
 from cpinfer_integrations.lending import lend
 from cpinfer_integrations.trl_settings import check_settings, ends_unknown_to_trl, sampling_of
+
+try:
+    from trl.data_utils import is_conversational
+except ModuleNotFoundError as error:
+    raise named(error, __name__) from error
 
 __all__ = ["PhaseRecord", "RolloutFunc", "make_rollout_func"]
 

@@ -14,9 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import wandb
-
+from cpinfer.packages import named
 from cpinfer_integrations.wandb_config import WandbConfig
+
+try:
+    import wandb
+except ModuleNotFoundError as error:
+    raise named(error, __name__) from error
 
 Mode = Literal["online", "offline"]
 # How long W&B may take to answer before a run is logged offline.

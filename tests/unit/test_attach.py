@@ -217,7 +217,8 @@ def test_keys_of_the_engine_are_keywords_and_win_over_a_config(model):
     "keys, complaint",
     [
         ({"max_num_seq": 3}, 'unknown key "max_num_seq"; the nearest known key is "max_num_seqs"'),
-        ({"prefill_context_parallel_size": 2}, 'unknown key "prefill_context_parallel_size"'),
+        ({"prefill_context_parallel_size": 2}, "the layout is the topology's"),
+        ({"sampling": {"temperature": 0}}, "which takes it with each call. Give it to generate"),
         ({"max_num_seqs": 0}, '"max_num_seqs" is 0; it must be'),
         ({"speculative_model": "m"}, "does not support speculative decoding"),
     ],
@@ -259,7 +260,7 @@ def test_an_engine_has_the_very_config_that_was_given_neither_copied_nor_checked
     "config, complaint",
     [
         ({"max_num_seq": 3}, 'unknown key "max_num_seq"; the nearest known key is "max_num_seqs"'),
-        ({"evaluation": {}}, 'unknown key "evaluation"'),
+        ({"evaluations": {}}, 'unknown key "evaluations"'),
         ({"sampling": {"n": 2}}, 'the config has "sampling".* Give it to generate'),
         (3, "the config is 3; an object, a dict, the path of a JSON file or None was wanted"),
         ("no-such.json", r"config no-such\.json: No such file"),
@@ -471,3 +472,30 @@ def test_projections_of_every_family_that_are_not_sharded_as_the_config_says_are
 
     assert run_ranks(RankGrid(tp_size=2), body) == [True, True]
     assert dict(model.named_modules()) == before
+
+
+def refused(*given, **keys):
+    with pytest.raises(UserError) as caught, cpinfer.attach(make_model(FAMILIES["llama"]), *given, **keys):
+        pass
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("given", [{"max_num_seqs": 64}, "configs/single.json", EngineConfig()])
+def test_a_config_in_the_place_of_the_topology_is_told_where_it_goes(given):
+    assert "as its topology. Give a config as `config=`" in refused(given)
+
+
+def test_a_pool_beyond_all_memory_is_refused_before_its_blocks_are_written_down():
+    assert "kv_cache_gib=16000 is more than the" in refused(kv_cache_gib=16000.0)
+
+
+def test_a_tokenizer_that_is_none_is_refused():
+    assert "the tokenizer is a str" in refused(tokenizer="configs/recall-tiny")
+
+
+def test_what_only_tools_read_is_passed_over_in_a_dict_as_in_a_file():
+    with cpinfer.attach(
+        make_model(FAMILIES["llama"]), config={"evaluation": {"tasks": ["vt"]}, "input": "x"}
+    ) as engine:
+        assert engine.is_awake
+    assert 'unknown key "inputs"' in refused(None, {"inputs": "x"})

@@ -40,6 +40,11 @@ def test_an_unknown_command_names_the_nearest(capsys):
     assert 'unknown command "rolout"; the nearest known command is "rollout"' in capsys.readouterr().err
 
 
+def test_without_a_command_there_is_help(capsys):
+    assert main([]) == 2
+    assert "commands (cpinfer COMMAND --help tells more)" in capsys.readouterr().err
+
+
 def test_what_a_launcher_puts_in_front_is_left_aside(capsys):
     """DeepSpeed's --module: `python -m cpinfer_tools --local_rank=0 explain ...`."""
     assert main(["--local_rank=1", "explain", "--num-q-heads", "8", "--num-kv-heads", "2", "--json"]) == 0

@@ -621,3 +621,18 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     assert told == {"dry_run": True, "layouts": ["tp1", "pcp2"], "num_runs": 2}
     assert not (tmp_path / "out").exists()
     assert compare.main([*arguments, "--layouts", "tp3"]) == 2  # what is wrong is found all the same
+
+
+def test_what_is_missing_for_some_layout_is_said_before_the_first_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cpinfer.packages.find_spec", lambda name: None)
+    arguments = ["--config", str(CONFIG), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert compare.main([*arguments, "--layouts", "tp1", "tp2"]) == 2
+    assert 'tp_size=2 with the provider "autotp" needs the package deepspeed' in capsys.readouterr().err
+    assert compare.main([*arguments, "--layouts", "tp1", "pcp2", "--launcher", "deepspeed"]) == 2
+    assert "--launcher deepspeed needs the package deepspeed" in capsys.readouterr().err
+    wandb = ["--set", 'wandb={"project": "x"}']
+    assert compare.main([*arguments, "--layouts", "tp1", "pcp2", *wandb]) == 2
+    assert 'the key "wandb" needs the package wandb' in capsys.readouterr().err
+    assert compare.main([*arguments, "--layouts", "tp1", "pcp2"]) == 0

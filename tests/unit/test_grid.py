@@ -38,7 +38,7 @@ def test_a_job_lends_its_replicas_to_prefill_and_keeps_the_rest_as_dp():
     assert RankGrid.lending(2, 4) == RankGrid(2, 4, 4, 1)
     assert RankGrid.lending(2, 4, pcp_size=2) == RankGrid(2, 2, 2, 2)
     assert RankGrid.lending(1, 4, pcp_size=2, dcp_size=1) == RankGrid(1, 2, 1, 2)
-    with pytest.raises(ValueError, match="pcp=3 does not divide the job's 4 replicas"):
+    with pytest.raises(ValueError, match="pcp=3 does not divide the job's 4 replica"):
         RankGrid.lending(2, 4, pcp_size=3)
 
 

@@ -261,3 +261,13 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert told["dry_run"] and told["layouts"] == ["tp1"] and told["num_prompts"] > 0
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_missing_for_some_layout_is_said_before_the_first_runs(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("cpinfer.packages.find_spec", lambda name: None)
+    arguments = ["--config", str(config), "--output", str(tmp_path / "out"), "--dry-run"]
+    for more, missing in ((["--layouts", "tp1", "tp2"], "deepspeed"), (["--set", 'wandb={"project": "x"}'], "wandb")):
+        assert mismatch.main([*arguments, *more]) == 2
+        assert f"needs the package {missing}" in capsys.readouterr().err

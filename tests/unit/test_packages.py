@@ -2,6 +2,8 @@
 
 import doctest
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -28,6 +30,16 @@ def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.Monke
     with pytest.raises(UserError, match=r'the key "wandb" needs the package wandb.*pip install "cpinfer\[wandb\]"'):
         need_package("wandb", 'the key "wandb"')
     assert packages.missing_package("torch", "nobody") is None
+    assert "cpinfer[rl]" in str(packages.missing_package("matplotlib", "train-grpo", "rl"))
+
+
+@pytest.mark.parametrize("module", ["accelerate", "deepspeed", "lm_eval", "trl", "wandb"])
+def test_an_integration_without_its_library_names_it_with_how_to_get_it(module: str):
+    """In a process of its own, in which the library cannot be found."""
+    code = f"import sys; sys.modules[{module!r}] = None; import cpinfer_integrations.{module}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: ") and f"needs the package {module}" in last and "pip install" in last
 
 
 def test_the_example_is_true():

@@ -29,6 +29,7 @@ class Command:
 
     module: str
     summary: str
+    extra: str | None = None  # what brings all that it needs
 
 
 COMMANDS: Mapping[str, Command] = {
@@ -36,17 +37,21 @@ COMMANDS: Mapping[str, Command] = {
     "rollout": Command("cpinfer_tools.rollout", "generate from a file of prompts"),
     "eval": Command("cpinfer_tools.evaluation.eval_longctx", "long-context tasks, generated and scored"),
     "explain": Command("cpinfer_tools.explain", "what a layout does, before anything runs (numpy alone)"),
-    "compare": Command("cpinfer_tools.verify.compare", "the same evaluation over several layouts, beside each other"),
+    "compare": Command("cpinfer_tools.verify.compare", "the same evaluation over several layouts", "eval"),
     "mismatch": Command("cpinfer_tools.verify.mismatch", "rollout logprobs beside the training forward's"),
     "check-rollout": Command("cpinfer_tools.verify.check_rollout", "a rollout's results beside Transformers'"),
     "reference-eval": Command("cpinfer_tools.verify.reference_eval", "the same evaluation by Transformers alone"),
-    "train-grpo": Command("cpinfer_tools.grpo.train_grpo", "GRPO by TRL with rollouts from cpinfer"),
+    "train-grpo": Command("cpinfer_tools.grpo.train_grpo", "GRPO by TRL with rollouts from cpinfer", "rl"),
     "gpu-check": Command("cpinfer_tools.gpu.gpu_check", "check and measure on a GPU, stage by stage"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The whole command line. Exit codes are the tool's: 0 done, 1 failure, 2 bad input."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        _parser().print_help(sys.stderr)
+        return EXIT_BAD_INPUT
     args = _parser().parse_args(argv)
     if args.command not in COMMANDS:
         print(f"cpinfer: {unknown_word('command', args.command, COMMANDS)} See cpinfer --help.", file=sys.stderr)
@@ -56,13 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(name: str, arguments: Sequence[str], prog: str | None = None) -> int:
     """One tool. A package that it needs and that is an extra of ours is named, with how to install it."""
+    command = COMMANDS[name]
     try:
-        tool = import_module(COMMANDS[name].module)
+        tool = import_module(command.module)
     except ModuleNotFoundError as error:
-        missing = missing_package(error.name or "", f"cpinfer {name}")
+        missing = missing_package(error.name or "", f"cpinfer {name}", command.extra)
         if missing is None:
             raise
-        print(f"{name}: {missing}", file=sys.stderr)
+        print(f"{command.module.rpartition('.')[2]}: {missing}", file=sys.stderr)
         return EXIT_BAD_INPUT
     code: int = tool.main(arguments, prog)
     return code

@@ -289,6 +289,16 @@ def refuse_bad_lines(complaints: Sequence[str], instead: str) -> None:
         raise UserError(f"{complaints[0]}{more} {instead}")
 
 
+def check_extras(config: RunConfig, config_path: str) -> None:
+    """UserError when a package that the config asks for, and that is an extra, is not installed."""
+    try:
+        check_packages(config)
+        if config.wandb is not None:
+            need_package("wandb", 'the key "wandb"')
+    except UserError as error:
+        raise type(error)(f"config {config_path}: {error}") from error
+
+
 def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path: str) -> RankGrid:
     """The rank grid of a config in this world. UserError when the model or the world does not fit it."""
     try:
@@ -298,12 +308,7 @@ def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path
         check_sampling(config.sampling, spec)
     except UserError as error:
         raise UserError(f"config {config_path}: {error}") from error
-    try:
-        check_packages(config)
-        if config.wandb is not None:
-            need_package("wandb", 'the key "wandb"')
-    except UserError as error:
-        raise type(error)(f"config {config_path}: {error}") from error
+    check_extras(config, config_path)
     grid = grid_for(config, launch.world_size)
     heads = spec.heads(grid.tp_size).in_group(grid, grid.coords(launch.rank).tp_rank)
     try:

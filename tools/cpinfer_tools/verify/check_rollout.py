@@ -109,7 +109,7 @@ def generate_greedy(
         max_new_tokens=num_tokens,
         do_sample=False,
         repetition_penalty=1.0,  # chat models' own generation_config asks for one even of greedy text
-        past_key_values=None if kv_dtype is None else RoundedCache(model.config, kv_dtype),
+        **({} if kv_dtype is None else {"past_key_values": RoundedCache(model.config, kv_dtype)}),
     )
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens

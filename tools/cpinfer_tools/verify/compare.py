@@ -29,8 +29,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
+
 from cpinfer.errors import UserError
 from cpinfer.models.spec import ModelSpec
+from cpinfer.packages import need_package
 from cpinfer_tools.evaluation.questions import make_questions, settled
 from cpinfer_tools.job import (
     EXIT_BAD_INPUT,
@@ -39,6 +42,7 @@ from cpinfer_tools.job import (
     NO_REPORTS,
     Parser,
     add_run_flags,
+    check_extras,
     needed_spec,
     needed_tokenizer,
     needed_weights,
@@ -109,6 +113,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     os.environ.setdefault(*NO_REPORTS)
+    transformers.utils.logging.disable_progress_bar()
     with ExitStack() as stack:
         try:
             job = prepare(parse_args(argv, prog))
@@ -128,12 +133,18 @@ def prepare(args: argparse.Namespace) -> Job:
     """Check everything that can be checked before the first launch. UserError says what is wrong."""
     output = Path(args.output) if args.output else default_output(args.config, _now()).parent
     instead = "Keep its complete runs with --reuse, or run all with --overwrite."
-    check_can_launch(os.environ, output, args.timeout_s, may_exist=args.reuse or args.overwrite, instead=instead)
+    check_can_launch(
+        os.environ, args.launcher, output, args.timeout_s, may_exist=args.reuse or args.overwrite, instead=instead
+    )
     config, base = load_comparison(args.config, args.set)
     spec = needed_spec(config, args.config)
     asked = settled(config, spec.max_positions)
     wanted = args.layouts or config.comparison.layouts
     layouts = resolve_layouts(wanted, base, Path(args.config).parent, spec)
+    if config.wandb is not None and not args.no_wandb:
+        need_package("wandb", 'the key "wandb"')
+    for layout in layouts:
+        check_extras(layout.config, args.config)
     needed_weights(config)  # the same for all runs
     wanted_tolerance = args.tolerance if args.tolerance is not None else config.comparison.tolerance
     tolerance = TOLERANCE[config.dtype] if wanted_tolerance is None else wanted_tolerance

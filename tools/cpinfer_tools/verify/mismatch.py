@@ -55,6 +55,7 @@ from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
+from cpinfer.packages import need_package
 from cpinfer_integrations.launching import grid_for, launch_inference
 from cpinfer_tools.job import (
     EXIT_BAD_INPUT,
@@ -63,6 +64,7 @@ from cpinfer_tools.job import (
     NO_REPORTS,
     Parser,
     add_run_flags,
+    check_extras,
     needed_spec,
     needed_weights,
     pool_size,
@@ -134,6 +136,7 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     os.environ.setdefault(*NO_REPORTS)
+    transformers.utils.logging.disable_progress_bar()
     with ExitStack() as stack:
         try:
             args = parse_args(argv, prog)
@@ -154,7 +157,7 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
     """Check everything that can be checked before the first launch. UserError says what is wrong."""
     output = Path(args.output) if args.output else default_output(args.config, _now()).parent
     instead = "Replace what is in it with --overwrite, or name another."
-    check_can_launch(os.environ, output, args.timeout_s, may_exist=args.overwrite, instead=instead)
+    check_can_launch(os.environ, args.launcher, output, args.timeout_s, may_exist=args.overwrite, instead=instead)
     config = load_run_config(args.config, args.set)
     spec = needed_spec(config, args.config)
     if config.input is None:
@@ -164,7 +167,10 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1.")
     own = AxisSizes(config.tp_size, config.pcp_size, config.dcp_size, config.data_parallel_size or 1)
     layouts = resolve_layouts(args.layouts or [own.name], _shared(config), Path(args.config).parent, spec, at_least=1)
+    if config.wandb is not None and not args.no_wandb:
+        need_package("wandb", 'the key "wandb"')
     for layout in layouts:
+        check_extras(layout.config, args.config)
         if (layout.config.dtype, layout.config.sampling) != (config.dtype, config.sampling):
             raise UserError(
                 f'layout "{layout.name}" has a dtype or sampling of its own; the forward is called once for all. '

@@ -20,6 +20,7 @@ from typing import IO, Literal, NoReturn
 import psutil
 
 from cpinfer.errors import OutputError, UserError
+from cpinfer.packages import need_package
 
 Launcher = Literal["torchrun", "deepspeed"]
 # How long a launcher may take to end its processes when it is asked to, before they are killed.
@@ -41,10 +42,12 @@ class Ended:
 
 
 def check_can_launch(
-    environ: Mapping[str, str], output: Path, timeout_s: float, *, may_exist: bool, instead: str
+    environ: Mapping[str, str], launcher: Launcher, output: Path, timeout_s: float, *, may_exist: bool, instead: str
 ) -> None:
-    """UserError for a tool that was started under a launcher itself, for a time limit that is none, and for an `output`
-    folder that holds something it may not; `instead` says what to do then."""
+    """UserError for a tool that was started under a launcher itself, for a launcher that is not installed, for a time
+    limit that is none, and for an `output` folder that holds something it may not; `instead` says what to do then."""
+    if launcher == "deepspeed":
+        need_package("deepspeed", "--launcher deepspeed")
     if int(environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("it launches processes itself. Start it with python, not under a launcher.")
     if not timeout_s > 0:
