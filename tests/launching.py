@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import select
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -90,3 +95,58 @@ def launch(command: Sequence[str], timeout_s: float, env: Mapping[str, str] | No
         if process.poll() is None:  # the test's own time was over first
             end_processes(process, set())
     return Finished(process.returncode, stdout, stderr, time.perf_counter() - started_s)
+
+
+def forked(
+    num_ranks: int, script: str, *arguments: str, timeout_s: float, env: Mapping[str, str] | None = None
+) -> Finished:
+    """`script` on ranks with the environment that torchrun gives them, without its imports: see `fork_server`.
+
+    For what is asked of ranks and not of a launcher. Past the timeout they are ended, and it fails.
+    """
+    started_s = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        world = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        job = {"script": script, "arguments": arguments, "num_ranks": num_ranks, "folder": folder}
+        server = _fork_server()
+        assert server.stdin is not None and server.stdout is not None
+        print(json.dumps({**job, "env": {**world, **where, **(env or {})}}), file=server.stdin, flush=True)
+        ready, _, _ = select.select([server.stdout], [], [], timeout_s)
+        line = server.stdout.readline() if ready else ""
+        stdout, stderr = (
+            "".join(path.read_text(errors="replace") for path in sorted(Path(folder).glob(f"{name}*")))
+            for name in ("stdout", "stderr")
+        )
+        if not line:
+            _end(server)
+            _fork_server.cache_clear()
+            raise AssertionError(
+                f"{script} {arguments} did not end within {timeout_s:g} s\n{stdout[-3000:]}\n{stderr[-3000:]}"
+            )
+    codes = json.loads(line)
+    return Finished(next((code for code in codes if code), 0), stdout, stderr, time.perf_counter() - started_s)
+
+
+@functools.cache
+def _fork_server() -> subprocess.Popen[str]:
+    """One for all tests of this process."""
+    server = subprocess.Popen(
+        [sys.executable, "tests/fork_server.py"],
+        cwd=ROOT,
+        env={**os.environ, **_ENVIRON},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
+    atexit.register(_end, server)
+    return server
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    """The server and its ranks, which share its session."""
+    if server.poll() is None:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

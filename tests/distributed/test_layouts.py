@@ -12,7 +12,7 @@ import pytest
 
 import cpinfer
 from cpinfer.config import SamplingParams, parse_config
-from launching import launch, torchrun
+from launching import forked
 from tiny_models import FAMILIES, make_model, prompts_of
 
 # kv: KV heads of the model where not its own 2; with fewer than tp they are expanded, and dcp above pcp then shards the
@@ -78,7 +78,7 @@ def test_every_family_over_real_processes_equals_transformers(num_ranks: int, tm
 def check(num_ranks: int, layouts: list[dict[str, Any]], folder: Path, timeout_s: float) -> None:
     output = folder / "outcomes.jsonl"
     worker = "tests/distributed/layout_worker.py"
-    finished = launch(torchrun(num_ranks, worker, str(output), json.dumps(layouts)), timeout_s=timeout_s)
+    finished = forked(num_ranks, worker, str(output), json.dumps(layouts), timeout_s=timeout_s)
     assert finished.returncode == 0, finished
     outcomes = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(outcomes) == len(layouts)

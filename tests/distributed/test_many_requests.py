@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from launching import launch, torchrun
+from launching import forked
 
 
 @pytest.mark.parametrize("num_requests", [200, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(900)])])
 def test_no_block_leaks_and_every_sample_is_present_once(num_requests: int) -> None:
     worker = "tests/distributed/many_requests_worker.py"
-    finished = launch(torchrun(2, worker, str(num_requests)), timeout_s=100 if num_requests < 1000 else 800)
+    finished = forked(2, worker, str(num_requests), timeout_s=100 if num_requests < 1000 else 800)
     assert finished.returncode == 0, finished
     outcome = finished.summary
     assert outcome["num_samples"] == num_requests

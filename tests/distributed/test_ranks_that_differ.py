@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from launching import launch, torchrun
+from launching import forked
 
 TOLD = {
     "block_size": "rank 1 has block_size 32, rank 0 has 16",
@@ -24,7 +24,7 @@ TOLD = {
 
 def test_ranks_that_differ_end_in_one_named_error_and_may_go_on_together(tmp_path: Path) -> None:
     output = tmp_path / "outcomes"
-    finished = launch(torchrun(2, "tests/distributed/same_call_worker.py", str(output)), timeout_s=100)
+    finished = forked(2, "tests/distributed/same_call_worker.py", str(output), timeout_s=100)
     assert finished.returncode == 0, finished
     zero, one = (json.loads(Path(f"{output}.{rank}").read_text()) for rank in range(2))
     for scenario, told in TOLD.items():

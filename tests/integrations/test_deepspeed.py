@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from launching import launch, torchrun
+from launching import forked
 
 
 def outcome_of(kind: str, num_ranks: int, tp_size: int) -> dict[str, Any]:
     worker = "tests/integrations/deepspeed_worker.py"
-    finished = launch(torchrun(num_ranks, worker, kind, str(tp_size)), timeout_s=100)
+    finished = forked(num_ranks, worker, kind, str(tp_size), timeout_s=100)
     assert finished.returncode == 0, finished
     return finished.summary
 

@@ -11,7 +11,7 @@ import pytest
 from cpinfer.config import JobConfig
 from cpinfer.errors import UnsupportedError
 from cpinfer_integrations import deepspeed as by_deepspeed
-from launching import accelerate, launch, torchrun
+from launching import Finished, accelerate, forked, launch
 
 WORKER = "tests/integrations/lending_worker.py"
 MIB = 2**20
@@ -26,9 +26,12 @@ MIXED = ("accelerate-ddp+bf16", "accelerate-fsdp2:layerwise+bf16", "accelerate-f
 Outcomes = dict[str, list[dict[str, Any]]]
 
 
-def outcomes_of(command: list[str], kinds: tuple[str, ...], **env: str) -> Outcomes:
+def outcomes_of(kinds: tuple[str, ...], num_ranks: int = 2) -> Outcomes:
     """By kind, what every rank found."""
-    finished = launch([*command, *kinds], timeout_s=280, env=env)
+    return _outcomes(forked(num_ranks, WORKER, *kinds, timeout_s=280), kinds)
+
+
+def _outcomes(finished: Finished, kinds: tuple[str, ...]) -> Outcomes:
     assert finished.returncode == 0, finished
     return dict(zip(kinds, finished.summary["outcomes"], strict=True))
 
@@ -36,9 +39,9 @@ def outcomes_of(command: list[str], kinds: tuple[str, ...], **env: str) -> Outco
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
     """Of everything that runs by default."""
-    under_torchrun = outcomes_of(torchrun(2, WORKER), (*DEEPSPEED, *DEEPSPEED_COSTS, "refusals"))
     kinds = PLAIN + PLAIN_COSTS + MIXED
-    return under_torchrun | outcomes_of(accelerate(2, WORKER), kinds, ACCELERATE_USE_CPU="true")
+    launched = launch([*accelerate(2, WORKER), *kinds], timeout_s=280, env={"ACCELERATE_USE_CPU": "true"})
+    return outcomes_of((*DEEPSPEED, *DEEPSPEED_COSTS, "refusals")) | _outcomes(launched, kinds)
 
 
 def check_training(outcome: dict[str, Any]) -> None:
@@ -148,7 +151,7 @@ def test_autocast_around_an_engines_forward_is_refused_by_name() -> None:
     ],
 )
 def test_other_stages_and_ranks_of_training_autotp_lend_as_well(num_ranks: int, kinds: tuple[str, ...]) -> None:
-    for of_ranks in outcomes_of(torchrun(num_ranks, WORKER), kinds).values():
+    for of_ranks in outcomes_of(kinds, num_ranks).values():
         for outcome in of_ranks:
             check_training(outcome)
 
@@ -156,7 +159,7 @@ def test_other_stages_and_ranks_of_training_autotp_lend_as_well(num_ranks: int, 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_latent_attention_experts_and_adapters_are_gathered_every_way_under_zero3() -> None:
-    for outcome in outcomes_of(torchrun(2, WORKER), ("families",))["families"]:
+    for outcome in outcomes_of(("families",))["families"]:
         assert len(outcome["cases"]) == 8
         for case in outcome["cases"]:
             assert all(case["same_tokens"]) and case["worst"] < 1e-4 and case["changed"] == [], case
@@ -165,7 +168,7 @@ def test_latent_attention_experts_and_adapters_are_gathered_every_way_under_zero
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_models_of_other_shapes_lend_as_well_or_are_refused_by_name() -> None:
-    for outcome in outcomes_of(torchrun(2, WORKER), ("shapes",))["shapes"]:
+    for outcome in outcomes_of(("shapes",))["shapes"]:
         assert len(outcome["cases"]) == 10
         for name, case in outcome["cases"].items():
             assert all(case["same_tokens"]) and case["worst"] < 1e-4, (name, case)

@@ -14,15 +14,15 @@ from cpinfer.engine.attach import config_errors
 from cpinfer.models.families import FAMILIES as SUPPORTED
 from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.transformers import topology_from
-from launching import launch, torchrun
+from launching import forked
 from tiny_models import FAMILIES
 
 SHARDED = [name for name, family in SUPPORTED.items() if "transformers_tp" not in family.refused]
 
 
 def check(folder: Path, num_ranks: int, cases: list[dict[str, Any]], timeout_s: float) -> None:
-    command = torchrun(num_ranks, "tests/integrations/transformers_worker.py", str(folder), json.dumps(cases))
-    finished = launch(command, timeout_s=timeout_s)
+    worker = "tests/integrations/transformers_worker.py"
+    finished = forked(num_ranks, worker, str(folder), json.dumps(cases), timeout_s=timeout_s)
     assert finished.returncode == 0, finished
     outcomes = finished.summary["outcomes"]
     assert [outcome["family"] for outcome in outcomes] == [case["family"] for case in cases]
