@@ -72,7 +72,7 @@ def test_deepspeeds_own_tensor_parallelism_is_sent_to_its_own_adapter() -> None:
 
 
 def test_a_pcp_that_does_not_divide_the_replicas_is_refused() -> None:
-    with pytest.raises(ValueError, match="pcp=3 does not divide the job's 4 replicas"):
+    with pytest.raises(ValueError, match="pcp=3 does not divide the job's 4 replica"):
         topology_from(accelerator_with(num_processes=4), pcp_size=3)
 
 

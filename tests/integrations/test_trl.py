@@ -256,8 +256,9 @@ def test_a_config_is_an_object_a_dict_a_path_or_nothing(tokenizer: Any, tmp_path
     untold = make_rollout_func()
     trainer = make_trainer(tokenizer, tmp_path, untold)
     assert len(untold(TEXTS, trainer)["completion_ids"]) == len(TEXTS)
-    with pytest.raises(cpinfer.UserError, match='unknown key "training"'):
-        make_rollout_func({"training": {"num_steps": 5}})
+    make_rollout_func({"training": {"num_steps": 5}})  # of a run, as in a file
+    with pytest.raises(cpinfer.UserError, match='unknown key "trainings"'):
+        make_rollout_func({"trainings": {"num_steps": 5}})
     with pytest.raises(cpinfer.UserError, match=r'dtype "bfloat16", the model.s weights are float32'):
         make_rollout_func({"dtype": "bfloat16"})(TEXTS, trainer)
 

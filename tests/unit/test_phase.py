@@ -56,8 +56,9 @@ def test_lending_and_a_phase_take_a_config_in_any_form(tmp_path):
     for config in (None, CONFIG, JobConfig(kv_cache_gib=0.001), {"kv_cache_gib": 0.001}, path):
         with rollout_phase(lend(module, config), config) as engine:
             assert engine.generate([[1, 2, 3]], GREEDY)
-    with pytest.raises(UserError, match='unknown key "comparison"'):
-        lend(module, {"comparison": {}})
+    lend(module, {"comparison": {}})  # of a run, as in a file
+    with pytest.raises(UserError, match='unknown key "comparisons"'):
+        lend(module, {"comparisons": {}})
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, ValueError])
