@@ -52,7 +52,6 @@ def _run(job: dict[str, Any], rank: int) -> NoReturn:
         os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT), fd)
     os.environ.update(job["env"], RANK=str(rank), LOCAL_RANK=str(rank))
     sys.argv = [job["script"], *job["arguments"]]
-    sys.path.insert(0, str(Path(job["script"]).resolve().parent))
     try:
         runpy.run_path(job["script"], run_name="__main__")
         code = 0

@@ -31,6 +31,9 @@ _ENVIRON = {
 }
 
 
+SCRIPTS = ":".join(str(ROOT / "tests" / folder) for folder in ("distributed", "integrations"))
+
+
 @dataclass(frozen=True)
 class Finished:
     """How a launcher ended, and all it and its processes printed."""
@@ -134,7 +137,8 @@ def _fork_server() -> subprocess.Popen[str]:
     server = subprocess.Popen(
         [sys.executable, "tests/fork_server.py"],
         cwd=ROOT,
-        env={**os.environ, **_ENVIRON},
+        # Scripts find what lies beside them.
+        env={**os.environ, **_ENVIRON, "PYTHONPATH": f"{_ENVIRON['PYTHONPATH']}:{SCRIPTS}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
