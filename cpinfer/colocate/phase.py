@@ -24,7 +24,6 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import ConfigLike
 from cpinfer.engine.attach import attach
 from cpinfer.engine.engine import Engine
-from cpinfer.logs import RankLogger
 from cpinfer.models.local_weights import storage_bytes
 
 
@@ -116,10 +115,7 @@ def rollout_phase(
     laps.append(time.perf_counter())
     gather_s, attach_s, _, detach_s, release_s = (end - start for start, end in pairwise(laps))
     cost = PhaseReport(lent.how, gather_s, attach_s, detach_s, release_s, weights_bytes, kv_pool_bytes)
-    topology = lent.topology
-    RankLogger(__name__, topology.rank, topology.grid.world_size, speaks=topology.is_writer).shared(
-        "phase of weights version %d: %s", weights_version, cost
-    )
+    lent.topology.logger(__name__).shared("phase of weights version %d: %s", weights_version, cost)
     if report is not None:
         report(cost)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from cpinfer.comm.axis import AxisComm, ProcessGroupComm, SoloComm
 from cpinfer.errors import RanksDifferError
 from cpinfer.layout.grid import Coords, Group, RankGrid
+from cpinfer.logs import RankLogger
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,17 @@ class Topology:
     @property
     def kv_shard(self) -> int:
         return self.dcp.index
+
+    def logger(self, name: str) -> RankLogger:
+        """The logger of this name on this rank; for its replica the first rank speaks.
+
+        Args:
+            name: of the module that logs.
+
+        Returns:
+            A logger whose records name the rank.
+        """
+        return RankLogger(name, self.rank, self.grid.world_size, speaks=self.is_writer)
 
     @property
     def is_writer(self) -> bool:

@@ -27,7 +27,6 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
-from cpinfer.logs import RankLogger
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
@@ -131,7 +130,7 @@ def engine_config(given: ConfigLike, keys: Mapping[str, Any]) -> EngineConfig:
 
 def _tell(engine: Engine, runner: ModelRunner, topology: Topology, config: EngineConfig) -> None:
     grid = topology.grid
-    RankLogger(__name__, topology.rank, grid.world_size, speaks=topology.is_writer).shared(
+    topology.logger(__name__).shared(
         "attached to a %s model in %s on %s: tp=%d pcp=%d dcp=%d dp=%d; KV pool of %d tokens, %.2f GiB on this rank; "
         "context exchange %s, decode exchange %s",
         runner.spec.family, str(runner.dtype).removeprefix("torch."), runner.device, grid.tp_size, grid.pcp_size,

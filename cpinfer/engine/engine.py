@@ -18,7 +18,6 @@ from cpinfer.engine.step_factory import make_step_runner
 from cpinfer.engine.step_loop import StepLoop
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
-from cpinfer.logs import RankLogger
 from cpinfer.models.runner import ModelRunner
 
 T = TypeVar("T")
@@ -294,8 +293,7 @@ class Engine:
         self.stats = scheduler.stats
         topology = self._topology
         home, num_ranks = topology.grid.home(topology.rank), topology.replica.size
-        log = RankLogger(__name__, self._topology.rank, self._topology.grid.world_size, speaks=self._topology.is_writer)
-        self._loop = StepLoop(scheduler, self._steps, self._stop_checker, home, num_ranks, log)
+        self._loop = StepLoop(scheduler, self._steps, self._stop_checker, home, num_ranks, topology.logger(__name__))
         return self._loop
 
     def _made_steps(self) -> StepRunner:

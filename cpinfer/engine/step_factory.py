@@ -14,7 +14,6 @@ from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.shards import KVSharding
-from cpinfer.logs import RankLogger
 from cpinfer.models.runner import ModelRunner
 
 
@@ -37,7 +36,7 @@ def make_step_runner(
         graphs = make_decode_graphs(
             runner, topology.replica, backend, cache, exchanges.decode, heads, sharding, max_rows
         )
-    RankLogger(__name__, topology.rank, grid.world_size, speaks=topology.is_writer).shared(
+    topology.logger(__name__).shared(
         "attention by %s (backend is %r, device %s), cascade_attention %s, CUDA graphs %s",
         backend.name, config.backend, runner.device, config.cascade_attention, "off" if graphs is None else "on",
     )  # fmt: skip

@@ -79,6 +79,8 @@ class AttentionRows:
 
     def over(self, layout: KVLayout) -> AttentionRows:
         """The same rows over a store of this layout."""
+        if layout.v_is_prefix_of_k == self.v_is_prefix_of_k:
+            return self  # rows that are made anew are checked anew, in every step
         return replace(self, v_is_prefix_of_k=layout.v_is_prefix_of_k)
 
     def within(self, window: int) -> AttentionRows:

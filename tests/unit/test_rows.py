@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.rows import AttentionRows
 
 
@@ -220,3 +221,11 @@ def test_a_window_of_no_token_is_refused(window):
 def test_a_window_over_rows_without_order_is_refused():
     with pytest.raises(ValueError, match="needs causal rows"):
         build([1], [6], [[5, 1]], causal=False).within(3)
+
+
+def test_rows_over_a_layout_they_are_of_already_are_the_same_rows():
+    """A decode step says it of its rows each time, and made anew they would be checked anew."""
+    rows = AttentionRows.build([1], [3], [[0]], block_size=4, causal=False)
+    latents = rows.over(KVLayout(1, 12, 8, v_is_prefix_of_k=True))
+    assert rows.over(KVLayout(2, 8, 8)) is rows
+    assert latents.v_is_prefix_of_k and latents.over(KVLayout(2, 8, 8)).v_is_prefix_of_k is False
