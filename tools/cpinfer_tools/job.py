@@ -64,6 +64,8 @@ from cpinfer_tools.run_config import RunConfig
 NO_REPORTS = ("WANDB_ERROR_REPORTING", "false")
 
 EXIT_DONE, EXIT_FAILURE, EXIT_BAD_INPUT = 0, 1, 2
+# Of what a tool launches, when nobody says otherwise.
+TIMEOUT_S = 6 * 3600.0
 
 Told = TypeVar("Told")
 
@@ -120,12 +122,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True) -> None:
-    """Flags of every tool that runs a config: --config, --output, --set, --dry-run, --resume | --overwrite."""
+    """Flags of every tool that is launched itself: --config, --output, --resume | --overwrite, and `add_run_flags`."""
     parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
     parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
-    )
     add_run_flags(parser)
     existing = parser.add_mutually_exclusive_group()
     if can_resume:
@@ -135,9 +134,21 @@ def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every tool: --dry-run, --log-level."""
+    """Flags of every tool that runs a config: --set, --dry-run, --log-level."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
+    )
     parser.add_argument("--dry-run", action="store_true", help="check everything, load and run nothing")
     parser.add_argument("--log-level", choices=LEVELS, default="warning", help="of cpinfer's logs, on stderr")
+
+
+def add_launch_flags(parser: argparse.ArgumentParser, *, each: str) -> None:
+    """Flags of every tool that launches others, `each` for a time of its own; and `add_run_flags`."""
+    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun")
+    parser.add_argument("--output", metavar="DIR", help="default: a new folder under runs/")
+    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help=f"of {each} (default: 6 h)")
+    parser.add_argument("--no-wandb", action="store_true", help="local files only")
+    add_run_flags(parser)
 
 
 def run_tool(tool: str, prepare: Callable[[Launch], J], work: Callable[[Launch, J], None]) -> int:

@@ -26,14 +26,13 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import transformers
 
 from cpinfer.errors import UserError
 from cpinfer.models.spec import ModelSpec
-from cpinfer.packages import need_package
 from cpinfer_tools.evaluation.questions import make_questions, settled
 from cpinfer_tools.job import (
     EXIT_BAD_INPUT,
@@ -41,7 +40,7 @@ from cpinfer_tools.job import (
     EXIT_FAILURE,
     NO_REPORTS,
     Parser,
-    add_run_flags,
+    add_launch_flags,
     check_extras,
     needed_spec,
     needed_tokenizer,
@@ -62,8 +61,6 @@ from cpinfer_tools.verify.comparison.layouts import Layout, load_comparison, res
 from cpinfer_tools.verify.comparison.results import Results, log_to_wandb, summarize, write_results
 from cpinfer_tools.verify.comparison.samples import Run, read_run
 
-# Of a run of one layout, when nobody says otherwise.
-TIMEOUT_S = 6 * 3600.0
 # Differences that rounding explains; half precision keeps 8 or 11 bits.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.05}
 # Disagreements that people and the last line see; comparison.json has all.
@@ -94,15 +91,8 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
         metavar="NAME",
         help="names such as tp4_pcp2_dcp4, or configs; the first is the reference",
     )
-    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun")
-    parser.add_argument("--output", metavar="DIR", help="default: a new folder under runs/")
+    add_launch_flags(parser, each="each run of a layout")
     parser.add_argument("--tolerance", type=float, metavar="NATS", help="largest logprob difference that passes")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
-    )
-    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="of each run of a layout (default: 6 h)")
-    parser.add_argument("--no-wandb", action="store_true", help="local files only")
-    add_run_flags(parser)
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--reuse", action="store_true", help="keep complete runs of the same config, model and tasks, run the others"
@@ -141,10 +131,9 @@ def prepare(args: argparse.Namespace) -> Job:
     asked = settled(config, spec.max_positions)
     wanted = args.layouts or config.comparison.layouts
     layouts = resolve_layouts(wanted, base, Path(args.config).parent, spec)
-    if config.wandb is not None and not args.no_wandb:
-        need_package("wandb", 'the key "wandb"')
+    wandb = None if args.no_wandb else config.wandb
     for layout in layouts:
-        check_extras(layout.config, args.config)
+        check_extras(replace(layout.config, wandb=wandb), args.config)
     needed_weights(config)  # the same for all runs
     wanted_tolerance = args.tolerance if args.tolerance is not None else config.comparison.tolerance
     tolerance = TOLERANCE[config.dtype] if wanted_tolerance is None else wanted_tolerance

@@ -55,7 +55,6 @@ from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
-from cpinfer.packages import need_package
 from cpinfer_integrations.launching import grid_for, launch_inference
 from cpinfer_tools.job import (
     EXIT_BAD_INPUT,
@@ -63,7 +62,7 @@ from cpinfer_tools.job import (
     EXIT_FAILURE,
     NO_REPORTS,
     Parser,
-    add_run_flags,
+    add_launch_flags,
     check_extras,
     needed_spec,
     needed_weights,
@@ -82,8 +81,6 @@ from cpinfer_tools.verify.comparison.report import Section, html_report
 
 ROLLOUT, FORWARD = "cpinfer_tools.rollout", "cpinfer_tools.verify.mismatch"
 GENERATE = "Transformers generate"
-# Of the rollouts of one layout, when nobody says otherwise.
-TIMEOUT_S = 6 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -117,17 +114,10 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
     parser.add_argument(
         "--layouts", nargs="+", metavar="NAME", help="names such as tp4_pcp2_dcp4, or configs; default: the config's"
     )
-    parser.add_argument("--launcher", choices=("torchrun", "deepspeed"), default="torchrun")
-    parser.add_argument("--output", metavar="DIR", help="default: a new folder under runs/")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="A.B=VALUE", help="override a config key; may be repeated"
-    )
+    add_launch_flags(parser, each="each layout's rollouts")
     parser.add_argument(
         "--batch-size", type=int, default=8, help="samples per call of the forward, and of generate (default: 8)"
     )
-    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="of each layout's rollouts (default: 6 h)")
-    parser.add_argument("--no-wandb", action="store_true", help="local files only")
-    add_run_flags(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace what is in a folder that exists")
     parser.add_argument("--forward-worker", metavar="FILE", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
@@ -167,10 +157,9 @@ def prepare(args: argparse.Namespace, argv: Sequence[str]) -> Job:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1.")
     own = AxisSizes(config.tp_size, config.pcp_size, config.dcp_size, config.data_parallel_size or 1)
     layouts = resolve_layouts(args.layouts or [own.name], _shared(config), Path(args.config).parent, spec, at_least=1)
-    if config.wandb is not None and not args.no_wandb:
-        need_package("wandb", 'the key "wandb"')
+    wandb = None if args.no_wandb else config.wandb
     for layout in layouts:
-        check_extras(layout.config, args.config)
+        check_extras(replace(layout.config, wandb=wandb), args.config)
         if (layout.config.dtype, layout.config.sampling) != (config.dtype, config.sampling):
             raise UserError(
                 f'layout "{layout.name}" has a dtype or sampling of its own; the forward is called once for all. '
@@ -211,7 +200,6 @@ def judge(job: Job, sampled: Mapping[str, Sampled], by_tp: Mapping[int, Mapping[
     `by_tp`: what the forwards under tensor parallelism said of the samples of their layouts.
     """
     assert job.config.model is not None, "prepare has refused that"
-    transformers.utils.logging.disable_progress_bar()
     with loading("mismatch", f"{job.config.model} in {job.config.dtype}", shown=True):
         model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(Launch().device)
     dtype = job.config.dtype
@@ -270,7 +258,6 @@ def run_forward(task_file: Path) -> int:
     task = json.loads(task_file.read_bytes())
     config, launched = load_run_config(task["config"]), Launch.from_environ(os.environ)
     compared = Compared.of(config.sampling)
-    transformers.utils.logging.disable_progress_bar()
     end_with_launcher(os.environ, program="mismatch")
     with default_group(launched, config.collective_timeout_s):
         with loading("mismatch", f"{config.model} in {config.dtype}", shown=launched.rank == 0):
