@@ -152,7 +152,3 @@ def _write_card(name: str, told: Mapping[str, Any], command: str, setting: Setti
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -254,7 +254,3 @@ def summarize_run(job: Training, trained: Trained, wall_s: float) -> dict[str, A
         "layout": job.meta["layout"],
         "output": str(job.output),
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())

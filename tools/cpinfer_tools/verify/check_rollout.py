@@ -151,7 +151,3 @@ class RoundedCache(DynamicCache):  # type: ignore[misc]  # transformers is untyp
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         largest = torch.finfo(self._dtype).max
         return x.clamp(-largest, largest).to(self._dtype).to(x.dtype)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -207,7 +207,3 @@ def _failed(name: str, evaluation: Evaluation, returncode: int | None, job: Job)
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

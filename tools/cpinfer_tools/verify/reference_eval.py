@@ -151,7 +151,3 @@ class _Clock:
 
     def end(self) -> None:
         """Nothing is held back."""
-
-
-if __name__ == "__main__":
-    sys.exit(main())
