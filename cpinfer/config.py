@@ -70,7 +70,9 @@ class SamplingParams(Checked):
     )
     stop_token_ids: tuple[int, ...] = _key("tokens that end an answer, beside the model's own", (), within=_TOKEN_ID)
     ignore_eos: bool = _key("do not end at the model's end-of-text tokens", False)
-    min_new_tokens: int = _key("no end of any kind before so many tokens", 0, within=Bounds(0, 2**30))
+    min_new_tokens: int = _key(
+        "tokens before any that may end an answer, by stop token or stop string", 0, within=Bounds(0, 2**30)
+    )
     logit_bias: tuple[tuple[int, float], ...] = _key(
         "added to the logits of tokens; in JSON an object by token id", (), within=(_TOKEN_ID, Bounds(-1e20, 1e20))
     )
@@ -99,8 +101,7 @@ class SamplingParams(Checked):
             "min_p": self.min_p > 0,
             "repetition_penalty": self.repetition_penalty != 1,
             "logit_bias": bool(self.logit_bias),
-            # An answer has a token at least: nothing may end before it anyway.
-            "min_new_tokens": self.min_new_tokens > 1,
+            "min_new_tokens": self.min_new_tokens > 0,
         }
         return tuple(key for key, does in shapes.items() if does)
 

@@ -32,6 +32,10 @@ class EngineFaultError(RuntimeError):
     """A step produced something that cannot be right (NaN logits, leaked blocks). Raised on every rank alike."""
 
 
+class NoTokenError(EngineFaultError):
+    """A step left a request no token to choose: its parameters and the model rule out all of them."""
+
+
 class RanksDifferError(RuntimeError):
     """Ranks of one replica did not make the same call. Raised on every rank alike, before anything ran."""
 

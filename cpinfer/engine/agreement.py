@@ -4,7 +4,7 @@ Before a call, `begin_together`: one gather of a fixed size, the digest of every
 not, or where a rank cannot begin, all ranks raise the same error, which names ranks and the first difference.
 
 After a step, `agree_on_tokens`: every rank sends a record per row it computed; of the copies on tp ranks, the first is
-the authority. A rank whose logits are not numbers, or whose consumer has stopped taking results, says so in the record,
+the authority. A rank whose logits are unusable, or whose consumer has stopped taking results, says so in the record,
 and all ranks raise the same error instead of drifting apart.
 """
 
@@ -30,8 +30,8 @@ Number = TypeVar("Number", bound=np.generic)
 
 # What a rank says before a call: it can begin, its user made a mistake, something else went wrong.
 _READY, _USER_ERROR, _ERROR = range(3)
-# What a rank says after a step, as bits.
-_FAULT, _LEAVES = 1, 2
+# What a rank says after a step, as bits; of a single row the last.
+_FAULT, _LEAVES, _NO_TOKEN = 1, 2, 4
 # Columns of a record, int32; floats as their bits. Behind them num_top likeliest tokens, then their logprobs.
 _TOKEN, _STATUS, _LOGPROB, _PROCESSED, _TOP = range(5)
 
@@ -121,13 +121,15 @@ def agree_on_tokens(
     device: torch.device,
     num_top: int = 0,
     *,
+    is_fault: bool = False,
     leaves: bool = False,
-) -> list[SampledToken]:
+) -> list[SampledToken | None]:
     """The tokens of a step, the same on every rank; none when the step samples none.
 
-    `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where its logits were
-    not finite. `num_top` bounds the `top` of every token of the step. `leaves`: this rank takes no more results.
-    EngineFaultError, on every rank, when any rank reports a row that is not finite; StreamEndedError when one leaves.
+    `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where no token could be
+    chosen, as it is in what is returned. `num_top` bounds the `top` of every token of the step. `is_fault`: logits of
+    this rank are unusable. `leaves`: it takes no more results. EngineFaultError, on every rank, when any reports a
+    fault; StreamEndedError when one leaves.
     """
     if not places:  # as every rank knows: chunks of prompts that go on in another step
         return []
@@ -136,15 +138,14 @@ def agree_on_tokens(
     floats = ints.view(np.float32)  # the same bits
     for row, token in enumerate(own):
         if token is None:
-            ints[row, _STATUS] = _FAULT
+            ints[row, _STATUS] = _NO_TOKEN
             continue
         ints[row, _TOKEN] = token.token_id
         floats[row, _LOGPROB], floats[row, _PROCESSED] = token.logprob, token.processed_logprob
         ints[row, _TOP : _TOP + num_top] = -1
         for i, (token_id, logprob) in enumerate(token.top):
             ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
-    if leaves:
-        ints[0, _STATUS] |= _LEAVES
+    ints[0, _STATUS] |= _FAULT * is_fault | _LEAVES * leaves
     gathered = replica.all_gather(torch.from_numpy(ints).to(device)).cpu().numpy()
     faults, left = (np.flatnonzero((gathered[..., _STATUS] & bit).any(axis=1)).tolist() for bit in (_FAULT, _LEAVES))
     if left:
@@ -155,7 +156,8 @@ def agree_on_tokens(
         )
     if faults:
         raise EngineFaultError(
-            f"logits are not finite on rank(s) {faults} of the replica; check the model's weights and dtype"
+            f"logits are not finite on rank(s) {faults} of the replica (NaN, +inf, or -inf for every token); check the "
+            "model's weights and dtype, and hooks that mask its logits"
         )
     pcp_ranks, rows = np.array(places).T
     mine = gathered[pcp_ranks * tp_size, rows]
@@ -166,18 +168,21 @@ def agree_on_scores(
     replica: AxisComm,
     tp_size: int,
     places: Sequence[tuple[int, int]],
-    own: Sequence[TokenScore | None],
+    own: Sequence[TokenScore],
     device: torch.device,
     *,
+    is_fault: bool = False,
     leaves: bool = False,
 ) -> list[TokenScore]:
     """The scores of a step, the same on every rank; arguments and errors as `agree_on_tokens` has them."""
-    as_tokens = [None if s is None else SampledToken(int(s.is_greedy), s.logprob, 0.0) for s in own]
-    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device, leaves=leaves)
-    return [TokenScore(token.logprob, bool(token.token_id)) for token in agreed]
+    as_tokens = [SampledToken(int(s.is_greedy), s.logprob, 0.0) for s in own]
+    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device, is_fault=is_fault, leaves=leaves)
+    return [TokenScore(token.logprob, bool(token.token_id)) for token in agreed if token is not None]
 
 
-def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken:
+def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken | None:
+    if ints[_STATUS] & _NO_TOKEN:
+        return None
     ids, logprobs = ints[_TOP : _TOP + num_top], floats[_TOP + num_top :]
     top = tuple((i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0)
     return SampledToken(ints[_TOKEN], floats[_LOGPROB], floats[_PROCESSED], top)

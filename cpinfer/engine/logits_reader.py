@@ -13,6 +13,7 @@ from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.step_plans import TokenPlace
 from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.errors import NoTokenError, quoted
 
 
 class LogitsReader:
@@ -33,23 +34,54 @@ class LogitsReader:
         leaves: bool,
     ) -> list[SampledToken]:
         """Sample this rank's rows, `requests`, where it is their authority; learn the tokens of all `samples`."""
+        topology, is_fault = self._topology, not usable(logits)
         own: Sequence[SampledToken | None] = []
-        if not bool(torch.isfinite(logits).all()):
-            own = [None] * len(requests)
-        elif self._topology.coords.tp_rank == 0:
+        if topology.coords.tp_rank == 0 and not is_fault:
             own = sample_tokens(logits, requests, self._stop_checker)
-        topology, device = self._topology, self._device
         num_top = max((s.params.top_logprobs for s in samples), default=0)
-        return agree_on_tokens(topology.replica, topology.grid.tp_size, places, own, device, num_top, leaves=leaves)
+        agreed = agree_on_tokens(
+            topology.replica,
+            topology.grid.tp_size,
+            places,
+            own,
+            self._device,
+            num_top,
+            is_fault=is_fault,
+            leaves=leaves,
+        )
+        tokens = []
+        for request, token in zip(samples, agreed, strict=True):
+            if token is None:
+                raise _no_token(request)
+            tokens.append(token)
+        return tokens
 
     def score(
         self, logits: Tensor, targets: Sequence[int], places: Sequence[TokenPlace], *, leaves: bool
     ) -> list[TokenScore]:
         """The scores of all `places` of a step, from this rank's rows of them, which are asked for `targets`."""
-        own: Sequence[TokenScore | None] = []
-        if not bool(torch.isfinite(logits).all()):
-            own = [None] * len(logits)
-        elif self._topology.coords.tp_rank == 0:
+        topology, is_fault = self._topology, not usable(logits)
+        own: Sequence[TokenScore] = []
+        if topology.coords.tp_rank == 0 and not is_fault:
             own = score_tokens(logits, targets)
-        topology, device = self._topology, self._device
-        return agree_on_scores(topology.replica, topology.grid.tp_size, places, own, device, leaves=leaves)
+        return agree_on_scores(
+            topology.replica, topology.grid.tp_size, places, own, self._device, is_fault=is_fault, leaves=leaves
+        )
+
+
+def usable(logits: Tensor) -> bool:
+    """Whether every row of `logits [N, vocab]` is one to choose a token by.
+
+    A token may be ruled out (-inf), as hooks do that mask vocabulary which nobody trained. NaN, +inf, and rows that
+    rule out all tokens, are faults: each of them shows in the largest of its row. True for N = 0.
+    """
+    return bool(torch.isfinite(logits.amax(dim=-1)).all())
+
+
+def _no_token(request: SampledRequest) -> NoTokenError:
+    prompt, params = request.prompt, request.params
+    return NoTokenError(
+        f"prompt {quoted(prompt.id)}, sample {request.sample_index}: no token is left to choose behind "
+        f"{len(request.sampled)} of the answer; min_new_tokens={params.min_new_tokens} rules out those that end it, "
+        "the model all others. Lower min_new_tokens, name fewer stop_token_ids, or look at what masks its logits."
+    )

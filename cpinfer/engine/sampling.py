@@ -7,6 +7,7 @@ to move, so a request may change rank, be batched with anything, or be computed 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,28 +20,39 @@ from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.models.logits import logits_processors
 
 
-def sample_tokens(logits: Tensor, requests: Sequence[SampledRequest], stop_checker: StopChecker) -> list[SampledToken]:
+def sample_tokens(
+    logits: Tensor, requests: Sequence[SampledRequest], stop_checker: StopChecker
+) -> list[SampledToken | None]:
     """One token for each row of `logits [N, vocab]`, float32, chosen as each row's request wants. Empty for N = 0.
 
-    A row that may not end yet (`min_new_tokens`) does not choose a token that would end it.
+    A row that may not end yet (`min_new_tokens`) does not choose a token that would end it. None for a row that is left
+    with no token to choose.
     """
     alike: dict[tuple[tuple[object, ...], tuple[int, ...]], list[int]] = {}
     for row, request in enumerate(requests):
         params = request.params
-        may_end = len(request.sampled) + 1 >= params.min_new_tokens
+        may_end = len(request.sampled) >= params.min_new_tokens
         suppressed = () if may_end else stop_checker.stop_token_ids(params)
         alike.setdefault((params.distribution, suppressed), []).append(row)
-    sampled: dict[int, SampledToken] = {}
+    sampled: dict[int, SampledToken | None] = {}
     for (_, suppressed), rows in alike.items():
         chosen = _sample_alike(logits[rows], [requests[row] for row in rows], suppressed)
         sampled.update(zip(rows, chosen, strict=True))
     return [sampled[row] for row in range(len(requests))]
 
 
-def _sample_alike(logits: Tensor, requests: list[SampledRequest], suppressed: tuple[int, ...]) -> list[SampledToken]:
+def _sample_alike(
+    logits: Tensor, requests: list[SampledRequest], suppressed: tuple[int, ...]
+) -> list[SampledToken | None]:
     """Sample rows whose requests share the shape of their distribution."""
     params = requests[0].params
     scores = _process(logits, requests, params, suppressed)
+    has_token = torch.ones(len(requests), dtype=torch.bool)
+    if (
+        suppressed
+    ):  # nothing else takes the last token away: logits are checked, and other processors keep the likeliest
+        has_token = scores.amax(dim=-1) > -torch.inf
+        scores = scores.masked_fill(~has_token.unsqueeze(-1), 0.0)  # whatever is drawn there is not used
     if params.greedy:
         tokens = scores.argmax(dim=-1)
         processed = torch.zeros(len(requests))
@@ -52,9 +64,9 @@ def _sample_alike(logits: Tensor, requests: list[SampledRequest], suppressed: tu
     top: list[tuple[tuple[int, float], ...]] = [()] * len(requests)
     if params.top_logprobs:
         values, ids = raw.topk(min(params.top_logprobs, raw.shape[-1]), dim=-1)
-        top = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+        top = [_possible(*row) for row in zip(ids.tolist(), values.tolist(), strict=True)]
     rows = zip(tokens.tolist(), _pick(raw, tokens).tolist(), processed.tolist(), top, strict=True)
-    return [SampledToken(*row) for row in rows]
+    return [SampledToken(*row) if has else None for row, has in zip(rows, has_token.tolist(), strict=True)]
 
 
 def score_tokens(logits: Tensor, targets: Sequence[int]) -> list[TokenScore]:
@@ -78,6 +90,11 @@ def _process(
     # The penalty looks at the text so far, whose length differs from row to row.
     histories = [torch.tensor([s.all_token_ids], device=logits.device) for s in requests]
     return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])
+
+
+def _possible(ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
+    """The pairs of tokens that a model does not rule out."""
+    return tuple((i, p) for i, p in zip(ids, logprobs, strict=True) if p > -math.inf)
 
 
 def _draw(logprobs: Tensor, uniforms: list[float]) -> Tensor:

@@ -1,7 +1,17 @@
-"""When an answer ends: at a stop token, or where its text shows a stop string."""
+"""When an answer ends: at a stop token, or where its text shows a stop string.
+
+Stop strings are looked for in the text that all tokens make, special ones included, as Transformers has it; the text
+that callers see leaves special tokens out. Nothing before the answer counts, and nothing that is complete before
+`min_new_tokens` are there.
+
+    tokens           the    valley   <|im_end|>
+    looked through   "the valley<|im_end|>"          stop "<|im_end|>" or "y<|im" is found here
+    text             "the valley"                    up to where the stop string begins
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from cpinfer.config import SamplingParams
@@ -18,16 +28,12 @@ class StopChecker:
     def stops(self, request: SampledRequest) -> bool:
         """Whether the newest token ends the request."""
         params = request.params
-        if len(request.sampled) < params.min_new_tokens:
-            return False
         if request.last_token_id in self.stop_token_ids(params):
-            return True
+            return len(request.sampled) > params.min_new_tokens
         if not params.stop:
             return False
-        # A string of c characters that the newest token completes began at most 4 * c tokens ago (bytes of UTF-8).
-        window = 4 * max(map(len, params.stop)) + 4
-        text = self._decode(request.token_ids[-window:])
-        return any(stop in text for stop in params.stop)
+        assert self._tokenizer is not None, "the engine refuses stop strings without a tokenizer"
+        return stop_begins_at(self._tokenizer, request.token_ids, params) is not None
 
     def stop_token_ids(self, params: SamplingParams) -> tuple[int, ...]:
         """Tokens that end an answer, ascending."""
@@ -35,13 +41,55 @@ class StopChecker:
         return tuple(sorted({*params.stop_token_ids, *eos}))
 
     def text(self, request: SampledRequest) -> str | None:
-        """The answer's text up to its first stop string, special tokens left out; None without a tokenizer."""
+        """The answer's text up to the stop string that ended it, special tokens left out; None without a tokenizer."""
         if self._tokenizer is None:
             return None
-        text = self._decode(request.token_ids)
-        starts = [text.find(stop) for stop in request.params.stop if stop in text]
-        return text[: min(starts)] if starts else text
+        return shown_text(self._tokenizer, request.token_ids, request.params)
 
-    def _decode(self, token_ids: list[int]) -> str:
-        assert self._tokenizer is not None, "the engine refuses stop strings without a tokenizer"
-        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True))
+
+def stop_begins_at(tokenizer: Any, token_ids: Sequence[int], params: SamplingParams) -> tuple[int, int] | None:
+    """Where the first stop string begins that the last token completes: None when it completes none.
+
+    `(start, offset)`: at character `offset` of the text that the tokens from `start` on make.
+    """
+    if not params.stop or len(token_ids) <= params.min_new_tokens:
+        return None
+    # A string of c characters that the newest token completes began at most 4 * c tokens ago (bytes of UTF-8).
+    start = max(0, len(token_ids) - 4 * max(map(len, params.stop)) - 4)
+    text = _whole_text(tokenizer, token_ids[start:])
+    stops = [stop for stop in params.stop if stop in text]
+    if not stops:  # as a rule
+        return None
+    # From here on it is the last token's doing; that may also make a character whole that others began.
+    before = _whole_text(tokenizer, token_ids[start:-1])
+    is_new = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
+    offsets = [text.find(stop, max(0, is_new - len(stop) + 1)) for stop in stops]
+    offset = min((offset for offset in offsets if offset >= 0), default=None)
+    return None if offset is None else (start, offset)
+
+
+def shown_text(tokenizer: Any, token_ids: Sequence[int], params: SamplingParams) -> str:
+    """The text of an answer without special tokens, up to the stop string that its last token completes, if any."""
+    stop = stop_begins_at(tokenizer, token_ids, params)
+    if stop is None:
+        return _shown(tokenizer, token_ids)
+    start, offset = stop
+    # Most of what is before the stop string are whole tokens; of the next one there is a piece.
+    whole, cut = "", start
+    text = _whole_text(tokenizer, token_ids[start:])
+    for end in range(start + 1, len(token_ids)):
+        beginning = _whole_text(tokenizer, token_ids[start:end])
+        if len(beginning) > offset:
+            break
+        if text.startswith(beginning):  # else it ends within a character
+            whole, cut = beginning, end
+    piece = "" if token_ids[cut] in tokenizer.all_special_ids else text[len(whole) : offset]
+    return _shown(tokenizer, token_ids[:cut]) + piece
+
+
+def _whole_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False, spaces_between_special_tokens=False))
+
+
+def _shown(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_engine_parity import generate, grid_name
+from transformers import AutoTokenizer
 
 from cpinfer.config import SamplingParams, parse_config
-from cpinfer.errors import UserError
+from cpinfer.errors import EngineFaultError, NoTokenError, UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 GRIDS = [RankGrid(), RankGrid(pcp_size=2, dcp_size=2), RankGrid(pcp_size=2, dcp_size=1)]
 PROMPTS = prompts_of((5, 40, 17), vocab_size=128)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "configs" / "recall-tiny")
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +52,83 @@ def test_nothing_ends_before_min_new_tokens(model: Any, grid: RankGrid) -> None:
     stops = tuple({r.token_ids[1] for r in free})
     early = SamplingParams(temperature=0, max_new_tokens=12, stop_token_ids=stops)
     assert all(len(r.token_ids) <= 2 for r in generate(model, grid, PROMPTS, early))
-    late = SamplingParams(temperature=0, max_new_tokens=12, stop_token_ids=stops, min_new_tokens=5)
-    for result in generate(model, grid, PROMPTS, late):
-        assert len(result.token_ids) >= 5
-        assert not set(result.token_ids[:4]) & set(stops)
+    for num_tokens in (1, 3, 5):
+        late = SamplingParams(temperature=0, max_new_tokens=12, stop_token_ids=stops, min_new_tokens=num_tokens)
+        for prompt, result in zip(PROMPTS, generate(model, grid, PROMPTS, late), strict=True):
+            assert list(result.token_ids) == by_transformers(
+                model, prompt, max_new_tokens=12, min_new_tokens=num_tokens, eos_token_id=list(stops)
+            )
+            assert len(result.token_ids) > num_tokens and not set(result.token_ids[:num_tokens]) & set(stops)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_stop_strings_of_special_tokens_end_answers_as_in_transformers(
+    model: Any, grid: RankGrid, tokenizer: Any
+) -> None:
+    """Alone, before and behind other text; the text that is shown has none of them, and ends where they begin."""
+    (answer,) = generate(model, grid, PROMPTS[:1], SamplingParams(temperature=0, max_new_tokens=12), tokenizer)
+    place, special = 4, tokenizer.decode([answer.token_ids[4]])
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": [special]})
+    assert special not in tokenizer.decode(answer.token_ids, skip_special_tokens=True)
+    before, after = (tokenizer.decode([answer.token_ids[i]]) for i in (place - 1, place + 1))
+    for stop, num_tokens in ((special, place + 1), (before + special, place + 1), (special + after, place + 2)):
+        params = SamplingParams(temperature=0, max_new_tokens=12, stop=(stop,))
+        (ended,) = generate(model, grid, PROMPTS[:1], params, tokenizer)
+        assert list(ended.token_ids) == by_transformers(
+            model, PROMPTS[0], max_new_tokens=12, stop_strings=[stop], tokenizer=tokenizer
+        )
+        assert ended.token_ids == answer.token_ids[:num_tokens] and ended.finish_reason == "stop"
+        assert ended.text == tokenizer.decode(
+            answer.token_ids[: place - (stop[0] != special)], skip_special_tokens=True
+        )
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_a_stop_string_within_the_minimum_neither_ends_nor_cuts(model: Any, grid: RankGrid, tokenizer: Any) -> None:
+    (free,) = generate(model, grid, PROMPTS[:1], SamplingParams(temperature=0, max_new_tokens=12), tokenizer)
+    stop = tokenizer.decode([free.token_ids[3]])
+    params = SamplingParams(temperature=0, max_new_tokens=12, stop=(stop,), min_new_tokens=12)
+    (whole,) = generate(model, grid, PROMPTS[:1], params, tokenizer)
+    assert whole.token_ids == free.token_ids and whole.text == free.text and whole.finish_reason == "length"
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_vocabulary_that_a_hook_rules_out_is_no_fault(model: Any, grid: RankGrid, temperature: float) -> None:
+    masked = mask_all_but(model, range(64))
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=6, top_logprobs=2)
+    for prompt, result in zip(PROMPTS, generate(masked, grid, PROMPTS, sampling), strict=True):
+        assert max(result.token_ids) < 64
+        logprobs = check_rollout.score(masked, prompt, result.token_ids)
+        assert (logprobs - torch.tensor(result.logprobs)).abs().max() <= 1e-4
+        if not temperature:
+            assert list(result.token_ids) == by_transformers(masked, prompt, max_new_tokens=6)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_a_request_that_is_left_without_a_token_is_an_error_by_name(model: Any, grid: RankGrid) -> None:
+    ends = SamplingParams(temperature=0, max_new_tokens=6, min_new_tokens=2, stop_token_ids=(7, 9))
+    with pytest.raises(NoTokenError, match=r'prompt "0", sample 0: .* behind 0 of the answer; min_new_tokens=2'):
+        generate(mask_all_but(model, (7, 9)), grid, PROMPTS[:1], ends)
+    with pytest.raises(EngineFaultError, match="-inf for every token"):
+        generate(mask_all_but(model, ()), grid, PROMPTS[:1], SamplingParams(max_new_tokens=6))
+
+
+def mask_all_but(model: Any, tokens: Any) -> Any:
+    """A copy whose logits are -inf elsewhere."""
+    masked, mask = copy.deepcopy(model), torch.full((128,), -torch.inf)
+    mask[list(tokens)] = 0.0
+    masked.lm_head.register_forward_hook(lambda module, args, logits: logits + mask)
+    return masked
+
+
+def by_transformers(model: Any, prompt: list[int], **options: Any) -> list[int]:
+    """What `generate` writes, greedily."""
+    ids = torch.tensor([prompt])
+    with torch.no_grad():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, **options)
+    return list(out[0, len(prompt) :].tolist())
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_name)

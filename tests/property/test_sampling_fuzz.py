@@ -69,7 +69,7 @@ def check(rows):
         assert math.isfinite(token.logprob) and token.logprob <= 0
         assert math.isfinite(token.processed_logprob) and token.processed_logprob <= 1e-6
         assert len(token.top) == min(params.top_logprobs, VOCAB)
-        if len(sequence.sampled) + 1 < params.min_new_tokens:
+        if len(sequence.sampled) < params.min_new_tokens:
             assert token.token_id not in stop_checker.stop_token_ids(params), "it may not end yet"
 
 

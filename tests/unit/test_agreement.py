@@ -94,10 +94,8 @@ def test_a_fault_on_one_rank_is_the_same_error_on_every_rank(faulty):
     def body(topology):
         _, pcp_rank, tp_rank = topology.coords
         own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
-        if topology.rank == faulty:
-            own[-1] = None
         try:
-            agree_on_tokens(topology.replica, 2, PLACES, own, CPU)
+            agree_on_tokens(topology.replica, 2, PLACES, own, CPU, is_fault=topology.rank == faulty)
         except EngineFaultError as error:
             messages[topology.rank] = str(error)
 
@@ -105,6 +103,18 @@ def test_a_fault_on_one_rank_is_the_same_error_on_every_rank(faulty):
     assert sorted(messages) == [0, 1, 2, 3]
     assert len(set(messages.values())) == 1
     assert f"not finite on rank(s) [{faulty}]" in messages[0]
+
+
+def test_a_row_without_a_token_is_known_to_all_where_its_first_tp_rank_says_so():
+    def body(topology):
+        _, pcp_rank, tp_rank = topology.coords
+        own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
+        if (pcp_rank, tp_rank) == (1, 0):
+            own[0] = None
+        return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)
+
+    for tokens in run_ranks(GRID, body):
+        assert [t is None for t in tokens] == [place == (1, 0) for place in PLACES]
 
 
 def test_agreement_is_one_collective_however_many_rows():

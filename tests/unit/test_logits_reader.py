@@ -5,10 +5,10 @@ import torch
 
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams
-from cpinfer.engine.logits_reader import LogitsReader
-from cpinfer.engine.request import Prompt, SampledRequest
+from cpinfer.engine.logits_reader import LogitsReader, usable
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.stop_checker import StopChecker
-from cpinfer.errors import EngineFaultError
+from cpinfer.errors import EngineFaultError, NoTokenError
 from cpinfer.layout.grid import RankGrid
 
 GRID = RankGrid(tp_size=2, pcp_size=2)
@@ -50,6 +50,33 @@ def test_logits_that_are_not_finite_on_any_rank_are_an_error_on_all(broken_rank)
         return True
 
     assert all(run_ranks(GRID, body))
+
+
+def test_a_token_that_is_ruled_out_is_no_fault_and_a_row_without_any_is_one():
+    nan, inf = torch.nan, torch.inf
+    assert usable(torch.tensor([[-inf, 0.0, -1e30], [3.0, -inf, -inf]])) and usable(torch.zeros(0, 8))
+    for row in ([0.0, nan], [0.0, inf], [-inf, -inf], [nan, inf], [-inf, nan]):
+        assert not usable(torch.tensor([[0.0, 1.0], row]))
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_a_request_that_is_left_without_a_token_is_named_on_every_rank(temperature):
+    """The model rules out all but token 6, and its parameters that one for the first two tokens."""
+    params = SamplingParams(temperature=temperature, min_new_tokens=2, stop_token_ids=(6,))
+
+    def body(topology):
+        last = SampledRequest(Prompt(2, "third", (1,)), 5, params, 4)
+        samples = [*REQUESTS[:2], last]
+        own = [[REQUESTS[0], last], [REQUESTS[1]]][topology.coords.pcp_rank]
+        logits = torch.full((len(own), 8), -torch.inf)
+        logits[:, 6] = 0.0
+        reader = LogitsReader(topology, CPU, StopChecker((), None))
+        with pytest.raises(NoTokenError, match='prompt "third", sample 5: no token is left to choose behind 0 '):
+            reader.sample(logits, own, samples, PLACES, leaves=False)
+        last.sampled = [SampledToken(1, 0.0, 0.0)] * 2  # may end now
+        return [t.token_id for t in reader.sample(logits, own, samples, PLACES, leaves=False)]
+
+    assert run_ranks(RankGrid(pcp_size=2), body) == [[6, 6, 6]] * 2
 
 
 def test_all_ranks_get_the_scores_of_every_place():

@@ -243,13 +243,30 @@ def test_parameters_that_do_not_choose_tokens_do_not_change_them():
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
 def test_a_row_that_may_not_end_yet_does_not_choose_a_token_that_would_end_it(temperature):
-    logits = torch.zeros(3, VOCAB)
+    logits = torch.zeros(4, VOCAB)
     logits[:, [EOS, 7]] = 30.0
     params = SamplingParams(temperature=temperature, min_new_tokens=3, stop_token_ids=(7,))
-    # The third token is the first that may be an end: rows with 0, 1 and 2 tokens so far.
-    rows = [make_sequence(params, so_far=range(10, 10 + n)) for n in range(3)]
-    first, second, third = (s.token_id for s in sample_tokens(logits, rows))
-    assert first not in (EOS, 7) and second not in (EOS, 7) and third in (EOS, 7)
+    # Three tokens come before the first that may be an end.
+    rows = [make_sequence(params, so_far=range(10, 10 + n)) for n in range(4)]
+    *held_back, last = (s.token_id for s in sample_tokens(logits, rows))
+    assert not {EOS, 7} & set(held_back) and last in (EOS, 7)
+
+
+def test_a_row_that_is_left_with_no_token_has_none_and_others_have_theirs():
+    logits = torch.full((3, VOCAB), -torch.inf)
+    logits[:2, EOS], logits[2, 5] = 1.0, 1.0
+    for temperature in (0, 0.7):
+        early, late = SamplingParams(temperature=temperature, min_new_tokens=1), SamplingParams(temperature=temperature)
+        rows = [make_sequence(early), make_sequence(late), make_sequence(early)]
+        first, second, third = sample_tokens(logits, rows)
+        assert first is None and (second.token_id, third.token_id) == (EOS, 5)
+
+
+def test_tokens_that_the_model_rules_out_are_no_top_logprobs():
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, [3, 9]] = torch.tensor([2.0, 1.0])
+    (token,) = sample_tokens(logits, [make_sequence(SamplingParams(temperature=0, top_logprobs=5))])
+    assert [i for i, _ in token.top] == [3, 9] and all(math.isfinite(p) for _, p in token.top)
 
 
 def test_top_logprobs_are_of_the_raw_distribution_in_order():

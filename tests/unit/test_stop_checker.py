@@ -93,13 +93,13 @@ def test_without_its_stop_string_an_answer_goes_on(tokenizer):
     assert stops_after(StopChecker((EOS,), tokenizer), ids, stop=("four",)) is None
 
 
-def test_text_is_cut_before_the_first_stop_string_and_tokens_are_not(tokenizer):
+def test_text_is_cut_before_the_stop_string_that_ended_it_and_tokens_are_not(tokenizer):
     ids = tokenizer("one two three")["input_ids"]
     stop_checker = StopChecker((), tokenizer)
-    sequence = make_sequence(ids, stop=("three", "two"))
+    sequence = make_sequence(ids, stop=("three", "two three"))
     assert stop_checker.text(sequence) == "one "
     assert sequence.token_ids == ids
-    assert stop_checker.text(make_sequence(ids, stop=("one",))) == ""
+    assert stop_checker.text(make_sequence(tokenizer("one")["input_ids"], stop=("one",))) == ""
     assert stop_checker.text(make_sequence(ids, stop=("four",))) == "one two three"
 
 
@@ -108,10 +108,74 @@ def test_text_leaves_special_tokens_out(tokenizer):
     assert StopChecker((EOS,), tokenizer).text(make_sequence([*ids, EOS])) == "one two"
 
 
-def test_a_special_token_can_be_no_part_of_a_stop_string(tokenizer):
-    ids = tokenizer("a;b")["input_ids"]
-    assert EOS in ids
-    assert stops_after(StopChecker((), tokenizer), ids, stop=("ab",)) == len(ids)
+@pytest.mark.parametrize(
+    ("stop", "num_tokens", "text"),
+    [
+        (";", 2, "a"),  # a special token alone
+        ("a;", 2, ""),  # mixed
+        (";b", 3, "a"),
+        ("; ", None, None),
+        ("ab", None, None),  # the text without special tokens has it, what was generated has not
+        ("d;", 7, "ab c"),
+        ("c", 5, "ab "),  # behind a special token
+    ],
+)
+def test_stop_strings_are_looked_for_with_special_tokens_and_text_is_shown_without(tokenizer, stop, num_tokens, text):
+    ids = tokenizer("a;b cd;")["input_ids"]
+    assert ids.count(EOS) == 2
+    assert stops_after(StopChecker((), tokenizer), ids, stop=(stop,)) == num_tokens
+    if num_tokens is not None:
+        assert StopChecker((), tokenizer).text(make_sequence(ids[:num_tokens], stop=(stop,))) == text
+
+
+def test_a_piece_of_a_special_token_is_no_text():
+    tokenizer = with_end_of_turn()
+    ids = tokenizer("hello<|im_end|>")["input_ids"]
+    for stop, text in {"<|im_end|>": "hello", "im_end": "hello", "|>": "hello", "o<|im": "hell"}.items():
+        assert stops_after(StopChecker((), tokenizer), ids, stop=(stop,)) == len(ids)
+        assert StopChecker((), tokenizer).text(make_sequence(ids, stop=(stop,))) == text
+
+
+def test_text_within_characters_of_many_bytes_is_cut_between_them():
+    tokenizer = with_end_of_turn()
+    ids = tokenizer("🙂漢<|im_end|>字€")["input_ids"]
+    n = stops_after(StopChecker((), tokenizer), ids, stop=("字",))
+    assert StopChecker((), tokenizer).text(make_sequence(ids[:n], stop=("字",))) == "🙂漢"
+    n = stops_after(StopChecker((), tokenizer), ids, stop=("漢",))
+    assert StopChecker((), tokenizer).text(make_sequence(ids[:n], stop=("漢",))) == "🙂"
+
+
+def with_end_of_turn():
+    """A tokenizer of bytes with a special token of many characters, whose parts are no tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "configs" / "recall-tiny")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_end|>"]})
+    return tokenizer
+
+
+# The rule of min_new_tokens: what ends an answer is none of the m tokens that it has at least (Transformers' `generate`
+# holds back end-of-text tokens while fewer than m are there; vLLM looks for stop strings behind them).
+
+
+def test_a_stop_token_ends_an_answer_behind_the_minimum_alone():
+    stop_checker = StopChecker((EOS,), None)
+    assert stops_after(stop_checker, [EOS] * 5, min_new_tokens=0) == 1
+    assert stops_after(stop_checker, [EOS] * 5, min_new_tokens=1) == 2
+    assert stops_after(stop_checker, [EOS] * 5, min_new_tokens=3) == 4
+
+
+def test_a_stop_string_within_the_minimum_neither_ends_nor_cuts(tokenizer):
+    ids = tokenizer("one two three")["input_ids"]
+    stop_checker = StopChecker((), tokenizer)
+    complete = stops_after(stop_checker, ids, stop=("two",))
+    assert stops_after(stop_checker, ids, stop=("two",), min_new_tokens=complete - 1) == complete
+    # With one token more it is complete too early, and stays what it is for all that comes behind it.
+    assert stops_after(stop_checker, ids, stop=("two",), min_new_tokens=complete) is None
+    sequence = make_sequence(ids, stop=("two",), min_new_tokens=complete)
+    assert stop_checker.text(sequence) == "one two three"
+    twice = tokenizer("one two three two")["input_ids"]
+    assert stops_after(stop_checker, twice, stop=("two",), min_new_tokens=complete) == len(twice)
+    sequence = make_sequence(twice, stop=("two",), min_new_tokens=complete)
+    assert stop_checker.text(sequence) == "one two three "
 
 
 def test_without_a_tokenizer_there_is_no_text():

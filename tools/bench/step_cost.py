@@ -284,7 +284,9 @@ def sampling_us(params: SamplingParams, num_rows: int, num_steps: int) -> float:
     stop_checker = StopChecker((), None)
     chosen = sample_tokens(logits, rows, stop_checker)
     if params.greedy:
-        assert [token.token_id for token in chosen] == logits.argmax(dim=-1).tolist(), "greedy is not the argmax"
+        assert [token and token.token_id for token in chosen] == logits.argmax(dim=-1).tolist(), (
+            "greedy is not the argmax"
+        )
     seconds = []
     for _ in range(max(3, num_steps // 10)):
         start = time.thread_time()
