@@ -166,6 +166,12 @@ class EngineConfig(Checked):
         None,
         within=Bounds(0, 2**14, above_low=True),
     )
+    max_model_len: int | None = _key(
+        "tokens of a prompt and its answer together; default: what the model was made for (under yarn its factor times "
+        "its original length). More is warned of",
+        None,
+        within=_TOKENS,
+    )
     max_num_seqs: int = _key("sequences that run at once", 256, within=Bounds(1, 2**20))
     max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192, within=_TOKENS)
     enable_prefix_caching: bool = _key("keep KV of finished sequences, for prompts that begin alike", True)

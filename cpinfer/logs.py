@@ -36,6 +36,10 @@ class RankLogger(logging.LoggerAdapter[logging.Logger]):
         """What others know too: at INFO where this rank speaks for them, else at DEBUG."""
         self.log(self.shared_level, msg, *args)
 
+    def shared_warning(self, msg: str, *args: object) -> None:
+        """A warning that others would give too: as such where this rank speaks for them, else at DEBUG."""
+        self.log(logging.WARNING if self.shared_level == logging.INFO else logging.DEBUG, msg, *args)
+
 
 @contextmanager
 def log_to(

@@ -39,8 +39,9 @@ REFUSALS: dict[str, Refusal] = {
     "layer_type": Refusal("attention other than full and sliding-window (chunked, ...)", "Use another model."),
     "bidirectional": Refusal("bidirectional attention", "Set use_bidirectional_attention to false."),
     "length_dependent_rope": Refusal(
-        "RoPE whose frequencies depend on the longest position of a step (longrope)",
-        "Set another rope_type.",
+        "RoPE whose frequencies depend on the longest position of a step (longrope; dynamic beyond the config's "
+        "max_position_embeddings)",
+        "Set another rope_type, or stay within max_position_embeddings.",
     ),
     "transformers_tp": Refusal(
         "tensor parallelism by Transformers where its plan leaves attention unsharded",

@@ -92,7 +92,7 @@ def attach(
                     f"the tokenizer is a {type(tokenizer).__name__}; one of Transformers was wanted, as "
                     "AutoTokenizer.from_pretrained gives it."
                 )
-            spec = model_spec(model)
+            spec = model_spec(model).with_max_model_len(wanted.max_model_len)
             check_layout(spec, wanted, topology.grid)
             runner = stack.enter_context(attached(model, spec, topology.grid.tp_size, topology.coords.tp_rank))
             _check_dtype(wanted, runner)
@@ -137,6 +137,12 @@ def _tell(engine: Engine, runner: ModelRunner, topology: Topology, config: Engin
         grid.dcp_size, grid.dp_size, engine.kv_capacity_tokens, engine.kv_pool_bytes / 2**30,
         config.context_exchange, config.decode_exchange,
     )  # fmt: skip
+    made_for = runner.spec.positions.made_for
+    if runner.spec.max_positions > made_for:
+        topology.logger(__name__).shared_warning(
+            "max_model_len is %d; the model was made for %d positions, and nobody knows what it writes beyond them",
+            runner.spec.max_positions, made_for,
+        )  # fmt: skip
 
 
 def what_runs(spec: ModelSpec, grid: RankGrid, config: EngineConfig, tokenizer: Any | None) -> Mapping[str, object]:

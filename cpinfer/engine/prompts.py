@@ -133,7 +133,8 @@ def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: 
     check_tokens(prompt.token_ids, spec)
     if length >= spec.max_positions:
         raise UserError(
-            f"the prompt has {length} tokens; the model has {spec.max_positions} positions, one of them for an answer."
+            f"the prompt has {length} tokens; the model has {spec.max_positions} positions, one of them for an answer. "
+            "Shorten it, or raise max_model_len."
         )
     longest = length + min(params.max_new_tokens, spec.max_positions - length) - 1
     if pool.sharding.num_blocks(longest) > pool.num_blocks:
@@ -171,7 +172,7 @@ def check_scored_length(num_prompt: int, num_targets: int, spec: ModelSpec, pool
     length = num_prompt + num_targets - 1
     found = f"the prompt has {num_prompt} tokens and the continuation {num_targets}, which makes {length} to compute"
     if length > spec.max_positions:
-        raise UserError(f"{found}; the model has {spec.max_positions} positions.")
+        raise UserError(f"{found}; the model has {spec.max_positions} positions. Shorten it, or raise max_model_len.")
     if pool.sharding.num_blocks(length) > pool.num_blocks:
         raise UserError(
             f"{found}; the KV pool holds {pool.capacity_tokens}. Raise kv_cache_gib or decode_context_parallel_size."

@@ -47,6 +47,7 @@ class Family:
             names.
         has_fused_qkv: queries, keys and values come from one projection, `c_attn`. AutoTP keeps its K and V whole on
             every rank, but cuts the queries by the number of KV heads that it reads in the config.
+        has_position_table: positions are learned, a row of a table each, and there are no more.
         refused: features that do not run, with the reason.
         not_applicable: features that have no meaning for it, with the reason.
     """
@@ -56,6 +57,7 @@ class Family:
     is_latent: bool = False
     window_on_every_layer: bool = False
     has_fused_qkv: bool = False
+    has_position_table: bool = False
     refused: Mapping[Feature, str] = field(default_factory=dict)
     not_applicable: Mapping[Feature, str] = field(default_factory=dict)
 
@@ -84,6 +86,7 @@ FAMILIES: dict[str, Family] = {
         "GPT-BigCode (StarCoder)",
         "MQA",
         has_fused_qkv=True,
+        has_position_table=True,
         refused={"transformers_tp": "Transformers has no plan for it"},
         not_applicable={"mixed_heads": _ONE_KV_HEAD},
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cpinfer.errors import UserError
@@ -11,6 +11,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.config_values import OLD_NAMES, check_number, check_relations, check_token_ids, check_values
 from cpinfer.models.families import FAMILIES, RECURRENT, RECURRENT_LAYERS, Family
+from cpinfer.models.positions import Positions, rope_types
 from cpinfer.refusals import refuse
 
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
@@ -46,7 +47,8 @@ class ModelSpec:
     `num_kv_heads` counts the model's own heads, not the copies made for tensor parallelism; a latent counts as one.
     `head_dim` is that of queries and keys. `mlp_size` is the width of the MLP that a token passes, all its experts
     together. `windows`: for each layer how many of the last tokens a query sees, its own included, None for all.
-    `latent` is None where K and V are cached as they are. `max_positions` bounds prompt and answer together.
+    `latent` is None where K and V are cached as they are. `max_positions` bounds prompt and answer together,
+    `positions` says how many there could be.
     """
 
     family: str
@@ -60,6 +62,7 @@ class ModelSpec:
     max_positions: int
     eos_token_ids: tuple[int, ...]
     windows: tuple[int | None, ...]
+    positions: Positions
     latent: LatentDims | None = None
 
     @classmethod
@@ -75,6 +78,7 @@ class ModelSpec:
         check_relations(config)
         num_q_heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_q_heads
+        positions = Positions.of(config, has_table=FAMILIES[config["model_type"]].has_position_table)
         generation_config = generation_config or {}
         check_token_ids(generation_config, "eos_token_id", "generation_config.json")
         eos = generation_config.get("eos_token_id")
@@ -88,11 +92,16 @@ class ModelSpec:
             hidden_size=config["hidden_size"],
             mlp_size=_mlp_size(config),
             vocab_size=config["vocab_size"],
-            max_positions=config["max_position_embeddings"],
+            max_positions=positions.made_for,
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
             windows=_windows(config),
+            positions=positions,
             latent=latent,
         )
+
+    def with_max_model_len(self, max_model_len: int | None) -> ModelSpec:
+        """With so many positions, None for as many as it was made for. UserError where it cannot have them."""
+        return replace(self, max_positions=self.positions.most(max_model_len))
 
     @property
     def traits(self) -> Family:
@@ -182,12 +191,6 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     if unknown := layer_types - {"full_attention", "sliding_attention"}:
         raise refuse("layer_type", f"{found} with layers of {', '.join(sorted(unknown))}")
     # Ranks and steps see different longest positions, so they would rotate one sequence by different angles. (`dynamic`
-    # changes beyond max_positions alone, where no prompt can come.)
-    if "longrope" in _rope_types(config.get("rope_parameters") or config.get("rope_scaling")):
+    # does so beyond max_position_embeddings, where `Positions` ends.)
+    if "longrope" in rope_types(config):
         raise refuse("length_dependent_rope", f'{found} with rope_type "longrope"')
-
-
-def _rope_types(rope: Any) -> list[Any]:
-    """Kinds of RoPE in a config's `rope_parameters`, which has one set of them, or one for each kind of layer."""
-    sets = [rope, *rope.values()] if isinstance(rope, Mapping) else []
-    return [inner.get("rope_type", inner.get("type")) for inner in sets if isinstance(inner, Mapping)]

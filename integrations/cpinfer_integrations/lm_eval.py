@@ -99,7 +99,10 @@ class CpinferLM(TemplateLM):
     ) -> None:
         super().__init__()
         if max_length is not None and max_length > engine.max_positions:
-            raise UserError(f"max_length={max_length} was asked for; the model has {engine.max_positions} positions.")
+            raise UserError(
+                f"max_length={max_length} was asked for; the model has {engine.max_positions} positions here. "
+                "Lower it, or raise max_model_len."
+            )
         self.engine = engine
         self.topology = topology
         self.tokenizer = tokenizer
@@ -135,7 +138,7 @@ class CpinferLM(TemplateLM):
         config = _config(args)
         assert config.model is not None
         launch = _launch()
-        spec = load_spec(config.model)
+        spec = load_spec(config.model).with_max_model_len(config.max_model_len)
         errors = config_errors(spec, config, config.data_parallel_size or 1)
         if errors:
             raise UserError(" ".join(errors))

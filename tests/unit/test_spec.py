@@ -11,6 +11,7 @@ import transformers
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.models.families import FAMILIES
+from cpinfer.models.positions import Positions
 from cpinfer.models.spec import NUM_KV_HEADS_BEFORE_EXPANSION, LatentDims, ModelSpec
 
 SHAPE = {
@@ -54,7 +55,7 @@ SPECS = {
     "gpt_oss": {"mlp_size": 4 * 96, "windows": (128, None, 128)},
     "deepseek_v2": {"num_kv_heads": 1, "head_dim": 16, "mlp_size": 6 * 32, "latent": LatentDims(24, 4, 12, 6)},
     "deepseek_v3": {"num_kv_heads": 1, "head_dim": 16, "mlp_size": 5 * 32, "latent": LatentDims(24, 4, 12, 6)},
-    "gpt_bigcode": {"num_kv_heads": 1, "head_dim": 8},
+    "gpt_bigcode": {"num_kv_heads": 1, "head_dim": 8, "positions": Positions(512, "table")},
 }
 # Families whose configs name a head_dim; the others have hidden_size / num_attention_heads, or parts of it.
 NAME_HEAD_DIM = [f for f in CLASSES if f not in ("deepseek_v2", "deepseek_v3", "gpt_bigcode")]
@@ -89,6 +90,7 @@ def test_a_supported_config_is_read_whole(family):
         "max_positions": 512,
         "eos_token_ids": (7,),
         "windows": (None,) * 3,
+        "positions": Positions(512),
         "latent": None,
     }
     assert spec == ModelSpec(**{"family": family, **llama, **SPECS[family]})
@@ -291,7 +293,7 @@ def test_a_config_that_names_no_model_is_no_hugging_face_model():
 
 def test_rope_that_depends_on_the_length_of_a_step_is_refused():
     """longrope picks its frequencies by the largest position in the forward: every rank of a prefill has another one,
-    and so has every step. (`dynamic` only changes beyond max_positions, where no prompt can come.)"""
+    and so has every step. (`dynamic` only changes beyond max_positions, where no prompt comes: test_positions.)"""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": 256}
     rope |= {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     with pytest.raises(UnsupportedError, match="longrope"):

@@ -31,6 +31,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import assign_prompts
 from cpinfer.layout.rules import LayoutSizes
+from cpinfer.models.positions import Positions
 from cpinfer_tools.lengths import length
 
 AXES = ("tp", "pcp", "dcp", "dp")
@@ -318,7 +319,7 @@ def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
         head_dim=_first(size("head_dim"), width // heads if width and heads else None),
         kv_lora_rank=size("kv_lora_rank"),
         qk_rope_head_dim=size("qk_rope_head_dim"),
-        max_model_len=size("max_position_embeddings"),
+        max_model_len=Positions.of(data, has_table=False).made_for if size("max_position_embeddings") else None,
     )
 
 

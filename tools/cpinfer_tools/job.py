@@ -273,7 +273,10 @@ def needed_spec(config: RunConfig, config_path: str) -> ModelSpec:
     """What the config's model is. UserError when it names none."""
     if config.model is None:
         raise UserError(f'config {config_path}: "model" is missing; a Hugging Face id or a folder was wanted.')
-    return load_spec(config.model)
+    try:
+        return load_spec(config.model).with_max_model_len(config.max_model_len)
+    except UserError as error:
+        raise type(error)(f"config {config_path}: {error}") from error
 
 
 def needed_weights(config: RunConfig, *, in_files: bool = True) -> Weights:

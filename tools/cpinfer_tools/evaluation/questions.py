@@ -62,7 +62,8 @@ def settled(config: RunConfig, max_positions: int) -> RunConfig:
     too_long = [length for length in evaluation.lengths if length > max_positions]
     if too_long:
         raise UserError(
-            f"length {too_long[0]} is more than the model's {max_positions} positions. Ask for fewer tokens."
+            f"length {too_long[0]} is more than the model's {max_positions} positions. Ask for fewer tokens, or raise "
+            "max_model_len."
         )
     tasks = evaluation.tasks or tuple(TASKS)
     for name in tasks:
