@@ -54,7 +54,7 @@ class SamplingParams(Checked):
 
     # Temperature, penalty and bias: together they keep float32 logits finite.
     temperature: float = _key("0 is greedy", 1.0, within=Bounds(1e-5, 1e30, or_zero=True))
-    top_k: int = _key("keep the k likeliest tokens; 0 keeps all", 0, within=_COUNT)
+    top_k: int = _key("keep the k likeliest tokens; 0 (or -1) keeps all", 0, within=Bounds(-1, 2**31 - 1))
     top_p: float = _key(
         "keep the likeliest tokens that hold this much probability together", 1.0, within=Bounds(0, 1, above_low=True)
     )
@@ -80,8 +80,16 @@ class SamplingParams(Checked):
         "report so many of the likeliest tokens at each place, with raw logprobs", 0, within=Bounds(0, 1024)
     )
 
+    prompt_logprobs: bool = _key(
+        "report raw logprobs of the prompt's tokens, with `top_logprobs` also the likeliest in their places; all of "
+        "the prompt is computed then, whatever is cached",
+        False,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.top_k == -1:  # as others say it
+            object.__setattr__(self, "top_k", 0)
         require("" not in self.stop, "stop", list(self.stop), "free of empty strings")
         ok = self.min_new_tokens <= self.max_new_tokens
         require(ok, "min_new_tokens", self.min_new_tokens, f'at most "max_new_tokens" ({self.max_new_tokens})')

@@ -170,14 +170,15 @@ def agree_on_scores(
     places: Sequence[tuple[int, int]],
     own: Sequence[TokenScore],
     device: torch.device,
+    num_top: int = 0,
     *,
     is_fault: bool = False,
     leaves: bool = False,
 ) -> list[TokenScore]:
     """The scores of a step, the same on every rank; arguments and errors as `agree_on_tokens` has them."""
-    as_tokens = [SampledToken(int(s.is_greedy), s.logprob, 0.0) for s in own]
-    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device, is_fault=is_fault, leaves=leaves)
-    return [TokenScore(token.logprob, bool(token.token_id)) for token in agreed if token is not None]
+    as_tokens = [SampledToken(int(s.is_greedy), s.logprob, 0.0, s.top) for s in own]
+    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device, num_top, is_fault=is_fault, leaves=leaves)
+    return [TokenScore(token.logprob, bool(token.token_id), token.top) for token in agreed if token is not None]
 
 
 def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken | None:

@@ -57,15 +57,25 @@ class LogitsReader:
         return tokens
 
     def score(
-        self, logits: Tensor, targets: Sequence[int], places: Sequence[TokenPlace], *, leaves: bool
+        self, logits: Tensor, targets: Sequence[int], places: Sequence[TokenPlace], num_top: int = 0, *, leaves: bool
     ) -> list[TokenScore]:
-        """The scores of all `places` of a step, from this rank's rows of them, which are asked for `targets`."""
+        """The scores of all `places` of a step, from this rank's rows of them, which are asked for `targets`.
+
+        With the `num_top` likeliest tokens of each.
+        """
         topology, is_fault = self._topology, not usable(logits)
         own: Sequence[TokenScore] = []
         if topology.coords.tp_rank == 0 and not is_fault:
-            own = score_tokens(logits, targets)
+            own = score_tokens(logits, targets, num_top)
         return agree_on_scores(
-            topology.replica, topology.grid.tp_size, places, own, self._device, is_fault=is_fault, leaves=leaves
+            topology.replica,
+            topology.grid.tp_size,
+            places,
+            own,
+            self._device,
+            num_top,
+            is_fault=is_fault,
+            leaves=leaves,
         )
 
 

@@ -45,10 +45,14 @@ class SampledToken:
 
 @dataclass(frozen=True)
 class TokenScore:
-    """The model's logprob of a token that was given to it, and whether it finds no other likelier at that place."""
+    """The model's logprob of a token that was given to it, and whether it finds no other likelier at that place.
+
+    `top`: the likeliest tokens there and their logprobs, as many as are asked for.
+    """
 
     logprob: float
     is_greedy: bool
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(eq=False)
@@ -56,7 +60,7 @@ class Request(ABC):
     """What the scheduler has to know of anything that runs: its tokens, and the KV blocks that it holds.
 
     What becomes of its logits, its type says: a `SampledRequest` draws tokens from them, a `ScoredRequest` reads off
-    how likely a given answer is.
+    how likely a given answer is. `scores` are of tokens that it was given, as far as they are known.
     """
 
     prompt: Prompt
@@ -66,6 +70,7 @@ class Request(ABC):
     blocks: list[int] = field(default_factory=list)
     # Blocks at the front that it gave back, because no layer sees their tokens any more; their numbers are gone.
     num_dropped: int = 0
+    scores: list[TokenScore] = field(default_factory=list)
     finished_s: float | None = None
 
     @property
@@ -85,7 +90,16 @@ class Request(ABC):
 
     @abstractmethod
     def scored_positions(self, start: int, end: int) -> range:
-        """Places in `[start, end)` of a prefill whose logits score a token of a given answer."""
+        """Places in `[start, end)` of a prefill whose logits score a token that it was given."""
+
+    @abstractmethod
+    def target_at(self, place: int) -> int:
+        """The token that the logits at a scored place are asked for."""
+
+    @property
+    def num_top(self) -> int:
+        """How many of the likeliest tokens it wants to know at each place."""
+        return 0
 
     @abstractmethod
     def shares_prefill_with(self, other: Request) -> bool:
@@ -152,20 +166,38 @@ class SampledRequest(Request):
 
     @property
     def first_logits_place(self) -> int:
-        """The newest token: the next is drawn from its logits."""
-        return len(self.prompt.token_ids) + len(self.sampled) - 1
+        """The newest token: the next is drawn from its logits. With a prompt that is to be scored, the first."""
+        return 0 if self._num_unscored else len(self.prompt.token_ids) + len(self.sampled) - 1
+
+    @property
+    def _num_unscored(self) -> int:
+        """Tokens of the prompt whose logprobs are asked for and not known. Nothing comes before the first."""
+        return len(self.prompt.token_ids) - 1 - len(self.scores) if self.params.prompt_logprobs else 0
 
     def scored_positions(self, start: int, end: int) -> range:
-        return range(0)
+        return range(start, min(end, len(self.prompt.token_ids) - 1)) if self._num_unscored else range(0)
+
+    def target_at(self, place: int) -> int:
+        return self.prompt.token_ids[place + 1]
+
+    @property
+    def num_top(self) -> int:
+        return self.params.top_logprobs
 
     def shares_prefill_with(self, other: Request) -> bool:
-        """Whether both are samples of one prompt, and neither has a token of its own yet."""
-        return isinstance(other, SampledRequest) and self.prompt is other.prompt and not (self.sampled or other.sampled)
+        """Whether both are samples of one prompt, neither has a token of its own yet, and both have their scores."""
+        return (
+            isinstance(other, SampledRequest)
+            and self.prompt is other.prompt
+            and not (self.sampled or other.sampled)
+            and len(self.scores) == len(other.scores)
+        )
 
     def result(self, text: str | None, weights_version: int) -> RolloutResult:
         """What became of it, once it is finished; `text` is that of its tokens."""
         assert self.finish_reason and self.first_token_s and self.finished_s
         later_tokens = len(self.sampled) - 1
+        is_scored, has_top = self.params.prompt_logprobs, self.params.top_logprobs > 0
         decode_s = self.finished_s - self.first_token_s
         return RolloutResult(
             id=self.prompt.id,
@@ -180,7 +212,9 @@ class SampledRequest(Request):
             ttft_s=self.first_token_s - self.submitted_s,
             tpot_s=decode_s / later_tokens if later_tokens else None,
             weights_version=weights_version,
-            top_logprobs=tuple(s.top for s in self.sampled) if self.params.top_logprobs else None,
+            top_logprobs=tuple(s.top for s in self.sampled) if has_top else None,
+            prompt_logprobs=(None, *(s.logprob for s in self.scores)) if is_scored else None,
+            prompt_top_logprobs=((), *(s.top for s in self.scores)) if is_scored and has_top else None,
         )
 
 
@@ -193,8 +227,6 @@ class ScoredRequest(Request):
     """
 
     targets: tuple[int, ...]
-    _: KW_ONLY
-    scores: list[TokenScore] = field(default_factory=list)
 
     @property
     def all_token_ids(self) -> tuple[int, ...]:
@@ -213,7 +245,6 @@ class ScoredRequest(Request):
         return range(max(start, self.first_logits_place), end)
 
     def target_at(self, place: int) -> int:
-        """The target that the logits at a scored place are asked for."""
         return self.targets[place - self.first_logits_place]
 
     def shares_prefill_with(self, other: Request) -> bool:
@@ -262,6 +293,10 @@ class RolloutResult:
         weights_version: weight changes that the engine had been told of.
         top_logprobs: for each token the likeliest ones with their raw logprobs; None (and no key of an output line)
             unless asked for.
+        prompt_logprobs: one per token of the prompt, as `logprobs`; None for the first, which nothing comes before.
+            None (and no key) unless asked for.
+        prompt_top_logprobs: for each token of the prompt the likeliest ones in its place, none for the first. None (and
+            no key) unless both are asked for.
     """
 
     id: str
@@ -277,3 +312,5 @@ class RolloutResult:
     tpot_s: float | None
     weights_version: int
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    prompt_logprobs: tuple[float | None, ...] | None = None
+    prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None

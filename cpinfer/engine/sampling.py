@@ -61,22 +61,23 @@ def _sample_alike(
         tokens = _draw(logprobs, uniforms(requests))
         processed = _pick(logprobs, tokens)
     raw = torch.log_softmax(logits, dim=-1)
-    top: list[tuple[tuple[int, float], ...]] = [()] * len(requests)
-    if params.top_logprobs:
-        values, ids = raw.topk(min(params.top_logprobs, raw.shape[-1]), dim=-1)
-        top = [_possible(*row) for row in zip(ids.tolist(), values.tolist(), strict=True)]
+    top = _likeliest(raw, params.top_logprobs)
     rows = zip(tokens.tolist(), _pick(raw, tokens).tolist(), processed.tolist(), top, strict=True)
     return [SampledToken(*row) if has else None for row, has in zip(rows, has_token.tolist(), strict=True)]
 
 
-def score_tokens(logits: Tensor, targets: Sequence[int]) -> list[TokenScore]:
-    """How likely each row of `logits [N, vocab]`, float32, finds its target. Empty for N = 0."""
+def score_tokens(logits: Tensor, targets: Sequence[int], num_top: int = 0) -> list[TokenScore]:
+    """How likely each row of `logits [N, vocab]`, float32, finds its target, and its `num_top` likeliest tokens.
+
+    Empty for N = 0.
+    """
     if not targets:
         return []
     tokens = torch.tensor(targets, device=logits.device)
-    logprobs = _pick(torch.log_softmax(logits, dim=-1), tokens)
+    raw = torch.log_softmax(logits, dim=-1)
     is_greedy = logits.argmax(dim=-1) == tokens
-    return [TokenScore(*score) for score in zip(logprobs.tolist(), is_greedy.tolist(), strict=True)]
+    scores = zip(_pick(raw, tokens).tolist(), is_greedy.tolist(), _likeliest(raw, num_top), strict=True)
+    return [TokenScore(*score) for score in scores]
 
 
 def _process(
@@ -92,9 +93,12 @@ def _process(
     return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])
 
 
-def _possible(ids: list[int], logprobs: list[float]) -> tuple[tuple[int, float], ...]:
-    """The pairs of tokens that a model does not rule out."""
-    return tuple((i, p) for i, p in zip(ids, logprobs, strict=True) if p > -math.inf)
+def _likeliest(logprobs: Tensor, num_top: int) -> list[tuple[tuple[int, float], ...]]:
+    """For each row its likeliest tokens that are possible, and their logprobs."""
+    if not num_top:
+        return [()] * len(logprobs)
+    values, ids = (x.tolist() for x in logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1))
+    return [tuple((i, p) for i, p in zip(*row, strict=True) if p > -math.inf) for row in zip(ids, values, strict=True)]
 
 
 def _draw(logprobs: Tensor, uniforms: list[float]) -> Tensor:

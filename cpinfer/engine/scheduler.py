@@ -131,8 +131,9 @@ class Scheduler:
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
             if self.window is not None:
                 self._drop_dead_of_leaders(chunk.prefill)
-            for scored in chunk.prefill.scored:
-                scored.scores += islice(next_scores, len(chunk.scored_positions))
+            found = list(islice(next_scores, len(chunk.scored_positions)))
+            for request in chunk.prefill.requests:  # samples of one prompt share its scores
+                request.scores += found
             if chunk.is_last:
                 self._remember(chunk.prefill)
                 started += self._fork(chunk.prefill)

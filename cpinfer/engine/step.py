@@ -50,7 +50,7 @@ class Chunk:
 
     @property
     def scored_positions(self) -> range:
-        """Places in the sequence whose logits score a token of a given answer: of the one request that has one."""
+        """Places in the sequence whose logits score a given token: of the prompt, or of an answer. The same for all."""
         return self.prefill.requests[0].scored_positions(self.start, self.end)
 
 

@@ -144,7 +144,7 @@ class StepPlanner:
             requests=[sample for _, sample in drawn],
             places=[(owner, next(rows[owner])) for owner in owners],
             scored=scored,
-            targets=[r.target_at(place) for i, place in scored.own for r in chunks[i].prefill.scored],
+            targets=[chunks[i].prefill.requests[0].target_at(place) for i, place in scored.own],
         )
 
     def decode(self, running: Sequence[SampledRequest]) -> DecodeInput:

@@ -78,9 +78,10 @@ class StepRunner:
         attention = self._attention.prefill(planned)
         logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows)
         scored = logits[len(planned.sampled_rows) :]
+        num_top = max((c.prefill.requests[0].num_top for c in step.chunks if c.scored_positions), default=0)
         return StepOutput(
             self._reader.sample(logits[planned.drawn], planned.requests, step.samples, planned.places, leaves=leaves),
-            self._reader.score(scored, planned.targets, planned.scored.places, leaves=leaves),
+            self._reader.score(scored, planned.targets, planned.scored.places, num_top, leaves=leaves),
         )
 
     def _decode(self, running: Sequence[SampledRequest], leaves: bool) -> list[SampledToken]:

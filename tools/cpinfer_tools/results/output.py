@@ -217,8 +217,9 @@ class ResultWriter:
     def write(self, result: RolloutResult) -> None:
         """A line with the fields of a result."""
         line = dataclasses.asdict(result)
-        if result.top_logprobs is None:
-            del line["top_logprobs"]
+        for field in dataclasses.fields(result):
+            if field.default is None and line[field.name] is None:
+                del line[field.name]
         self.write_line(line)
 
     def write_line(self, line: Mapping[str, Any]) -> None:
