@@ -302,7 +302,7 @@ class LaunchConfig(JobConfig):
 
 
 # Keys that tools' `RunConfig` has beyond a job's. A file that says them too serves attach and trainers as well.
-KEYS_OF_TOOLS = frozenset(("input", "output", "evaluation", "comparison", "training", "wandb"))
+KEYS_OF_TOOLS = frozenset(("generation_config", "input", "output", "evaluation", "comparison", "training", "wandb"))
 # Keys that other engines know and this one refuses by name, with the row of the table that says why.
 _REFUSED_KEYS = {
     "speculative_config": "speculative_decoding",

@@ -18,6 +18,7 @@ from cpinfer.engine.step_factory import make_step_runner
 from cpinfer.engine.step_loop import StepLoop
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.models.generation_config import sampling_keys
 from cpinfer.models.runner import ModelRunner
 
 T = TypeVar("T")
@@ -66,6 +67,21 @@ class Engine:
             Its length in tokens; below 1 when no prompt leaves room.
         """
         return longest_prompt(sampling, self._runner.spec, self._needs.pool_size)
+
+    def default_sampling_params(self, **changes: Any) -> SamplingParams:
+        """What the model's own generation_config says of sampling: no call takes it unless it is handed over.
+
+        Args:
+            changes: keys of `SamplingParams` that win over it.
+
+        Returns:
+            The parameters. Where neither says anything, the defaults of `SamplingParams`; `do_sample: false` is
+            temperature 0.
+
+        Raises:
+            UserError: where the generation_config asks for something that cpinfer does not know, or a value is illegal.
+        """
+        return SamplingParams(**{**sampling_keys(self._runner.generation_config), **changes})
 
     @property
     def is_awake(self) -> bool:

@@ -27,12 +27,18 @@ from cpinfer.models.expected_weights import (
     expected_weights,
     without_load_report,
 )
+from cpinfer.models.generation_config import sampling_keys
 from cpinfer.models.spec import ModelSpec, refuse_unsupported
 
 
 def load_spec(model: str) -> ModelSpec:
     """What a model is, from its config files alone. UserError when there is none, or when it is refused."""
     return ModelSpec.from_config(_read_config(model).to_dict(), _read_generation_config(model))
+
+
+def model_sampling(model: str) -> dict[str, Any]:
+    """What a model's generation_config.json says of sampling, as keys of `SamplingParams`. UserError as `load_spec`."""
+    return sampling_keys(_read_generation_config(model) or {})
 
 
 def load_tokenizer(model: str, **options: Any) -> Any | None:

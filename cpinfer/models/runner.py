@@ -127,6 +127,12 @@ class ModelRunner:
         return self._adapters
 
     @property
+    def generation_config(self) -> Mapping[str, Any]:
+        """What the model's generation_config says, as plain data."""
+        found = getattr(self._model, "generation_config", None)
+        return {} if found is None else found.to_dict()
+
+    @property
     def has_experts(self) -> bool:
         return any(map(is_moe_block, self._model.modules()))
 

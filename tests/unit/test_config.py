@@ -109,7 +109,7 @@ def test_a_whole_number_will_do_where_a_number_is_wanted():
     "key, bad, good",
     [
         ("temperature", -0.1, 0),
-        ("top_k", -1, 0),
+        ("top_k", -2, -1),
         ("top_p", 0, 0.01),
         ("top_p", 1.01, 1),
         ("min_p", -0.1, 0),
@@ -126,6 +126,11 @@ def test_a_sampling_value_out_of_range_is_refused_at_the_edge(key, bad, good):
     with pytest.raises(UserError, match=rf'"(sampling\.)?{key}" is .*; it must be '):
         parse_run_config({"sampling": {key: bad}})
     parse_run_config({"sampling": {key: good}})
+
+
+def test_a_top_k_of_minus_1_is_off_and_the_same_as_0():
+    assert SamplingParams(top_k=-1) == SamplingParams(top_k=0) and SamplingParams(top_k=-1).top_k == 0
+    assert parse_run_config({"sampling": {"top_k": -1}}) == parse_run_config({})
 
 
 def test_an_answer_cannot_have_to_be_longer_than_it_may_be():

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from cpinfer.config import LaunchConfig, load_as, parse_as, path_from
+from cpinfer.errors import UserError
+from cpinfer.models.loading import model_sampling
 from cpinfer.schema import Bounds, Checked, require
 from cpinfer.schema import key as _key
 from cpinfer_integrations.wandb_config import WandbConfig
@@ -94,6 +96,11 @@ class TrainingConfig(Checked):
 class RunConfig(LaunchConfig):
     """Everything a tool needs to know: the keys above, and what only tools read."""
 
+    generation_config: Literal["ignore", "model"] = _key(
+        "where `sampling` says nothing: `ignore` takes the defaults named here, `model` what the model's "
+        "generation_config.json says",
+        "ignore",
+    )
     input: str | None = _key("prompts, JSON Lines (relative to the config file)", None)
     output: str | None = _key("results, JSON Lines; default: a new folder under runs/", None)
     evaluation: EvaluationConfig = _key("long-context evaluation", factory=EvaluationConfig)
@@ -117,8 +124,19 @@ class RunConfig(LaunchConfig):
 def load_run_config(
     path: str | Path, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
 ) -> RunConfig:
-    """What a config file says to a tool: `load_as` with a `RunConfig`."""
-    return load_as(RunConfig, path, overrides, defaults)
+    """What a config file says to a tool: `load_as` with a `RunConfig`, over the model's sampling where it asks for it.
+
+    UserError also for a generation_config of the model that cpinfer does not know all of.
+    """
+    config = load_as(RunConfig, path, overrides, defaults)
+    if config.generation_config == "ignore" or config.model is None:
+        return config
+    defaults = defaults or {}
+    try:
+        sampling = {**defaults.get("sampling", {}), **model_sampling(config.model)}
+    except UserError as error:
+        raise type(error)(f"config {path}: {error}") from error
+    return load_as(RunConfig, path, overrides, {**defaults, "sampling": sampling})
 
 
 def parse_run_config(data: Mapping[str, Any]) -> RunConfig:
