@@ -14,7 +14,7 @@ from cpinfer.errors import UserError, quoted
 _SAME = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens", "min_new_tokens")
 _ONLY_SAMPLED = ("top_k", "top_p", "min_p")
 # What changes which tokens are chosen, or how many answers there are, and the value that asks for nothing.
-_UNKNOWN: dict[str, Any] = {
+OTHER_KEYS: dict[str, Any] = {
     "num_beams": 1,
     "num_beam_groups": 1,
     "num_return_sequences": 1,
@@ -53,7 +53,7 @@ def sampling_keys(generation_config: Mapping[str, Any]) -> dict[str, Any]:
     >>> sampling_keys({"do_sample": False, "top_k": 20, "repetition_penalty": 1.05})
     {'repetition_penalty': 1.05, 'temperature': 0.0}
     """
-    for key, neutral in _UNKNOWN.items():
+    for key, neutral in OTHER_KEYS.items():
         value = generation_config.get(key)
         if value not in (None, neutral, []):
             raise UserError(

@@ -115,6 +115,24 @@ def test_a_request_that_is_left_without_a_token_is_an_error_by_name(model: Any, 
         generate(mask_all_but(model, ()), grid, PROMPTS[:1], SamplingParams(max_new_tokens=6))
 
 
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+@pytest.mark.parametrize("num_batched", [8192, 48])
+def test_prompts_that_begin_alike_in_one_step_answer_as_they_do_alone(
+    model: Any, grid: RankGrid, num_batched: int
+) -> None:
+    """Equal ones, and ones that part after a while; all are new, so none finds the prefix of another cached."""
+    (shared,) = prompts_of((64,), vocab_size=128)
+    prompts = [shared] * 8 + [[*shared[:40], *prompt] for prompt in PROMPTS]
+    sampling = SamplingParams(temperature=0, max_new_tokens=6)
+    results = generate(model, grid, prompts, sampling, max_num_batched_tokens=num_batched)
+    for prompt, result in zip(prompts, results, strict=True):
+        assert list(result.token_ids) == by_transformers(model, prompt, max_new_tokens=6)
+        raw = check_rollout.score(model, prompt, result.token_ids)
+        assert (raw - torch.tensor(result.logprobs)).abs().max() <= 1e-4
+    drawn = generate(model, grid, [shared] * 4, SamplingParams(max_new_tokens=6, seed=5))
+    assert len({r.token_ids for r in drawn}) > 1, "each has random numbers of its own"
+
+
 def mask_all_but(model: Any, tokens: Any) -> Any:
     """A copy whose logits are -inf elsewhere."""
     masked, mask = copy.deepcopy(model), torch.full((128,), -torch.inf)

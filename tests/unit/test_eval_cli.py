@@ -223,6 +223,30 @@ def test_the_reference_gives_the_same_tokens_scores_and_logprobs(folder):
     assert summary_of(out)["layout"] == {"tp": 1, "pcp": 1, "dcp": 1, "dp": 1, "world_size": 1}
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"stop": [";"]},  # a special token
+        {"ignore_eos": True, "min_new_tokens": 3, "stop": [" the", ";"]},
+        {"repetition_penalty": 1.3, "logit_bias": {"26": -50.0}},
+        {"stop_token_ids": [419, 422, 424], "min_new_tokens": 1},
+    ],
+    ids=str,
+)
+def test_the_reference_knows_how_answers_end_and_what_is_done_to_logits(folder, sampling):
+    other = folder.path / "reference.jsonl"
+    asked = {"sampling": sampling, "evaluation": {"lengths": [64]}}
+    assert folder.run(**asked)[0] == 0
+    code, _, err = folder.run("--output", str(other), tool=reference_eval, **asked)
+    assert code == 0, err
+    ours, theirs = (sorted(lines, key=_key) for lines in (folder.lines(), folder.lines(other)))
+    named = ("token_ids", "prediction", "finish_reason", "score")
+    assert [[line[key] for key in named] for line in ours] == [[line[key] for key in named] for line in theirs]
+    assert folder.run(**{**asked, "sampling": None, "output": "plain.jsonl"})[0] == 0
+    plain = sorted(folder.lines(folder.path / "plain.jsonl"), key=_key)
+    assert [line["token_ids"] for line in plain] != [line["token_ids"] for line in ours] or sampling == {"stop": [";"]}
+
+
 def assert_refused(outcome, *words, tool="eval_longctx"):
     tool_folder.assert_refused(outcome, *words, tool=tool)
 

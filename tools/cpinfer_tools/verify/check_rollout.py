@@ -16,6 +16,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,16 @@ import transformers
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from cpinfer.config import SamplingParams
+from cpinfer.engine.attach import model_spec
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_model
 from cpinfer_tools.results.metrics import format_summary
 from cpinfer_tools.results.output import read_meta
 from cpinfer_tools.run_config import RunConfig, parse_run_config
+from cpinfer_tools.verify.by_transformers import generation_options
+
+GREEDY = SamplingParams(temperature=0)
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -51,7 +57,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         # Its newer name is not in all versions of Transformers that run here.
         warnings.filterwarnings("ignore", message="`past_key_values` is deprecated", category=FutureWarning)
         summary = compare(model, results, config)
-    ok = summary["num_same_tokens"] in (None, len(results)) and summary["max_abs_logprob_difference"] <= args.tolerance
+    same = summary["num_same_tokens"] in (None, summary["num_greedy"])
+    ok = same and summary["max_abs_logprob_difference"] <= args.tolerance
     summary = {"output": str(path), **summary, "tolerance": args.tolerance, "ok": ok}
     print(format_summary(summary), file=sys.stderr, flush=True)
     print(json.dumps(summary), flush=True)
@@ -79,40 +86,46 @@ def read_results(path: Path) -> tuple[list[dict[str, Any]], RunConfig]:
 
 
 def compare(model: Any, results: Sequence[dict[str, Any]], config: RunConfig) -> dict[str, Any]:
-    """How results differ from what `model` gives on its own."""
-    plain_greedy = config.sampling.greedy and config.sampling.repetition_penalty == 1
+    """How results differ from what `model` gives on its own, told the same of how each was sampled."""
     keeps_all = config.kv_cache_dtype == "auto"
     kv_dtype = None if keeps_all else getattr(torch, config.cache_dtype(config.dtype))
-    num_same = 0
+    num_greedy = num_same = 0
     worst = 0.0
     for result in tqdm(results, unit="sample", file=sys.stderr, disable=None):
         prompt, tokens = result["prompt_token_ids"], result["token_ids"]
-        if plain_greedy:
-            num_same += generate_greedy(model, prompt, len(tokens), kv_dtype) == tokens
+        params = replace(config.sampling, **result.get("sampling", {}))  # a line of the input may have its own
+        if params.greedy:
+            num_greedy += 1
+            num_same += generate_greedy(model, prompt, len(tokens), kv_dtype, params) == tokens
         difference = score(model, prompt, tokens, kv_dtype) - torch.tensor(result["logprobs"])
         worst = max(worst, float(difference.abs().max()))
     return {
         "num_samples": len(results),
-        "num_same_tokens": num_same if plain_greedy else None,
+        "num_greedy": num_greedy,
+        "num_same_tokens": num_same if num_greedy else None,
         "max_abs_logprob_difference": worst,
     }
 
 
 @torch.no_grad()
 def generate_greedy(
-    model: Any, prompt: Sequence[int], num_tokens: int, kv_dtype: torch.dtype | None = None
+    model: Any,
+    prompt: Sequence[int],
+    num_tokens: int,
+    kv_dtype: torch.dtype | None = None,
+    params: SamplingParams = GREEDY,
 ) -> list[int]:
     """What Transformers' `generate` continues a prompt with, at most `num_tokens` tokens.
 
-    With a `kv_dtype` from a cache that rounds K and V through it.
+    With a `kv_dtype` from a cache that rounds K and V through it. Of `params` all counts but stop strings: an answer
+    that they ended is `num_tokens` long.
     """
     ids = torch.tensor([list(prompt)], device=model.device)
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=num_tokens,
-        do_sample=False,
-        repetition_penalty=1.0,  # chat models' own generation_config asks for one even of greedy text
+        **generation_options(model, params, model_spec(model).eos_token_ids),
         **({} if kv_dtype is None else {"past_key_values": RoundedCache(model.config, kv_dtype)}),
     )
     tokens: list[int] = out[0, len(prompt) :].tolist()

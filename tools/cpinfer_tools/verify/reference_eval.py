@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import StoppingCriteriaList
 
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.engine.request import RolloutResult
+from cpinfer.engine.stop_checker import StopChecker, shown_text, stop_begins_at
 from cpinfer.errors import OutputError, UserError
 from cpinfer.models.loading import load_model
 from cpinfer_tools.evaluation.eval_longctx import EvaluationJob, conclude, parse_args, peak_memory_bytes, prepare
@@ -29,6 +31,7 @@ from cpinfer_tools.evaluation.questions import Question, result_line
 from cpinfer_tools.job import EXIT_BAD_INPUT, EXIT_DONE, EXIT_FAILURE
 from cpinfer_tools.opening import open_together
 from cpinfer_tools.results.output import ResultWriter
+from cpinfer_tools.verify.by_transformers import StopsInAnswer, generation_options
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -37,10 +40,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         args = parse_args(argv, prog, __doc__)
         args.set = [*args.set, *WHOLE]
         job = prepare(launch, args)
-        if not job.config.sampling.greedy or job.config.sampling.repetition_penalty != 1:
-            raise UserError("the reference is greedy; set sampling.temperature to 0 and no repetition penalty.")
-        if job.config.sampling.stop_token_ids or job.config.sampling.min_new_tokens or job.config.sampling.logit_bias:
-            raise UserError("the reference knows no stop_token_ids, min_new_tokens or logit_bias. Leave them out.")
+        if not job.config.sampling.greedy:
+            raise UserError("the reference is greedy; set sampling.temperature to 0.")
     except UserError as error:
         print(f"reference_eval: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -100,25 +101,20 @@ def answer(model: Any, job: EvaluationJob, question: Question) -> RolloutResult:
     prompt = torch.tensor([question.sample.prompt_token_ids], device=model.device)
     clock = _Clock()
     room = job.spec.max_positions - prompt.shape[1]
-    options: dict[str, Any] = {"stop_strings": list(params.stop), "tokenizer": job.tokenizer} if params.stop else {}
-    if params.ignore_eos:
-        options["eos_token_id"] = None
     out = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=min(params.max_new_tokens, room),
-        do_sample=False,
-        repetition_penalty=1.0,  # chat models' own generation_config asks for one even of greedy text
+        stopping_criteria=StoppingCriteriaList([StopsInAnswer(job.tokenizer, prompt.shape[1], params)]),
         output_logits=True,
         return_dict_in_generate=True,
         streamer=clock,
-        **options,
+        **generation_options(model, params, job.spec.eos_token_ids),
     )
     token_ids = out.sequences[0, prompt.shape[1] :].tolist()
     logprobs = [float(torch.log_softmax(row[0].float(), -1)[t]) for row, t in zip(out.logits, token_ids, strict=True)]
-    text = job.tokenizer.decode(token_ids, skip_special_tokens=True)
-    starts = [text.find(stop) for stop in params.stop if stop in text]
-    ended = not params.ignore_eos and token_ids[-1] in job.spec.eos_token_ids
+    ends = StopChecker(job.spec.eos_token_ids, None).stop_token_ids(params)
+    is_ended = token_ids[-1] in ends or stop_begins_at(job.tokenizer, token_ids, params) is not None
     first_s, *later_s = clock.tokens_s
     return RolloutResult(
         id=question.prompt.id,
@@ -126,10 +122,10 @@ def answer(model: Any, job: EvaluationJob, question: Question) -> RolloutResult:
         sample_index=0,
         prompt_token_ids=question.sample.prompt_token_ids,
         token_ids=tuple(token_ids),
-        text=text[: min(starts)] if starts else text,
+        text=shown_text(job.tokenizer, token_ids, params),
         logprobs=tuple(logprobs),
         processed_logprobs=(0.0,) * len(token_ids),
-        finish_reason="stop" if ended or starts else "length",
+        finish_reason="stop" if is_ended else "length",
         ttft_s=first_s - clock.start_s,
         tpot_s=(later_s[-1] - first_s) / len(later_s) if later_s else None,
         weights_version=0,

@@ -6,13 +6,13 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.models.spec import ModelSpec
 from cpinfer_tools.progress import Progress
+from cpinfer_tools.verify.by_transformers import generation_options
 from cpinfer_tools.verify.comparison.mismatches import Sampled
 
 
@@ -27,8 +27,8 @@ def generate_samples(
 ) -> Sampled:
     """Samples of `model`, which is whole, padded on the left, in the order of `prompts`; a batch is so many samples.
 
-    Their logprobs are those of `generate`'s logits (`output_logits`) at `temperature`. Stop strings, `logit_bias` and
-    `min_new_tokens` are left out: they say which tokens come, not what the model thinks of them.
+    Their logprobs are those of `generate`'s logits (`output_logits`) at `temperature`. Stop strings are left out: they
+    say which tokens come, not what the model thinks of them.
     """
     torch.manual_seed(sampling.seed)
     stop_token_ids = StopChecker(spec.eos_token_ids, None).stop_token_ids(sampling)
@@ -63,16 +63,16 @@ def _generated(
     pads = [longest - len(p.token_ids) for p in batch]
     ids = torch.tensor([[0] * pad + list(p.token_ids) for pad, p in zip(pads, batch, strict=True)])
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in pads])
-    config = GenerationConfig(
-        **_distribution(sampling),
+    out = model.generate(
+        ids.to(model.device),
+        attention_mask=mask.to(model.device),
         num_return_sequences=num_samples,
         max_new_tokens=min(sampling.max_new_tokens, spec.max_positions - longest),
-        eos_token_id=list(stop_token_ids) or [spec.vocab_size],  # which is no token: None would be the model's own
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
+        **generation_options(model, sampling, spec.eos_token_ids),
     )
-    out = model.generate(ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config)
     tokens = out.sequences[:, longest:]
     # Step by step: float32 logits of all steps at once would be there twice.
     logprobs = torch.stack(
@@ -88,17 +88,3 @@ def _generated(
         end = next((i + 1 for i, token in enumerate(given) if token in stop_token_ids), len(given))
         samples.append((batch[row // num_samples], given[:end], said[:end]))
     return samples
-
-
-def _distribution(sampling: SamplingParams) -> dict[str, Any]:
-    """Said in full: what is left out `generate` takes from the model's folder, or has a default of its own for."""
-    if sampling.greedy:
-        return {"do_sample": False, "repetition_penalty": sampling.repetition_penalty}
-    return {
-        "do_sample": True,
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-    }
