@@ -13,7 +13,17 @@ MAX_LISTED_CHARS = 160
 
 
 class UserError(ValueError):
-    """Bad config or input, found before any model is loaded. Tools print its message without a traceback and exit 2."""
+    """Bad config or input, found before any model is loaded. Tools print its message without a traceback and exit 2.
+
+    Where a call was given many things and one of them is bad, `place` is its number there, from 0, else None; `reason`
+    is the message without that number, for callers who know the thing by another name.
+    """
+
+    place: int | None = None
+
+    @property
+    def reason(self) -> str:
+        return str(self) if self.place is None else str(self.__cause__)
 
 
 class UnsupportedError(UserError):

@@ -74,11 +74,13 @@ def as_token_lists(given: Any, tokenizer: Any | None) -> list[tuple[int, ...]]:
 
 @contextmanager
 def naming(what: str, index: int) -> Iterator[None]:
-    """In the block a UserError says of which of many things it speaks, by their number in the call."""
+    """In the block a UserError says of which of many things it speaks, by their number in the call: its `place`."""
     try:
         yield
     except UserError as error:
-        raise type(error)(f"{what} {index}: {error}") from error
+        placed = type(error)(f"{what} {index}: {error}")
+        placed.place = index
+        raise placed from error
 
 
 def as_pairs(given: Any) -> list[tuple[PromptLike, tuple[int, ...]]]:
