@@ -17,9 +17,9 @@ import json
 import logging
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,19 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import LaunchConfig, SamplingParams, apply_override, load_as, parse_as
 from cpinfer.engine.attach import attach, config_errors
 from cpinfer.engine.engine import Engine
+from cpinfer.engine.prompts import naming
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
 from cpinfer.packages import named
 from cpinfer_integrations.launching import grid_for, launch_inference
+from cpinfer_integrations.lm_eval_generation import answer_text, sampling_of
 
 try:
     from lm_eval import utils
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
 except ModuleNotFoundError as error:
     raise named(error, __name__) from error
 
@@ -53,10 +54,6 @@ __all__ = ["CpinferLM", "main"]
 _IGNORED = ("batch_size", "max_batch_size", "device", "trust_remote_code")
 # Arguments of the model itself; all others are keys of a config.
 _OWN = ("add_bos_token", "prefix_token_id", "max_length", "max_gen_toks", "enable_thinking", "think_end_token")
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
-_BEFORE_SAMPLING = {"do_sample", "until", "max_gen_toks"}
-# Generation arguments that ask for nothing when they have this value.
-_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0}
 
 # ((context, continuation), context tokens, continuation tokens), as lm-eval passes them.
 _Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -78,7 +75,7 @@ class CpinferLM(TemplateLM):
         add_bos_token: None leaves that to the tokenizer.
         prefix_token_id: stands where a context is empty; default: BOS, else EOS.
         enable_thinking: handed to the chat template; None is not.
-        think_end_token: cuts an answer's text up to its last occurrence.
+        think_end_token: a text or a token id; cuts an answer's text up to its last occurrence.
 
     Raises:
         UserError: for a `max_length` beyond the model's positions.
@@ -95,7 +92,7 @@ class CpinferLM(TemplateLM):
         add_bos_token: bool | None = None,
         prefix_token_id: int | None = None,
         enable_thinking: bool | None = None,
-        think_end_token: str | None = None,
+        think_end_token: str | int | None = None,
     ) -> None:
         super().__init__()
         if max_length is not None and max_length > engine.max_positions:
@@ -213,22 +210,46 @@ class CpinferLM(TemplateLM):
         flag = self._add_bos_token if add_special_tokens is None else add_special_tokens
         return list(self.tokenizer.encode(string, **({} if flag is None else {"add_special_tokens": flag})))
 
-    def _encode_prompt(self, string: str) -> list[int]:
-        """Tokens of a text to continue."""
+    def _encode_prompt(self, string: str, params: SamplingParams) -> tuple[int, ...]:
+        """The last tokens of a text to continue that leave room for a whole answer."""
+        room = self.max_length - params.max_new_tokens
+        if room <= 0:
+            raise UserError(
+                f"max_gen_toks={params.max_new_tokens} leaves no room for a prompt; "
+                f"max_length={self.max_length} must be larger."
+            )
         bos = self.tokenizer.bos_token
-        return self._encode(string, False if bos is not None and string.startswith(bos) else None)
+        return tuple(self._encode(string, False if bos is not None and string.startswith(bos) else None)[-room:])
+
+    def _encode_scored(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of a context and of what continues it; the prefix token stands for a context that has none.
+
+        A continuation may have none either: an empty one, or one whose text makes other tokens of the context's.
+        """
+        if context:
+            pair: tuple[list[int], list[int]] = self._encode_pair(context, continuation)
+            if pair[0]:
+                return pair
+            tokens = pair[1]  # the context was spaces, which count to the continuation
+        else:
+            tokens = self.tok_encode(continuation, add_special_tokens=False)
+        prefix = [self.prefix_token_id]
+        return (prefix, tokens[1:]) if tokens[:1] == prefix else (prefix, tokens)
 
     # What lm-eval asks for.
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each (context, continuation): its log-probability, and whether greedy decoding would have written it."""
         self._same_on_all_ranks("loglikelihood", [request.args for request in requests])
-        return list(super().loglikelihood(requests, disable_tqdm=self._is_silent(disable_tqdm)))
+        pairs = [(request.args, *self._encode_scored(*request.args)) for request in requests]
+        with _documents(requests):
+            return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Of each (text,): the log-probability of all of it, read in windows of `max_length` tokens."""
         self._same_on_all_ranks("loglikelihood_rolling", [request.args for request in requests])
         windows: list[_Scored] = []
+        owners: list[Any] = []  # of each window
         ends = []
         for request in requests:
             (string,) = request.args
@@ -239,53 +260,64 @@ class CpinferLM(TemplateLM):
                 context_len=1,
             )
             windows += [(None, *utils.make_disjoint_window(window)) for window in rolling]
+            owners += [request] * (len(windows) - len(owners))
             ends.append(len(windows))
-        scores = [logprob for logprob, _ in self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)]
+        with _documents(owners):
+            scores = [logprob for logprob, _ in self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)]
         totals = [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
         for request, total in zip(requests, totals, strict=True):
             self._remember("loglikelihood_rolling", request.args, total)
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """A text for each (context, generation arguments), up to the first of its stop strings."""
+        """A text for each (context, generation arguments), up to the first of its stop strings.
+
+        Requests that ask the same of the same tokens become one prompt with as many samples, dealt out in their order.
+        """
         self._same_on_all_ranks("generate_until", [request.args for request in requests])
-        prompts, sampling, untils = [], [], []
-        repeats: Counter[tuple[int, ...]] = Counter()
-        for index, request in enumerate(requests):
-            context, gen_kwargs = request.args
-            params, until = self._sampling(gen_kwargs)
-            room = self.max_length - params.max_new_tokens
-            if room <= 0:
-                raise UserError(
-                    f"max_gen_toks={params.max_new_tokens} leaves no room for a prompt; "
-                    f"max_length={self.max_length} must be larger."
-                )
-            token_ids = tuple(self._encode_prompt(context)[-room:])
-            # The name seeds the sample: the same text for a prompt in any order of requests, another for each repeat.
-            name = f"{hashlib.sha256(repr(token_ids).encode()).hexdigest()[:16]}-{repeats[token_ids]}"
-            repeats[token_ids] += 1
-            prompts.append(Prompt(index, name, token_ids))
-            sampling.append(params)
-            untils.append(until)
-        texts = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i].token_ids), prompts[i].token_ids))
-        stream = self.engine.stream([prompts[i] for i in order], [sampling[i] for i in order])
-        for result in self._bar(stream, len(prompts), "Generating", disable_tqdm):
-            index = result.prompt_index
-            text = postprocess_generated_text(result.text or "", untils[index], self._think_end_token)
-            self._remember("generate_until", requests[index].args, text)
-            texts[index] = text
+        asked: dict[tuple[tuple[int, ...], SamplingParams], list[int]] = {}
+        with _documents(requests):
+            for index, request in enumerate(requests):
+                with naming("request", index):
+                    context, gen_kwargs = request.args
+                    params = sampling_of(gen_kwargs, self.tokenizer, self.max_gen_toks)
+                    asked.setdefault((self._encode_prompt(context, params), params), []).append(index)
+        # Longest first. Greedy answers to one question are all the same.
+        order = sorted(asked.items(), key=lambda item: (-len(item[0][0]), item[0][0]))
+        prompts = [Prompt(place, _name(*question), question[0]) for place, (question, _) in enumerate(order)]
+        sampling = [replace(params, n=1 if params.greedy else len(indices)) for (_, params), indices in order]
+        texts = [""] * len(requests)
+        total = sum(params.n for params in sampling)
+        with _documents([requests[indices[0]] for _, indices in order]):
+            for result in self._bar(self.engine.stream(prompts, sampling), total, "Generating", disable_tqdm):
+                (_, params), indices = order[result.prompt_index]
+                text = answer_text(result.token_ids, params, self.tokenizer, self._think_end_token)
+                for index in indices if params.greedy else [indices[result.sample_index]]:
+                    self._remember("generate_until", requests[index].args, text)
+                    texts[index] = text
         return texts
 
     def _loglikelihood_tokens(
         self, requests: Sequence[_Scored], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """Longest first, and those of one context together, in calls that the KV pool can hold."""
-        pairs = [self._truncated(context, continuation) for _, context, continuation in requests]
-        order = sorted(range(len(pairs)), key=lambda i: (-len(pairs[i][0]), pairs[i][0], i))
+        """Longest first, and those of one context together, in calls that the KV pool can hold.
+
+        What has no token is certain, as to `hf`. A UserError's place is that of the request among these.
+        """
+        pairs = []
+        for i, (_given, context, continuation) in enumerate(requests):
+            with naming("request", i):
+                pairs.append(self._truncated(context, continuation))
+        scored = [i for i, (_, continuation) in enumerate(pairs) if continuation]
+        order = sorted(scored, key=lambda i: (-len(pairs[i][0]), pairs[i][0], i))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
         for batch in self._bar(self._batches(order, pairs), None, "Scoring", disable_tqdm):
-            for i, result in zip(batch, self.engine.score([pairs[i] for i in batch]), strict=True):
+            try:
+                results = self.engine.score([pairs[i] for i in batch])
+            except UserError as error:
+                error.place = None if error.place is None else batch[error.place]
+                raise
+            for i, result in zip(batch, results, strict=True):
                 answers[i] = (result.logprob, result.is_greedy)
                 texts = requests[i][0]
                 if texts is not None:  # windows of a longer text are remembered with it
@@ -317,38 +349,6 @@ class CpinferLM(TemplateLM):
             )
         kept = [*context, *continuation][-(self.max_length + 1) :]
         return kept[: -len(continuation) or None], continuation
-
-    def _sampling(self, gen_kwargs: Mapping[str, Any]) -> tuple[SamplingParams, list[str]]:
-        """The engine's parameters for lm-eval's generation arguments, and the texts that end an answer."""
-        kwargs = normalize_gen_kwargs(dict(gen_kwargs), self.max_gen_toks)
-        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
-        until = [text for text in handle_stop_sequences(kwargs["until"], eos=eos) if text]
-        chosen = {key: kwargs[key] for key in _SAMPLING if kwargs.get(key) is not None}
-        unknown = [
-            key
-            for key, value in kwargs.items()
-            if key not in (*_SAMPLING, *_BEFORE_SAMPLING) and not (key in _NEUTRAL and _NEUTRAL[key] == value)
-        ]
-        if unknown:
-            raise UserError(f"generation arguments {unknown} are not known; known are {', '.join(_SAMPLING)}.")
-        if not kwargs["do_sample"]:
-            chosen = {"repetition_penalty": chosen.get("repetition_penalty", 1.0), "temperature": 0}
-        # Special tokens do not show in an answer's text, so those that end it are told apart.
-        special = set(self.tokenizer.all_special_tokens)
-        stop_ids = {
-            self.eot_token_id,
-            *(self.tokenizer.convert_tokens_to_ids(text) for text in until if text in special),
-        }
-        numbers: dict[str, Any] = {
-            key: int(value) if key in ("top_k", "seed") else float(value) for key, value in chosen.items()
-        }
-        params = SamplingParams(
-            **numbers,
-            max_new_tokens=kwargs["max_gen_toks"],
-            stop=tuple(text for text in until if text not in special),
-            stop_token_ids=tuple(sorted(stop_ids)),
-        )
-        return params, until
 
     # Between processes.
 
@@ -416,11 +416,10 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         with default_group(launch, _timeout_s(sys.argv)):
             try:
                 cli_evaluate()
-            except UserError as error:  # every rank finds the same
-                if launch.rank == 0:
-                    print(f"lm_eval: {error}", file=sys.stderr, flush=True)
-                else:
-                    time.sleep(PEER_GRACE_S)  # a launcher ends all ranks with the first, and that one speaks
+            except UserError as error:  # every rank of a replica finds the same
+                if launch.rank != 0:
+                    time.sleep(PEER_GRACE_S)  # a launcher ends all ranks with the first, which speaks if it can
+                print(f"lm_eval: {error}", file=sys.stderr, flush=True)
                 return 2
         return 0
     except SystemExit:  # --help, and arguments that lm-eval does not know
@@ -429,6 +428,23 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         if launch.world_size == 1:
             raise
         die(launch, error, program="lm_eval")
+
+
+@contextmanager
+def _documents(requests: Sequence[Any]) -> Iterator[None]:
+    """In the block a UserError about one of `requests`, by its place, says of which task and document it is."""
+    try:
+        yield
+    except UserError as error:
+        if error.place is None:
+            raise
+        request = requests[error.place]
+        raise type(error)(f"task {request.task_name}, document {request.doc_id}: {error.reason}") from error
+
+
+def _name(token_ids: Sequence[int], params: SamplingParams) -> str:
+    """The id of a prompt, which seeds its samples: the same in any order and company of requests."""
+    return hashlib.sha256(repr((token_ids, params)).encode()).hexdigest()[:16]
 
 
 def _timeout_s(argv: Sequence[str]) -> float:

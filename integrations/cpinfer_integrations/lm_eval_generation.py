@@ -1,0 +1,123 @@
+"""lm-eval's generation arguments as sampling parameters of ours, and answers as the texts its `hf` model makes of them.
+
+The tasks that lm-eval 0.4.13 ships use `until`, `do_sample`, `temperature`, `top_p`, `max_gen_toks` (`max_new_tokens`)
+and `num_beams`; users add what `generate` of Transformers takes. What is known here means what it means to `hf`,
+anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cpinfer.config import SamplingParams
+from cpinfer.errors import UserError, quoted
+from cpinfer.packages import named
+
+try:
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+except ModuleNotFoundError as error:
+    raise named(error, __name__) from error
+
+# What shapes a sample; under greedy decoding only the penalty counts.
+_SHAPES = {
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "min_p": float,
+    "repetition_penalty": float,
+    "seed": int,
+}
+_OTHERS = ("do_sample", "until", "max_gen_toks", "min_new_tokens", "eos_token_id")
+# Generation arguments that ask for nothing when they have this value.
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0}
+
+
+def sampling_of(gen_kwargs: Mapping[str, Any], tokenizer: Any, max_gen_toks: int) -> SamplingParams:
+    """The engine's parameters for a request's generation arguments; `stop` are the texts that end its answer.
+
+    Args:
+        gen_kwargs: what the task and the command line say.
+        tokenizer: the model's; the text of its EOS ends every answer.
+        max_gen_toks: tokens of an answer whose arguments set no limit.
+
+    Raises:
+        UserError: for an argument that is not known or has no such value.
+    """
+    try:
+        kwargs = normalize_gen_kwargs(dict(gen_kwargs), max_gen_toks)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"generation arguments {quoted(gen_kwargs, limit=200)} cannot be read: {error}.") from error
+    known = (*_SHAPES, *_OTHERS)
+    unknown = [key for key, value in kwargs.items() if key not in known and _NEUTRAL.get(key) != value]
+    if unknown:
+        raise UserError(f"generation arguments {unknown} are not known; known are {', '.join(known)}.")
+    numbers = {key: _number(key, kwargs[key], kind) for key, kind in _SHAPES.items() if kwargs.get(key) is not None}
+    if kwargs["do_sample"] not in (True, False):
+        raise UserError(f'"do_sample" is {quoted(kwargs["do_sample"])}; true or false was wanted.')
+    if not kwargs["do_sample"]:
+        numbers = {"repetition_penalty": numbers.get("repetition_penalty", 1.0), "temperature": 0}
+    elif not numbers.get("temperature"):
+        raise UserError(
+            '"do_sample" is true and "temperature" 0, which it is where none is given: `hf` refuses that too. Give one '
+            "above 0, or do_sample: false."
+        )
+    eos = tokenizer.decode(int(tokenizer.eos_token_id), skip_special_tokens=False)
+    until = handle_stop_sequences([text for text in kwargs["until"] if text is not None], eos=eos)
+    if "" in until:
+        raise UserError(
+            '"until" has an empty text, at which `hf` would end every answer after one token. Leave it out.'
+        )
+    longest = kwargs["max_gen_toks"]
+    return SamplingParams(
+        **numbers,
+        max_new_tokens=longest,
+        stop=tuple(dict.fromkeys(until)),
+        # More than all tokens is as good as all to `generate`.
+        min_new_tokens=min(_number("min_new_tokens", kwargs.get("min_new_tokens") or 0, int), longest),
+        **_ends(kwargs.get("eos_token_id")),
+    )
+
+
+def answer_text(
+    token_ids: Sequence[int], params: SamplingParams, tokenizer: Any, think_end_token: str | int | None
+) -> str:
+    """The text that `hf` makes of an answer's tokens: up to the first stop string, and behind the last end of thinking.
+
+    To `hf` a minimum of tokens holds back no stop string, to the engine it does: what came behind one is cut off here.
+    """
+    kept = list(token_ids)
+    if params.min_new_tokens and params.stop:
+        kept = kept[
+            : 1 + bisect_left(range(len(kept)), True, key=lambda i: _has_stop(kept[: i + 1], params, tokenizer))
+        ]
+    if isinstance(think_end_token, int):
+        last = next((i for i in reversed(range(len(kept))) if kept[i] == think_end_token), -1)
+        text = tokenizer.decode(kept[last + 1 :], skip_special_tokens=True).lstrip()
+        think_end_token = None
+    else:
+        text = tokenizer.decode(kept, skip_special_tokens=True)
+    return str(postprocess_generated_text(text, list(params.stop), think_end_token))
+
+
+def _has_stop(token_ids: Sequence[int], params: SamplingParams, tokenizer: Any) -> bool:
+    text = tokenizer.decode(token_ids, skip_special_tokens=False)
+    return any(stop in text for stop in params.stop)
+
+
+def _ends(eos_token_id: Any) -> dict[str, Any]:
+    """The tokens that end an answer: the model's own, or in their place those of an argument, one or a list."""
+    if eos_token_id is None:
+        return {}
+    ids = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise UserError(f'"eos_token_id" is {quoted(eos_token_id)}; a token id or a list of them was wanted.')
+    return {"ignore_eos": True, "stop_token_ids": tuple(ids)}
+
+
+def _number(key: str, value: Any, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f'"{key}" is {quoted(value)}; a number was wanted.') from error
