@@ -18,7 +18,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from cpinfer.errors import UserError
 from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
 from cpinfer.packages import named
 from cpinfer_integrations.launching import grid_for, launch_inference
-from cpinfer_integrations.lm_eval_generation import answer_text, sampling_of
+from cpinfer_integrations.lm_eval_requests import answer_text, by_document, prompt_id, sampling_of
 
 try:
     from lm_eval import utils
@@ -95,11 +95,7 @@ class CpinferLM(TemplateLM):
         think_end_token: str | int | None = None,
     ) -> None:
         super().__init__()
-        if max_length is not None and max_length > engine.max_positions:
-            raise UserError(
-                f"max_length={max_length} was asked for; the model has {engine.max_positions} positions here. "
-                "Lower it, or raise max_model_len."
-            )
+        _check_max_length(max_length, engine.max_positions)
         self.engine = engine
         self.topology = topology
         self.tokenizer = tokenizer
@@ -136,6 +132,7 @@ class CpinferLM(TemplateLM):
         assert config.model is not None
         launch = _launch()
         spec = load_spec(config.model).with_max_model_len(config.max_model_len)
+        _check_max_length(own.get("max_length"), spec.max_positions)
         errors = config_errors(spec, config, config.data_parallel_size or 1)
         if errors:
             raise UserError(" ".join(errors))
@@ -242,7 +239,7 @@ class CpinferLM(TemplateLM):
         """Of each (context, continuation): its log-probability, and whether greedy decoding would have written it."""
         self._same_on_all_ranks("loglikelihood", [request.args for request in requests])
         pairs = [(request.args, *self._encode_scored(*request.args)) for request in requests]
-        with _documents(requests):
+        with by_document(requests):
             return self._loglikelihood_tokens(pairs, disable_tqdm=disable_tqdm)
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -262,7 +259,7 @@ class CpinferLM(TemplateLM):
             windows += [(None, *utils.make_disjoint_window(window)) for window in rolling]
             owners += [request] * (len(windows) - len(owners))
             ends.append(len(windows))
-        with _documents(owners):
+        with by_document(owners):
             scores = [logprob for logprob, _ in self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)]
         totals = [sum(scores[start:end]) for start, end in zip([0, *ends], ends, strict=False)]
         for request, total in zip(requests, totals, strict=True):
@@ -276,7 +273,7 @@ class CpinferLM(TemplateLM):
         """
         self._same_on_all_ranks("generate_until", [request.args for request in requests])
         asked: dict[tuple[tuple[int, ...], SamplingParams], list[int]] = {}
-        with _documents(requests):
+        with by_document(requests):
             for index, request in enumerate(requests):
                 with naming("request", index):
                     context, gen_kwargs = request.args
@@ -284,11 +281,11 @@ class CpinferLM(TemplateLM):
                     asked.setdefault((self._encode_prompt(context, params), params), []).append(index)
         # Longest first. Greedy answers to one question are all the same.
         order = sorted(asked.items(), key=lambda item: (-len(item[0][0]), item[0][0]))
-        prompts = [Prompt(place, _name(*question), question[0]) for place, (question, _) in enumerate(order)]
+        prompts = [Prompt(place, prompt_id(*question), question[0]) for place, (question, _) in enumerate(order)]
         sampling = [replace(params, n=1 if params.greedy else len(indices)) for (_, params), indices in order]
         texts = [""] * len(requests)
         total = sum(params.n for params in sampling)
-        with _documents([requests[indices[0]] for _, indices in order]):
+        with by_document([requests[indices[0]] for _, indices in order]):
             for result in self._bar(self.engine.stream(prompts, sampling), total, "Generating", disable_tqdm):
                 (_, params), indices = order[result.prompt_index]
                 text = answer_text(result.token_ids, params, self.tokenizer, self._think_end_token)
@@ -430,21 +427,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         die(launch, error, program="lm_eval")
 
 
-@contextmanager
-def _documents(requests: Sequence[Any]) -> Iterator[None]:
-    """In the block a UserError about one of `requests`, by its place, says of which task and document it is."""
-    try:
-        yield
-    except UserError as error:
-        if error.place is None:
-            raise
-        request = requests[error.place]
-        raise type(error)(f"task {request.task_name}, document {request.doc_id}: {error.reason}") from error
-
-
-def _name(token_ids: Sequence[int], params: SamplingParams) -> str:
-    """The id of a prompt, which seeds its samples: the same in any order and company of requests."""
-    return hashlib.sha256(repr((token_ids, params)).encode()).hexdigest()[:16]
+def _check_max_length(max_length: Any, max_positions: int) -> None:
+    if max_length is not None and (type(max_length) is not int or not 1 <= max_length <= max_positions):
+        raise UserError(
+            f"max_length={max_length} was asked for; the model has {max_positions} positions here. "
+            "Lower it, or raise max_model_len."
+        )
 
 
 def _timeout_s(argv: Sequence[str]) -> float:

@@ -348,3 +348,18 @@ def test_two_replicas_of_two_ranks_under_deepspeed(reference: dict[str, Any], tm
 @pytest.mark.slow
 def test_the_command_on_one_process(reference: dict[str, Any], tmp_path: Path) -> None:
     check_cli([sys.executable, "-m", MODULE, *arguments("config=configs/single.json", tmp_path)], tmp_path, reference)
+
+
+@pytest.mark.slow
+def test_a_document_that_another_replica_refuses_is_named(tmp_path: Path) -> None:
+    task = yaml.safe_load(Path(INCLUDE, "recall_generate.yaml").read_text(encoding="utf-8"))
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text("".join(json.dumps({"prompt": text, "answer": "x"}) + "\n" for text in (SHORT, "")))
+    task.update(task="half_empty", dataset_kwargs={"data_files": {"test": str(documents)}})
+    (tmp_path / "half_empty.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
+    of_the_task = ["--include_path", str(tmp_path), "--tasks", "half_empty"]
+    of_the_model = ["--model", "cpinfer", "--model_args", f"config=configs/single.json,max_length={MAX_LENGTH}"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    finished = launch(torchrun(2, "-m", MODULE, *of_the_model, *of_the_task), timeout_s=110, env=offline)
+    assert finished.returncode != 0
+    assert finished.stderr.count("lm_eval: task half_empty, document 1: the prompt is empty") == 1, finished

@@ -1,4 +1,4 @@
-"""lm-eval's generation arguments as sampling parameters of ours, and answers as the texts its `hf` model makes of them.
+"""lm-eval's requests: their arguments as sampling parameters, their answers as texts, and whose an error is.
 
 The tasks that lm-eval 0.4.13 ships use `until`, `do_sample`, `temperature`, `top_p`, `max_gen_toks` (`max_new_tokens`)
 and `num_beams`; users add what `generate` of Transformers takes. What is known here means what it means to `hf`,
@@ -7,8 +7,10 @@ anything else is refused by name.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from cpinfer.config import SamplingParams
@@ -88,17 +90,33 @@ def answer_text(
     To `hf` a minimum of tokens holds back no stop string, to the engine it does: what came behind one is cut off here.
     """
     kept = list(token_ids)
-    if params.min_new_tokens and params.stop:
-        kept = kept[
-            : 1 + bisect_left(range(len(kept)), True, key=lambda i: _has_stop(kept[: i + 1], params, tokenizer))
-        ]
+    if params.min_new_tokens:
+        last = bisect_left(range(len(kept)), True, key=lambda i: _has_stop(kept[: i + 1], params, tokenizer))
+        kept = kept[: last + 1]
     if isinstance(think_end_token, int):
-        last = next((i for i in reversed(range(len(kept))) if kept[i] == think_end_token), -1)
-        text = tokenizer.decode(kept[last + 1 :], skip_special_tokens=True).lstrip()
+        end = next((i for i in reversed(range(len(kept))) if kept[i] == think_end_token), -1)
+        text = tokenizer.decode(kept[end + 1 :], skip_special_tokens=True).lstrip()
         think_end_token = None
     else:
         text = tokenizer.decode(kept, skip_special_tokens=True)
     return str(postprocess_generated_text(text, list(params.stop), think_end_token))
+
+
+@contextmanager
+def by_document(requests: Sequence[Any]) -> Iterator[None]:
+    """In the block a UserError about one of `requests`, by its place, says of which task and document it is."""
+    try:
+        yield
+    except UserError as error:
+        if error.place is None:
+            raise
+        request = requests[error.place]
+        raise type(error)(f"task {request.task_name}, document {request.doc_id}: {error.reason}") from error
+
+
+def prompt_id(token_ids: Sequence[int], params: SamplingParams) -> str:
+    """The id of a prompt, which seeds its samples: the same in any order and company of requests."""
+    return hashlib.sha256(repr((token_ids, params)).encode()).hexdigest()[:16]
 
 
 def _has_stop(token_ids: Sequence[int], params: SamplingParams, tokenizer: Any) -> bool:
