@@ -105,6 +105,7 @@ class CpinferLM(TemplateLM):
         self._prefix_token_id = prefix_token_id
         self._template_args = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._think_end_token = think_end_token
+        self._model_sampling = SamplingParams()
         # lm-eval's own words for where it is: dp coordinates, for it deals documents by them.
         self._rank = topology.coords.dp_rank
         self._world_size = topology.grid.dp_size
@@ -163,6 +164,10 @@ class CpinferLM(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(
+                "the tokenizer has no EOS token, which ends answers in lm-eval; set eos_token in tokenizer_config.json."
+            )
         return int(self.tokenizer.eos_token_id)
 
     @property
@@ -272,12 +277,13 @@ class CpinferLM(TemplateLM):
         Requests that ask the same of the same tokens become one prompt with as many samples, dealt out in their order.
         """
         self._same_on_all_ranks("generate_until", [request.args for request in requests])
+        eos = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         asked: dict[tuple[tuple[int, ...], SamplingParams], list[int]] = {}
         with by_document(requests):
             for index, request in enumerate(requests):
                 with naming("request", index):
                     context, gen_kwargs = request.args
-                    params = sampling_of(gen_kwargs, self.tokenizer, self.max_gen_toks)
+                    params = sampling_of(gen_kwargs, eos, self.max_gen_toks, self._model_sampling)
                     asked.setdefault((self._encode_prompt(context, params), params), []).append(index)
         # Longest first. Greedy answers to one question are all the same.
         order = sorted(asked.items(), key=lambda item: (-len(item[0][0]), item[0][0]))

@@ -36,13 +36,14 @@ _OTHERS = ("do_sample", "until", "max_gen_toks", "min_new_tokens", "eos_token_id
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "length_penalty": 1.0}
 
 
-def sampling_of(gen_kwargs: Mapping[str, Any], tokenizer: Any, max_gen_toks: int) -> SamplingParams:
+def sampling_of(gen_kwargs: Mapping[str, Any], eos: str, max_gen_toks: int, model: SamplingParams) -> SamplingParams:
     """The engine's parameters for a request's generation arguments; `stop` are the texts that end its answer.
 
     Args:
         gen_kwargs: what the task and the command line say.
-        tokenizer: the model's; the text of its EOS ends every answer.
+        eos: the text of the tokenizer's EOS, which ends every answer.
         max_gen_toks: tokens of an answer whose arguments set no limit.
+        model: what holds where the arguments say nothing of sampling; its temperature and its limit do not.
 
     Raises:
         UserError: for an argument that is not known or has no such value.
@@ -55,31 +56,36 @@ def sampling_of(gen_kwargs: Mapping[str, Any], tokenizer: Any, max_gen_toks: int
     unknown = [key for key, value in kwargs.items() if key not in known and _NEUTRAL.get(key) != value]
     if unknown:
         raise UserError(f"generation arguments {unknown} are not known; known are {', '.join(known)}.")
-    numbers = {key: _number(key, kwargs[key], kind) for key, kind in _SHAPES.items() if kwargs.get(key) is not None}
+    until = [text for text in kwargs["until"] if text is not None]
+    if not all(isinstance(text, str) and text for text in until):
+        raise UserError(
+            f'"until" is {quoted(until)}; texts were wanted, and no empty one: `hf` ends answers there after one token.'
+        )
+    longest = kwargs["max_gen_toks"]
+    shortest = _number("min_new_tokens", _given(kwargs, "min_new_tokens", model), int)
+    return SamplingParams(
+        **_shape(kwargs, model),
+        max_new_tokens=longest,
+        stop=tuple(dict.fromkeys(handle_stop_sequences(until, eos=eos))),
+        min_new_tokens=min(shortest, longest),  # more than all tokens is as good as all to `generate`
+        **_ends(kwargs.get("eos_token_id")),
+    )
+
+
+def _shape(kwargs: Mapping[str, Any], model: SamplingParams) -> dict[str, Any]:
+    """What shapes the distribution of an answer's tokens, by key of `SamplingParams`."""
     if kwargs["do_sample"] not in (True, False):
         raise UserError(f'"do_sample" is {quoted(kwargs["do_sample"])}; true or false was wanted.')
+    kwargs = {"temperature": 0, **kwargs}
+    shape = {key: _number(key, _given(kwargs, key, model), kind) for key, kind in _SHAPES.items()}
     if not kwargs["do_sample"]:
-        numbers = {"repetition_penalty": numbers.get("repetition_penalty", 1.0), "temperature": 0}
-    elif not numbers.get("temperature"):
+        return {"repetition_penalty": shape["repetition_penalty"], "temperature": 0}
+    if not shape["temperature"]:
         raise UserError(
             '"do_sample" is true and "temperature" 0, which it is where none is given: `hf` refuses that too. Give one '
             "above 0, or do_sample: false."
         )
-    eos = tokenizer.decode(int(tokenizer.eos_token_id), skip_special_tokens=False)
-    until = handle_stop_sequences([text for text in kwargs["until"] if text is not None], eos=eos)
-    if "" in until:
-        raise UserError(
-            '"until" has an empty text, at which `hf` would end every answer after one token. Leave it out.'
-        )
-    longest = kwargs["max_gen_toks"]
-    return SamplingParams(
-        **numbers,
-        max_new_tokens=longest,
-        stop=tuple(dict.fromkeys(until)),
-        # More than all tokens is as good as all to `generate`.
-        min_new_tokens=min(_number("min_new_tokens", kwargs.get("min_new_tokens") or 0, int), longest),
-        **_ends(kwargs.get("eos_token_id")),
-    )
+    return shape
 
 
 def answer_text(
@@ -132,6 +138,10 @@ def _ends(eos_token_id: Any) -> dict[str, Any]:
     if not all(type(token) is int and token >= 0 for token in ids):
         raise UserError(f'"eos_token_id" is {quoted(eos_token_id)}; a token id or a list of them was wanted.')
     return {"ignore_eos": True, "stop_token_ids": tuple(ids)}
+
+
+def _given(kwargs: Mapping[str, Any], key: str, model: SamplingParams) -> Any:
+    return getattr(model, key) if kwargs.get(key) is None else kwargs[key]
 
 
 def _number(key: str, value: Any, kind: type[int] | type[float]) -> Any:

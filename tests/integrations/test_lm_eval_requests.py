@@ -195,6 +195,9 @@ def test_generation_arguments_mean_what_they_mean_to_lm_evals_own_model(
     for (text, given), answer, wanted in zip(asked, found, generated(theirs, asked), strict=True):
         assert answer == wanted, (text, given)
     assert len(set(found)) >= 8
+    # To `hf` a top_k of -1 is an error where it counts, to others it is none at all.
+    cold = (SHORT, {"do_sample": True, "temperature": 1e-3, "top_k": -1, "max_gen_toks": 9})
+    assert on_all_ranks(grid, weights, tokenizer, lambda model: generated(model, [cold])) == [" keeps lanterns"]
     limits = [(WILD, {key: 3, "until": []}) for key in ("max_tokens", "max_new_tokens", "max_completion_tokens")]
     assert on_all_ranks(grid, weights, tokenizer, lambda model: generated(model, limits)) == [" garden" * 3] * 3
 
@@ -246,7 +249,8 @@ REFUSED = [
     ({"min_length": 50}, r"\['min_length'\] are not known; .* min_new_tokens"),
     ({"no_repeat_ngram_size": 2}, r"\['no_repeat_ngram_size'\] are not known"),
     ({"stop": ["x"]}, r"\['stop'\] are not known; .* until"),
-    ({"until": ["x", ""]}, '"until" has an empty text, at which `hf` would end every answer after one token'),
+    ({"until": ["x", ""]}, r'"until" is \["x", ""\]; texts were wanted, and no empty one: `hf` ends answers there'),
+    ({"until": [["x"], 2]}, r'"until" is \[\["x"\], 2\]; texts were wanted'),
     ({"eos_token_id": ";"}, '"eos_token_id" is ";"; a token id or a list of them was wanted'),
     ({"eos_token_id": -1}, '"eos_token_id" is -1; a token id'),
     ({"eos_token_id": 99999}, "token id 99999; the vocabulary has 768 tokens"),
@@ -260,6 +264,8 @@ REFUSED = [
 def test_a_refused_request_is_named_by_its_task_and_document_before_any_runs(weights: Any, tokenizer: Any) -> None:
     unknown = copy.deepcopy(tokenizer)
     unknown.add_tokens(["<new>"])  # of which the model has no embedding
+    without_end = copy.deepcopy(tokenizer)
+    without_end.eos_token = None
     outside = f"task recall, document 102: token id {len(tokenizer)} is outside the vocabulary"
 
     def ask(model: CpinferLM) -> None:
@@ -271,6 +277,9 @@ def test_a_refused_request_is_named_by_its_task_and_document_before_any_runs(wei
             generated(model, [good, ("", {"max_gen_toks": 4})])
         with pytest.raises(cpinfer.UserError, match=r"^task recall, document 101: a continuation has 200 tokens"):
             scored(model, [(SHORT, " keeps"), (SHORT, ";" * 200)])
+        model.tokenizer = without_end
+        with pytest.raises(cpinfer.UserError, match=r"the tokenizer has no EOS token.* set eos_token"):
+            generated(model, [good])
         model.tokenizer = unknown
         # The longest are asked first: their places among what the engine is given are others than lm-eval's.
         texts = [WILD, SHORT, "<new>", SHORT + SHORT]
