@@ -17,11 +17,11 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,10 +35,11 @@ from cpinfer.engine.engine import Engine
 from cpinfer.engine.prompts import naming
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
-from cpinfer.models.loading import known_weights, load_spec, load_tokenizer
+from cpinfer.models.loading import known_weights, load_spec, load_tokenizer, model_sampling
 from cpinfer.packages import named
+from cpinfer.schema import require
 from cpinfer_integrations.launching import grid_for, launch_inference
-from cpinfer_integrations.lm_eval_requests import answer_text, by_document, prompt_id, sampling_of
+from cpinfer_integrations.lm_eval_requests import answer_text, by_document, in_batches, prompt_id, sampling_of
 
 try:
     from lm_eval import utils
@@ -53,7 +54,8 @@ __all__ = ["CpinferLM", "main"]
 # What lm-eval's own command line adds to every model's arguments; the engine batches, and knows its device, by itself.
 _IGNORED = ("batch_size", "max_batch_size", "device", "trust_remote_code")
 # Arguments of the model itself; all others are keys of a config.
-_OWN = ("add_bos_token", "prefix_token_id", "max_length", "max_gen_toks", "enable_thinking", "think_end_token")
+_OWN_TEXT = ("add_bos_token", "prefix_token_id", "max_length", "max_gen_toks", "enable_thinking", "think_end_token")
+_OWN = (*_OWN_TEXT, "generation_config")
 
 # ((context, continuation), context tokens, continuation tokens), as lm-eval passes them.
 _Scored = tuple[tuple[str, str] | None, list[int], list[int]]
@@ -76,9 +78,11 @@ class CpinferLM(TemplateLM):
         prefix_token_id: stands where a context is empty; default: BOS, else EOS.
         enable_thinking: handed to the chat template; None is not.
         think_end_token: a text or a token id; cuts an answer's text up to its last occurrence.
+        generation_config: "model" takes what the model's generation_config says of sampling (a repetition penalty, a
+            top_k) where a task says nothing, as `hf` does; "ignore" takes nothing of it.
 
     Raises:
-        UserError: for a `max_length` beyond the model's positions.
+        UserError: for a `max_length` beyond the model's positions, and for a generation_config that is not known.
     """
 
     def __init__(
@@ -93,9 +97,10 @@ class CpinferLM(TemplateLM):
         prefix_token_id: int | None = None,
         enable_thinking: bool | None = None,
         think_end_token: str | int | None = None,
+        generation_config: Literal["ignore", "model"] = "ignore",
     ) -> None:
         super().__init__()
-        _check_max_length(max_length, engine.max_positions)
+        _check_own(max_length, generation_config, engine.max_positions)
         self.engine = engine
         self.topology = topology
         self.tokenizer = tokenizer
@@ -105,7 +110,7 @@ class CpinferLM(TemplateLM):
         self._prefix_token_id = prefix_token_id
         self._template_args = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         self._think_end_token = think_end_token
-        self._model_sampling = SamplingParams()
+        self._model_sampling = SamplingParams() if generation_config == "ignore" else engine.default_sampling_params()
         # lm-eval's own words for where it is: dp coordinates, for it deals documents by them.
         self._rank = topology.coords.dp_rank
         self._world_size = topology.grid.dp_size
@@ -133,7 +138,9 @@ class CpinferLM(TemplateLM):
         assert config.model is not None
         launch = _launch()
         spec = load_spec(config.model).with_max_model_len(config.max_model_len)
-        _check_max_length(own.get("max_length"), spec.max_positions)
+        _check_own(own.get("max_length"), own.get("generation_config", "ignore"), spec.max_positions)
+        if own.get("generation_config") == "model":
+            model_sampling(config.model)  # what is wrong with it shows here
         errors = config_errors(spec, config, config.data_parallel_size or 1)
         if errors:
             raise UserError(" ".join(errors))
@@ -314,7 +321,8 @@ class CpinferLM(TemplateLM):
         scored = [i for i, (_, continuation) in enumerate(pairs) if continuation]
         order = sorted(scored, key=lambda i: (-len(pairs[i][0]), pairs[i][0], i))
         answers: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for batch in self._bar(self._batches(order, pairs), None, "Scoring", disable_tqdm):
+        batches = in_batches(order, pairs, self.engine.kv_capacity_tokens)
+        for batch in self._bar(batches, None, "Scoring", disable_tqdm):
             try:
                 results = self.engine.score([pairs[i] for i in batch])
             except UserError as error:
@@ -326,22 +334,6 @@ class CpinferLM(TemplateLM):
                 if texts is not None:  # windows of a longer text are remembered with it
                     self._remember("loglikelihood", texts, answers[i])
         return answers
-
-    def _batches(self, order: Sequence[int], pairs: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[int]]:
-        """`order` in runs that share no context and, where more than one context is in them, fit the KV pool."""
-        batch: list[int] = []
-        tokens = 0
-        for place, i in enumerate(order):
-            context, continuation = pairs[i]
-            is_new = place == 0 or pairs[order[place - 1]][0] != context
-            cost = len(continuation) + (len(context) if is_new else 0)
-            if batch and is_new and tokens + cost > self.engine.kv_capacity_tokens:
-                yield batch
-                batch, tokens = [], 0
-            batch.append(i)
-            tokens += cost
-        if batch:
-            yield batch
 
     def _truncated(self, context: list[int], continuation: list[int]) -> tuple[list[int], list[int]]:
         """What fits, cut from the left: the last token of a continuation is looked up and takes no position."""
@@ -433,12 +425,14 @@ def main(argv: Sequence[str], environ: Mapping[str, str]) -> int:
         die(launch, error, program="lm_eval")
 
 
-def _check_max_length(max_length: Any, max_positions: int) -> None:
+def _check_own(max_length: Any, generation_config: Any, max_positions: int) -> None:
+    """UserError for arguments of the model itself that it cannot have."""
     if max_length is not None and (type(max_length) is not int or not 1 <= max_length <= max_positions):
         raise UserError(
             f"max_length={max_length} was asked for; the model has {max_positions} positions here. "
             "Lower it, or raise max_model_len."
         )
+    require(generation_config in ("ignore", "model"), "generation_config", generation_config, '"ignore" or "model"')
 
 
 def _timeout_s(argv: Sequence[str]) -> float:

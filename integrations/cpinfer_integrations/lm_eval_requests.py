@@ -1,4 +1,4 @@
-"""lm-eval's requests: their arguments as sampling parameters, their answers as texts, and whose an error is.
+"""lm-eval's requests: their arguments as sampling parameters, their answers as texts, their batches, whose an error is.
 
 The tasks that lm-eval 0.4.13 ships use `until`, `do_sample`, `temperature`, `top_p`, `max_gen_toks` (`max_new_tokens`)
 and `num_beams`; users add what `generate` of Transformers takes. What is known here means what it means to `hf`,
@@ -11,6 +11,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from cpinfer.config import SamplingParams
@@ -66,7 +67,7 @@ def sampling_of(gen_kwargs: Mapping[str, Any], eos: str, max_gen_toks: int, mode
     return SamplingParams(
         **_shape(kwargs, model),
         max_new_tokens=longest,
-        stop=tuple(dict.fromkeys(handle_stop_sequences(until, eos=eos))),
+        stop=tuple(dict.fromkeys((*handle_stop_sequences(until, eos=eos), *model.stop))),
         min_new_tokens=min(shortest, longest),  # more than all tokens is as good as all to `generate`
         **_ends(kwargs.get("eos_token_id")),
     )
@@ -122,7 +123,28 @@ def by_document(requests: Sequence[Any]) -> Iterator[None]:
 
 def prompt_id(token_ids: Sequence[int], params: SamplingParams) -> str:
     """The id of a prompt, which seeds its samples: the same in any order and company of requests."""
-    return hashlib.sha256(repr((token_ids, params)).encode()).hexdigest()[:16]
+    # Without defaults: a key that is new one day shall not move the samples of all who do not use it.
+    said = [(key.name, getattr(params, key.name)) for key in fields(params) if getattr(params, key.name) != key.default]
+    return hashlib.sha256(repr((token_ids, said)).encode()).hexdigest()[:16]
+
+
+def in_batches(
+    order: Sequence[int], pairs: Sequence[tuple[list[int], list[int]]], capacity_tokens: int
+) -> Iterator[list[int]]:
+    """`order` in runs that share no context and, where more than one context is in them, fit `capacity_tokens`."""
+    batch: list[int] = []
+    tokens = 0
+    for place, i in enumerate(order):
+        context, continuation = pairs[i]
+        is_new = place == 0 or pairs[order[place - 1]][0] != context
+        cost = len(continuation) + (len(context) if is_new else 0)
+        if batch and is_new and tokens + cost > capacity_tokens:
+            yield batch
+            batch, tokens = [], 0
+        batch.append(i)
+        tokens += cost
+    if batch:
+        yield batch
 
 
 def _has_stop(token_ids: Sequence[int], params: SamplingParams, tokenizer: Any) -> bool:

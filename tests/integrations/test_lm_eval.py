@@ -204,7 +204,7 @@ def test_chats_are_written_as_by_lm_evals_own_model(engine: cpinfer.Engine) -> N
 
 def test_samples_of_one_prompt_differ_and_do_not_depend_on_company(engine: cpinfer.Engine) -> None:
     ours, _ = models(engine, tokenizer_of("plain"))
-    sampled = ("The wild garden", {"do_sample": True, "temperature": 1.0, "top_k": 50, "max_gen_toks": 6})
+    sampled = ("The wild garden", {"do_sample": True, "temperature": 2.0, "top_k": 50, "max_gen_toks": 6})
     first = ours.generate_until(requests("generate_until", [sampled, sampled, (SHORT, {"max_gen_toks": 2})]))
     assert first[0] != first[1]
     assert ours.generate_until(requests("generate_until", [sampled])) == first[:1]
@@ -242,6 +242,8 @@ def test_what_cannot_be_done_is_refused_by_name(engine: cpinfer.Engine, tmp_path
     for model_args, complaint in (
         ("dtype=float32", "no model is named; give --model_args config=FILE"),
         (f"pretrained={MODEL},blok_size=4", 'unknown key "blok_size"; the nearest known key is "block_size"'),
+        (f"pretrained={MODEL},max_length=32769", "max_length=32769 was asked for.* Lower it, or raise max_model_len"),
+        (f"pretrained={MODEL},generation_config=yes", '"generation_config" is "yes"; it must be "ignore" or "model"'),
         (f"pretrained={MODEL},dtype=auto", '"dtype" is "auto"; one of "float32"'),
         ("config=configs/pcp2.json", "1 process.* were started, the layout needs a multiple of 2"),
         (f"pretrained={tmp_path}", "has no tokenizer; lm-eval's tasks are text"),

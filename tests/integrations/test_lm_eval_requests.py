@@ -237,6 +237,23 @@ def test_thinking_ends_at_a_text_or_a_token_as_in_lm_evals_own_model(end: str, w
     )
 
 
+@pytest.mark.parametrize("grid", LAYOUTS)
+def test_the_models_generation_config_holds_where_a_task_says_nothing_and_only_when_asked_for(
+    grid: RankGrid, weights: Any, tokenizer: Any, theirs: HFLM
+) -> None:
+    chatty = copy.deepcopy(weights)
+    chatty.generation_config.update(do_sample=True, repetition_penalty=9.0, top_k=1, temperature=0.3)
+    model = HFLM(copy.deepcopy(chatty), tokenizer=tokenizer, batch_size=1, max_length=MAX_LENGTH)
+    sampled = {"do_sample": True, "temperature": 1000.0, "repetition_penalty": 1.0}  # of the one token of a top_k of 1
+    asked = [(WILD, {"max_gen_toks": 8, **given}) for given in ({}, {"repetition_penalty": 1.0}, sampled)]
+    wanted = generated(model, asked)
+    assert wanted[0] != wanted[1] == wanted[2]
+    found = on_all_ranks(grid, chatty, tokenizer, lambda m: generated(m, asked), generation_config="model")
+    assert found == wanted
+    plain = on_all_ranks(grid, chatty, tokenizer, lambda m: generated(m, asked))
+    assert plain[:2] == generated(theirs, asked[:2]) and plain[2] != wanted[2]
+
+
 REFUSED = [
     ({"do_sample": True}, '"do_sample" is true and "temperature" 0.* Give one above 0, or do_sample: false'),
     ({"do_sample": True, "temperature": 0}, '"do_sample" is true and "temperature" 0'),
