@@ -38,7 +38,7 @@ class Engine:
         self._topology = topology
         self._config = config
         self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
-        self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer)
+        self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, topology.logger(__name__))
         self._needs = needs
         self._homes = needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching)
         self._steps: StepRunner | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -26,20 +27,30 @@ from cpinfer.engine.prompts import (
     check_scored_length,
     check_tokens,
     naming,
+    refuse_sampling,
+    sampling_of,
 )
 from cpinfer.engine.request import Prompt, SampledRequest, ScoredRequest
+from cpinfer.engine.suspicions import SpecialTokens, Suspicion
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
+from cpinfer.logs import RankLogger
 from cpinfer.models.spec import ModelSpec
 
 
 class InputProcessor:
-    """Makes requests for a model and a pool. What it prepares names what the ranks of a replica must have in common."""
+    """Makes requests for a model and a pool. What it prepares names what the ranks of a replica must have in common.
 
-    def __init__(self, spec: ModelSpec, pool_size: PoolSize, tokenizer: Any | None) -> None:
+    What can run and is hardly meant is said to the log, of each kind the first.
+    """
+
+    def __init__(self, spec: ModelSpec, pool_size: PoolSize, tokenizer: Any | None, log: RankLogger) -> None:
         self._spec = spec
         self._pool_size = pool_size
         self._tokenizer = tokenizer
+        self._log = log
+        self._special = SpecialTokens.of(spec, tokenizer)
+        self._said: set[str] = set()
 
     def samples(
         self,
@@ -47,16 +58,23 @@ class InputProcessor:
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         skip: frozenset[tuple[int, int]],
     ) -> Prepared[list[SampledRequest]]:
-        """A request for each sample of each prompt but those to skip, by (prompt, sample)."""
+        """A request for each sample of each prompt but those to skip, by (prompt, sample).
+
+        What a prompt says of its own sampling wins.
+        """
         given = as_prompts(prompts)
         each = as_sampling(sampling, len(given), SamplingParams())
         self._refuse_unread_stops(each)
         wanted = []
-        for index, (prompt, params) in enumerate(zip(given, each, strict=True)):
+        for index, prompt in enumerate(given):
             with naming("prompt", index):
                 wanted.append(as_prompt(prompt, index, self._tokenizer))
-                check_prompt(wanted[-1], params, self._spec, self._pool_size)
+                if wanted[-1].sampling:
+                    each[index] = sampling_of(wanted[-1], each[index])
+                    self._refuse_unread_stops([each[index]])
+                check_prompt(wanted[-1], each[index], self._spec, self._pool_size)
         check_distinct(wanted, [params.seed for params in each])
+        self._suspect([prompt.token_ids for prompt in wanted], each)
         distinct = {params: i for i, params in enumerate(dict.fromkeys(each))}
         return Prepared(
             self._requests(wanted, each, skip),
@@ -73,10 +91,11 @@ class InputProcessor:
         for index, pair in enumerate(as_pairs(pairs)):
             with naming("pair", index):
                 requests.append(self._to_score(index, *pair))
+        self._suspect([request.prompt.token_ids for request in requests], [])
         return Prepared(requests, lambda: {"pairs": [(r.prompt.token_ids, r.targets) for r in requests]})
 
     def _to_score(self, index: int, given: PromptLike, continuation: Sequence[int]) -> ScoredRequest:
-        prompt = as_prompt(given, index, self._tokenizer)
+        prompt = refuse_sampling(as_prompt(given, index, self._tokenizer))
         targets = tuple(continuation)
         if not targets:
             raise UserError("the continuation is empty; at least one token was wanted.")
@@ -99,6 +118,7 @@ class InputProcessor:
         for i, tokens in enumerate(own):
             with naming("prompt", i):
                 check_prompt(Prompt(i, str(i), tokens), params, self._spec, self._pool_size)
+        self._suspect(own, [params])
         packed = pack_token_lists([[secrets.randbits(62)], *own])
         same: Mapping[str, object] = {"sampling": params, "name": name, "num_copies": num_copies}
         return Prepared(packed, lambda: same, number=len(packed))
@@ -130,3 +150,17 @@ class InputProcessor:
     def _refuse_unread_stops(self, sampling: Sequence[SamplingParams]) -> None:
         if self._tokenizer is None and any(params.stop for params in sampling):
             raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
+
+    def _suspect(self, prompts: Sequence[TokenIds], sampling: Sequence[SamplingParams]) -> None:
+        """Tell the log of what is hardly meant, once of each kind; the first rank does for its replica."""
+        found: list[Suspicion] = []
+        for params in dict.fromkeys(sampling):
+            found += self._special.in_sampling(params)
+        for index, token_ids in enumerate(prompts):
+            found += self._special.in_prompt(index, token_ids)
+        for suspicion in found:
+            if suspicion.kind not in self._said:
+                self._said.add(suspicion.kind)
+                self._log.log(
+                    logging.WARNING if self._log.shared_level >= logging.INFO else logging.DEBUG, suspicion.text
+                )

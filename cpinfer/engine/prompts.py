@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
+import typing
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,18 +13,31 @@ from dataclasses import dataclass
 from typing import Any
 
 from cpinfer.config import SamplingParams
-from cpinfer.engine.request import Prompt
+from cpinfer.engine.chats import chat_token_ids
+from cpinfer.engine.request import OwnSampling, Prompt
 from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.spec import ModelSpec
+from cpinfer.schema import conform
 from cpinfer.strict_json import is_unicode, parse_json, read_text
 
 PromptLike = Prompt | str | Sequence[int] | Mapping[str, Any]
 # One prompt, or many: what `as_prompts` takes.
 PromptsLike = PromptLike | Iterable[PromptLike]
 _FORMS = ("prompt", "prompt_token_ids", "messages")
-# What a line of an input file, or an object that is given as a prompt, may say.
-LINE_KEYS = (*_FORMS, "id", "answer")
+# What a line of an input file, or an object that is given as a prompt, may say; the README's table is printed from it.
+LINE_KEYS: Mapping[str, str] = {
+    "prompt": "a text; the tokenizer adds what it always adds",
+    "prompt_token_ids": "token ids, taken as they are",
+    "messages": "a chat for the model's chat template: objects with `role` and `content`, a text or a list of text "
+    "parts; a final assistant message is continued",
+    "tools": "JSON schemas of tools, for the chat template; only with `messages`",
+    "chat_template_kwargs": 'what else the chat template reads, as `{"enable_thinking": false}`; only with `messages`',
+    "sampling": "keys of `sampling` that this prompt has of its own; they win over the config's, and over the call's",
+    "id": "a text or a whole number that names the prompt and seeds its samples; default: its place, from 0",
+    "answer": "a text that the answer is to begin with; the summary counts how many do",
+}
+_FOR_TEMPLATES = ("tools", "chat_template_kwargs")
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,10 @@ def as_prompts(given: Any) -> list[PromptLike]:
 
 
 def as_token_lists(given: Any, tokenizer: Any | None) -> list[tuple[int, ...]]:
-    """The token ids of each prompt, in any form that `as_prompts` takes. UserError for an id: here none is kept."""
+    """The token ids of each prompt, in any form that `as_prompts` takes.
+
+    UserError for an id, or sampling of its own: here neither is kept.
+    """
     prompts = as_prompts(given)
     for index, prompt in enumerate(prompts):
         if isinstance(prompt, Prompt) or (isinstance(prompt, Mapping) and "id" in prompt):
@@ -66,7 +84,7 @@ def as_token_lists(given: Any, tokenizer: Any | None) -> list[tuple[int, ...]]:
     lists = []
     for index, prompt in enumerate(prompts):
         with naming("prompt", index):
-            lists.append(as_prompt(prompt, index, tokenizer).token_ids)
+            lists.append(refuse_sampling(as_prompt(prompt, index, tokenizer)).token_ids)
         if not all(-(2**63) <= token < 2**63 for token in lists[-1]):  # they travel as such numbers
             raise UserError(f"prompt {index} is {quoted(lists[-1])}, which no vocabulary holds.")
     return lists
@@ -112,20 +130,43 @@ def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
     """The prompt with token ids. UserError when it has no token, is in no known form, or needs a missing tokenizer."""
     if isinstance(given, Prompt):
         token_ids = _token_ids("prompt_token_ids", given.token_ids, None)
-        return _with_tokens(given if token_ids is given.token_ids else dataclasses.replace(given, token_ids=token_ids))
+        sampling = _own_sampling(given.sampling)
+        is_plain = token_ids is given.token_ids and sampling == given.sampling
+        return _with_tokens(given if is_plain else dataclasses.replace(given, token_ids=token_ids, sampling=sampling))
     if isinstance(given, str):
         given = {"prompt": given}
     elif not isinstance(given, Mapping):
         given = {"prompt_token_ids": given}
-    forms = [form for form in _FORMS if form in given]
-    if len(forms) != 1:
-        keys = quoted(sorted(map(str, given)), limit=120)
-        raise UserError(f"found the keys {keys}; exactly one of {', '.join(_FORMS)} was wanted.")
-    for key in given:
-        if key not in LINE_KEYS:
-            raise UserError(unknown_word("key", key, LINE_KEYS))
-    token_ids = _token_ids(forms[0], given[forms[0]], tokenizer)
-    return _with_tokens(Prompt(index, _id_of(given.get("id", index)), token_ids))
+    form = _form(given)
+    if form == "messages" and tokenizer is not None:
+        token_ids = chat_token_ids(given[form], tokenizer, *(given.get(key) for key in _FOR_TEMPLATES))
+    else:
+        token_ids = _token_ids(form, given[form], tokenizer)
+    sampling = _own_sampling(given.get("sampling"))
+    return _with_tokens(Prompt(index, _id_of(given.get("id", index)), token_ids, sampling))
+
+
+def sampling_of(prompt: Prompt, params: SamplingParams) -> SamplingParams:
+    """The parameters that a prompt of `as_prompt` is sampled with: what it says itself, over those of the call.
+
+    UserError for what does not go together.
+    """
+    if not prompt.sampling:
+        return params
+    try:
+        return dataclasses.replace(params, **dict(prompt.sampling))
+    except UserError as error:
+        raise type(error)(f'"sampling": {error}') from error
+
+
+def refuse_sampling(prompt: Prompt) -> Prompt:
+    """The prompt. UserError where it has sampling of its own, and what it is for knows only that of the call."""
+    if prompt.sampling:
+        raise UserError(
+            '"sampling" of a prompt\'s own is for generate, stream and rollout; here all are sampled alike, or nothing '
+            "is sampled. Leave it out."
+        )
+    return prompt
 
 
 def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> None:
@@ -205,11 +246,13 @@ def read_input(
     check: Callable[[Prompt], None] = lambda prompt: None,
     *,
     keep_other_keys: bool = False,
+    own_sampling: bool = False,
 ) -> tuple[list[InputLine], list[str]]:
     """Prompts of a JSON Lines file in file order, and a sentence for each line that is none or that `check` refuses.
 
     Blank lines are passed over. A bad line still counts in `prompt_index`, so that indices do not depend on how bad
-    lines are treated. With `keep_other_keys` a line may say more, of any kind, to someone else (a reward).
+    lines are treated. With `keep_other_keys` a line may say more, of any kind, to someone else (a reward), and nothing
+    to a chat template, which is then not asked here. Only with `own_sampling` may it say how it is sampled.
     UserError when the file cannot be read or holds no line at all.
     """
     try:
@@ -232,6 +275,8 @@ def read_input(
                     f'"id" is the same as in line {first} ({quoted(prompt.id)}); ids must differ, they seed the '
                     "samples. A line without one is named by its place, from 0."
                 )
+            if not own_sampling:
+                refuse_sampling(prompt)
             check(prompt)
             inputs.append(InputLine(number, prompt, answer))
         except UserError as error:
@@ -245,6 +290,9 @@ def _parse_line(line: str, index: int, tokenizer: Any | None, keep_other_keys: b
         raise UserError(f"found {quoted(data)}; an object was wanted.")
     answer = data.get("answer")
     if keep_other_keys:
+        for key in _FOR_TEMPLATES:
+            if key in data:
+                raise UserError(f'"{key}" is for rollouts; a trainer renders its chats itself. Leave it out.')
         data, answer = {key: data[key] for key in LINE_KEYS if key in data}, None
     elif answer is not None and (not isinstance(answer, str) or not is_unicode(answer)):
         raise UserError(f'"answer" is {quoted(answer)}; a text was wanted.')
@@ -319,6 +367,55 @@ def _with_tokens(prompt: Prompt) -> Prompt:
     return prompt
 
 
+def _form(given: Mapping[Any, Any]) -> str:
+    """Which form a prompt has that is given as an object. UserError for none, for several, and for unknown keys."""
+    forms = [form for form in _FORMS if form in given]
+    if len(forms) != 1:
+        keys = quoted(sorted(map(str, given)), limit=120)
+        found = f"found the keys {keys}; exactly one of {', '.join(_FORMS)} was wanted."
+        if "input_ids" in given and not forms:
+            found += ' Of what a tokenizer gives, hand over its "input_ids", without padding.'
+        raise UserError(found)
+    for key in given:
+        if key in _sampling_keys():
+            raise UserError(f'"{key}" says how tokens are chosen: put it under "sampling".')
+        if key not in LINE_KEYS:
+            raise UserError(unknown_word("key", key, LINE_KEYS))
+        if key in _FOR_TEMPLATES and forms != ["messages"] and given[key] is not None:
+            raise UserError(f'"{key}" is for the chat template, which only "messages" pass; here is "{forms[0]}".')
+    return forms[0]
+
+
+def _own_sampling(given: Any) -> OwnSampling | None:
+    """What a prompt says of its sampling, as pairs in the order of their keys. UserError for what no schema allows.
+
+    Values that have to go together are looked at when those of the call are known.
+    """
+    if isinstance(given, tuple) and all(map(_is_named, given)):  # as a Prompt holds it
+        given = dict(given)
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise UserError(f'"sampling" is {quoted(given)}; an object with keys of SamplingParams was wanted.')
+    keys = _sampling_keys()
+    for name in given:
+        if name not in keys:
+            raise UserError(unknown_word("key", name, keys, "sampling."))
+    found = [(name, conform(keys[name][0], given[name], f"sampling.{name}", keys[name][1])) for name in sorted(given)]
+    return tuple(found) or None
+
+
+def _is_named(pair: Any) -> bool:
+    return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
+
+
+@functools.cache
+def _sampling_keys() -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Type and rules of each key of `SamplingParams`."""
+    hints = typing.get_type_hints(SamplingParams)
+    return {field.name: (hints[field.name], field.metadata) for field in dataclasses.fields(SamplingParams)}
+
+
 def _id_of(name: Any) -> str:
     """The id of a prompt as text. UserError when it is no text that a file could hold, and no whole number."""
     name = _plain(name)
@@ -336,17 +433,8 @@ def _token_ids(form: str, value: Any, tokenizer: Any | None) -> tuple[int, ...]:
         return tokens
     if tokenizer is None:
         raise UserError(f'"{form}" needs a tokenizer, the model folder has none. Use "prompt_token_ids".')
-    if form == "prompt":
-        if not isinstance(value, str):
-            raise UserError(f'"prompt" is {quoted(value)}; a text was wanted.')
-        if not is_unicode(value):
-            raise UserError('"prompt" holds half of a surrogate pair; text that can be written as UTF-8 was wanted.')
-        return tuple(tokenizer(value)["input_ids"])
-    if not isinstance(value, Sequence) or not value or not all(isinstance(m, Mapping) for m in value):
-        raise UserError(
-            f'"messages" is {quoted(value)}; "messages" must be a list of objects with "role" and "content".'
-        )
-    try:
-        return tuple(tokenizer.apply_chat_template(list(value), add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # templates are programs of the model's author and raise what they like
-        raise UserError(f'"messages" do not fit the chat template: {str(error)[:200]}.') from error
+    if not isinstance(value, str):
+        raise UserError(f'"prompt" is {quoted(value)}; a text was wanted.')
+    if not is_unicode(value):
+        raise UserError('"prompt" holds half of a surrogate pair; text that can be written as UTF-8 was wanted.')
+    return tuple(tokenizer(value)["input_ids"])

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from cpinfer.config import SamplingParams
 
 FinishReason = Literal["stop", "length"]
+
+# Some of the keys of `SamplingParams`, by name.
+OwnSampling = Mapping[str, Any] | tuple[tuple[str, Any], ...]
 
 # Stands in a block table for a block that its request gave back.
 DROPPED = -1
@@ -23,11 +27,13 @@ class Prompt:
         index: its place among the prompts of a call, from 0.
         id: names it in results and in its randomness; no two of a call are alike.
         token_ids: its tokens, at least one.
+        sampling: keys of `SamplingParams` that it has of its own, and that win over those of a call.
     """
 
     index: int
     id: str
     token_ids: tuple[int, ...]
+    sampling: OwnSampling | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +221,7 @@ class SampledRequest(Request):
             top_logprobs=tuple(s.top for s in self.sampled) if has_top else None,
             prompt_logprobs=(None, *(s.logprob for s in self.scores)) if is_scored else None,
             prompt_top_logprobs=((), *(s.top for s in self.scores)) if is_scored and has_top else None,
+            sampling=self.prompt.sampling,
         )
 
 
@@ -297,6 +304,7 @@ class RolloutResult:
             None (and no key) unless asked for.
         prompt_top_logprobs: for each token of the prompt the likeliest ones in its place, none for the first. None (and
             no key) unless both are asked for.
+        sampling: what the prompt said of its own sampling; None (and no key of an output line) where it said nothing.
     """
 
     id: str
@@ -314,3 +322,4 @@ class RolloutResult:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    sampling: OwnSampling | None = None

@@ -30,7 +30,7 @@ class Tokenizer:
 
 
 LINES = st.dictionaries(
-    st.one_of(st.sampled_from(LINE_KEYS), wild.KEYS),
+    st.one_of(st.sampled_from(list(LINE_KEYS)), wild.KEYS),
     st.one_of(
         st.text(max_size=5),
         st.lists(st.integers(0, 9), max_size=4),

@@ -19,7 +19,7 @@ def test_a_stale_part_is_noticed_and_rewritten() -> None:
 
 
 def test_every_part_is_rewritten_where_it_stands_and_what_lies_between_is_left_alone() -> None:
-    names = ("not-yet", "families", "layouts", "keys")
+    names = ("not-yet", "families", "layouts", "keys", "input-lines")
     stale = "x".join(f"<!-- begin {name} -->\nstale text\n<!-- end {name} -->" for name in names)
     fresh = docs.refreshed(f"top {stale} bottom")
     assert "stale text" not in fresh and fresh.startswith("top ") and fresh.endswith(" bottom")

@@ -19,7 +19,7 @@ from cpinfer_tools.results.output import meta_path, part_path, write_json
 from cpinfer_tools.run_config import RunConfig
 
 PROMPTS = [Prompt(index, f"p{index}", (index, 7)) for index in range(6)]
-EXPECTED = rollout_lines(PROMPTS, 2)
+EXPECTED = rollout_lines((prompt, 2) for prompt in PROMPTS)
 
 
 def make_meta(prompts="sha256:1", weights="sha256:2", **config):

@@ -8,13 +8,14 @@ from cpinfer.engine.pooled_prompts import PooledPrompts
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.shards import KVSharding
+from cpinfer.logs import RankLogger
 from cpinfer.models.spec import ModelSpec
 from tiny_models import FAMILIES
 
 SPEC = ModelSpec.from_config(FAMILIES["llama"].to_dict())  # 128 tokens, 512 positions
 POOL = PoolSize(300, KVSharding(1, 4, 4))
 SHORT = SamplingParams(max_new_tokens=7)
-INPUTS = InputProcessor(SPEC, POOL, None)
+INPUTS = InputProcessor(SPEC, POOL, None, RankLogger("cpinfer.test"))
 
 
 def test_every_sample_of_every_prompt_is_a_request_but_those_to_skip():

@@ -390,7 +390,7 @@ def test_a_message_among_prompts_is_an_object_without_a_prompt():
 
 
 def test_an_object_says_nothing_that_is_not_heard():
-    with pytest.raises(UserError, match='unknown key "temperature"'):
+    with pytest.raises(UserError, match='"temperature" says how tokens are chosen: put it under "sampling"'):
         as_prompt({"prompt_token_ids": [1], "temperature": 0}, 0, None)
 
 

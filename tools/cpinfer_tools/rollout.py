@@ -17,11 +17,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
-from cpinfer.engine.prompts import InputLine, check_prompt, read_input
+from cpinfer.config import SamplingParams
+from cpinfer.engine.prompts import InputLine, check_prompt, read_input, sampling_of
+from cpinfer.engine.request import Prompt
 from cpinfer.engine.scheduler import SchedulerStats, sum_stats
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_tokenizer
@@ -50,8 +52,8 @@ from cpinfer_tools.results.finished import (
     Line,
     SampleKey,
     check_complete,
-    content_hash,
     numbers_of,
+    prompts_hash,
     read_finished,
     rollout_key,
     rollout_lines,
@@ -77,7 +79,12 @@ class Rollout(Job):
     @property
     def expected(self) -> dict[SampleKey, Line]:
         """The lines that the results file is to hold in the end."""
-        return rollout_lines((line.prompt for line in self.inputs), self.config.sampling.n)
+        return rollout_lines((line.prompt, params.n) for line, params in zip(self.inputs, self.sampling, strict=True))
+
+    @cached_property
+    def sampling(self) -> tuple[SamplingParams, ...]:
+        """How each line is sampled: as it says itself, else as the config says."""
+        return tuple(sampling_of(line.prompt, self.config.sampling) for line in self.inputs)
 
     def read_done(self) -> frozenset[SampleKey]:
         if self.existing != "resume":
@@ -86,7 +93,10 @@ class Rollout(Job):
 
     @property
     def what(self) -> str:
-        return f"{len(self.inputs)} prompts x {self.config.sampling.n}"
+        numbers = {params.n for params in self.sampling}
+        if len(numbers) == 1:
+            return f"{len(self.inputs)} prompts x {numbers.pop()}"
+        return f"{len(self.inputs)} prompts, {len(self.expected)} samples"
 
     @property
     def counts(self) -> dict[str, int]:
@@ -123,15 +133,20 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
     if config.sampling.stop and tokenizer is None:
         raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
     pool = pool_size(spec, grid, config, launch.device)
-    inputs, complaints = read_input(
-        config.input, tokenizer, lambda prompt: check_prompt(prompt, config.sampling, spec, pool)
-    )
+
+    def check(prompt: Prompt) -> None:
+        params = sampling_of(prompt, config.sampling)
+        if params.stop and tokenizer is None:
+            raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
+        check_prompt(prompt, params, spec, pool)
+
+    inputs, complaints = read_input(config.input, tokenizer, check, own_sampling=True)
     if not args.skip_bad_prompts:
         refuse_bad_lines(complaints, "Fix the input, or pass --skip-bad-prompts to run the rest.")
     if not inputs:
         raise UserError(f"input {config.input}: no line can be run. {complaints[0]}")
     output, existing = wanted_output(config, args, grid, launch.rank)
-    prompts = content_hash([line.prompt.index, line.prompt.id, line.prompt.token_ids] for line in inputs)
+    prompts = prompts_hash(line.prompt for line in inputs)
     made_of = {**numbers_of(config), "prompts": prompts, **model_hashes(config.model)}
     return Rollout(
         config=config,
@@ -193,17 +208,18 @@ def _generate(engine: cpinfer.Engine, topology: cpinfer.Topology, job: Rollout) 
             pass
         return []
     samples = []
-    total = len(share) * job.config.sampling.n - sum(1 for index, _ in job.done if index in answers)
+    lengths = {line.prompt.index: params for line, params in zip(job.inputs, job.sampling, strict=True)}
+    left = [index for index, sample in job.expected if index in answers and (index, sample) not in job.done]
     with (
         ResultWriter(part_path(job.output, dp_rank)) as writer,
         Progress(
             "rollout",
-            total,
+            len(left),
             "sample",
             shown=topology.rank == 0,
             where=of_replica(job.grid),
             tokens=partial(tokens_of, engine),
-            most_tokens=total * job.config.sampling.max_new_tokens,
+            most_tokens=sum(lengths[index].max_new_tokens for index in left),
         ) as progress,
     ):
         for result in stream:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cpinfer.config import EngineConfig, JobConfig, LaunchConfig, ParallelConfig
+from cpinfer.engine.prompts import LINE_KEYS
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
@@ -52,7 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def refreshed(text: str) -> str:
     """The text with every marked part written anew. KeyError for a part that no code makes."""
-    parts = {"layouts": rank_tables(), "keys": key_tables(), "families": family_table(), "not-yet": not_yet_table()}
+    parts = {
+        "layouts": rank_tables(),
+        "keys": key_tables(),
+        "input-lines": line_table(),
+        "families": family_table(),
+        "not-yet": not_yet_table(),
+    }
     return re.sub(
         r"(<!-- begin ([\w-]+) -->\n).*?(<!-- end \2 -->)",
         lambda found: f"{found[1]}{parts[found[2]]}\n{found[3]}",
@@ -77,6 +84,11 @@ def rank_tables() -> str:
 def key_tables() -> str:
     """Every config key with its default and its sentence, below its class; nested keys as `parent.key`."""
     return "\n\n".join(_key_table(cls) for cls in CONFIG_CLASSES)
+
+
+def line_table() -> str:
+    """Every key of an input line with its sentence."""
+    return "\n".join(["| key | |", "|---|---|", *(f"| `{key}` | {help} |" for key, help in LINE_KEYS.items())])
 
 
 def _key_table(cls: Any) -> str:

@@ -55,10 +55,21 @@ def rollout_key(line: Line) -> SampleKey:
     return whole_number(line, "prompt_index"), whole_number(line, "sample_index")
 
 
-def rollout_lines(prompts: Iterable[Prompt], n: int) -> dict[SampleKey, Line]:
-    """The lines that a rollout is to leave, by key, with the fields that are known before."""
-    known = {prompt.index: {"id": prompt.id, "prompt_token_ids": list(prompt.token_ids)} for prompt in prompts}
-    return {(index, sample): line for index, line in known.items() for sample in range(n)}
+def rollout_lines(prompts: Iterable[tuple[Prompt, int]]) -> dict[SampleKey, Line]:
+    """The lines that a rollout of prompts, each with its number of samples, is to leave, by key, with what is known."""
+    lines: dict[SampleKey, Line] = {}
+    for prompt, n in prompts:
+        known = {"id": prompt.id, "prompt_token_ids": list(prompt.token_ids)}
+        lines |= {(prompt.index, sample): known for sample in range(n)}
+    return lines
+
+
+def prompts_hash(prompts: Iterable[Prompt]) -> str:
+    """A hash of prompts, with what they say of their own sampling."""
+    return content_hash(
+        [prompt.index, prompt.id, prompt.token_ids, *([dict(prompt.sampling)] if prompt.sampling else [])]
+        for prompt in prompts
+    )
 
 
 def read_finished(

@@ -215,11 +215,13 @@ class ResultWriter:
             raise OutputError(str(error)) from error
 
     def write(self, result: RolloutResult) -> None:
-        """A line with the fields of a result."""
+        """A line with the fields of a result, but for those that only some results have."""
         line = dataclasses.asdict(result)
         for field in dataclasses.fields(result):
             if field.default is None and line[field.name] is None:
                 del line[field.name]
+        if result.sampling is not None:
+            line["sampling"] = dict(result.sampling)
         self.write_line(line)
 
     def write_line(self, line: Mapping[str, Any]) -> None:
