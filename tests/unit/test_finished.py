@@ -11,6 +11,7 @@ from cpinfer_tools.results.finished import (
     check_complete,
     content_hash,
     numbers_of,
+    prompts_hash,
     read_finished,
     rollout_key,
     rollout_lines,
@@ -184,3 +185,14 @@ def test_a_hash_of_contents_tells_order_and_every_token():
     assert content_hash([["a", (1, 2)]]) == content_hash([["a", [1, 2]]])
     others = [[["a", [1, 3]]], [["b", [1, 2]]], [["a", [1, 2]]] * 2, [], [["a", [2, 1]]]]
     assert len({content_hash(items) for items in [*others, [["a", [1, 2]]]]}) == 6
+
+
+def test_each_prompt_has_as_many_lines_as_samples():
+    assert list(rollout_lines([(PROMPTS[0], 1), (PROMPTS[3], 2)])) == [(0, 0), (3, 0), (3, 1)]
+
+
+def test_prompts_are_others_where_they_say_other_sampling():
+    """Those that say none have the hash they always had: what was written before can be continued."""
+    plain, own, other = (Prompt(0, "p", (1,), sampling) for sampling in (None, (("n", 2),), (("n", 3),)))
+    assert prompts_hash([plain]) == content_hash([[0, "p", (1,)]])
+    assert len({prompts_hash([prompt]) for prompt in (plain, own, other)}) == 3

@@ -1,6 +1,7 @@
 """Prompts: every form a user may write, and for every mistake a sentence with the line and the numbers."""
 
 import json
+from collections import UserDict
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from cpinfer.engine.prompts import (
     check_sampling,
     longest_prompt,
     read_input,
+    sampling_of,
 )
 from cpinfer.engine.request import Prompt
 from cpinfer.errors import UserError
@@ -44,10 +46,10 @@ def tokenizer():
 def read(tmp_path, tokenizer):
     """Reads a file of the given lines: (inputs, complaints)."""
 
-    def read(*lines, tokenizer=tokenizer, end="\n"):
+    def read(*lines, tokenizer=tokenizer, end="\n", **options):
         path = tmp_path / "in.jsonl"
         path.write_text("".join((x if isinstance(x, str) else json.dumps(x)) + end for x in lines), encoding="utf-8")
-        return read_input(str(path), tokenizer)
+        return read_input(str(path), tokenizer, **options)
 
     return read
 
@@ -182,6 +184,24 @@ def test_only_line_ends_end_a_line(tokenizer, read, char):
         ({"messages": "hi"}, '"messages" must be a list of objects'),
         ({"messages": {"role": "user"}}, '"messages" must be a list of objects'),
         ({"messages": [{"role": "user", "content": ""}]}, "the prompt is empty"),
+        ({"messages": [{"role": "user", "content": 5}]}, '"messages[0].content" is 5; a text or a list of text parts'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "cpinfer does not support multimodal models",
+        ),
+        ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, '"tools" are given, which the model\'s chat'),
+        (
+            {"prompt": "a", "tools": [{}]},
+            '"tools" is for the chat template, which only "messages" pass; here is "prompt"',
+        ),
+        (
+            {"prompt_token_ids": [1], "chat_template_kwargs": {"a": 1}},
+            '"chat_template_kwargs" is for the chat template',
+        ),
+        ({"prompt": "a", "max_new_tokens": 3}, '"max_new_tokens" says how tokens are chosen: put it under "sampling"'),
+        ({"prompt": "a", "stop": ["x"]}, '"stop" says how tokens are chosen: put it under "sampling"'),
+        ({"prompt": "a", "sampling": {"n": 2}}, '"sampling" of a prompt\'s own is for generate, stream and rollout'),
+        ({"input_ids": [1], "attention_mask": [1]}, 'hand over its "input_ids", without padding'),
         (r'{"prompt": "half of a pair: \ud83d"}', "prompt"),
         (r'{"prompt_token_ids": [1], "id": "\ud83d"}', '"id" is "\\ud83d"; a text or a whole number was wanted'),
         (r'{"prompt_token_ids": [1], "answer": "\ud83d"}', '"answer" is "\\ud83d"; a text was wanted'),
@@ -394,6 +414,85 @@ def test_an_object_says_nothing_that_is_not_heard():
         as_prompt({"prompt_token_ids": [1], "temperature": 0}, 0, None)
 
 
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_an_object_of_any_kind_is_one_prompt(tokenizer, kind):
+    ids = tuple(tokenizer("a b")["input_ids"])
+    for given in (kind(prompt="a b"), [kind(prompt="a b")], kind(messages=[kind(role="user", content="a b")])):
+        assert [as_prompt(prompt, 0, tokenizer).token_ids for prompt in as_prompts(given)] == [ids]
+
+
+@pytest.mark.parametrize("options", [{}, {"return_tensors": "pt"}], ids=str)
+def test_what_a_tokenizer_gives_is_named_and_its_ids_are_taken(tokenizer, options):
+    given = tokenizer(["a b"], **options)
+    with pytest.raises(UserError, match=r'Of what a tokenizer gives, hand over its "input_ids", without padding\.'):
+        [as_prompt(prompt, 0, tokenizer) for prompt in as_prompts(given)]
+    [ids] = as_prompts(given["input_ids"])
+    assert as_prompt(ids, 0, None) == as_prompt("a b", 0, tokenizer)
+
+
+def test_a_line_says_how_it_is_sampled_and_wins(read):
+    base = SamplingParams(temperature=0, n=2, max_new_tokens=300, stop=["x"], seed=5)
+    own = {"n": 3, "stop": ".", "logit_bias": {"5": -1}, "seed": 6, "min_new_tokens": 200}
+    inputs, complaints = read(
+        *({"prompt_token_ids": [1], **more} for more in ({"sampling": own}, {}, {"sampling": {}}, {"sampling": None})),
+        own_sampling=True,
+    )
+    assert complaints == []
+    assert [line.prompt.sampling is None for line in inputs] == [False, True, True, True]
+    expected = SamplingParams(
+        temperature=0, n=3, max_new_tokens=300, stop=(".",), seed=6, logit_bias=((5, -1.0),), min_new_tokens=200
+    )
+    assert sampling_of(inputs[0].prompt, base) == expected
+    assert sampling_of(inputs[1].prompt, base) is base
+    hash(inputs[0].prompt)
+
+
+def test_what_a_prompt_says_of_its_sampling_is_the_same_from_json_and_python():
+    own = {"stop": ["x"], "n": 2}
+    from_object = as_prompt({"prompt_token_ids": [1], "sampling": own}, 0, None)
+    assert from_object.sampling == (("n", 2), ("stop", ("x",)))
+    assert as_prompt(Prompt(0, "0", (1,), own), 0, None) == from_object
+    assert as_prompt(Prompt(0, "0", (1,), {"n": np.int64(2), "stop": "x"}), 0, None) == from_object
+    assert as_prompt(from_object, 0, None) is from_object
+
+
+@pytest.mark.parametrize(
+    "own, words",
+    [
+        ([], '"sampling" is []; an object with keys of SamplingParams was wanted'),
+        ("greedy", '"sampling" is "greedy"'),
+        ((1, 2), '"sampling" is [1, 2]'),
+        (SamplingParams(), '"sampling" is'),
+        ({"max_tokens": 3}, 'unknown key "sampling.max_tokens"; the nearest known key is "sampling.'),
+        ({"max_new_tokens": 0}, '"sampling.max_new_tokens" is 0; it must be at least 1'),
+        ({"max_new_tokens": "3"}, '"sampling.max_new_tokens" is "3"; a whole number was wanted'),
+        ({"seed": None}, '"sampling.seed" is null; a whole number was wanted'),
+        ({"stop": [1]}, '"sampling.stop[0]" is 1; a text was wanted'),
+        ({"logit_bias": {"a": 1}}, '"sampling.logit_bias[0]" is "a"; a whole number was wanted'),
+    ],
+    ids=str,
+)
+def test_sampling_that_no_schema_allows_is_named(own, words):
+    for given in ({"prompt_token_ids": [1], "sampling": own}, Prompt(0, "0", (1,), own)):
+        with pytest.raises(UserError) as caught:
+            as_prompt(given, 0, None)
+        assert words in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_sampling_that_does_not_go_together_with_the_rest_is_named_when_the_rest_is_known():
+    prompt = as_prompt({"prompt_token_ids": [1], "sampling": {"min_new_tokens": 200}}, 0, None)
+    assert sampling_of(prompt, SamplingParams(max_new_tokens=200)).min_new_tokens == 200
+    with pytest.raises(UserError, match='"sampling": "min_new_tokens" is 200; it must be at most "max_new_tokens"'):
+        sampling_of(prompt, SamplingParams(max_new_tokens=100))
+
+
+@pytest.mark.parametrize("key, value", [("sampling", {"n": 2}), ("tools", [{}]), ("chat_template_kwargs", {"a": 1})])
+def test_a_line_for_a_trainer_says_nothing_that_the_trainer_does_not_hear(read, key, value):
+    chat = {"messages": [USER], "solution": 3}
+    inputs, complaints = read(chat, {**chat, key: value}, keep_other_keys=True)
+    assert len(inputs) == len(complaints) == 1 and f'line 2: "{key}"' in complaints[0]
+
+
 def test_pooled_prompts_are_token_ids_from_any_form(tokenizer):
     ids = tuple(tokenizer("hi")["input_ids"])
     assert as_token_lists(["hi", list(ids), [USER]], tokenizer) == [ids, ids, ids]
@@ -408,6 +507,7 @@ def test_pooled_prompts_are_token_ids_from_any_form(tokenizer):
         ([[]], "the prompt is empty"),
         ([PROMPT], "prompt 0 has an id"),
         ([[1], {"prompt_token_ids": [1], "id": "x"}], "prompt 1 has an id"),
+        ([{"prompt_token_ids": [1], "sampling": {"n": 2}}], 'prompt 0: "sampling" of a prompt\'s own'),
         ([[2**63]], "prompt 0 is [9223372036854775808], which no vocabulary holds"),
         ([[1.5]], "prompt 0 is [1.5]"),
     ],
