@@ -84,6 +84,8 @@ SAMPLING = {"temperature": 0, "max_new_tokens": 4}
         ({"block_size": "16"}, ["run.json", '"block_size" is "16"; a whole number was wanted']),
         ({"sampling": {"stop": 5}}, ['"sampling.stop" is 5; a list']),
         ({"max_num_seqs": 0}, ['"max_num_seqs" is 0; it must be at least 1']),
+        ({"sampling": {"logit_bias": {"768": 1}}}, ["run.json", '"logit_bias" has token id 768', "768 tokens"]),
+        ({"sampling": {"stop_token_ids": [768]}}, ["run.json", '"stop_token_ids" has token id 768']),
         (
             {"tensor_parallel": {"tp_size": 2}},
             ["1 process(es) were started", "a multiple of 2", "deepspeed --num_gpus 2", "torchrun"],
@@ -145,7 +147,13 @@ def test_a_bad_config_is_refused_before_loading(folder, no_loading, config, word
         ),
         ({"prompt": "a", "id": "mine"}, {}, ['"id" is the same as in line 2']),
         ({"messages": []}, {}, ['"messages" must be a list']),
-        (r'{"prompt": "half a pair: \ud83d"}', {}, ["prompt"]),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, {}, ["does not support multimodal models"]),
+        ({"prompt": "a", "max_new_tokens": 3}, {}, ['"max_new_tokens" says', 'put it under "sampling"']),
+        ({"prompt": "a", "tools": []}, {}, ['"tools" is for the chat template, which only "messages" pass']),
+        ({"prompt": "a", "sampling": {"temprature": 0}}, {}, ['"sampling.temprature"', '"sampling.temperature"']),
+        ({"prompt": "a", "sampling": {"logit_bias": {"768": 1}}}, {}, ['"logit_bias" has token id 768', "768 tokens"]),
+        ({"prompt": "a", "sampling": {"stop_token_ids": [768]}}, {}, ['"stop_token_ids" has token id 768']),
+        ({"prompt": "a", "sampling": {"min_new_tokens": 5}}, {}, ['"min_new_tokens" is 5', '"max_new_tokens" (4)']),
     ],
     ids=lambda x: str(x)[:40] if isinstance(x, (str, dict)) else "",
 )
@@ -477,6 +485,8 @@ def test_what_needs_a_tokenizer_is_refused_without_one(folder, bare_model, no_lo
     folder.file("in.jsonl", PROMPTS[1])
     stop = {**SAMPLING, "stop": ["x"]}
     assert_refused(folder.run(model=str(bare_model), sampling=stop), '"sampling.stop" needs a tokenizer')
+    folder.file("in.jsonl", {**PROMPTS[1], "sampling": {"stop": ["x"]}})
+    assert_refused(folder.run(model=str(bare_model)), "line 1: ", '"sampling.stop" needs a tokenizer')
 
 
 def test_answers_of_the_input_are_judged(folder):
