@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -161,6 +160,4 @@ class InputProcessor:
         for suspicion in found:
             if suspicion.kind not in self._said:
                 self._said.add(suspicion.kind)
-                self._log.log(
-                    logging.WARNING if self._log.shared_level >= logging.INFO else logging.DEBUG, suspicion.text
-                )
+                self._log.shared_warning(suspicion.text)
