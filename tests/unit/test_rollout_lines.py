@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 import tool_folder
 from cpinfer_tools import rollout
+from cpinfer_tools.verify import check_rollout
 from tool_folder import ToolFolder, summary_of
 
 MODEL = Path(__file__).parents[2] / "configs" / "recall-tiny"
@@ -57,6 +58,21 @@ def test_a_line_with_sampling_of_its_own_is_resumed_and_another_one_is_not(folde
     assert samples(folder.lines()) == samples(undisturbed)
     folder.file("in.jsonl", PROMPTS[0], {**PROMPTS[1], "sampling": {**OWN, "seed": 6}})
     tool_folder.assert_refused(folder.run("--resume"), "the prompts differ", "--overwrite", tool="rollout")
+
+
+def test_results_of_lines_with_sampling_of_their_own_are_checked_with_it(folder):
+    biased = {"logit_bias": {"70": 8.5}, "max_new_tokens": 6, "repetition_penalty": 1.2}
+    folder.file("in.jsonl", {**PROMPTS[0], "sampling": biased}, {**PROMPTS[1], "sampling": OWN}, PROMPTS[2])
+    assert folder.run()[0] == 0
+    folder.capsys.readouterr()
+    assert check_rollout.main(["--output", str(folder.output)]) == 0
+    summary = summary_of(folder.capsys.readouterr().out)
+    assert summary["ok"] and (summary["num_samples"], summary["num_greedy"], summary["num_same_tokens"]) == (5, 2, 2)
+    lines = folder.lines()
+    for line in lines:
+        line.pop("sampling", None)
+    folder.file("out.jsonl", *lines)
+    assert check_rollout.main(["--output", str(folder.output)]) == 1, "which needs to know it"
 
 
 def test_a_stop_string_of_a_line_ends_its_answers_alone(folder):
