@@ -12,8 +12,8 @@ from cpinfer.refusals import refuse
 
 # What OpenAI's interfaces, Transformers and vLLM call a part of a message that is text.
 _TEXT_PARTS = ("text", "input_text", "output_text")
-# What begins a chat's answer is said by its messages, and what stands in them under this name.
-_NEVER_TEMPLATE_KWARGS = ("messages",)
+# Under this name a template reads the chat itself.
+_CHAT = "messages"
 Message = dict[str, Any]
 
 
@@ -138,7 +138,7 @@ def _template_kwargs(given: Any, tokenizer: Any) -> dict[str, Any]:
             f'"chat_template_kwargs" is {quoted(given)}; an object was wanted, as {{"enable_thinking": false}}.'
         )
     arguments = inspect.signature(tokenizer.apply_chat_template).parameters.values()
-    taken = {a.name for a in arguments if a.kind is not a.VAR_KEYWORD}.union(_NEVER_TEMPLATE_KWARGS)
+    taken = {a.name for a in arguments if a.kind is not a.VAR_KEYWORD} | {_CHAT}
     for name in given:
         if name in taken:
             raise UserError(

@@ -251,8 +251,8 @@ def read_input(
     """Prompts of a JSON Lines file in file order, and a sentence for each line that is none or that `check` refuses.
 
     Blank lines are passed over. A bad line still counts in `prompt_index`, so that indices do not depend on how bad
-    lines are treated. With `keep_other_keys` a line may say more, of any kind, to someone else (a reward), and nothing
-    to a chat template, which is then not asked here. Only with `own_sampling` may it say how it is sampled.
+    lines are treated. With `keep_other_keys` a line may say more, of any kind, to someone else (a reward), but nothing
+    to a chat template, as that someone renders chats too. Only with `own_sampling` may it say how it is sampled.
     UserError when the file cannot be read or holds no line at all.
     """
     try:
@@ -291,7 +291,7 @@ def _parse_line(line: str, index: int, tokenizer: Any | None, keep_other_keys: b
     answer = data.get("answer")
     if keep_other_keys:
         for key in _FOR_TEMPLATES:
-            if key in data:
+            if data.get(key) is not None:
                 raise UserError(f'"{key}" is for rollouts; a trainer renders its chats itself. Leave it out.')
         data, answer = {key: data[key] for key in LINE_KEYS if key in data}, None
     elif answer is not None and (not isinstance(answer, str) or not is_unicode(answer)):
