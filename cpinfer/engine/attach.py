@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -148,7 +148,8 @@ def _tell(engine: Engine, runner: ModelRunner, topology: Topology, config: Engin
 def what_runs(spec: ModelSpec, grid: RankGrid, config: EngineConfig, tokenizer: Any | None) -> Mapping[str, object]:
     """What ranks that attach together must have in common, the model they hold aside."""
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(EngineConfig)}
-    words = None if tokenizer is None else (type(tokenizer).__name__, len(tokenizer))
+    num_words = len(tokenizer) if isinstance(tokenizer, Sized) else None
+    words = None if tokenizer is None else (type(tokenizer).__name__, num_words)
     return {"call": "attach", **keys, "grid": grid, "model": spec, "tokenizer": words, "version": software_versions()}
 
 

@@ -139,7 +139,7 @@ class Engine:
 
         Args:
             prompts: one or several, in any form that `stream` takes.
-            sampling: for all prompts, or one for each; default: `SamplingParams()`.
+            sampling: for all prompts, or one for each; default: `SamplingParams()`. What a prompt says of its own wins.
 
         Returns:
             The samples in order of prompt and sample, the same on every rank; none for an empty list of prompts.
@@ -200,7 +200,7 @@ class Engine:
         Args:
             prompts: one or several. A prompt is text, a list or an array of token ids, a chat (a list of messages), a
                 `Prompt`, or an object with the keys of an input line.
-            sampling: for all prompts, or one for each; default: `SamplingParams()`.
+            sampling: for all prompts, or one for each; default: `SamplingParams()`. What a prompt says of its own wins.
             skip: pairs (prompt_index, sample_index) that are not wanted.
 
         Yields:

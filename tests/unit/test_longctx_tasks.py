@@ -34,7 +34,7 @@ class Pieces:
     def decode(self, ids):
         return f"<{len(ids)} tokens>"
 
-    def apply_chat_template(self, messages, add_generation_prompt, return_dict):
+    def apply_chat_template(self, messages, **_):
         return [0] * sum(len(message["content"]) for message in messages)
 
 
@@ -241,6 +241,16 @@ def test_a_file_of_prompts_becomes_a_task_of_its_name(file):
     assert samples[0].prompt_token_ids == tuple(Pieces()("What is 1 + 1?")["input_ids"])
     assert (samples[0].length, samples[0].max_new_tokens, samples[1].sample_index) == (0, 7, 1)
     assert len(read_task_file(path, Pieces(), 7, num_samples=1)[1]) == 1
+
+
+def test_parts_of_a_message_are_its_text(file):
+    parts = '[{"type": "text", "text": "fo"}, {"type": "text", "text": "ur"}]'
+    image = '[{"type": "image", "image": "x.png"}]'
+    line = '{"messages": [{"role": "user", "content": %s}], "references": ["4"]}'
+    _, (sample,) = read_task_file(file(line % parts), Pieces(), 8)
+    assert len(sample.prompt_token_ids) == len("fo\nur")
+    with pytest.raises(UserError, match=r"line 1: .*messages\[0\].content\[0\].*multimodal models"):
+        read_task_file(file(line % image), Pieces(), 8)
 
 
 def test_messages_go_through_the_chat_template_and_a_metric_may_be_named(file):

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from cpinfer.engine.chats import chat_token_ids
 from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.strict_json import is_unicode, parse_json, read_text
 from cpinfer_tools.evaluation.longctx.metrics import METRICS, strict_answer
@@ -94,10 +95,9 @@ def _question(number: int, line: Mapping[str, Any], tokenizer: Any) -> Question:
             raise UserError(f'line {number}: "prompt" is {quoted(given)}; a text was wanted.')
         return given, tuple(references)
     try:
-        ids = tokenizer.apply_chat_template(list(given), add_generation_prompt=True, return_dict=False)
-    except Exception as error:  # templates are programs of the model's author and raise what they like
-        raise UserError(f'line {number}: "messages" do not fit the chat template: {str(error)[:200]}.') from error
-    return tuple(ids), tuple(references)
+        return chat_token_ids(given, tokenizer), tuple(references)
+    except UserError as error:
+        raise type(error)(f"line {number}: {error}") from error
 
 
 def _is_text(value: Any) -> TypeGuard[str]:
