@@ -288,6 +288,14 @@ def test_what_cannot_run_is_refused_before_loading(folder, no_loading, argv, con
     assert not folder.output.exists()
 
 
+def test_lengths_go_as_far_as_max_model_len(folder, no_loading):
+    """The pool is what ends them then."""
+    longer = {"max_model_len": 131072, "kv_cache_gib": 0.01}
+    assert_refused(folder.run("--lengths", "128k", **longer), "the prompt has 131068 tokens", "Raise kv_cache_gib")
+    shorter = folder.run("--lengths", "96", max_model_len=95)
+    assert_refused(shorter, "length 96 is more than the model's 95 positions", "or raise max_model_len")
+
+
 def test_another_evaluation_is_not_continued(folder, no_loading):
     (folder.path / "out.jsonl").write_text("")
     meta = {"config": {}, "made_of": {"dtype": "float32", "kv_cache_dtype": "auto", "cp_wire_dtype": "float32"}}

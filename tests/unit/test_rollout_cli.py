@@ -140,6 +140,7 @@ def test_a_bad_config_is_refused_before_loading(folder, no_loading, config, word
         ({"prompt_token_ids": [5, 768]}, {}, ["token id 768 is outside the vocabulary of 768 tokens"]),
         ({"prompt_token_ids": [-1]}, {}, ["token id -1 is outside the vocabulary"]),
         ({"prompt_token_ids": [5] * 32768}, {}, ["has 32768 tokens; the model has 32768 positions"]),
+        ({"prompt_token_ids": [5] * 9}, {"max_model_len": 9}, ["has 9 tokens; the model has 9 positions"]),
         (
             {"prompt_token_ids": [5] * 200},
             {"kv_cache_gib": 0.0001},
