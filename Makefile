@@ -32,7 +32,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Rewrite the parts of the README that come from code.
+# Rewrite the parts of the README and of docs/ that come from code.
 docs: $(VENV)/.installed
 	$(BIN)/python tools/dev/docs.py
 

@@ -1,4 +1,4 @@
-"""Rewrite the parts of README.md that come from code: between `<!-- begin NAME -->` and `<!-- end NAME -->`.
+"""Rewrite what comes from code: docs/reports.md, and parts of README.md between `<!-- begin NAME -->` and its end.
 
 python tools/dev/docs.py            # rewrite
 python tools/dev/docs.py --check    # exit 1 when something is out of date
@@ -24,8 +24,10 @@ from cpinfer.models.families import family_table
 from cpinfer.refusals import not_yet_table
 from cpinfer.schema import Bounds
 from cpinfer_tools.run_config import RunConfig
+from public_reports import reports_page
 
 README = Path(__file__).resolve().parents[2] / "README.md"
+REPORTS = README.parent / "docs" / "reports.md"
 # From what an engine reads to what a tool does: each table has what its class adds, or says otherwise.
 CONFIG_CLASSES = (EngineConfig, ParallelConfig, JobConfig, LaunchConfig, RunConfig)
 # The layouts that the README draws: grid, query heads, KV heads.
@@ -41,12 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 when something is out of date")
     args = parser.parse_args(argv)
-    before = README.read_text(encoding="utf-8")
-    after = refreshed(before)
+    before = {page: page.read_text(encoding="utf-8") for page in (README, REPORTS) if page.exists()}
+    after = {README: refreshed(before[README]), REPORTS: reports_page()}
     if args.check:
         print(json.dumps({"up_to_date": before == after}))
         return 0 if before == after else 1
-    README.write_text(after, encoding="utf-8")
+    for page, text in after.items():
+        page.write_text(text, encoding="utf-8")
     print(json.dumps({"changed": before != after}))
     return 0
 
