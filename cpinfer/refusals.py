@@ -26,7 +26,16 @@ REFUSALS: dict[str, Refusal] = {
         "recurrent and hybrid models (state instead of KV)", "Use a model with softmax attention only."
     ),
     "encoder_decoder": Refusal("encoder-decoder models", "Use a decoder-only causal LM."),
-    "quantized_weights": Refusal("quantized weights", "Load the model in float32, bfloat16 or float16."),
+    "quantized_weights": Refusal(
+        "quantized weights in a model that is loaded",
+        "Load it with cpinfer.models.loading.load_model, which dequantizes fp8 and mxfp4; or call model.dequantize() "
+        "where its method has that (bitsandbytes); or load the checkpoint that it was made from.",
+    ),
+    "quantized_checkpoint": Refusal(
+        "checkpoints quantized otherwise than by fp8 or mxfp4, which are dequantized as they load",
+        "Take the checkpoint that it was made from. Or, where Transformers can dequantize the method (bitsandbytes), "
+        "convert it: from_pretrained(...).dequantize().save_pretrained(...).",
+    ),
     "device_map": Refusal(
         "weights on several devices of a rank, or offloaded (device_map)",
         "Load the model without device_map and move it to one device.",

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from safetensors import SafetensorError, safe_open
 
 from cpinfer.errors import UserError
@@ -54,6 +54,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     raise _no_weights(folder)
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that `read_checkpoint` finds whole."""
+    if (folder / _SINGLE).exists():
+        return [folder / _SINGLE]
+    return [folder / name for name in sorted(set(_read_index(folder / _INDEX).values()))]
+
+
 def local_folder(model: str) -> Path | None:
     """The folder of a model that is here: the one named, or where an earlier download of this id left its files.
 
@@ -71,6 +78,11 @@ def local_folder(model: str) -> Path | None:
         return None
     files = set(_read_index(folder / _INDEX).values())
     return folder if all((folder / name).exists() for name in files) else None
+
+
+def fetched_folder(model: str) -> Path:
+    """The folder of a model, all of its weights here: those of an id of the hub are fetched where they are not yet."""
+    return local_folder(model) or Path(snapshot_download(model, allow_patterns=["*.json", "model*.safetensors"]))
 
 
 def _refuse_other_forms(folder: Path) -> None:

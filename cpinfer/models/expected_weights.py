@@ -112,13 +112,31 @@ def without_load_report() -> Iterator[None]:
 def _empty_model(config: Any, dtype: torch.dtype) -> Any:
     """A config's model on the meta device."""
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        return _built(config, dtype)
     except Exception as error:  # a model's constructor raises what it likes at values that it did not expect
         raise UserError(
             f"no model can be built from the model's config.json ({type(error).__name__}: {first_line(error)}). "
-            "A config that Transformers can load was wanted."
+            f"{_culprit(config, dtype) or 'A config that Transformers can load was wanted.'}"
         ) from error
+
+
+def _built(config: Any, dtype: torch.dtype) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+
+
+def _culprit(config: Any, dtype: torch.dtype) -> str | None:
+    """The value without which a model can be built of a config of which none can, in a sentence."""
+    usual, found = type(config)().to_dict(), config.to_dict()
+    for name in sorted(usual.keys() & found.keys()):
+        if found[name] == usual[name]:
+            continue
+        try:
+            _built(type(config)(**{**found, name: usual[name]}), dtype)
+        except Exception:
+            continue
+        return f'With another "{name}" than {found[name]!r:.60} one can; Transformers\' own is {usual[name]!r:.60}.'
+    return None
 
 
 def _weights(model: Any) -> Weights:

@@ -5,21 +5,31 @@ What a folder holds is input like any other: it is checked before it is used, an
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig
-from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+)
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.hub import cached_file
 
 from cpinfer.errors import UserError
-from cpinfer.models.checkpoint import first_line, local_folder, read_checkpoint
-from cpinfer.models.config_values import check_values
+from cpinfer.models.checkpoint import fetched_folder, first_line, local_folder, read_checkpoint
+from cpinfer.models.config_values import check_file_values, check_generation_values
 from cpinfer.models.expected_weights import (
     Weights,
     check_loading_info,
@@ -28,12 +38,14 @@ from cpinfer.models.expected_weights import (
     without_load_report,
 )
 from cpinfer.models.generation_config import sampling_keys
+from cpinfer.models.quantization import QUANTIZATION_KEYS, Quantization, as_plain, plain_tensors, quantization
 from cpinfer.models.spec import ModelSpec, refuse_unsupported
+from cpinfer.models.tokenizer_files import check_tokenizer_values, knows_words, tokenizer_files
 
 
 def load_spec(model: str) -> ModelSpec:
     """What a model is, from its config files alone. UserError when there is none, or when it is refused."""
-    return ModelSpec.from_config(_read_config(model).to_dict(), _read_generation_config(model))
+    return ModelSpec.from_config(_read_config(model)[0].to_dict(), _read_generation_config(model))
 
 
 def model_sampling(model: str) -> dict[str, Any]:
@@ -42,20 +54,35 @@ def model_sampling(model: str) -> dict[str, Any]:
 
 
 def load_tokenizer(model: str, **options: Any) -> Any | None:
-    """The model's tokenizer, None when its folder has none. `options` as `AutoTokenizer.from_pretrained` has them."""
+    """The model's tokenizer, None when its folder has none. `options` as `AutoTokenizer.from_pretrained` has them.
+
+    UserError when its files are broken, or are without a vocabulary.
+    """
     folder = Path(model)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+    files = tokenizer_files(folder) if folder.is_dir() else ["those of the hub"]
+    if not files:
         return None
     try:
-        config = get_tokenizer_config(model)
-        if not _is_code(config):
-            return AutoTokenizer.from_pretrained(model, trust_remote_code=False, **options)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            check_tokenizer_values(_read_json(model, name) or {}, name)
+        if _is_code(_read_json(model, "tokenizer_config.json") or {}):
+            # Where Transformers has a tokenizer for the family it would take that one in silence.
+            raise UserError(
+                f"model {model}: its tokenizer is code of its own (auto_map in tokenizer_config.json), which is never "
+                "run. Save it as a tokenizer of Transformers (a tokenizer.json)."
+            )
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False, **options)
+        if knows_words(tokenizer):
+            return tokenizer
+        found = f"all that Transformers makes of them is a {type(tokenizer).__name__} without a single word"
+    except UserError:
+        raise
     except Exception as error:  # parsers of its files raise what they like
-        raise UserError(f"model {model}: its tokenizer could not be read ({first_line(error)}).") from error
-    # Where Transformers has a tokenizer for the family it would take that one in silence.
+        found = first_line(error)
     raise UserError(
-        f"model {model}: its tokenizer is code of its own (auto_map in tokenizer_config.json), which is never run. "
-        "Save it as a tokenizer of Transformers (a tokenizer.json)."
+        f"model {model}: its tokenizer could not be read from {', '.join(files)} ({found}). A whole tokenizer.json was "
+        "wanted, or what its family has in its place (vocab.json with merges.txt, tokenizer.model). Copy it from where "
+        "the model comes from; or, if no prompt or answer is to be a text, take these files away."
     )
 
 
@@ -65,36 +92,39 @@ def known_weights(model: str, dtype: torch.dtype, *, in_files: bool = True) -> W
     Files are looked at where they are on this machine already, never fetched, and by their headers; not `in_files`:
     not at all.
     """
-    config = _read_config(model)
+    config, quantized = _read_config(model)
     folder = local_folder(model) if in_files else None
-    return expected_weights(config, dtype) if folder is None else check_weights(read_checkpoint(folder), config, dtype)
+    return expected_weights(config, dtype) if folder is None else _checked(folder, config, quantized, dtype)
 
 
 def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     """The causal LM with its weights, in evaluation mode, on CPU. UserError when its files lack any of them.
 
-    `options` as `AutoModelForCausalLM.from_pretrained` has them, for who wants it sharded as it loads.
+    Weights in mxfp4 or fp8 are dequantized. `options` as `AutoModelForCausalLM.from_pretrained` has them, for who wants
+    it sharded as it loads.
     """
-    config = _read_config(model)
+    config, quantized = _read_config(model)
     if (folder := local_folder(model)) is not None:
         read_checkpoint(folder)
     log, start_s = logging.getLogger(__name__), time.perf_counter()
     log.info("loading %s in %s", model, str(dtype).removeprefix("torch."))
     try:
         with without_load_report():
-            loaded, info = AutoModelForCausalLM.from_pretrained(
+            load = _load_plain if quantized is None else partial(_load_quantized, quantized)
+            loaded, info = load(
                 model,
                 config=config,
                 dtype=dtype,
-                trust_remote_code=False,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 output_loading_info=True,
                 **options,
             )
+    except UserError:
+        raise
     except Exception as error:
         if (folder := local_folder(model)) is not None:  # by now at the latest; this check names the tensor
-            check_weights(read_checkpoint(folder), config, dtype)
+            _checked(folder, config, quantized, dtype)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"model {model}: its weights could not be read ({first_line(error)}).") from error
         raise
@@ -107,11 +137,44 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
 
 def fresh_model(model: str, dtype: torch.dtype) -> Any:
     """The causal LM of a config with random weights."""
-    return AutoModelForCausalLM.from_config(_read_config(model), dtype=dtype, trust_remote_code=False)
+    return AutoModelForCausalLM.from_config(_read_config(model)[0], dtype=dtype, trust_remote_code=False)
 
 
-def _read_config(model: str) -> Any:
-    """A model's config as an object of its own class, every value looked at before that class sees it."""
+def _load_plain(model: str, **options: Any) -> tuple[Any, Any]:
+    return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **options)
+
+
+def _load_quantized(
+    how: Quantization, model: str, *, config: Any, dtype: torch.dtype, **options: Any
+) -> tuple[Any, Any]:
+    """As `_load_plain`, the tensors of the files dequantized on the way."""
+    tensors = plain_tensors(read_checkpoint(fetched_folder(model)), how, dtype)
+    if is_deepspeed_zero3_enabled():  # which wants tensors, where other ways of loading ask for them one by one
+        tensors = {name: tensor[...] for name, tensor in tensors.items()}
+    generation = _read_generation_config(model)
+    loaded, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        dtype=dtype,
+        state_dict=tensors,
+        generation_config=None if generation is None else GenerationConfig.from_dict(generation),
+        **options,
+    )
+    loaded.name_or_path = config.name_or_path
+    return loaded, info
+
+
+def _checked(folder: Path, config: Any, quantized: Quantization | None, dtype: torch.dtype) -> Weights:
+    """The weights in a folder. UserError when they are not those of its config."""
+    checkpoint = read_checkpoint(folder)
+    return check_weights(checkpoint if quantized is None else as_plain(checkpoint, quantized), config, dtype)
+
+
+def _read_config(model: str) -> tuple[Any, Quantization | None]:
+    """A model's config as an object of its own class, every value looked at before that class sees it.
+
+    It says nothing of quantization: that is how the files have the weights, and comes beside it.
+    """
     try:
         values, _ = PretrainedConfig.get_config_dict(model)
     except Exception as error:  # no file, no JSON, no object: whatever is wrong with it has a type of its own
@@ -119,7 +182,8 @@ def _read_config(model: str) -> Any:
     if not isinstance(values, dict) or not values:
         raise _no_config(model, FileNotFoundError("it has no config.json, or one without an object in it"))
     refuse_unsupported(values)
-    check_values(values, whole=False)
+    check_file_values(values)
+    quantized = quantization(values)
     if values.get("transformers_weights") is not None:
         raise UserError(
             f'model {model}: its config.json names its weights ("transformers_weights"); model.safetensors was wanted. '
@@ -128,24 +192,52 @@ def _read_config(model: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # its class computes with values that it has not checked
-        raise _no_config(model, error) from error
-    # Attention is the engine's; what a file asks for here may be missing, or be fetched from the hub as code.
-    config._attn_implementation = None
-    return config
+        raise UserError(
+            f"model {model}: its config.json cannot be used ({first_line(error)}). Correct it there, or take the file "
+            "from where the model comes from."
+        ) from error
+    # Outputs that nobody reads, and which Transformers' own attention would be chosen for.
+    config.return_dict, config.output_attentions, config.output_hidden_states = True, False, False
+    # Attention is the engine's, and experts run in any way; what a file asks for may be missing, or be fetched as code.
+    config._attn_implementation = config._experts_implementation = None
+    for name in QUANTIZATION_KEYS:
+        if hasattr(config, name):
+            delattr(config, name)
+    return config, quantized
 
 
 def _read_generation_config(model: str) -> dict[str, Any] | None:
     """What a model's generation_config.json says, None where it has none."""
-    if Path(model).is_dir() and not (Path(model) / "generation_config.json").exists():
-        return None
     try:
+        values = _read_json(model, "generation_config.json")
+        if values is None:
+            return None
+        check_generation_values(values)
         return GenerationConfig.from_pretrained(model).to_dict()
-    except OSError as error:
-        if Path(model).is_dir():
-            raise _no_generation_config(model, error) from error
-        return None  # the hub has none
+    except UserError:
+        raise
     except Exception as error:
-        raise _no_generation_config(model, error) from error
+        raise UserError(
+            f"model {model}: its generation_config.json could not be read ({first_line(error)}). Correct it, or take "
+            "the file away."
+        ) from error
+
+
+def _read_json(model: str, name: str) -> dict[str, Any] | None:
+    """A file of a model, None where it has no such file. ValueError when it holds no object."""
+    path = cached_file(
+        model,
+        name,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError("it holds no JSON object")
+    return values
 
 
 def _is_code(tokenizer_config: Mapping[str, Any]) -> bool:
@@ -160,7 +252,3 @@ def _no_config(model: str, error: Exception) -> UserError:
         f"model {model}: no config could be read ({first_line(error)}). "
         "Give a folder with a config.json, or the id of a model on the Hugging Face hub."
     )
-
-
-def _no_generation_config(model: str, error: Exception) -> UserError:
-    return UserError(f"model {model}: its generation_config.json could not be read ({first_line(error)}).")

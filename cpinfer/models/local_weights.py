@@ -12,9 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cpinfer.errors import UserError
 from cpinfer.refusals import refuse
 
 WeightKind = tuple[torch.dtype, torch.device | None]
+# What the engine computes in; a cache has no other.
+_USABLE = frozenset((torch.float32, torch.bfloat16, torch.float16))
+# What codes are kept in; buffers of indices are of int64, masks of bool.
+_CODES = frozenset((torch.int8, torch.uint8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2))
 
 
 def local(weight: Tensor) -> Tensor:
@@ -76,17 +81,30 @@ def weight_kind(weight: Any, *, gathered_by_fsdp: bool = False) -> WeightKind | 
 
 
 def refuse_unusable_weights(model: Any) -> None:
-    """UnsupportedError for weights that are codes for numbers, or that do not lie on one device."""
+    """UserError for weights that are no numbers of a model's, or codes for them, or that do not lie on one device."""
     for name, module in model.named_modules():
         if callable(getattr(type(module), "weight", None)):  # as torch.ao has it
             raise refuse("quantized_weights", f"{name} is a {type(module).__module__}.{type(module).__name__}")
     for name, weight in model.named_parameters():
         if _is_quantized(weight):
             raise refuse("quantized_weights", f"{name} is a {type(weight).__name__} of {weight.dtype}")
+        if weight.dtype not in _USABLE:
+            raise UserError(
+                f"{name} is of {weight.dtype}; weights in {', '.join(sorted(map(_name, _USABLE)))} were wanted. "
+                "Make a copy of the model in one of them, as by model.float()."
+            )
+    for name, buffer in model.named_buffers():
+        if buffer.dtype in _CODES and buffer.ndim > 1:  # as GPTQ and AWQ have them
+            raise refuse("quantized_weights", f"{name} holds codes in {buffer.dtype}")
     kinds = filter(None, map(weight_kind, model.parameters()))
     devices = {str(device) for _, device in kinds if device is not None}
+    devices |= {"meta" for buffer in model.buffers() if buffer.is_meta}
     if len(devices) > 1 or "meta" in devices:
         raise refuse("device_map", f"weights on {', '.join(sorted(devices))}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _is_quantized(weight: Any) -> bool:
@@ -94,7 +112,7 @@ def _is_quantized(weight: Any) -> bool:
     if hasattr(weight, "__tensor_flatten__"):
         inside = (getattr(weight, name) for name in weight.__tensor_flatten__()[0])
         return any(_is_quantized(x) for x in inside if isinstance(x, Tensor))
-    return not weight.is_floating_point() or weight.dtype.itemsize < 2
+    return not (weight.is_floating_point() or weight.is_complex()) or weight.dtype.itemsize < 2
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:

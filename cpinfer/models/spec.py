@@ -80,9 +80,11 @@ class ModelSpec:
         head_dim = config.get("head_dim") or config["hidden_size"] // num_q_heads
         positions = Positions.of(config, has_table=FAMILIES[config["model_type"]].has_position_table)
         generation_config = generation_config or {}
-        check_token_ids(generation_config, "eos_token_id", "generation_config.json")
+        check_token_ids(generation_config, "eos_token_id", "generation_config.json", config["vocab_size"])
         eos = generation_config.get("eos_token_id")
-        eos = config.get("eos_token_id") if eos is None else eos
+        if eos is None:
+            check_token_ids(config, "eos_token_id", vocab_size=config["vocab_size"])
+            eos = config.get("eos_token_id")
         return cls(
             family=config["model_type"],
             num_layers=config["num_hidden_layers"],
@@ -178,10 +180,8 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise refuse("multimodal", found)
     if family in RECURRENT or layer_types & RECURRENT_LAYERS:
         raise refuse("recurrent", found)
-    if config.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder") is True:
         raise refuse("encoder_decoder", found)
-    if config.get("quantization_config") is not None:
-        raise refuse("quantized_weights", found)
     if family not in FAMILIES and config.get("auto_map"):
         raise refuse("remote_code", found)
     if family not in FAMILIES:

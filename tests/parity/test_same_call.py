@@ -122,8 +122,8 @@ def test_weights_that_differ_are_named_when_the_engine_attaches(model: Any) -> N
 
     assert_told(outcomes(model, touch=step), "rank 1 has weight model.layers.1.mlp.up_proj.weight.values")
     assert_told(
-        outcomes(model, touch=lambda own: own.model.norm.to(torch.float64)),
-        "rank 1 has weight model.norm.weight.dtype 'float64', rank 0 has 'float32'",
+        outcomes(model, touch=lambda own: own.model.norm.to(torch.bfloat16)),
+        "rank 1 has weight model.norm.weight.dtype 'bfloat16', rank 0 has 'float32'",
     )
 
 

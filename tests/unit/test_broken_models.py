@@ -151,7 +151,10 @@ BROKEN: dict[str, tuple[Breaking, list[str]]] = {
     "endless_positions": (config_is(max_position_embeddings=10**30), ["more than 30 digits; a whole number from 1"]),
     "text_ends": (config_is(eos_token_id="</s>"), ['"eos_token_id" is "</s>"; a token id']),
     "odd_heads": (config_is(num_attention_heads=7), ['"hidden_size" is 64; a multiple of num_attention_heads (7)']),
-    "kernels_of_others": (config_is(hidden_act="none_such"), ["no model can be built", "none_such"]),
+    "kernels_of_others": (
+        config_is(hidden_act="none_such"),
+        ['"hidden_act" is "none_such"; the name of an activation'],
+    ),
     "text_ends_generation": (
         lambda model: set_in_json(model / "generation_config.json", eos_token_id="x"),
         ['generation_config.json: "eos_token_id" is "x"'],
