@@ -104,8 +104,9 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     it sharded as it loads.
     """
     config, quantized = _read_config(model)
-    if (folder := local_folder(model)) is not None:
-        read_checkpoint(folder)
+    seen = local_folder(model)
+    if seen is not None:
+        _checked(seen, config, quantized, dtype)
     log, start_s = logging.getLogger(__name__), time.perf_counter()
     log.info("loading %s in %s", model, str(dtype).removeprefix("torch."))
     try:
@@ -123,7 +124,7 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     except UserError:
         raise
     except Exception as error:
-        if (folder := local_folder(model)) is not None:  # by now at the latest; this check names the tensor
+        if seen is None and (folder := local_folder(model)) is not None:  # by now; this check names the tensor
             _checked(folder, config, quantized, dtype)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"model {model}: its weights could not be read ({first_line(error)}).") from error
@@ -131,6 +132,8 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise UserError(f"model {model}: it comes with an adapter; a whole model was wanted. Merge it into the model.")
     check_loading_info(model, loaded, info)
+    if seen is None and (folder := local_folder(model)) is not None:  # it may hold codes
+        _checked(folder, config, quantized, dtype)
     log.info("loaded %s in %.1f s", model, time.perf_counter() - start_s)
     return loaded.eval()
 
@@ -160,7 +163,7 @@ def _load_quantized(
         generation_config=None if generation is None else GenerationConfig.from_dict(generation),
         **options,
     )
-    loaded.name_or_path = config.name_or_path
+    loaded.name_or_path = loaded.config.name_or_path = model
     return loaded, info
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cpinfer.errors import UserError
 from cpinfer.models.checkpoint import Checkpoint, StoredTensor, weight_files
+from cpinfer.models.config_values import wrong_value
 from cpinfer.refusals import refuse
 
 # What a config.json may call it, now and before.
@@ -58,7 +59,7 @@ class Float8:
     def shape(self, codes: StoredTensor, scales: StoredTensor) -> tuple[int, ...] | str:
         """See `Quantization`."""
         if self.block is None:
-            return codes.shape if scales.shape in ((), (1,)) else "one scale"
+            return codes.shape if scales.shape in ((), (1,)) else "one scale for all"
         wanted = [*codes.shape[:-2], *(-(-n // size) for n, size in zip(codes.shape[-2:], self.block, strict=True))]
         return codes.shape if list(scales.shape) == wanted else f"scales {wanted}"
 
@@ -107,7 +108,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
         return None
     values = config[name]
     if not isinstance(values, Mapping) or not isinstance(values.get("quant_method"), str):
-        raise UserError(f'the model\'s config.json: "{name}" was to be an object with a "quant_method".')
+        raise wrong_value(config, name, 'an object with a "quant_method"')
     method, block = values["quant_method"], values.get("weight_block_size")
     if method == "mxfp4":
         return Mxfp4()
@@ -116,10 +117,7 @@ def quantization(config: Mapping[str, Any]) -> Quantization | None:
     if block is None:
         return Float8(None)
     if not isinstance(block, list) or len(block) != 2 or not all(type(n) is int and n > 0 for n in block):
-        raise UserError(
-            f'the model\'s config.json: "weight_block_size" in "{name}" is {block!r}; rows and columns, as [128, 128], '
-            "or null were wanted."
-        )
+        raise wrong_value(values, "weight_block_size", "rows and columns, as [128, 128], or null")
     return Float8((block[0], block[1]))
 
 
