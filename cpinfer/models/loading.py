@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,8 @@ def load_tokenizer(model: str, **options: Any) -> Any | None:
         raise
     except Exception as error:  # parsers of its files raise what they like
         found = first_line(error)
+        if "tokenizer.model" in files and find_spec("sentencepiece") is None:  # another package is asked for then
+            found = "tokenizer.model needs the package sentencepiece: run `pip install sentencepiece protobuf`"
     raise UserError(
         f"model {model}: its tokenizer could not be read from {', '.join(files)} ({found}). A whole tokenizer.json was "
         "wanted, or what its family has in its place (vocab.json with merges.txt, tokenizer.model). Copy it from where "

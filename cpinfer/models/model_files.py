@@ -10,13 +10,12 @@ from pathlib import Path
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from cpinfer.errors import UserError
+from cpinfer.models.tokenizer_files import PATTERNS
 
 # The parts of a model that are told apart.
 MODEL_PARTS = ("config_files", "weights", "tokenizer_files")
 _CONFIGS = ("config.json", "generation_config.json", "adapter_config.json")
-_TOKENIZERS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*",
-)  # fmt: skip
+_TOKENIZERS = (*PATTERNS, "chat_template*")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 # Where there are none of those.
 _OLDER_WEIGHTS = ("*.bin", "*.bin.index.json", "*.pt", "*.pth")

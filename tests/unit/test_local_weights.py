@@ -1,13 +1,15 @@
 """Weights that are codes for numbers, or that are elsewhere, are refused by name; all others are told as they are."""
 
 import copy
+import warnings
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
 from cpinfer.engine.attach import attach
-from cpinfer.errors import UnsupportedError
+from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.models.local_weights import weight_kind
 from tiny_models import FAMILIES, make_model
 
@@ -112,3 +114,59 @@ def test_a_kind_of_weight_is_what_stays_the_same_between_steps():
     assert weight_kind(weight, gathered_by_fsdp=True) is None, "what FSDP has brought may be sharded again"
     weight.ds_id = 1  # sharded by ZeRO-3, which brings it wherever it wants
     assert weight_kind(weight) == (torch.bfloat16, None)
+
+
+@pytest.mark.parametrize("part", ["model", "model.embed_tokens", "lm_head", "model.layers.1.mlp.up_proj"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64])
+def test_weights_in_a_dtype_that_nothing_is_cached_in_are_refused_with_what_to_do(part, dtype):
+    model = fresh()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch doubts complex modules
+        model.get_submodule(part).to(dtype)
+    before = {name: id(weight) for name, weight in model.named_parameters()}
+    with (
+        pytest.raises(UserError, match=rf"{part}\S* is of {dtype}; weights in bfloat16, float16, float32 were wanted"),
+        attach(model),
+    ):
+        pytest.fail("the block must not be entered")
+    assert {name: id(weight) for name, weight in model.named_parameters()} == before
+    with attach(fresh().to(torch.float16)) as engine:
+        assert len(engine.generate([[1, 2]])) == 1
+
+
+def on_disk(model, folder):
+    accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+
+
+def all_on_cpu(model, folder):
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+
+
+def embeddings_on_cpu(model, folder):
+    accelerate.cpu_offload(model.model.embed_tokens, execution_device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("offload", [on_disk, all_on_cpu, embeddings_on_cpu])
+def test_offloaded_weights_are_refused_by_name_and_the_model_runs_as_it_did(offload, tmp_path):
+    wanted = fresh()(torch.tensor([[1, 2, 3]])).logits
+    model = fresh()
+    offload(model, tmp_path)
+    with pytest.raises(UnsupportedError, match=r"weights on .*meta: .*offloaded \(device_map\)"), attach(model):
+        pytest.fail("the block must not be entered")
+    assert torch.equal(model(torch.tensor([[1, 2, 3]])).logits, wanted)
+
+
+def test_so_are_buffers_that_are_elsewhere():
+    model = fresh()
+    model.model.rotary_emb.to("meta")
+    with pytest.raises(UnsupportedError, match=r"weights on cpu, meta: .*device_map"), attach(model):
+        pytest.fail("the block must not be entered")
+
+
+def test_hooks_of_accelerate_that_move_nothing_are_no_fault():
+    model = fresh()
+    with attach(model) as engine:
+        wanted = engine.generate([[1, 2, 3]])[0].token_ids
+    accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    with attach(model) as engine:
+        assert engine.generate([[1, 2, 3]])[0].token_ids == wanted

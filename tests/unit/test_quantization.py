@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from broken_checkpoints import WEIGHTS, change_tensors, in_two_files, set_in_json
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UnsupportedError, UserError
+from cpinfer.models import checkpoint, loading
 from cpinfer.models.checkpoint import read_checkpoint
 from cpinfer.models.loading import fresh_model, known_weights, load_model, load_spec
 from cpinfer.models.quantization import Float8, Mxfp4, plain_tensors, quantization
@@ -96,6 +97,24 @@ def test_a_slice_of_a_tensor_is_that_of_the_whole_for_who_loads_it_sharded(famil
     for name, tensor in tensors.items():
         assert tuple(tensor.get_shape()) == plain[name].shape
         assert torch.equal(tensor[...], plain[name]) and torch.equal(tensor[1:3], plain[name][1:3])
+
+
+def test_a_model_of_the_hub_is_fetched_before_it_is_dequantized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make(tmp_path, "llama")
+    asked = []
+
+    def fetch(model: str, allow_patterns: list[str]) -> str:
+        asked.append((model, allow_patterns))
+        return str(tmp_path)
+
+    for module in (loading, checkpoint):
+        monkeypatch.setattr(module, "local_folder", lambda model: None)
+    monkeypatch.setattr(checkpoint, "snapshot_download", fetch)
+    model = load_model(str(tmp_path), torch.float32)
+    assert asked == [(str(tmp_path), ["*.json", "model*.safetensors"])]
+    assert torch.equal(model.model.layers[1].mlp.up_proj.weight, plain["model.layers.1.mlp.up_proj.weight"])
 
 
 def test_scales_may_be_exponents() -> None:
