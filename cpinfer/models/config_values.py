@@ -207,6 +207,8 @@ def _check_rope(rope: Mapping[str, Any]) -> None:
             continue
         if not is_real(value) or (value <= 0 and name not in _ROPE_ANY):
             raise wrong_value(rope, name, "a number" if name in _ROPE_ANY else "a number above 0")
+        if value > _MAX_INT32:
+            raise wrong_value(rope, name, f"a number up to {_MAX_INT32}")
 
 
 def check_number(config: Mapping[str, Any], name: str, least: int, most: int, *, optional: bool = False) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -108,8 +108,11 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     """
     config, quantized = _read_config(model)
     seen = local_folder(model)
+    # Under ZeRO-3 Transformers makes no model on the meta device, which the check of all tensors needs.
+    whole = partial(_checked, config=config, quantized=quantized, dtype=dtype)
+    check: Callable[[Path], Any] = read_checkpoint if is_deepspeed_zero3_enabled() else whole
     if seen is not None:
-        _checked(seen, config, quantized, dtype)
+        check(seen)
     log, start_s = logging.getLogger(__name__), time.perf_counter()
     log.info("loading %s in %s", model, str(dtype).removeprefix("torch."))
     try:
@@ -128,15 +131,15 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
         raise
     except Exception as error:
         if seen is None and (folder := local_folder(model)) is not None:  # by now; this check names the tensor
-            _checked(folder, config, quantized, dtype)
+            check(folder)
         if isinstance(error, (OSError, SafetensorError)):
             raise UserError(f"model {model}: its weights could not be read ({first_line(error)}).") from error
         raise
     if getattr(loaded, "_hf_peft_config_loaded", False):
         raise UserError(f"model {model}: it comes with an adapter; a whole model was wanted. Merge it into the model.")
     check_loading_info(model, loaded, info)
-    if seen is None and (folder := local_folder(model)) is not None:  # it may hold codes
-        _checked(folder, config, quantized, dtype)
+    if seen is None and (folder := local_folder(model)) is not None:
+        check(folder)  # also what was loaded: codes would have been taken for numbers
     log.info("loaded %s in %.1f s", model, time.perf_counter() - start_s)
     return loaded.eval()
 

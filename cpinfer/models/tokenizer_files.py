@@ -27,7 +27,8 @@ def tokenizer_files(folder: Path) -> list[str]:
 def check_tokenizer_values(values: Mapping[str, Any], file: str) -> None:
     """UserError for the first value of a tokenizer_config.json, or special_tokens_map.json, that no tokenizer has."""
     for name, value in values.items():
-        wanted, is_right = _KINDS.get(name) or (_TOKEN if name.endswith("_token") else _ANY)
+        is_token = name.endswith("_token") and not name.startswith("add_")
+        wanted, is_right = _KINDS.get(name) or (_TOKEN if is_token else _ANY)
         if not is_right(value):
             raise wrong_value(values, name, wanted, file)
 

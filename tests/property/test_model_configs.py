@@ -27,22 +27,33 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
+ROPE_KEYS = [
+    "rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings", "attention_factor", "beta_fast",
+    "mscale", "low_freq_factor", "full_attention", "sliding_attention",
+]  # fmt: skip
 ABSENT = object()
 CHANGES = st.dictionaries(st.sampled_from(KEYS), VALUES | st.just(ABSENT), min_size=1, max_size=3)
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 @settings(max_examples=30, deadline=1000, suppress_health_check=[HealthCheck.too_slow])
-@given(changes=CHANGES, ends=VALUES)
-@example(changes={"num_hidden_layers": 0}, ends=None)
-@example(changes={"num_attention_heads": 0, "n_head": 0}, ends=None)
-@example(changes={"num_hidden_layers": True, "n_layer": True}, ends=None)
-@example(changes={"layer_types": [["full_attention"]]}, ends=None)
-@example(changes={"rope_parameters": [1]}, ends=None)
-@example(changes={"kv_lora_rank": None}, ends=None)
-@example(changes={}, ends="</s>")
-def test_a_config_is_a_valid_spec_or_a_user_error(family: str, changes: dict[str, Any], ends: Any) -> None:
+@given(changes=CHANGES, ends=VALUES, rope=st.dictionaries(st.sampled_from(ROPE_KEYS), VALUES, max_size=3))
+@example(changes={"num_hidden_layers": 0}, ends=None, rope={})
+@example(changes={"num_attention_heads": 0, "n_head": 0}, ends=None, rope={})
+@example(changes={"num_hidden_layers": True, "n_layer": True}, ends=None, rope={})
+@example(changes={"layer_types": [["full_attention"]]}, ends=None, rope={})
+@example(changes={"rope_parameters": [1]}, ends=None, rope={})
+@example(changes={"kv_lora_rank": None}, ends=None, rope={})
+@example(changes={}, ends="</s>", rope={})
+@example(changes={}, ends=[3, 10**6], rope={})
+@example(changes={}, ends=None, rope={"rope_type": "yarn", "factor": 1e308, "original_max_position_embeddings": 4096})
+@example(changes={}, ends=None, rope={"rope_type": "yarn", "factor": True, "original_max_position_embeddings": "4096"})
+def test_a_config_is_a_valid_spec_or_a_user_error(
+    family: str, changes: dict[str, Any], ends: Any, rope: dict[str, Any]
+) -> None:
     config = {k: v for k, v in {**CONFIGS[family], **changes}.items() if v is not ABSENT}
+    if rope and isinstance(config.get("rope_parameters"), dict):
+        config["rope_parameters"] = {**config["rope_parameters"], **rope}
     try:
         spec = ModelSpec.from_config(config, {"eos_token_id": ends})
     except UserError as error:
@@ -58,7 +69,7 @@ def assert_valid(spec: ModelSpec) -> None:
     assert spec.num_q_heads % spec.num_kv_heads == 0
     assert len(spec.windows) == spec.num_layers
     assert all(window is None or (type(window) is int and window >= 1) for window in spec.windows)
-    assert all(type(token) is int and token >= 0 for token in spec.eos_token_ids)
+    assert all(type(token) is int and 0 <= token < spec.vocab_size for token in spec.eos_token_ids)
     assert spec.heads(1).tp_size == 1
     assert spec.kv_layout(1).values_per_token >= 1
     assert spec.pairs_per_token >= 1
