@@ -75,6 +75,7 @@ _ROPE_SETS = ("full_attention", "sliding_attention")
 _ROPE_NEEDED = ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
 _ROPE_POSITIVE = ("attention_factor", "beta_fast", "beta_slow", "partial_rotary_factor", "rope_local_base_freq")
 _ROPE_ANY = ("mscale", "mscale_all_dim")
+_ROPE_STRETCH = ("factor", "original_max_position_embeddings")  # whose product is a number of positions
 _ROPE_OUTSIDE = ("rope_theta", "partial_rotary_factor", "rope_local_base_freq")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -207,7 +208,7 @@ def _check_rope(rope: Mapping[str, Any]) -> None:
             continue
         if not is_real(value) or (value <= 0 and name not in _ROPE_ANY):
             raise wrong_value(rope, name, "a number" if name in _ROPE_ANY else "a number above 0")
-        if value > _MAX_INT32:
+        if value > _MAX_INT32 and name in _ROPE_STRETCH:
             raise wrong_value(rope, name, f"a number up to {_MAX_INT32}")
 
 
