@@ -114,7 +114,8 @@ def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
     if seen is not None:
         check(seen)
     log, start_s = logging.getLogger(__name__), time.perf_counter()
-    log.info("loading %s in %s", model, str(dtype).removeprefix("torch."))
+    told = "" if quantized is None else f", dequantized from {type(quantized).__name__.lower()}"
+    log.info("loading %s in %s%s", model, str(dtype).removeprefix("torch."), told)
     try:
         with without_load_report():
             load = _load_plain if quantized is None else partial(_load_quantized, quantized)

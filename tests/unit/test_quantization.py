@@ -72,7 +72,9 @@ def test_where_no_block_is_cut_it_is_what_transformers_dequantizes_and_all_else_
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
     assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
-    assert ours.config.to_dict() == theirs.config.to_dict()
+    said, saying = ours.config.to_dict(), theirs.config.to_dict()
+    plans = {key for key in saying if key.startswith("base_model_")}  # which some versions change for quantized models
+    assert said == {key: value for key, value in saying.items() if key in said or key not in plans}
 
 
 def test_shards_a_spec_and_fresh_weights_are_as_of_any_model(tmp_path: Path) -> None:
