@@ -14,6 +14,7 @@ _ENGINE = "parity/test_engine_parity.py::"
 _FAMILIES = "parity/test_family_parity.py::"
 _BEYOND = "parity/test_beyond_positions.py::"
 _REQUESTS = "integrations/test_lm_eval_requests.py::"
+_QUANTIZED = "unit/test_quantization.py::"
 _ATTENTION = "parity/test_attention_parity.py::"
 _ADDRESS = re.compile(r"https://github\.com/([\w.-]+/[\w.-]+)/(?:issues|pull)/(\d+)")
 
@@ -404,8 +405,20 @@ REPORTS: dict[str, tuple[Report, ...]] = {
         Report(
             _github("tenstorrent/tt-forge-models/pull/443"),
             "A checkpoint in mxfp4 is loaded as if it were not: its experts are random numbers.",
-            "Quantized checkpoints are refused before anything loads.",
-            "unit/test_spec.py::test_quantized_weights_are_refused",
+            "Was refused here. Checkpoints in mxfp4 and fp8 are dequantized as they load.",
+            _QUANTIZED + "test_a_quantized_checkpoint_is_the_plain_one_that_it_stands_for_and_can_be_saved_as_that",
+        ),
+        Report(
+            _github("NVIDIA/TensorRT-Model-Connect/pull/1115"),
+            "Weights in fp8 are read without their scales, and nothing tells them from real ones.",
+            "Each has its scales, or is refused by name.",
+            _QUANTIZED + "test_files_that_are_not_quantized_as_the_config_says_are_refused_by_name",
+        ),
+        Report(
+            _github("neuralmagic/deepsparse/pull/474"),
+            "A tokenizer_config.json alone passes for a tokenizer, and fails later in words that say nothing of it.",
+            "It passed here too, with garbage for tokens. It is refused, with the files that are there.",
+            "unit/test_tokenizer_files.py::test_a_tokenizer_without_its_vocabulary_is_refused_with_the_files_that_are_there",
         ),
         Report(
             _github("huggingface/transformers/issues/45399"),
