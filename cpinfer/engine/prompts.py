@@ -236,7 +236,8 @@ def check_sampling(params: SamplingParams, spec: ModelSpec) -> None:
         bad = [token for token in tokens if token >= spec.vocab_size]
         if bad:
             raise UserError(f'"{key}" has token id {bad[0]}; the vocabulary has {spec.vocab_size} tokens.')
-    if params.min_new_tokens > 0 and len(set(params.stop_token_ids)) == spec.vocab_size:
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else spec.eos_token_ids)}
+    if params.min_new_tokens > 0 and len(ends) == spec.vocab_size:
         raise UserError('"stop_token_ids" are all tokens there are; with "min_new_tokens" none is left to begin with.')
 
 

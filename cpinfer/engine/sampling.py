@@ -48,9 +48,8 @@ def _sample_alike(
     params = requests[0].params
     scores = _process(logits, requests, params, suppressed)
     has_token = torch.ones(len(requests), dtype=torch.bool)
-    if (
-        suppressed
-    ):  # nothing else takes the last token away: logits are checked, and other processors keep the likeliest
+    # Nothing else takes the last token away: logits are checked, and the other processors keep the likeliest.
+    if suppressed:
         has_token = scores.amax(dim=-1) > -torch.inf
         scores = scores.masked_fill(~has_token.unsqueeze(-1), 0.0)  # whatever is drawn there is not used
     if params.greedy:

@@ -55,8 +55,12 @@ def stop_begins_at(tokenizer: Any, token_ids: Sequence[int], params: SamplingPar
     if not params.stop or len(token_ids) <= params.min_new_tokens:
         return None
     # A string of c characters that the newest token completes began at most 4 * c tokens ago (bytes of UTF-8).
-    start = max(0, len(token_ids) - 4 * max(map(len, params.stop)) - 4)
+    longest = max(map(len, params.stop))
+    start = max(0, len(token_ids) - 4 * longest - 4)
     text = _whole_text(tokenizer, token_ids[start:])
+    while start > 0 and len(text) <= longest:  # of tokens that are no text, as those of a padded vocabulary
+        start = max(0, 2 * start - len(token_ids))
+        text = _whole_text(tokenizer, token_ids[start:])
     stops = [stop for stop in params.stop if stop in text]
     if not stops:  # as a rule
         return None

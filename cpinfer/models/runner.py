@@ -164,6 +164,7 @@ class ModelRunner:
                 attention_mask=None,
                 use_cache=False,
                 logits_to_keep=keep,
+                return_dict=True,  # whatever the config says
                 cp_step=RankStep(layers, self._q_heads),
             )
         layers.check_complete()

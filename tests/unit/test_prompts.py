@@ -359,6 +359,16 @@ def test_sampling_names_only_tokens_that_the_model_has(bad, good):
         check_sampling(SamplingParams(**{k: list(v) if isinstance(v, range) else v for k, v in bad.items()}), SPEC)
 
 
+def test_a_minimum_needs_a_token_that_ends_nothing():
+    """The model's own tokens that end an answer count too, where they do end it."""
+    others = sorted({*range(SPEC.vocab_size)} - {*SPEC.eos_token_ids})
+    assert len(others) < SPEC.vocab_size
+    for params in ({"ignore_eos": True, "min_new_tokens": 1}, {"min_new_tokens": 0}):
+        check_sampling(SamplingParams(stop_token_ids=others, **params), SPEC)
+    with pytest.raises(UserError, match="are all tokens there are"):
+        check_sampling(SamplingParams(stop_token_ids=others, min_new_tokens=1), SPEC)
+
+
 @pytest.mark.parametrize("sharding", [(1, 16, 16), (2, 3, 4), (2, 48, 16), (4, 1, 8)], ids=str)
 @pytest.mark.parametrize("num_blocks", [1, 3, 10**6])
 @pytest.mark.parametrize("max_new_tokens", [1, 7])

@@ -145,6 +145,16 @@ def test_text_within_characters_of_many_bytes_is_cut_between_them():
     assert StopChecker((), tokenizer).text(make_sequence(ids[:n], stop=("漢",))) == "🙂"
 
 
+def test_tokens_without_text_within_a_stop_string_do_not_hide_it(tokenizer):
+    """Ids of a vocabulary that is padded to a round number decode to nothing."""
+    nothing = len(tokenizer) + 5
+    assert tokenizer.decode([nothing]) == ""
+    a, b = (tokenizer(text)["input_ids"] for text in ("x", "y"))
+    ids = [*a * 30, *[nothing] * 40, *b]
+    assert stops_after(StopChecker((), tokenizer), ids, stop=("xy",)) == len(ids)
+    assert StopChecker((), tokenizer).text(make_sequence(ids, stop=("xy",))) == "x" * 29
+
+
 def with_end_of_turn():
     """A tokenizer of bytes with a special token of many characters, whose parts are no tokens."""
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[2] / "configs" / "recall-tiny")

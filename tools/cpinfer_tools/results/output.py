@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import math
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import suppress
@@ -222,6 +223,8 @@ class ResultWriter:
                 del line[field.name]
         if result.sampling is not None:
             line["sampling"] = dict(result.sampling)
+        if result.prompt_logprobs is not None:  # a token that the model rules out: JSON has no -inf
+            line["prompt_logprobs"] = [None if p == -math.inf else p for p in result.prompt_logprobs]
         self.write_line(line)
 
     def write_line(self, line: Mapping[str, Any]) -> None:
