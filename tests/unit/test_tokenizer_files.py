@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, convert_slow_tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from broken_checkpoints import set_in_json
@@ -19,6 +20,9 @@ from cpinfer.models import loading
 from cpinfer.models.loading import load_tokenizer
 from cpinfer.models.tokenizer_files import knows_words
 from tiny_models import FAMILIES
+
+# Not as an attribute of the package, which is the function of this name as soon as somebody has asked for that.
+CONVERTERS = importlib.import_module("transformers.convert_slow_tokenizer")
 
 SHIPPED = Path(__file__).parents[2] / "configs" / "recall-tiny"
 TEXT = "the cat sat on the mat; the hat sat on the cat"
@@ -81,7 +85,7 @@ def test_every_form_that_transformers_takes_is_loaded_as_it_loads_it(
 ) -> None:
     family, write = FORMS[name]
     # It wants the package sentencepiece, and reads the file without it.
-    monkeypatch.setattr(convert_slow_tokenizer, "requires_backends", lambda who, backends: None)
+    monkeypatch.setattr(CONVERTERS, "requires_backends", lambda who, backends: None)
     write(folder_of(tmp_path, family))
     ours, theirs = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
     assert ours is not None and type(ours) is type(theirs)
@@ -92,7 +96,7 @@ def test_every_form_that_transformers_takes_is_loaded_as_it_loads_it(
 
 def test_the_package_that_a_form_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pieces(folder_of(tmp_path, "llama"))
-    monkeypatch.setattr(convert_slow_tokenizer, "requires_backends", requires_nothing_that_is_there)
+    monkeypatch.setattr(CONVERTERS, "requires_backends", requires_nothing_that_is_there)
     monkeypatch.setattr(loading, "find_spec", lambda package: None)
     with pytest.raises(UserError, match=r"tokenizer\.model needs the package sentencepiece: run `pip install sentence"):
         load_tokenizer(str(tmp_path))
