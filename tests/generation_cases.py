@@ -115,7 +115,8 @@ def _options(r: random.Random, kind: str, transformers_stops: bool) -> dict[str,
     elif now_and_then(0.1):
         options["n"] = 2
     if transformers_stops or now_and_then(0.55):
-        options["stop"] = tuple(dict.fromkeys(_stop(r) for _ in range(r.choice((1, 1, 2, 4)))))
+        stop = stop_of_transformers if transformers_stops else stop_of
+        options["stop"] = tuple(dict.fromkeys(stop(r) for _ in range(r.choice((1, 1, 2, 4)))))
     if now_and_then(0.3):
         options["stop_token_ids"] = tuple(r.sample(range(VOCAB_SIZE), r.choice((1, 4, 12))))
     if now_and_then(0.2):
@@ -134,22 +135,34 @@ def _options(r: random.Random, kind: str, transformers_stops: bool) -> dict[str,
     return options
 
 
-def _stop(r: random.Random) -> str:
-    """Plain, of many bytes, special, a piece of a special token, or two of these in one."""
+def stop_of(r: random.Random) -> str:
+    """A stop string: plain, of many bytes, special, a piece of a special token, or two of these in one."""
 
     def part() -> str:
         how = r.random()
-        if how < 0.55:
-            return "".join(r.choice("abc ") for _ in range(r.choice((1, 2, 2, 3, 3, 4))))
-        if how < 0.75:
-            return r.choice(WIDE)
         if how < 0.9:
-            return r.choice(SPECIAL)
+            return _whole_part(r)
         special = r.choice(SPECIAL)
         start = r.randrange(len(special))
         return special[start : r.randint(start + 1, len(special))]
 
     return part() + (part() if r.random() < 0.3 else "")
+
+
+def stop_of_transformers(r: random.Random) -> str:
+    """One that Transformers' `stop_strings` takes and means as we do.
+
+    Some token has to end it, so it is of whole parts. It does not begin with a space: where a tokenizer drops the space
+    at the beginning of a text, the answer's first token has one for Transformers, and the answer has none.
+    """
+    return (_whole_part(r) + (_whole_part(r) if r.random() < 0.3 else "")).lstrip(" ") or "a b"
+
+
+def _whole_part(r: random.Random) -> str:
+    how = r.random()
+    if how < 0.6:
+        return "".join(r.choice("abc ") for _ in range(r.choice((1, 2, 2, 3, 3, 4))))
+    return r.choice(WIDE if how < 0.8 else SPECIAL)
 
 
 def _bias(r: random.Random, kind: str) -> tuple[tuple[int, float], ...]:

@@ -147,9 +147,10 @@ def reference(
     """The answer of `generate`, all rules that it has being its own. Where it samples, `draws` are what it draws."""
     ends = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos)})
     sampled = {"temperature": params.temperature, "top_k": max(params.top_k, 0), "top_p": params.top_p}
+    most = min(params.max_new_tokens, NUM_POSITIONS - len(prompt))
     options = GenerationConfig(
-        max_new_tokens=min(params.max_new_tokens, NUM_POSITIONS - len(prompt)),
-        min_new_tokens=params.min_new_tokens or None,
+        max_new_tokens=most,
+        min_new_tokens=min(params.min_new_tokens, most) or None,
         do_sample=not params.greedy,
         **({} if params.greedy else {**sampled, "min_p": params.min_p or None}),
         repetition_penalty=params.repetition_penalty,

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
+from transformers import StopStringCriteria
 
 import generation_fuzz
 from cpinfer.config import SamplingParams
-from generation_cases import case_of
-from generation_fuzz import Answers, Comparison, compare, ours, stop_begins_at
+from generation_cases import case_of, stop_of_transformers
+from generation_fuzz import Answers, Comparison, compare, ours, shown_text, stop_begins_at
+from small_tokenizers import KINDS, SPECIAL, VOCAB_SIZE, tokenizer_of
 from tiny_models import FAMILIES
 
 NUM_CASES = 60
@@ -69,6 +74,42 @@ def test_the_cases_reach_what_they_are_to_try() -> None:
     given = Counter(option for case in cases for options in case.options for option in options)
     missing = {field.name for field in dataclasses.fields(SamplingParams)} - set(given)
     assert not missing, f"no case says {missing}"
+
+
+# --- the fuzzer's own rules ---
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_rule_of_stop_strings_is_that_of_transformers(kind: str) -> None:
+    tokenizer, num_stopped = tokenizer_of(kind), 0
+    for seed in range(150):
+        r = random.Random(seed)
+        stops = [stop_of_transformers(r) for _ in range(r.choice((1, 2)))]
+        theirs = StopStringCriteria(tokenizer, stops)
+        few = r.sample(range(VOCAB_SIZE), r.choice((12, VOCAB_SIZE)))
+        tokens = [r.choice(few) for _ in range(16)]
+        for num in range(1, len(tokens) + 1):
+            stopped = stop_begins_at(tokenizer, tokens[:num], SamplingParams(stop=tuple(stops))) is not None
+            assert stopped == bool(theirs(torch.tensor([tokens[:num]]), None)), (stops, tokens[:num])
+            num_stopped += stopped
+    assert num_stopped > 100
+
+
+def test_the_rule_of_shown_text_leaves_out_what_is_special_in_it() -> None:
+    tokenizer, num_shown = tokenizer_of("byte_level"), 0
+    special = re.compile("|".join(map(re.escape, SPECIAL)))
+    for seed in range(300):
+        r = random.Random(seed)
+        tokens = [r.randrange(VOCAB_SIZE) for _ in range(r.randint(1, 12))]
+        text = tokenizer.decode(tokens)
+        if "\ufffd" in text:  # bytes on both sides of a special token come together without it
+            continue
+        for end in range(len(text)):
+            hidden = {place for found in special.finditer(text) for place in range(*found.span())}
+            expected = "".join(text[place] for place in range(end) if place not in hidden)
+            assert shown_text(tokenizer, tokens, end) == expected, (tokens, end)
+            num_shown += 1
+    assert num_shown > 1000
 
 
 # --- negative controls ---
