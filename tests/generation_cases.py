@@ -24,7 +24,8 @@ class Case:
 
     `options[i]` are those of `prompts[i]` that are not the defaults of `SamplingParams`. `turns`: tokens that are put
     behind prompt and answer, for a next call on the same engine. `spare_blocks`: the pool holds the longest sequence,
-    and so many KV blocks; None is plenty. `transformers_stops`: the reference stops by Transformers' own rule.
+    and so many KV blocks; None is plenty. `max_model_len`: the engine's, and where Transformers is told to end.
+    `transformers_stops`: the reference stops by Transformers' own rule.
     """
 
     seed: int
@@ -38,6 +39,7 @@ class Case:
     options: tuple[Mapping[str, Any], ...]
     turns: tuple[tuple[int, ...], ...] = ()
     spare_blocks: int | None = None
+    max_model_len: int = NUM_POSITIONS
     masks_vocabulary: bool = False
     transformers_stops: bool = False
 
@@ -58,7 +60,7 @@ def case_of(seed: int) -> Case:
     pcp_size, dcp_size = r.choice(GRIDS)
     kind = r.choice(KINDS)
     transformers_stops = r.random() < 0.15
-    prompts = _prompts(r)
+    prompts, max_model_len = _prompts(r)
     if transformers_stops:
         last = tokenizer_of(kind).convert_tokens_to_ids(_piece(kind, NEVER_IN_STOPS))
         prompts = tuple((*prompt, last) for prompt in prompts)
@@ -79,26 +81,28 @@ def case_of(seed: int) -> Case:
         options,
         turns,
         spare_blocks=r.choice((None, None, 0, 1, 3)),
+        max_model_len=max_model_len,
         masks_vocabulary=r.random() < 0.2,
         transformers_stops=transformers_stops,
     )
 
 
-def _prompts(r: random.Random) -> tuple[tuple[int, ...], ...]:
-    """One to eight prompts: some of one token, some that begin alike, some that are the same."""
+def _prompts(r: random.Random) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """One to nine prompts, some of one token, some that begin alike, some that are the same; and the most positions."""
 
     def some(length: int) -> tuple[int, ...]:
         return tuple(r.randrange(VOCAB_SIZE) for _ in range(length))
 
     how = r.random()
     if how < 0.15:
-        return (some(r.choice((1, 5, 33, 70))),) * r.choice((2, 4, 8))
+        return (some(r.choice((1, 5, 33, 70))),) * r.choice((2, 4, 8)), NUM_POSITIONS
     if how < 0.35:
         shared = some(r.choice((1, 16, 40, 64)))
-        return (shared, *(shared + some(r.choice((1, 3, 20))) for _ in range(r.choice((1, 2, 4)))))
-    if how < 0.40:  # it fills the model's positions
-        return (some(NUM_POSITIONS - r.randint(2, 10)), some(3))
-    return tuple(some(r.choice((1, 1, 2, 3, 7, 20, 48, 90))) for _ in range(r.choice((1, 2, 3, 4))))
+        return (shared, *(shared + some(r.choice((1, 3, 20))) for _ in range(r.choice((1, 2, 4))))), NUM_POSITIONS
+    if how < 0.43:  # with their answers they reach the limit
+        most = r.choice((12, 50, 50, NUM_POSITIONS))
+        return (some(most - r.randint(2, 10)), some(3)), most
+    return tuple(some(r.choice((1, 1, 2, 3, 7, 20, 48, 90))) for _ in range(r.choice((1, 2, 3, 4)))), NUM_POSITIONS
 
 
 def _options(r: random.Random, kind: str, transformers_stops: bool) -> dict[str, Any]:
@@ -109,7 +113,11 @@ def _options(r: random.Random, kind: str, transformers_stops: bool) -> dict[str,
     if now_and_then(0.4):
         options |= {"temperature": r.choice((0.4, 0.7, 1.0, 1.3)), "seed": r.randrange(2**64)}
         options["n"] = r.choice((1, 1, 2, 3))
-        for key, values in {"top_k": (1, 3, 40, 500), "top_p": (0.3, 0.9, 0.999), "min_p": (0.02, 0.3, 1.0)}.items():
+        for key, values in {
+            "top_k": (-1, 1, 3, 40, 500),
+            "top_p": (0.3, 0.9, 0.999),
+            "min_p": (0.02, 0.3, 1.0),
+        }.items():
             if now_and_then(0.35):
                 options[key] = r.choice(values)
     elif now_and_then(0.1):
@@ -132,6 +140,8 @@ def _options(r: random.Random, kind: str, transformers_stops: bool) -> dict[str,
         options["logit_bias"] = _bias(r, kind)
     if now_and_then(0.15):
         options["top_logprobs"] = r.choice((1, 4, 500))
+    if now_and_then(0.12):
+        options["prompt_logprobs"] = True
     return options
 
 

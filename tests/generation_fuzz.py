@@ -31,7 +31,7 @@ from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
 from cpinfer.engine.scheduler import SchedulerStats
 from cpinfer.layout.shards import KVSharding
-from generation_cases import NUM_POSITIONS, Case
+from generation_cases import Case
 from small_tokenizers import VOCAB_SIZE, tokenizer_of
 from tiny_models import FAMILIES, make_model
 
@@ -71,7 +71,8 @@ def ours(case: Case) -> Answers:
     """The answers of all calls, those of rank 0. AssertionError when ranks differ."""
     model = copy.deepcopy(model_of(case.family, masks_vocabulary=case.masks_vocabulary))
     model.generation_config.eos_token_id = list(case.eos) or None
-    config = parse_config({"dtype": "float32", "kv_cache_gib": _kv_cache_gib(case, model), **case.config})
+    sizes = {"max_model_len": case.max_model_len, "kv_cache_gib": _kv_cache_gib(case, model)}
+    config = parse_config({"dtype": "float32", **sizes, **case.config})
 
     def run(topology: cpinfer.Topology) -> Answers:
         answers, prompts = Answers(), [list(prompt) for prompt in case.prompts]
@@ -83,7 +84,11 @@ def ours(case: Case) -> Answers:
                 answers.stats.append(engine.stats)
                 if turn is not None:
                     firsts = [result for result in results if result.sample_index == 0]
-                    prompts = [_cut([*first.prompt_token_ids, *first.token_ids, *turn]) for first in firsts]
+                    # Its end, as far as there are positions, one of them for an answer.
+                    prompts = [
+                        [*first.prompt_token_ids, *first.token_ids, *turn][-case.max_model_len + 1 :]
+                        for first in firsts
+                    ]
         return answers
 
     ranks = run_ranks(case.grid, run)
@@ -93,12 +98,8 @@ def ours(case: Case) -> Answers:
 
 
 def _said(result: RolloutResult) -> tuple[object, ...]:
-    return result.token_ids, result.logprobs, result.processed_logprobs, result.text, result.finish_reason
-
-
-def _cut(prompt: list[int]) -> list[int]:
-    """The end of a prompt, as far as the model has positions, one of them for an answer."""
-    return prompt[-(NUM_POSITIONS - 1) :]
+    """All but the clock's."""
+    return tuple(value for name, value in vars(result).items() if not name.endswith("_s"))
 
 
 def _kv_cache_gib(case: Case, model: Any) -> float:
@@ -112,19 +113,23 @@ def _kv_cache_gib(case: Case, model: Any) -> float:
         len(prompt) + (1 + len(case.turns)) * params.max_new_tokens + later
         for prompt, params in zip(case.prompts, case.sampling, strict=True)
     )
-    num_blocks = sharding.num_blocks(min(longest, NUM_POSITIONS)) + case.spare_blocks
+    num_blocks = sharding.num_blocks(min(longest, case.max_model_len)) + case.spare_blocks
     per_token = spec.kv_layout(spec.heads(1).max_stored_heads(case.grid)).bytes_per_token(spec.num_layers, "float32")
     return (num_blocks + 0.5) * config.block_size * per_token / 2**30
 
 
 # --- Transformers ---
 
+# (tokenizer, tokens of an answer, options) to where the stop string begins that the last token completes, or None.
+StopRule = Callable[[PreTrainedTokenizerFast, Sequence[int], SamplingParams], int | None]
+
 
 @dataclass(frozen=True)
 class Reference:
     """One answer by Transformers: its tokens, the rows that they were chosen from, and why it ended.
 
-    `logits`, `scores` `[tokens, vocab]`: as the model has them, and processed.
+    `logits`, `scores` `[tokens, vocab]`: as the model has them, and processed. `prompt_logits`: of the tokens of the
+    prompt but the first, where they are asked for.
     """
 
     token_ids: list[int]
@@ -132,22 +137,17 @@ class Reference:
     scores: torch.Tensor
     text: str
     finish_reason: str
+    prompt_logits: torch.Tensor | None
 
 
 def reference(
-    model: Any,
-    tokenizer: PreTrainedTokenizerFast,
-    prompt: Sequence[int],
-    params: SamplingParams,
-    eos: Sequence[int],
-    draws: Sequence[int],
-    *,
-    transformers_stops: bool = False,
+    case: Case, prompt: Sequence[int], params: SamplingParams, draws: Sequence[int], *, rule: StopRule
 ) -> Reference:
     """The answer of `generate`, all rules that it has being its own. Where it samples, `draws` are what it draws."""
-    ends = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos)})
+    model, tokenizer = model_of(case.family, masks_vocabulary=case.masks_vocabulary), tokenizer_of(case.tokenizer)
+    ends = ends_of(case, params)
+    most = min(params.max_new_tokens, case.max_model_len - len(prompt))
     sampled = {"temperature": params.temperature, "top_k": max(params.top_k, 0), "top_p": params.top_p}
-    most = min(params.max_new_tokens, NUM_POSITIONS - len(prompt))
     options = GenerationConfig(
         max_new_tokens=most,
         min_new_tokens=min(params.min_new_tokens, most) or None,
@@ -155,33 +155,46 @@ def reference(
         **({} if params.greedy else {**sampled, "min_p": params.min_p or None}),
         repetition_penalty=params.repetition_penalty,
         sequence_bias=[[[token], bias] for token, bias in params.logit_bias] or None,
-        stop_strings=list(params.stop) if transformers_stops and params.stop else None,
+        stop_strings=list(params.stop) if case.transformers_stops and params.stop else None,
         eos_token_id=ends or None,
         pad_token_id=0,
         return_dict_in_generate=True,
         output_logits=True,
         output_scores=True,
     )
-    stop_strings = StopStrings(tokenizer, len(prompt), params)
-    own_rule = StoppingCriteriaList([] if transformers_stops or not params.stop else [stop_strings])
+
+    class OwnRule(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.tensor([rule(tokenizer, input_ids[0, len(prompt) :].tolist(), params) is not None])
+
     ids = torch.tensor([list(prompt)])
     with mock.patch("torch.multinomial", _drawing(draws)), torch.no_grad():
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=options,
-            stopping_criteria=own_rule,
-            **({"tokenizer": tokenizer} if transformers_stops else {}),
+            **(
+                {"tokenizer": tokenizer}
+                if case.transformers_stops
+                else {"stopping_criteria": StoppingCriteriaList([OwnRule()])}
+            ),
         )
+        prompt_logits = model(ids).logits[0, :-1] if params.prompt_logprobs else None
     tokens = out.sequences[0, len(prompt) :].tolist()
-    begins_at = stop_begins_at(tokenizer, tokens, params)
+    begins_at = rule(tokenizer, tokens, params)
     return Reference(
         tokens,
         torch.cat(out.logits),
         torch.cat(out.scores),
         shown_text(tokenizer, tokens, begins_at),
         "stop" if tokens[-1] in ends or begins_at is not None else "length",
+        prompt_logits,
     )
+
+
+def ends_of(case: Case, params: SamplingParams) -> list[int]:
+    """Tokens that end an answer."""
+    return sorted({*params.stop_token_ids, *(() if params.ignore_eos else case.eos)})
 
 
 def _drawing(draws: Sequence[int]) -> Callable[..., torch.Tensor]:
@@ -193,17 +206,6 @@ def _drawing(draws: Sequence[int]) -> Callable[..., torch.Tensor]:
         return torch.tensor([[next(left, int(probs.argmax()))]])
 
     return draw
-
-
-class StopStrings(StoppingCriteria):  # type: ignore[misc]  # transformers is untyped
-    """Ends where the last token completes a stop string in the text of the answer, special tokens included."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, num_prompt_tokens: int, params: SamplingParams) -> None:
-        self._tokenizer, self._num_prompt_tokens, self._params = tokenizer, num_prompt_tokens, params
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        answer = input_ids[0, self._num_prompt_tokens :].tolist()
-        return torch.tensor([stop_begins_at(self._tokenizer, answer, self._params) is not None])
 
 
 def stop_begins_at(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], params: SamplingParams) -> int | None:
@@ -256,42 +258,36 @@ def differences(case: Case) -> list[str]:
 
 
 def compare(
-    case: Case, answers: Answers, change: Callable[[SamplingParams], SamplingParams] = lambda params: params
+    case: Case,
+    answers: Answers,
+    change: Callable[[SamplingParams], SamplingParams] = lambda params: params,
+    rule: StopRule = stop_begins_at,
 ) -> Comparison:
     """Answers beside those of Transformers, for whose options `change` makes others of ours."""
-    model = model_of(case.family, masks_vocabulary=case.masks_vocabulary)
-    tokenizer = tokenizer_of(case.tokenizer)
     greedy: dict[tuple[object, ...], Reference] = {}
     found = Comparison()
     for number, (result, params) in enumerate(zip(answers.results, answers.params, strict=True)):
 
-        def expected(
-            params: SamplingParams, prompt: tuple[int, ...] = result.prompt_token_ids, draws: Any = result.token_ids
-        ) -> Reference:
-            if (key := (prompt, params)) not in greedy:
-                stops = case.transformers_stops
-                found = reference(model, tokenizer, prompt, params, case.eos, draws, transformers_stops=stops)
-                if not params.greedy:
-                    return found
-                greedy[key] = found
-            return greedy[key]
+        def expected(params: SamplingParams, result: RolloutResult = result) -> Reference:
+            """The same for all greedy answers to a prompt."""
+            prompt, draws = result.prompt_token_ids, result.token_ids
+            if not params.greedy:
+                return reference(case, prompt, params, draws, rule=rule)
+            if (prompt, params) not in greedy:
+                greedy[prompt, params] = reference(case, prompt, params, (), rule=rule)
+            return greedy[prompt, params]
 
         different, is_tie = _differences_or_tie(result, change(params), expected)
         found.num_answers += 1
         found.num_ties += is_tie
-        found.endings[_ending(result, params, case.eos)] += 1
+        at_a_token = result.token_ids[-1] in ends_of(case, params)
+        ending = "length" if result.finish_reason == "length" else "stop token" if at_a_token else "stop string"
+        found.endings[ending] += 1
         found.differences += [
             f"seed {case.seed}, answer {number} (prompt {result.prompt_index}, sample {result.sample_index}): {what}"
             for what in different
         ]
     return found
-
-
-def _ending(result: RolloutResult, params: SamplingParams, eos: Sequence[int]) -> str:
-    if result.finish_reason == "length":
-        return "length"
-    ends = {*params.stop_token_ids, *(() if params.ignore_eos else eos)}
-    return "stop token" if result.token_ids[-1] in ends else "stop string"
 
 
 def _differences_or_tie(
@@ -331,36 +327,52 @@ def _differences(result: RolloutResult, params: SamplingParams, expected: Refere
     # Up to where they part: rows behind that place are those of another text.
     same = [a == b for a, b in zip(ids, expected.token_ids, strict=False)]
     num = same.index(False) if False in same else len(same)
-    tokens = torch.tensor(ids[:num], dtype=torch.long)[:, None]
     raw = torch.log_softmax(expected.logits[:num], dim=-1)
-    yield from _far("logprobs", result.logprobs[:num], raw.gather(-1, tokens)[:, 0], TOLERANCE)
+    yield from _far("logprobs", result.logprobs[:num], _picked(raw, ids[:num]))
+    yield from _far_tops("top logprobs", result.top_logprobs, raw if params.top_logprobs else None, params)
     if params.greedy:
         if any(result.processed_logprobs):
             yield f"processed logprobs of a greedy answer: {result.processed_logprobs}"
     else:
-        processed = torch.log_softmax(expected.scores[:num], dim=-1).gather(-1, tokens)[:, 0]
-        yield from _far(
-            "processed logprobs",
-            result.processed_logprobs[:num],
-            processed,
-            TOLERANCE * max(params.repetition_penalty, 1 / params.repetition_penalty) / min(params.temperature, 1),
-        )
-    if params.top_logprobs:
-        assert result.top_logprobs is not None
-        for place, top in enumerate(result.top_logprobs[:num]):
-            best = raw[place].topk(min(params.top_logprobs, VOCAB_SIZE)).values
-            best = best[best > -torch.inf]
-            yield from _far(f"top logprobs at {place}", [p for _, p in top], best, TOLERANCE)
-            own = raw[place, [token for token, _ in top]]
-            yield from _far(f"tokens of the top logprobs at {place}", [p for _, p in top], own, TOLERANCE)
-    elif result.top_logprobs is not None:
-        yield "top logprobs that nobody asked for"
+        processed = _picked(torch.log_softmax(expected.scores[:num], dim=-1), ids[:num])
+        # Penalty and temperature make what is far farther.
+        grown = max(params.repetition_penalty, 1 / params.repetition_penalty) / min(params.temperature, 1)
+        yield from _far("processed logprobs", result.processed_logprobs[:num], processed, TOLERANCE * grown)
+    raw_prompt = None if expected.prompt_logits is None else torch.log_softmax(expected.prompt_logits, dim=-1)
+    if (result.prompt_logprobs is None) != (raw_prompt is None):
+        yield f"prompt logprobs are {result.prompt_logprobs}"
+    elif result.prompt_logprobs is not None and raw_prompt is not None:
+        first, *later = result.prompt_logprobs
+        if first is not None:
+            yield f"the prompt's first token has the logprob {first}"
+        yield from _far("prompt logprobs", later, _picked(raw_prompt, result.prompt_token_ids[1:]))
+    tops = None if result.prompt_top_logprobs is None else result.prompt_top_logprobs[1:]
+    yield from _far_tops("prompt top logprobs", tops, raw_prompt if params.top_logprobs else None, params)
 
 
-def _far(what: str, own: Sequence[float], others: torch.Tensor, tolerance: float) -> Iterator[str]:
+def _picked(rows: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
+    return rows.gather(-1, torch.tensor(list(tokens), dtype=torch.long)[:, None])[:, 0]
+
+
+def _far_tops(
+    what: str, tops: Sequence[Sequence[tuple[int, float]]] | None, raw: torch.Tensor | None, params: SamplingParams
+) -> Iterator[str]:
+    """The likeliest tokens of each place beside the rows `raw [places, vocab]`, as many as there are of these."""
+    if tops is None or raw is None:
+        if (tops is None) != (raw is None):
+            yield f"{what} are {tops}"
+        return
+    for place, (top, row) in enumerate(zip(tops, raw, strict=False)):
+        best = row.topk(min(params.top_logprobs, VOCAB_SIZE)).values
+        own = [logprob for _, logprob in top]
+        yield from _far(f"{what} at {place}", own, best[best > -torch.inf])
+        yield from _far(f"tokens of the {what} at {place}", own, row[[token for token, _ in top]])
+
+
+def _far(what: str, own: Sequence[float], others: torch.Tensor, tolerance: float = TOLERANCE) -> Iterator[str]:
     if len(own) != len(others):
         yield f"{len(own)} {what}, {len(others)} of Transformers"
-    elif len(own):
-        worst = float((torch.tensor(own) - others).abs().max())
-        if not worst <= tolerance:  # a NaN is far, too
-            yield f"{what} differ by {worst:.2e}"
+        return
+    far = [(a, b) for a, b in zip(own, others.tolist(), strict=True) if a != b and not abs(a - b) <= tolerance]
+    if far:  # so is a NaN, and not what both rule out
+        yield f"{what} differ: {far[0][0]}, of Transformers {far[0][1]}"

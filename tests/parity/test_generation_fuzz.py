@@ -18,10 +18,9 @@ import pytest
 import torch
 from transformers import StopStringCriteria
 
-import generation_fuzz
 from cpinfer.config import SamplingParams
 from generation_cases import case_of, stop_of_transformers
-from generation_fuzz import Answers, Comparison, compare, ours, shown_text, stop_begins_at
+from generation_fuzz import Answers, Comparison, StopRule, compare, ours, shown_text, stop_begins_at
 from small_tokenizers import KINDS, SPECIAL, VOCAB_SIZE, tokenizer_of
 from tiny_models import FAMILIES
 
@@ -144,7 +143,10 @@ def cooler_bias(params: SamplingParams) -> SamplingParams:
     [
         *(pytest.param(without(key), id=f"without_{key}") for key in ("top_k", "top_p", "min_p", "repetition_penalty")),
         *(pytest.param(without(key), id=f"without_{key}") for key in ("stop", "stop_token_ids", "ignore_eos")),
-        *(pytest.param(without(key), id=f"without_{key}") for key in ("logit_bias", "min_new_tokens")),
+        *(
+            pytest.param(without(key), id=f"without_{key}")
+            for key in ("logit_bias", "min_new_tokens", "prompt_logprobs")
+        ),
         one_less,
         one_more,
         warmer,
@@ -173,7 +175,6 @@ def at_its_first_place(tokenizer: Any, tokens: Any, params: SamplingParams) -> i
 
 
 @pytest.mark.parametrize("rule", [without_special_tokens, whatever_the_minimum, at_its_first_place])
-def test_another_rule_of_stop_strings_is_seen(monkeypatch: pytest.MonkeyPatch, rule: Any) -> None:
-    monkeypatch.setattr(generation_fuzz, "stop_begins_at", rule)
+def test_another_rule_of_stop_strings_is_seen(rule: StopRule) -> None:
     cases = [case for case in map(case_of, range(NUM_CASES)) if any(params.stop for params in case.sampling)]
-    assert any(compare(case, answers_of(case.seed)).differences for case in cases)
+    assert any(compare(case, answers_of(case.seed), rule=rule).differences for case in cases)
