@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,16 +64,16 @@ def case_of(seed: int) -> Case:
     if transformers_stops:
         last = tokenizer_of(kind).convert_tokens_to_ids(_piece(kind, NEVER_IN_STOPS))
         prompts = tuple((*prompt, last) for prompt in prompts)
-    shared = _options(r, kind, transformers_stops)
+    shared = _options(r, kind, prompts[0], transformers_stops)
     alike = r.random() < 0.5
-    options = tuple(shared if alike else _options(r, kind, transformers_stops) for _ in prompts)
+    options = tuple(shared if alike else _options(r, kind, prompt, transformers_stops) for prompt in prompts)
     num_turns = 0 if transformers_stops else r.choice((0, 0, 0, 1, 1, 2))
     turns = tuple(tuple(r.randrange(VOCAB_SIZE) for _ in range(r.choice((1, 2, 9)))) for _ in range(num_turns))
     return Case(
         seed,
         r.choice(list(FAMILIES)),
         kind,
-        tuple(r.sample(range(VOCAB_SIZE), r.choice((0, 1, 1, 2, 5)))),
+        tuple(r.sample(range(VOCAB_SIZE), r.choice((0, 1, 2, 6, 16)))),
         pcp_size,
         dcp_size,
         _config(r, dcp_size, max(map(len, prompts))),
@@ -105,7 +105,7 @@ def _prompts(r: random.Random) -> tuple[tuple[tuple[int, ...], ...], int]:
     return tuple(some(r.choice((1, 1, 2, 3, 7, 20, 48, 90))) for _ in range(r.choice((1, 2, 3, 4)))), NUM_POSITIONS
 
 
-def _options(r: random.Random, kind: str, transformers_stops: bool) -> dict[str, Any]:
+def _options(r: random.Random, kind: str, prompt: Sequence[int], transformers_stops: bool) -> dict[str, Any]:
     def now_and_then(share: float) -> bool:
         return r.random() < share
 
@@ -124,7 +124,10 @@ def _options(r: random.Random, kind: str, transformers_stops: bool) -> dict[str,
         options["n"] = 2
     if transformers_stops or now_and_then(0.55):
         stop = stop_of_transformers if transformers_stops else stop_of
-        options["stop"] = tuple(dict.fromkeys(stop(r) for _ in range(r.choice((1, 1, 2, 4)))))
+        stops = [stop(r) for _ in range(r.choice((1, 1, 2, 4)))]
+        if not transformers_stops and now_and_then(0.25):  # one that begins in the prompt
+            stops.append(tokenizer_of(kind).decode(prompt)[-r.randint(1, 2) :].strip("\ufffd") + r.choice("abc "))
+        options["stop"] = tuple(dict.fromkeys(stops))
     if now_and_then(0.3):
         options["stop_token_ids"] = tuple(r.sample(range(VOCAB_SIZE), r.choice((1, 4, 12))))
     if now_and_then(0.2):

@@ -19,7 +19,7 @@ import torch
 from transformers import StopStringCriteria
 
 from cpinfer.config import SamplingParams
-from generation_cases import case_of, stop_of_transformers
+from generation_cases import Case, case_of, stop_of_transformers
 from generation_fuzz import Answers, Comparison, StopRule, compare, ours, shown_text, stop_begins_at
 from small_tokenizers import KINDS, SPECIAL, VOCAB_SIZE, tokenizer_of
 from tiny_models import FAMILIES
@@ -92,6 +92,20 @@ def test_the_rule_of_stop_strings_is_that_of_transformers(kind: str) -> None:
             assert stopped == bool(theirs(torch.tensor([tokens[:num]]), None)), (stops, tokens[:num])
             num_stopped += stopped
     assert num_stopped > 100
+
+
+def test_a_stop_string_that_begins_in_the_prompt_is_one_for_transformers_alone() -> None:
+    tokenizer = tokenizer_of("byte_level")
+    prompt = tokenizer("abc d")["input_ids"]
+    free: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6}
+    case = Case(0, "qwen2", "byte_level", (), 2, 2, {}, (tuple(prompt),), (free,))
+    [answer] = ours(case).results
+    stop = "d" + tokenizer.decode(answer.token_ids)[0]
+    stopping = dataclasses.replace(case, options=({**free, "stop": (stop,)},))
+    answers = ours(stopping)
+    assert answers.results[0].token_ids == answer.token_ids
+    assert compare(stopping, answers).differences == []
+    assert compare(dataclasses.replace(stopping, transformers_stops=True), answers).differences
 
 
 def test_the_rule_of_shown_text_leaves_out_what_is_special_in_it() -> None:
