@@ -73,7 +73,7 @@ def case_of(seed: int) -> Case:
         seed,
         r.choice(list(FAMILIES)),
         kind,
-        tuple(r.sample(range(VOCAB_SIZE), r.choice((0, 1, 2, 6, 16)))),
+        tuple(r.sample(range(VOCAB_SIZE), r.choice((0, 2, 8, 24)))),
         pcp_size,
         dcp_size,
         _config(r, dcp_size, max(map(len, prompts))),
