@@ -1,21 +1,22 @@
-"""The engine: a model attached to a topology, a KV pool, and the loop that runs steps until all samples are done."""
+"""The engine: a model attached to a topology, a KV pool, and calls that run steps until their answers are there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import Prepared, begin_together, gather_packed
+from cpinfer.engine.core import Batch, EngineCore
 from cpinfer.engine.input_processor import InputProcessor
 from cpinfer.engine.needs import RankNeeds
 from cpinfer.engine.prompts import PromptLike, PromptsLike, longest_prompt
 from cpinfer.engine.request import Request, RolloutResult, SampledRequest, ScoredRequest, ScoreResult
-from cpinfer.engine.scheduler import Scheduler, SchedulerStats, sum_stats
+from cpinfer.engine.scheduler import Scheduler, SchedulerStats
 from cpinfer.engine.step_factory import make_step_runner
-from cpinfer.engine.step_loop import StepLoop
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.models.generation_config import sampling_keys
@@ -27,8 +28,7 @@ T = TypeVar("T")
 class Engine:
     """Generates with an attached model. Every rank of a dp replica holds one and makes the same calls on it.
 
-    Made by `cpinfer.attach`, awake, and valid inside its block. `kv_capacity_tokens` is how long one sequence could be;
-    `stats` count what the scheduler did in the last `generate` or `stream`.
+    Made by `cpinfer.attach`, awake, and valid inside its block. `kv_capacity_tokens` is how long one sequence could be.
     """
 
     def __init__(
@@ -40,13 +40,24 @@ class Engine:
         self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
         self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, topology.logger(__name__))
         self._needs = needs
-        self._homes = needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching)
+        scheduler = Scheduler(
+            needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching),
+            needs.pool_size.sharding,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            window=runner.spec.widest_window,
+        )
+        home, num_ranks = topology.grid.home(topology.rank), topology.replica.size
+        self._core = EngineCore(scheduler, self._stop_checker, home, num_ranks, topology.logger(__name__))
         self._steps: StepRunner | None = None
-        # The last that was begun.
-        self._loop: StepLoop | None = None
         self._is_closed = False
+        self._counted_before = SchedulerStats()
         self.weights_version = 0
-        self.stats = SchedulerStats()
+
+    @property
+    def stats(self) -> SchedulerStats:
+        """What the scheduler has done since the last call began, whoever asked for it."""
+        return self._core.scheduler.stats - self._counted_before
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -106,30 +117,31 @@ class Engine:
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it."""
-        self._refuse_while_streaming("sleep")
+        self._refuse_while_running("sleep")
         self._forget_prefixes()
         self._steps = None
 
     def weights_changed(self) -> None:
         """Tell the engine that the weights are new: `weights_version` rises, cached prefixes are dropped."""
         self._refuse_when_closed()
-        self._refuse_while_streaming("change weights")
+        self._refuse_while_running("change weights")
         self._forget_prefixes()
         self.weights_version += 1
         if self._steps is not None:
             self._steps.weights_changed()
 
     def close(self) -> None:
-        """End an open stream, free the KV pool, refuse what is asked later. `attach` calls it when its block ends."""
-        if self._loop is not None:
-            self._loop.finished.close()
+        """End open streams, free the KV pool, refuse what is asked later. `attach` calls it when its block ends."""
+        if self._steps is not None:
+            for batch in self._core.open_batches():
+                self._core.leave(batch, self._steps)
         self._is_closed = True
         self._steps = None
 
     def raise_if_left_alone(self) -> None:
         """StreamEndedError when this rank left a stream that others went on with: they have it, and so it does here."""
-        if self._loop is not None and self._loop.left_alone is not None:
-            error, self._loop.left_alone = self._loop.left_alone, None
+        if self._core.left_alone is not None:
+            error, self._core.left_alone = self._core.left_alone, None
             raise error
 
     def generate(
@@ -174,7 +186,6 @@ class Engine:
             This rank's samples, in the order of its prompts.
         """
         self._refuse_when_closed()
-        self._refuse_while_streaming("start another batch")
         topology, replica = self._topology, self._topology.replica
         packed, lens = self._begin(
             "generate_pooled", lambda: self._inputs.packed(own_prompts, sampling, name, num_copies, replica.size)
@@ -195,7 +206,8 @@ class Engine:
     ) -> Iterator[RolloutResult]:
         """Samples as they finish. Collective over the replica: one small gather, beside the steps.
 
-        Every rank takes all results, or leaves the loop at the same one.
+        Every rank takes all results, or leaves the loop at the same one. Several streams may be open at once: a step
+        advances the requests of all, whoever asks for it.
 
         Args:
             prompts: one or several. A prompt is text, a list or an array of token ids, a chat (a list of messages), a
@@ -210,10 +222,9 @@ class Engine:
             UserError: for a prompt that can never run, before anything runs.
             RanksDifferError: when ranks do not make the same call, before anything runs.
             StreamEndedError: when some ranks leave alone; on those at their next call, or where the block ends.
-            RuntimeError: when the engine sleeps, its block has ended, or another stream is open.
+            RuntimeError: when the engine sleeps, its block has ended, or a step of another stream has failed.
         """
         self._refuse_when_closed()
-        self._refuse_while_streaming("start another stream")
         requests, _ = self._begin("generate", lambda: self._inputs.samples(prompts, sampling, skip))
         yield from self._results(requests)
         self._refuse_when_closed()  # else the end of the block would pass for that of the stream
@@ -234,7 +245,6 @@ class Engine:
             UserError: for a pair that can never run, or a continuation without tokens; other errors as `stream`.
         """
         self._refuse_when_closed()
-        self._refuse_while_streaming("score")
         requests, _ = self._begin("score", lambda: self._inputs.scored(pairs))
         # The first of those that share a prompt goes ahead, so that the others find it.
         seen: set[tuple[int, ...]] = set()
@@ -243,23 +253,23 @@ class Engine:
         for request in requests:
             (later if request.prompt.token_ids in seen else first).append(request)
             seen.add(request.prompt.token_ids)
-        stats = []
         for wave in (first, later):
-            for _ in self._new_loop(wave).finished:  # what it yields, it has written into the requests
+            for _ in self._finished(wave):  # what it yields, it has written into the requests
                 pass
-            stats.append(self.stats)
-        self.stats = sum_stats(stats)
         return [request.result() for request in requests]
 
     def _forget_prefixes(self) -> None:
-        # Nothing else is in the homes between calls. They go all at once, so an interrupt finds them there or gone.
-        self._homes = [home.emptied() for home in self._homes]
+        if self._core.is_cut:
+            self._core.reset()
+        else:
+            self._core.forget_prefixes()
 
     def _begin(self, call: str, prepare: Callable[[], Prepared[T]]) -> tuple[T, list[int]]:
         """What this rank prepares for a call, when all ranks have prepared the same, and the numbers of all."""
 
         def ready() -> Prepared[T]:
             self._check_ready()
+            self._counted_before = replace(self._core.scheduler.stats)
             prepared = prepare()
             return replace(prepared, same=lambda: {"call": call, **self._state(), **prepared.same()})
 
@@ -272,14 +282,13 @@ class Engine:
         self._runner.check_unchanged()
         if self._runner.notice_adapters():  # switched, merged or scaled since the last call, they make other weights
             self.weights_changed()
-        if self._loop is not None and self._loop.is_cut:
+        if self._core.is_cut:
             # It may have ended between taking blocks and writing them down, or because KV is not finite.
-            self._forget_prefixes()
-            self._loop = None
+            self._core.reset()
 
     def _state(self) -> dict[str, object]:
         """What ranks must have in common when a call begins, beside what it is about."""
-        free_blocks = [home.pool.num_free for home in self._homes]
+        free_blocks = [home.pool.num_free for home in self._core.homes]
         return {
             "weights_version": self.weights_version,
             "adapters": self._runner.adapters,
@@ -287,30 +296,39 @@ class Engine:
         }
 
     def _results(self, requests: Sequence[SampledRequest]) -> Iterator[RolloutResult]:
-        version, loop = self.weights_version, self._new_loop(requests)
-        try:
-            for request in loop.finished:
+        version = self.weights_version
+        with closing(self._finished(requests)) as finished:
+            for request in finished:
                 assert isinstance(request, SampledRequest), "nothing else was asked for"
                 yield request.result(self._stop_checker.text(request), version)
-        finally:
-            loop.finished.close()
 
-    def _new_loop(self, requests: Sequence[Request]) -> StepLoop:
-        assert self._steps is not None
-        scheduler = Scheduler(
-            self._homes,
-            self._needs.pool_size.sharding,
-            self._config.max_num_seqs,
-            self._config.max_num_batched_tokens,
-            window=self._runner.spec.widest_window,
-        )
-        for request in requests:
-            scheduler.add(request)
-        self.stats = scheduler.stats
-        topology = self._topology
-        home, num_ranks = topology.grid.home(topology.rank), topology.replica.size
-        self._loop = StepLoop(scheduler, self._steps, self._stop_checker, home, num_ranks, topology.logger(__name__))
-        return self._loop
+    def _finished(self, requests: Sequence[Request]) -> Generator[Request, None, None]:
+        """Requests as they end; steps run until all have.
+
+        Those of the last step come when the batch has ended: a consumer that lingers over them keeps nobody waiting,
+        and may make the next call before it has taken them all.
+        """
+        batch = Batch(requests)
+        try:
+            self._core.submit(batch)
+            while batch.num_unfinished:
+                self._advance(batch)
+                if batch.num_unfinished:
+                    yield from batch.take()
+        except BaseException:  # as a rule whoever takes the results has left
+            if self._steps is not None:
+                self._core.leave(batch, self._steps)
+            raise
+        yield from batch.take()
+
+    def _advance(self, batch: Batch) -> None:
+        """Run a step, in which some request of a batch has a part."""
+        if batch.is_lost or self._core.is_cut:
+            raise RuntimeError(
+                "a step of another stream has failed, and took the requests of this one with it; ask for them again"
+            )
+        assert self._steps is not None, "who sleeps has nothing under way"
+        self._core.advance(self._steps)
 
     def _made_steps(self) -> StepRunner:
         """The KV pool, the backend, and what runs steps with them."""
@@ -327,6 +345,6 @@ class Engine:
                 "the block of this engine has ended, and its model is the job's again; attach it anew for more"
             )
 
-    def _refuse_while_streaming(self, what: str) -> None:
-        if self._loop is not None and self._loop.is_open:
+    def _refuse_while_running(self, what: str) -> None:
+        if not self._core.is_idle and not self._core.is_cut:
             raise RuntimeError(f"cannot {what} while a stream is open; finish or close it first")

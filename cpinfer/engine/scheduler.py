@@ -13,7 +13,7 @@ order, no randomised hash.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import astuple, dataclass, field
 from itertools import islice
 
@@ -35,6 +35,10 @@ class SchedulerStats:
     num_computed_prefill_tokens: int = 0
     num_cached_prefill_tokens: int = 0
     num_generated_tokens: int = 0
+
+    def __sub__(self, before: SchedulerStats) -> SchedulerStats:
+        """What was counted since `before`."""
+        return SchedulerStats(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
 @dataclass
@@ -163,13 +167,50 @@ class Scheduler:
         self.blocks_to_copy.clear()
         return blocks_to_copy
 
-    def abort_all(self) -> None:
-        """Forget every unfinished request and free its blocks."""
-        for request in self._holders():
-            self.homes[request.home].release(request.take_blocks())
-        self._running, self._prefilling, self._waiting = [], [], deque()
-        self._load = [HomeLoad() for _ in self.homes]
-        self.blocks_to_copy.clear()
+    def abort(self, requests: Iterable[Request]) -> None:
+        """Forget unfinished requests and free their blocks; what is computed stays remembered while there is room."""
+        leaving = set(map(id, requests))
+        self._waiting = deque(r for r in self._waiting if id(r) not in leaving)
+        for prefill in self._prefilling:
+            if not leaving.isdisjoint(map(id, prefill.requests)):
+                self._leave_prefill(prefill, leaving)
+        self._prefilling = [p for p in self._prefilling if p.requests]
+        for request in self._running:
+            if id(request) in leaving:
+                self._leave(request)
+        self._running = [r for r in self._running if id(r) not in leaving]
+
+    def _leave_prefill(self, prefill: Prefill, leaving: Set[int]) -> None:
+        """Take requests out of a prefill under way; where a leader leaves, another one gets its blocks."""
+        if prefill.num_computed_tokens:
+            self._remember(prefill)
+        mutable = self._num_mutable_blocks(len(prefill.token_ids))
+        for index, leader in list(prefill.leaders.items()):
+            here = [r for r in prefill.requests if r.home == index]
+            staying = [r for r in here if id(r) not in leaving]
+            load = self._load[index]
+            load.num_active -= len(here) - len(staying)
+            load.num_reserved_blocks -= (len(here) - max(1, len(staying))) * mutable
+            if not staying:
+                self.homes[index].release(leader.take_blocks())
+                del prefill.leaders[index]
+            elif id(leader) in leaving:
+                heir = staying[0]
+                heir.blocks, heir.num_dropped = leader.blocks, leader.num_dropped
+                leader.blocks, leader.num_dropped = [], 0
+                prefill.leaders[index] = heir
+        prefill.requests = tuple(r for r in prefill.requests if id(r) not in leaving)
+
+    def emptied(self) -> Scheduler:
+        """The same without a request or a cached prefix; it goes on counting. This one is as it was."""
+        return Scheduler(
+            [home.emptied() for home in self.homes],
+            self.sharding,
+            self.max_num_seqs,
+            self.max_num_batched_tokens,
+            window=self.window,
+            stats=self.stats,
+        )
 
     def check_integrity(self) -> None:
         """Every block is free, remembered, or held by an unfinished request. ValueError names a leak."""

@@ -85,7 +85,7 @@ def generate(engine: Engine) -> list[tuple[int, ...]]:
 
 def check_nothing_is_lost(engine: Engine) -> None:
     """Between calls a block is free or remembered."""
-    for home in engine._homes:
+    for home in engine._core.homes:
         home.check_integrity([])
         assert home.pool.num_free + len(set(home.prefixes.references())) == home.pool.num_blocks
 
@@ -141,9 +141,9 @@ def test_after_an_interrupt_while_prefixes_are_forgotten_the_next_call_is_right(
         counter = Interrupter(ANYWHERE)
         counter.run(engine.weights_changed)
         for at in range(1, counter.num_lines + 1, 4):
-            assert generate(engine) == expected and len(engine._homes[0].prefixes) > 0
+            assert generate(engine) == expected and len(engine._core.homes[0].prefixes) > 0
             Interrupter(ANYWHERE, at).interrupts(engine.weights_changed)
             assert generate(engine) == expected
             engine.weights_changed()
-            assert len(engine._homes[0].prefixes) == 0
+            assert len(engine._core.homes[0].prefixes) == 0
             check_nothing_is_lost(engine)

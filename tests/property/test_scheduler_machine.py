@@ -284,30 +284,36 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             home.prefixes.evict(num_blocks)
             assert home.pool.num_free >= min(num_blocks, before + evictable)
 
-    @rule(within_a_step=st.booleans())
-    def abort_all(self, within_a_step):
-        """A step that failed, or a stream that was closed: what its blocks hold must not be remembered."""
+    @rule(share=st.sampled_from([1, 2, 3]), first=st.integers(0, 2), within_a_step=st.booleans())
+    def abort(self, share, first, within_a_step):
+        """Streams that are left, also behind a step that was not committed: all requests, or every second or third.
+
+        What the blocks of that step hold must not be remembered, and who stays writes it again.
+        """
         self.is_intact = False
         step = self.scheduler.schedule() if within_a_step else None
         if step is not None:
-            for home, slots in self.slots_of(step):
-                self.kv.slots[home][:, slots] = EMPTY
-        self.scheduler.abort_all()
-        self.submitted = [s for s in self.submitted if s.finish_reason is not None]
-        assert self.scheduler.schedule() is None and self.scheduler.blocks_to_copy == {}
+            self.spoil(step)
+        unfinished = [s for s in self.submitted if s.finish_reason is None]
+        leaving = unfinished[first % share :: share]
+        self.scheduler.abort(leaving)
+        assert all(s.blocks == [] for s in leaving)
+        self.submitted = [s for s in self.submitted if s not in leaving]
+        assert share > 1 or self.scheduler.schedule() is None
         self.is_intact = True
 
-    def slots_of(self, step):
-        """(home, slots) of all that a step writes to: the blocks that are not done."""
-        size = self.sharding.block_size
+    def spoil(self, step):
+        """What a step that was not committed may have written: anything, behind what was computed before it."""
         writers = [
-            (home, leader.blocks, chunk.start)
+            (home, leader.blocks, chunk.start, chunk.end)
             for chunk in step.chunks
             for home, leader in chunk.prefill.leaders.items()
-        ] + [(s.home, s.blocks, s.next_position) for s in step.running]
-        for home, blocks, length in writers:
-            mutable = np.array(blocks[self.sharding.num_immutable_blocks(length) :], dtype=np.int64)
-            yield home, (mutable[:, None] * size + np.arange(size)).reshape(-1)
+        ] + [(s.home, s.blocks, s.next_position, s.next_position + 1) for s in step.running]
+        for home, blocks, start, end in writers:
+            positions, table = np.arange(start, end), np.asarray(blocks, dtype=np.int64)
+            for shard in range(self.sharding.num_shards):
+                slots = self.sharding.slots(table, positions, shard)
+                self.kv.slots[home, shard][slots[slots >= 0]] = EMPTY
 
     @precondition(lambda self: self.scheduler.num_unfinished == 0)
     @rule()

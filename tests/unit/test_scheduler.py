@@ -202,18 +202,45 @@ def test_blocks_of_a_finished_sequence_are_free_at_once():
     assert pool.num_free == 2
 
 
-def test_abort_frees_what_runs_is_prefilled_or_waits_and_forgets_copies():
+def test_abort_frees_what_runs_is_prefilled_or_waits():
     pool, scheduler = make_scheduler(num_blocks=20, max_num_batched_tokens=12)
-    submit(scheduler, *make_group(0, 2, 6), make_sequence(1, 20), make_sequence(2, 8))
+    requests = [*make_group(0, 2, 6), make_sequence(1, 20), make_sequence(2, 8)]
+    submit(scheduler, *requests)
     advance(scheduler)
-    assert scheduler.num_unfinished == 4 and scheduler.blocks_to_copy and pool.num_free < 20
+    scheduler.take_blocks_to_copy(0)
+    assert scheduler.num_unfinished == 4 and pool.num_free < 20
     assert spans(scheduler.schedule())[0] == (1, 4, 16)
-    scheduler.abort_all()
+    scheduler.abort(requests)
     scheduler.check_integrity()
-    assert (pool.num_free, scheduler.num_unfinished, scheduler.blocks_to_copy) == (20, 0, {})
+    assert (pool.num_free, scheduler.num_unfinished) == (20, 0)
     assert scheduler.schedule() is None
-    scheduler.abort_all()  # again is harmless
+    scheduler.abort([])  # is harmless
     assert pool.num_free == 20
+
+
+@pytest.mark.parametrize("who", [0, 1, 2])
+def test_abort_of_a_sample_that_is_prefilled_leaves_the_others_their_blocks(who):
+    """Also of the one that held them for all."""
+    pool, scheduler = make_scheduler(num_blocks=20, max_num_batched_tokens=4)
+    group = make_group(0, 3, 10, max_new_tokens=2)
+    submit(scheduler, *group)
+    advance(scheduler)
+    scheduler.abort([group[who]])
+    scheduler.check_integrity()
+    staying = [r for r in group if r is not group[who]]
+    assert run(scheduler) == staying and not group[who].sampled and pool.num_free == 20
+
+
+def test_abort_of_one_that_runs_remembers_what_it_computed():
+    pool, scheduler = make_scheduler(num_blocks=20, prefixes=True)
+    request = make_sequence(0, 8, max_new_tokens=9)
+    scheduler.add(request)
+    for _ in range(4):
+        advance(scheduler)
+    scheduler.abort([request])
+    scheduler.check_integrity()
+    assert request.finish_reason is None and len(request.sampled) == 4 and request.blocks == []
+    assert pool.num_free < 20
 
 
 def test_a_wrong_number_of_tokens_is_an_error():

@@ -1,0 +1,185 @@
+"""The core of an engine: all requests that it has, whoever asked for them, and the steps that advance them together."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from cpinfer.engine.request import Request
+from cpinfer.engine.scheduler import Scheduler
+from cpinfer.engine.step import Step
+from cpinfer.engine.step_runner import StepRunner
+from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.errors import EngineFaultError, StreamEndedError
+from cpinfer.kv_cache.home import KVHome
+from cpinfer.logs import RankLogger
+
+
+@dataclass(eq=False)
+class Batch:
+    """Requests that are asked for together: how many are under way, and those that have ended and were not taken yet.
+
+    `is_lost`: a step that failed took them with it.
+    """
+
+    requests: Sequence[Request]
+    num_unfinished: int = 0
+    finished: deque[Request] = field(default_factory=deque)
+    is_lost: bool = False
+
+    def take(self) -> Iterator[Request]:
+        """Those that have ended since they were last taken, in the order in which they did."""
+        while self.finished:
+            yield self.finished.popleft()
+
+
+class EngineCore:
+    """Requests and steps on one rank of `num_ranks` that decide alike; one for an engine's life, awake or asleep.
+
+    `is_cut` from the beginning of a step on until it has come to an end that all ranks know: where it never does, what
+    the homes have written down of their blocks may be wrong. `left_alone`: what ended a batch here, where that could
+    only be told to the others. It never holds on to a step runner, which owns the memory of the KV pool.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, stop_checker: StopChecker, home: int, num_ranks: int, log: RankLogger
+    ) -> None:
+        self._scheduler = scheduler
+        self._stop_checker = stop_checker
+        self._home = home
+        self._num_ranks = num_ranks
+        self._log = log
+        # By `id` of each unfinished request, in the order in which they came.
+        self._batches: dict[int, Batch] = {}
+        self._is_at_rest = True
+        self.is_cut = False
+        self.left_alone: StreamEndedError | None = None
+
+    @property
+    def homes(self) -> Sequence[KVHome]:
+        return self._scheduler.homes
+
+    @property
+    def scheduler(self) -> Scheduler:
+        return self._scheduler
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request is under way."""
+        return not self._scheduler.num_unfinished
+
+    def submit(self, batch: Batch) -> None:
+        """Queue the requests of a batch, on every rank the same between the same two steps."""
+        with self._all_or_cut():
+            for request in batch.requests:
+                self._scheduler.add(request)
+                self._batches[id(request)] = batch
+                batch.num_unfinished += 1
+
+    def advance(self, steps: StepRunner, *, leaves: bool = False) -> None:
+        """Run the next step, and give the requests that it ended to their batches. `leaves` as `StepRunner.run` has it.
+
+        EngineFaultError and StreamEndedError as steps raise them; what is under way is lost then.
+        """
+        assert not self.is_cut, "after a step that was cut the core has to be reset"
+        with self._all_or_cut():
+            if self._is_at_rest:
+                steps.begin()
+                self._is_at_rest = False
+            try:
+                step = self._scheduler.schedule()
+                assert step is not None, "there is a request under way"
+                finished = self._run(steps, step, leaves)
+            except EngineFaultError:
+                steps.clear_cache()
+                raise
+            for request in finished:
+                batch = self._batches.pop(id(request))
+                batch.num_unfinished -= 1
+                batch.finished.append(request)
+            self._rest_when_idle()
+
+    def leave(self, batch: Batch, steps: StepRunner) -> None:
+        """Nobody takes what is left of a batch: tell the others, who may be in the next step of it already.
+
+        So this rank takes part in steps up to the first that has a record to say it in. Where all leave, all is well,
+        and the batch's requests are aborted; where they do not, `left_alone` says so, and what is under way is lost.
+        """
+        try:
+            while self._num_ranks > 1 and batch.num_unfinished and not self.is_cut:
+                self.advance(steps, leaves=True)
+        except StreamEndedError as ended:
+            if len(ended.places) < self._num_ranks:
+                self.left_alone = ended
+                return
+            self.is_cut = False  # the step has not been committed on any rank: its requests are where they were
+        if not self.is_cut:
+            self.abort([request for request in batch.requests if id(request) in self._batches])
+
+    def abort(self, requests: Sequence[Request]) -> None:
+        """End unfinished requests where they are, on every rank between the same two steps; their blocks are free."""
+        with self._all_or_cut():
+            self._scheduler.abort(requests)
+            for request in requests:
+                self._batches.pop(id(request)).num_unfinished -= 1
+            self._rest_when_idle()
+
+    def open_batches(self) -> list[Batch]:
+        """Batches with requests under way, in the order in which they came."""
+        return list(dict.fromkeys(self._batches.values()))
+
+    def reset(self) -> None:
+        """Lose all requests, and what the homes remember: the way on from a step that was cut."""
+        # All at once, so that an interrupt finds either.
+        self._scheduler = self._scheduler.emptied()
+        for batch in self._batches.values():
+            batch.is_lost = True
+        self._batches, self._is_at_rest, self.is_cut = {}, True, False
+
+    def forget_prefixes(self) -> None:
+        """Drop what the homes remember of sequences. No request may be under way."""
+        assert self.is_idle, "their blocks would be lost"
+        self._scheduler = self._scheduler.emptied()
+
+    def _run(self, steps: StepRunner, step: Step, leaves: bool) -> list[Request]:
+        """Run a step and take note of it; the requests that it finished."""
+        if self._log.isEnabledFor(logging.DEBUG):
+            num_tokens = sum(chunk.end - chunk.start for chunk in step.chunks) or len(step.running)
+            self._log.debug(
+                "step: %d chunk(s), %d running, %d token(s)", len(step.chunks), len(step.running), num_tokens
+            )
+        output = steps.run(step, leaves=leaves)
+        now = time.perf_counter()
+        finished = self._scheduler.commit(step, output.sampled, self._stop_checker.stops, output.scores)
+        steps.copy_blocks(self._scheduler.take_blocks_to_copy(self._home))
+        for request in step.samples:
+            if request.sampled:  # one that was put back has no token yet
+                request.first_token_s = request.first_token_s or now
+        for ended in finished:
+            ended.finished_s = now
+        return finished
+
+    @contextmanager
+    def _all_or_cut(self) -> Iterator[None]:
+        """A block after which the core is what it was, or cut, where it does not come to its end."""
+        was_cut, self.is_cut = self.is_cut, True
+        yield
+        self.is_cut = was_cut
+
+    def _rest_when_idle(self) -> None:
+        """Where all has ended, nothing may be left behind."""
+        if not self.is_idle or self._is_at_rest:
+            return
+        self._is_at_rest = True
+        self._scheduler.check_integrity()
+        stats = self._scheduler.stats
+        self._log.shared(
+            "done; since the engine began %d tokens generated, %d of prompts computed and %d found cached, %d "
+            "preemption(s), %d prefix unit(s) evicted",
+            stats.num_generated_tokens, stats.num_computed_prefill_tokens, stats.num_cached_prefill_tokens,
+            stats.num_preemptions, sum(home.prefixes.num_evicted_units for home in self.homes),
+        )  # fmt: skip
