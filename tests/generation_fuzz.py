@@ -215,7 +215,7 @@ def stop_begins_at(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], pa
     """
     if len(tokens) <= params.min_new_tokens:
         return None
-    text, before = tokenizer.decode(tokens), tokenizer.decode(tokens[:-1])
+    text, before = spelled(tokenizer, tokens), spelled(tokenizer, tokens[:-1])
     found = [
         start
         for stop in params.stop
@@ -232,11 +232,18 @@ def shown_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], begins
     """
     if begins_at is None:
         return tokenizer.decode(tokens, skip_special_tokens=True)
-    before = tokenizer.decode(tokens)[:begins_at]
-    num_whole = max(n for n in range(len(tokens)) if before.startswith(tokenizer.decode(tokens[:n])))
-    piece = before[len(tokenizer.decode(tokens[:num_whole])) :]
+    before = spelled(tokenizer, tokens)[:begins_at]
+    num_whole = max(n for n in range(len(tokens)) if before.startswith(spelled(tokenizer, tokens[:n])))
     shown = tokenizer.decode(tokens[:num_whole], skip_special_tokens=True)
-    return shown if tokens[num_whole] in tokenizer.all_special_ids else shown + piece
+    if tokens[num_whole] not in tokenizer.all_special_ids:
+        shown += before[len(spelled(tokenizer, tokens[:num_whole])) :]
+    # A space at the beginning is not shown where decoding drops it.
+    return shown if tokenizer.decode(tokens, skip_special_tokens=True).startswith(shown) else shown.removeprefix(" ")
+
+
+def spelled(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
+    """The text of tokens behind another one, which keeps a space at its beginning."""
+    return tokenizer.decode([0, *tokens])[len(tokenizer.decode([0])) :]
 
 
 # --- beside each other ---

@@ -74,26 +74,27 @@ def stop_begins_at(tokenizer: Any, token_ids: Sequence[int], params: SamplingPar
 
 def shown_text(tokenizer: Any, token_ids: Sequence[int], params: SamplingParams) -> str:
     """The text of an answer without special tokens, up to the stop string that its last token completes, if any."""
+    shown = str(tokenizer.decode(token_ids, skip_special_tokens=True))
     stop = stop_begins_at(tokenizer, token_ids, params)
     if stop is None:
-        return _shown(tokenizer, token_ids)
+        return shown
     start, offset = stop
-    # Most of what is before the stop string are whole tokens; of the next one there is a piece.
-    whole, cut = "", start
-    text = _whole_text(tokenizer, token_ids[start:])
-    for end in range(start + 1, len(token_ids)):
-        beginning = _whole_text(tokenizer, token_ids[start:end])
-        if len(beginning) > offset:
-            break
-        if text.startswith(beginning):  # else it ends within a character
-            whole, cut = beginning, end
-    piece = "" if token_ids[cut] in tokenizer.all_special_ids else text[len(whole) : offset]
-    return _shown(tokenizer, token_ids[:cut]) + piece
+    window = token_ids[start:]
+    # Special tokens behind the stop string's beginning are not shown, so that they are not to be cut off either.
+    num_hidden, special = 0, {*tokenizer.all_special_ids}
+    for i, token in enumerate(window):
+        if token in special:
+            begin, end = (len(_whole_text(tokenizer, window[:n])) for n in (i, i + 1))
+            num_hidden += max(0, end - max(begin, offset))
+    num_cut = len(_whole_text(tokenizer, window)) - offset - num_hidden
+    return shown[: max(0, len(shown) - num_cut)]
 
 
 def _whole_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(token_ids, skip_special_tokens=False, spaces_between_special_tokens=False))
-
-
-def _shown(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+    """The text of all tokens, as they stand within a longer one: at its beginning a space would be dropped by some."""
+    first = list(token_ids[:1])
+    before, text = (
+        str(tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False))
+        for ids in (first, [*first, *token_ids])
+    )
+    return text[len(before) :]

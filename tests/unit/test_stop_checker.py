@@ -1,9 +1,11 @@
 """When an answer ends, and what of its text is shown; with a tokenizer whose words take many tokens."""
 
+import random
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
@@ -143,6 +145,42 @@ def test_text_within_characters_of_many_bytes_is_cut_between_them():
     assert StopChecker((), tokenizer).text(make_sequence(ids[:n], stop=("字",))) == "🙂漢"
     n = stops_after(StopChecker((), tokenizer), ids, stop=("漢",))
     assert StopChecker((), tokenizer).text(make_sequence(ids[:n], stop=("漢",))) == "🙂"
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A tokenizer whose words begin with their space, and that drops the one at the beginning of a text (Llama 2's)."""
+    words = ["</s>", "\u2581The", "\u2581cat", "s", "\u2581", ".", "<0xC3>", "<0xA9>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def test_a_stop_string_may_begin_with_the_space_that_decoding_drops(pieces):
+    """By brute force: as if every word were spelled with its space, special tokens shown or not."""
+    spelled = {i: pieces.convert_ids_to_tokens(i).replace("\u2581", " ") for i in range(6)}
+    chance, num_stopped = random.Random(0), 0
+    for _ in range(3000):
+        ids = [chance.randrange(6) for _ in range(chance.randint(1, 6))]
+        stop = chance.choice([" cat", "cat", " The", "e", " ", "  ", "s.", "</s>", ".</", "> T", "s "])
+        text, before = ("".join(spelled[i] for i in some) for some in (ids, ids[:-1]))
+        place = text.find(stop, max(0, len(before) - len(stop) + 1))
+        stopped = StopChecker((), pieces).stops(make_sequence(ids, stop=(stop,)))
+        assert stopped == (place >= 0), (ids, stop)
+        shown = pieces.decode(ids, skip_special_tokens=True)
+        if stopped:
+            num_stopped += 1
+            end, visible = 0, ""
+            for i in ids:
+                part = spelled[i][: max(0, place - end)]
+                end += len(spelled[i])
+                visible += "" if i == 0 else part
+            whole = "".join(spelled[i] for i in ids if i)
+            shown = visible.removeprefix(" ") if whole.startswith(" ") else visible
+        assert StopChecker((), pieces).text(make_sequence(ids, stop=(stop,))) == shown, (ids, stop)
+    assert num_stopped > 300
 
 
 def test_tokens_without_text_within_a_stop_string_do_not_hide_it(tokenizer):
