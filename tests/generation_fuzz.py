@@ -234,11 +234,14 @@ def shown_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], begins
         return tokenizer.decode(tokens, skip_special_tokens=True)
     before = spelled(tokenizer, tokens)[:begins_at]
     num_whole = max(n for n in range(len(tokens)) if before.startswith(spelled(tokenizer, tokens[:n])))
-    shown = tokenizer.decode(tokens[:num_whole], skip_special_tokens=True)
-    if tokens[num_whole] not in tokenizer.all_special_ids:
+    special = set(tokenizer.all_special_ids)
+    visible = [token for token in tokens if token not in special]
+    shown = spelled(tokenizer, [token for token in tokens[:num_whole] if token not in special])
+    if tokens[num_whole] not in special:
         shown += before[len(spelled(tokenizer, tokens[:num_whole])) :]
     # A space at the beginning is not shown where decoding drops it.
-    return shown if tokenizer.decode(tokens, skip_special_tokens=True).startswith(shown) else shown.removeprefix(" ")
+    is_dropped = spelled(tokenizer, visible) == " " + tokenizer.decode(visible)
+    return shown.removeprefix(" ") if is_dropped else shown
 
 
 def spelled(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int]) -> str:
