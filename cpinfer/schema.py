@@ -102,14 +102,19 @@ def require(ok: bool, name: str, value: Any, wanted: str) -> None:
 
 def parse_object(cls: type[T], data: Mapping[Any, Any], where: str = "") -> T:
     """A `cls` from plain data. UserError for an unknown key, a wrong type or an illegal value, with its place."""
-    schema: Any = cls
-    known = _fields_of(schema)
-    for name in data:
-        if not isinstance(name, str) or name not in known:
-            raise UserError(unknown_word("key", name, known, where))
-    if not where and issubclass(schema, Checked):
+    if not where and issubclass(typing.cast("type[Any]", cls), Checked):
+        _known(cls, data, where)
         return cls(**data)  # which looks at each value itself, under the same name
-    return cls(**{name: conform(known[name][0], value, where + name, known[name][1]) for name, value in data.items()})
+    return cls(**conform_keys(cls, data, where))
+
+
+def conform_keys(cls: Any, data: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Some of the keys of a `cls`, as its fields hold them. UserError as `parse_object` has it.
+
+    What values must be together is asked where a `cls` is made.
+    """
+    known = _known(cls, data, where)
+    return {name: conform(known[name][0], value, where + name, known[name][1]) for name, value in data.items()}
 
 
 def conform(hint: Any, value: Any, where: str, rules: Mapping[str, Any] = types.MappingProxyType({})) -> Any:
@@ -212,6 +217,15 @@ def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))
     return hint
+
+
+def _known(cls: Any, data: Mapping[Any, Any], where: str) -> dict[str, tuple[Any, Mapping[str, Any]]]:
+    """Type and rules of each field. UserError for a key of `data` that is none of them."""
+    known = _fields_of(cls)
+    for name in data:
+        if not isinstance(name, str) or name not in known:
+            raise UserError(unknown_word("key", name, known, where))
+    return known
 
 
 def _power(number: float) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import numbers
-import typing
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from cpinfer.engine.request import OwnSampling, Prompt
 from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.spec import ModelSpec
-from cpinfer.schema import conform
+from cpinfer.schema import conform_keys
 from cpinfer.strict_json import is_unicode, parse_json, read_text
 
 PromptLike = Prompt | str | Sequence[int] | Mapping[str, Any]
@@ -38,6 +36,7 @@ LINE_KEYS: Mapping[str, str] = {
     "answer": "a text that the answer is to begin with; the summary counts how many do",
 }
 _FOR_TEMPLATES = ("tools", "chat_template_kwargs")
+_SAMPLING_KEYS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
 
 
 @dataclass(frozen=True)
@@ -378,7 +377,7 @@ def _form(given: Mapping[Any, Any]) -> str:
             found += ' Of what a tokenizer gives, hand over its "input_ids", without padding.'
         raise UserError(found)
     for key in given:
-        if key in _sampling_keys():
+        if key in _SAMPLING_KEYS:
             raise UserError(f'"{key}" says how tokens are chosen: put it under "sampling".')
         if key not in LINE_KEYS:
             raise UserError(unknown_word("key", key, LINE_KEYS))
@@ -398,23 +397,11 @@ def _own_sampling(given: Any) -> OwnSampling | None:
         return None
     if not isinstance(given, Mapping):
         raise UserError(f'"sampling" is {quoted(given)}; an object with keys of SamplingParams was wanted.')
-    keys = _sampling_keys()
-    for name in given:
-        if name not in keys:
-            raise UserError(unknown_word("key", name, keys, "sampling."))
-    found = [(name, conform(keys[name][0], given[name], f"sampling.{name}", keys[name][1])) for name in sorted(given)]
-    return tuple(found) or None
+    return tuple(sorted(conform_keys(SamplingParams, given, "sampling.").items())) or None
 
 
 def _is_named(pair: Any) -> bool:
     return isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
-
-
-@functools.cache
-def _sampling_keys() -> dict[str, tuple[Any, Mapping[str, Any]]]:
-    """Type and rules of each key of `SamplingParams`."""
-    hints = typing.get_type_hints(SamplingParams)
-    return {field.name: (hints[field.name], field.metadata) for field in dataclasses.fields(SamplingParams)}
 
 
 def _id_of(name: Any) -> str:

@@ -130,16 +130,18 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
     grid = check_layout(launch, config, spec, args.config)
     weights = needed_weights(config)
     tokenizer = load_tokenizer(config.model)
-    if config.sampling.stop and tokenizer is None:
-        raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
     pool = pool_size(spec, grid, config, launch.device)
+
+    def refuse_unread_stops(params: SamplingParams) -> None:
+        if params.stop and tokenizer is None:
+            raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
 
     def check(prompt: Prompt) -> None:
         params = sampling_of(prompt, config.sampling)
-        if params.stop and tokenizer is None:
-            raise UserError('"sampling.stop" needs a tokenizer, the model folder has none. Use "stop_token_ids".')
+        refuse_unread_stops(params)
         check_prompt(prompt, params, spec, pool)
 
+    refuse_unread_stops(config.sampling)
     inputs, complaints = read_input(config.input, tokenizer, check, own_sampling=True)
     if not args.skip_bad_prompts:
         refuse_bad_lines(complaints, "Fix the input, or pass --skip-bad-prompts to run the rest.")
