@@ -57,15 +57,15 @@ def stop_begins_at(tokenizer: Any, token_ids: Sequence[int], params: SamplingPar
     # A string of c characters that the newest token completes began at most 4 * c tokens ago (bytes of UTF-8).
     longest = max(map(len, params.stop))
     start = max(0, len(token_ids) - 4 * longest - 4)
-    text = _whole_text(tokenizer, token_ids[start:])
+    text = _whole_text(tokenizer, token_ids, start, len(token_ids))
     while start > 0 and len(text) <= longest:  # of tokens that are no text, as those of a padded vocabulary
         start = max(0, 2 * start - len(token_ids))
-        text = _whole_text(tokenizer, token_ids[start:])
+        text = _whole_text(tokenizer, token_ids, start, len(token_ids))
     stops = [stop for stop in params.stop if stop in text]
     if not stops:  # as a rule
         return None
     # From here on it is the last token's doing; that may also make a character whole that others began.
-    before = _whole_text(tokenizer, token_ids[start:-1])
+    before = _whole_text(tokenizer, token_ids, start, len(token_ids) - 1)
     is_new = next((i for i, (a, b) in enumerate(zip(text, before, strict=False)) if a != b), len(before))
     offsets = [text.find(stop, max(0, is_new - len(stop) + 1)) for stop in stops]
     offset = min((offset for offset in offsets if offset >= 0), default=None)
@@ -75,26 +75,31 @@ def stop_begins_at(tokenizer: Any, token_ids: Sequence[int], params: SamplingPar
 def shown_text(tokenizer: Any, token_ids: Sequence[int], params: SamplingParams) -> str:
     """The text of an answer without special tokens, up to the stop string that its last token completes, if any."""
     shown = str(tokenizer.decode(token_ids, skip_special_tokens=True))
-    stop = stop_begins_at(tokenizer, token_ids, params)
-    if stop is None:
+    found = stop_begins_at(tokenizer, token_ids, params)
+    if found is None:
         return shown
-    start, offset = stop
-    window = token_ids[start:]
+    start, offset = found
     # Special tokens behind the stop string's beginning are not shown, so that they are not to be cut off either.
     num_hidden, special = 0, {*tokenizer.all_special_ids}
-    for i, token in enumerate(window):
-        if token in special:
-            begin, end = (len(_whole_text(tokenizer, window[:n])) for n in (i, i + 1))
+    for place in range(start, len(token_ids)):
+        if token_ids[place] in special:
+            begin, end = (len(_whole_text(tokenizer, token_ids, start, stop)) for stop in (place, place + 1))
             num_hidden += max(0, end - max(begin, offset))
-    num_cut = len(_whole_text(tokenizer, window)) - offset - num_hidden
+    num_cut = len(_whole_text(tokenizer, token_ids, start, len(token_ids))) - offset - num_hidden
     return shown[: max(0, len(shown) - num_cut)]
 
 
-def _whole_text(tokenizer: Any, token_ids: Sequence[int]) -> str:
-    """The text of all tokens, as they stand within a longer one: at its beginning a space would be dropped by some."""
-    first = list(token_ids[:1])
-    before, text = (
-        str(tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False))
-        for ids in (first, [*first, *token_ids])
-    )
-    return text[len(before) :]
+def _whole_text(tokenizer: Any, token_ids: Sequence[int], start: int, end: int) -> str:
+    """The text of tokens `[start, end)` of an answer, special ones included.
+
+    Some tokenizers drop a space at the beginning of a text. That of an answer has its own, as behind another token; one
+    that begins later begins ahead of all that is looked for.
+    """
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False))
+
+    if start:
+        return decode(token_ids[start:end])
+    first = list(token_ids[: min(1, end)])
+    return decode([*first, *token_ids[:end]])[len(decode(first)) :]
