@@ -5,13 +5,14 @@ not, or where a rank cannot begin, all ranks raise the same error, which names r
 
 After a step, `agree_on_tokens`: every rank sends a record per row it computed; of the copies on tp ranks, the first is
 the authority. A rank whose logits are unusable, or whose consumer has stopped taking results, says so in the record,
-and all ranks raise the same error instead of drifting apart.
+and all ranks raise the same error instead of drifting apart. What else a rank has to say (`Says`) travels along.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from enum import IntFlag
 from itertools import accumulate, chain, pairwise
 from typing import Generic, NoReturn, TypeVar
 
@@ -30,10 +31,26 @@ Number = TypeVar("Number", bound=np.generic)
 
 # What a rank says before a call: it can begin, its user made a mistake, something else went wrong.
 _READY, _USER_ERROR, _ERROR = range(3)
-# What a rank says after a step, as bits; of a single row the last.
-_FAULT, _LEAVES, _NO_TOKEN = 1, 2, 4
 # Columns of a record, int32; floats as their bits. Behind them num_top likeliest tokens, then their logprobs.
 _TOKEN, _STATUS, _LOGPROB, _PROCESSED, _TOP = range(5)
+
+
+class Says(IntFlag):
+    """What a rank tells the others with its tokens of a step.
+
+    `FAULT`: its logits are unusable. `LEAVES`: it takes no more results of a stream. `NEWS`: it has arrivals to hand
+    over before the next step. `WAITS`: it goes on though nothing of its own may be under way.
+    """
+
+    NOTHING = 0
+    FAULT = 1
+    LEAVES = 2
+    NEWS = 4
+    WAITS = 8
+
+
+# In the status of a row, beside what its rank says: no token could be chosen for it.
+_NO_TOKEN = 16
 
 
 def _nothing() -> Mapping[str, object]:
@@ -121,18 +138,16 @@ def agree_on_tokens(
     device: torch.device,
     num_top: int = 0,
     *,
-    is_fault: bool = False,
-    leaves: bool = False,
-) -> list[SampledToken | None]:
-    """The tokens of a step, the same on every rank; none when the step samples none.
+    says: Says = Says.NOTHING,
+) -> tuple[list[SampledToken | None], Says | None]:
+    """The tokens of a step and what ranks say, the same on every rank; when it samples none, nobody is asked: None.
 
     `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where no token could be
-    chosen, as it is in what is returned. `num_top` bounds the `top` of every token of the step. `is_fault`: logits of
-    this rank are unusable. `leaves`: it takes no more results. EngineFaultError, on every rank, when any reports a
-    fault; StreamEndedError when one leaves.
+    chosen, as it is in what is returned. `num_top` bounds the `top` of every token of the step. EngineFaultError, on
+    every rank, when any says `FAULT`; StreamEndedError when one `LEAVES`.
     """
     if not places:  # as every rank knows: chunks of prompts that go on in another step
-        return []
+        return [], None
     num_rows = max(row for _, row in places) + 1
     ints = np.zeros((num_rows, _TOP + 2 * num_top), dtype=np.int32)
     floats = ints.view(np.float32)  # the same bits
@@ -145,9 +160,10 @@ def agree_on_tokens(
         ints[row, _TOP : _TOP + num_top] = -1
         for i, (token_id, logprob) in enumerate(token.top):
             ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
-    ints[0, _STATUS] |= _FAULT * is_fault | _LEAVES * leaves
+    ints[0, _STATUS] |= says
     gathered = replica.all_gather(torch.from_numpy(ints).to(device)).cpu().numpy()
-    faults, left = (np.flatnonzero((gathered[..., _STATUS] & bit).any(axis=1)).tolist() for bit in (_FAULT, _LEAVES))
+    said = gathered[:, 0, _STATUS]
+    faults, left = (np.flatnonzero(said & flag).tolist() for flag in (Says.FAULT, Says.LEAVES))
     if left:
         raise StreamEndedError(
             f"rank(s) {left} of the replica stopped taking the results of a stream, by leaving its loop or by an error "
@@ -161,7 +177,8 @@ def agree_on_tokens(
         )
     pcp_ranks, rows = np.array(places).T
     mine = gathered[pcp_ranks * tp_size, rows]
-    return [_decode(*row, num_top) for row in zip(mine.tolist(), mine.view(np.float32).tolist(), strict=True)]
+    tokens = [_decode(*row, num_top) for row in zip(mine.tolist(), mine.view(np.float32).tolist(), strict=True)]
+    return tokens, Says(int(np.bitwise_or.reduce(said)) & ~_NO_TOKEN)
 
 
 def agree_on_scores(
@@ -172,13 +189,12 @@ def agree_on_scores(
     device: torch.device,
     num_top: int = 0,
     *,
-    is_fault: bool = False,
-    leaves: bool = False,
-) -> list[TokenScore]:
-    """The scores of a step, the same on every rank; arguments and errors as `agree_on_tokens` has them."""
+    says: Says = Says.NOTHING,
+) -> tuple[list[TokenScore], Says | None]:
+    """The scores of a step and what ranks say; arguments and errors as `agree_on_tokens` has them."""
     as_tokens = [SampledToken(int(s.is_greedy), s.logprob, 0.0, s.top) for s in own]
-    agreed = agree_on_tokens(replica, tp_size, places, as_tokens, device, num_top, is_fault=is_fault, leaves=leaves)
-    return [TokenScore(token.logprob, bool(token.token_id), token.top) for token in agreed if token is not None]
+    agreed, heard = agree_on_tokens(replica, tp_size, places, as_tokens, device, num_top, says=says)
+    return [TokenScore(token.logprob, bool(token.token_id), token.top) for token in agreed if token is not None], heard
 
 
 def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken | None:

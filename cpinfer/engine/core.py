@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from cpinfer.engine.agreement import Says
 from cpinfer.engine.request import Request
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step import Step
@@ -80,10 +81,11 @@ class EngineCore:
                 self._batches[id(request)] = batch
                 batch.num_unfinished += 1
 
-    def advance(self, steps: StepRunner, *, leaves: bool = False) -> None:
-        """Run the next step, and give the requests that it ended to their batches. `leaves` as `StepRunner.run` has it.
+    def advance(self, steps: StepRunner, says: Says = Says.NOTHING) -> Says | None:
+        """Run the next step, and give the requests that it ended to their batches. Returns what ranks said with it.
 
-        EngineFaultError and StreamEndedError as steps raise them; what is under way is lost then.
+        None where nobody was asked. EngineFaultError and StreamEndedError as steps raise them; what is under way is
+        lost then.
         """
         assert not self.is_cut, "after a step that was cut the core has to be reset"
         with self._all_or_cut():
@@ -93,7 +95,7 @@ class EngineCore:
             try:
                 step = self._scheduler.schedule()
                 assert step is not None, "there is a request under way"
-                finished = self._run(steps, step, leaves)
+                finished, heard = self._run(steps, step, says)
             except EngineFaultError:
                 steps.clear_cache()
                 raise
@@ -102,6 +104,7 @@ class EngineCore:
                 batch.num_unfinished -= 1
                 batch.finished.append(request)
             self._rest_when_idle()
+        return heard
 
     def leave(self, batch: Batch, steps: StepRunner) -> None:
         """Nobody takes what is left of a batch: tell the others, who may be in the next step of it already.
@@ -111,7 +114,7 @@ class EngineCore:
         """
         try:
             while self._num_ranks > 1 and batch.num_unfinished and not self.is_cut:
-                self.advance(steps, leaves=True)
+                self.advance(steps, Says.LEAVES)
         except StreamEndedError as ended:
             if len(ended.places) < self._num_ranks:
                 self.left_alone = ended
@@ -145,14 +148,14 @@ class EngineCore:
         assert self.is_idle, "their blocks would be lost"
         self._scheduler = self._scheduler.emptied()
 
-    def _run(self, steps: StepRunner, step: Step, leaves: bool) -> list[Request]:
-        """Run a step and take note of it; the requests that it finished."""
+    def _run(self, steps: StepRunner, step: Step, says: Says) -> tuple[list[Request], Says | None]:
+        """Run a step and take note of it; the requests that it finished, and what ranks said."""
         if self._log.isEnabledFor(logging.DEBUG):
             num_tokens = sum(chunk.end - chunk.start for chunk in step.chunks) or len(step.running)
             self._log.debug(
                 "step: %d chunk(s), %d running, %d token(s)", len(step.chunks), len(step.running), num_tokens
             )
-        output = steps.run(step, leaves=leaves)
+        output = steps.run(step, says)
         now = time.perf_counter()
         finished = self._scheduler.commit(step, output.sampled, self._stop_checker.stops, output.scores)
         steps.copy_blocks(self._scheduler.take_blocks_to_copy(self._home))
@@ -161,7 +164,7 @@ class EngineCore:
                 request.first_token_s = request.first_token_s or now
         for ended in finished:
             ended.finished_s = now
-        return finished
+        return finished, output.heard
 
     @contextmanager
     def _all_or_cut(self) -> Iterator[None]:

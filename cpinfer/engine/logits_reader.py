@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.comm.topology import Topology
-from cpinfer.engine.agreement import agree_on_scores, agree_on_tokens
+from cpinfer.engine.agreement import Says, agree_on_scores, agree_on_tokens
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.step_plans import TokenPlace
@@ -30,53 +30,41 @@ class LogitsReader:
         requests: Sequence[SampledRequest],
         samples: Sequence[SampledRequest],
         places: Sequence[TokenPlace],
-        *,
-        leaves: bool,
-    ) -> list[SampledToken]:
-        """Sample this rank's rows, `requests`, where it is their authority; learn the tokens of all `samples`."""
+        says: Says,
+    ) -> tuple[list[SampledToken], Says | None]:
+        """Sample this rank's rows, `requests`, where it is their authority; learn the tokens of all `samples`.
+
+        And what ranks say, as `agree_on_tokens` has it.
+        """
         topology, is_fault = self._topology, not usable(logits)
         own: Sequence[SampledToken | None] = []
         if topology.coords.tp_rank == 0 and not is_fault:
             own = sample_tokens(logits, requests, self._stop_checker)
         num_top = max((s.params.top_logprobs for s in samples), default=0)
-        agreed = agree_on_tokens(
-            topology.replica,
-            topology.grid.tp_size,
-            places,
-            own,
-            self._device,
-            num_top,
-            is_fault=is_fault,
-            leaves=leaves,
+        says |= Says.FAULT * is_fault
+        agreed, heard = agree_on_tokens(
+            topology.replica, topology.grid.tp_size, places, own, self._device, num_top, says=says
         )
         tokens = []
         for request, token in zip(samples, agreed, strict=True):
             if token is None:
                 raise _no_token(request)
             tokens.append(token)
-        return tokens
+        return tokens, heard
 
     def score(
-        self, logits: Tensor, targets: Sequence[int], places: Sequence[TokenPlace], num_top: int = 0, *, leaves: bool
-    ) -> list[TokenScore]:
+        self, logits: Tensor, targets: Sequence[int], places: Sequence[TokenPlace], num_top: int, says: Says
+    ) -> tuple[list[TokenScore], Says | None]:
         """The scores of all `places` of a step, from this rank's rows of them, which are asked for `targets`.
 
-        With the `num_top` likeliest tokens of each.
+        With the `num_top` likeliest tokens of each. And what ranks say, as `agree_on_scores` has it.
         """
         topology, is_fault = self._topology, not usable(logits)
         own: Sequence[TokenScore] = []
         if topology.coords.tp_rank == 0 and not is_fault:
             own = score_tokens(logits, targets, num_top)
-        return agree_on_scores(
-            topology.replica,
-            topology.grid.tp_size,
-            places,
-            own,
-            self._device,
-            num_top,
-            is_fault=is_fault,
-            leaves=leaves,
-        )
+        says |= Says.FAULT * is_fault
+        return agree_on_scores(topology.replica, topology.grid.tp_size, places, own, self._device, num_top, says=says)
 
 
 def usable(logits: Tensor) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.steps import AttentionStep
+from cpinfer.engine.agreement import Says
 from cpinfer.engine.decode_cuda_graphs import DecodeCudaGraphs
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
@@ -23,10 +24,14 @@ from cpinfer.models.runner import ModelRunner
 
 @dataclass(frozen=True)
 class StepOutput:
-    """The tokens of `step.samples`, and the scores of its chunks' `scored_positions`, one after another."""
+    """The tokens of `step.samples`, and the scores of its chunks' `scored_positions`, one after another.
+
+    `heard`: what ranks said, as `agree_on_tokens` has it.
+    """
 
     sampled: list[SampledToken]
     scores: Sequence[TokenScore] = ()
+    heard: Says | None = None
 
 
 class StepRunner:
@@ -63,28 +68,25 @@ class StepRunner:
         """Nothing of what is cached will be read again, and something in it is not finite."""
         self._cache.clear()
 
-    def run(self, step: Step, *, leaves: bool = False) -> StepOutput:
-        """What `step` samples and scores, the same on every rank. `leaves`: this rank takes no more results."""
-        if step.chunks:
-            return self._prefill(step, leaves)
-        return StepOutput(self._decode(step.running, leaves))
+    def run(self, step: Step, says: Says = Says.NOTHING) -> StepOutput:
+        """What `step` samples and scores, the same on every rank. `says` travels with it."""
+        return self._prefill(step, says) if step.chunks else self._decode(step.running, says)
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks of this rank's home, (from, to)."""
         self._cache.copy_blocks(pairs)
 
-    def _prefill(self, step: Step, leaves: bool) -> StepOutput:
+    def _prefill(self, step: Step, says: Says) -> StepOutput:
         planned = self._planner.prefill(step.chunks)
         attention = self._attention.prefill(planned)
         logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows)
         scored = logits[len(planned.sampled_rows) :]
         num_top = max((c.prefill.requests[0].num_top for c in step.chunks if c.scored_positions), default=0)
-        return StepOutput(
-            self._reader.sample(logits[planned.drawn], planned.requests, step.samples, planned.places, leaves=leaves),
-            self._reader.score(scored, planned.targets, planned.scored.places, num_top, leaves=leaves),
-        )
+        tokens, heard = self._reader.sample(logits[planned.drawn], planned.requests, step.samples, planned.places, says)
+        scores, heard_again = self._reader.score(scored, planned.targets, planned.scored.places, num_top, says)
+        return StepOutput(sampled, scores, heard_again if heard is None else heard)
 
-    def _decode(self, running: Sequence[SampledRequest], leaves: bool) -> list[SampledToken]:
+    def _decode(self, running: Sequence[SampledRequest], says: Says) -> StepOutput:
         planned = self._planner.decode(running)
         tokens, plan = planned.token_ids, planned.plan
         if plan is None:
@@ -96,7 +98,8 @@ class StepRunner:
             logits = self._forward(
                 tokens + padding, plan.positions, self._attention.decode(planned), range(len(tokens))
             )
-        return self._reader.sample(logits, planned.requests, running, planned.places, leaves=leaves)
+        sampled, heard = self._reader.sample(logits, planned.requests, running, planned.places, says)
+        return StepOutput(sampled, heard=heard)
 
     def _forward(self, token_ids: Any, positions: Any, attention: AttentionStep, keep: Any) -> Tensor:
         """`[len(keep), vocab]` logits. Models crash on zero rows, so where there is none a dummy is computed."""

@@ -11,6 +11,7 @@ from cpinfer.comm.threads import run_ranks
 from cpinfer.comm.topology import Topology
 from cpinfer.engine.agreement import (
     Prepared,
+    Says,
     agree_on_tokens,
     begin_together,
     gather_packed,
@@ -44,13 +45,13 @@ def rows_of(pcp_rank):
 def everyone_samples(topology):
     _, pcp_rank, tp_rank = topology.coords
     own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
-    return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)
+    return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)[0]
 
 
 def only_the_authority_samples(topology):
     _, pcp_rank, tp_rank = topology.coords
     own = [token(pcp_rank, row) for row in range(rows_of(pcp_rank))] if tp_rank == 0 else []
-    return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)
+    return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)[0]
 
 
 @pytest.mark.parametrize("body", [everyone_samples, only_the_authority_samples])
@@ -73,7 +74,7 @@ def test_logprobs_arrive_bit_by_bit():
 
     def body(topology):
         own = tokens if topology.rank == 0 else []
-        return agree_on_tokens(topology.replica, 2, [(0, row) for row in range(len(tokens))], own, CPU)
+        return agree_on_tokens(topology.replica, 2, [(0, row) for row in range(len(tokens))], own, CPU)[0]
 
     for result in run_ranks(GRID, body):
         for got, want in zip(result, tokens, strict=True):
@@ -83,7 +84,7 @@ def test_logprobs_arrive_bit_by_bit():
 
 def test_a_large_token_id_survives():
     tokens = [SampledToken(2**31 - 1, 0.0, 0.0)]
-    assert agree_on_tokens(SoloComm(), 1, [(0, 0)], tokens, CPU) == tokens
+    assert agree_on_tokens(SoloComm(), 1, [(0, 0)], tokens, CPU) == (tokens, Says.NOTHING)
 
 
 @pytest.mark.parametrize("faulty", range(4))
@@ -95,7 +96,7 @@ def test_a_fault_on_one_rank_is_the_same_error_on_every_rank(faulty):
         _, pcp_rank, tp_rank = topology.coords
         own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
         try:
-            agree_on_tokens(topology.replica, 2, PLACES, own, CPU, is_fault=topology.rank == faulty)
+            agree_on_tokens(topology.replica, 2, PLACES, own, CPU, says=Says.FAULT * (topology.rank == faulty))
         except EngineFaultError as error:
             messages[topology.rank] = str(error)
 
@@ -111,7 +112,7 @@ def test_a_row_without_a_token_is_known_to_all_where_its_first_tp_rank_says_so()
         own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
         if (pcp_rank, tp_rank) == (1, 0):
             own[0] = None
-        return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)
+        return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)[0]
 
     for tokens in run_ranks(GRID, body):
         assert [t is None for t in tokens] == [place == (1, 0) for place in PLACES]
@@ -157,7 +158,7 @@ def errors_of(grid, body):
 def test_a_rank_that_leaves_is_an_error_on_all_with_its_place():
     def body(topology):
         own = [token(topology.coords.pcp_rank, row) for row in range(rows_of(topology.coords.pcp_rank))]
-        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, leaves=topology.rank == 3)
+        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, says=Says.LEAVES * (topology.rank == 3))
 
     errors = errors_of(GRID, body)
     assert [type(error) for error in errors] == [StreamEndedError] * 4
@@ -167,7 +168,7 @@ def test_a_rank_that_leaves_is_an_error_on_all_with_its_place():
 def test_a_fault_and_a_leaving_rank_in_one_step_are_one_error_everywhere():
     def body(topology):
         own = [None] * rows_of(topology.coords.pcp_rank)
-        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, leaves=topology.rank == 0)
+        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, says=Says.LEAVES * (topology.rank == 0))
 
     assert {type(error) for error in errors_of(GRID, body)} == {StreamEndedError}
 

@@ -6,6 +6,7 @@ import weakref
 import pytest
 
 from cpinfer.config import SamplingParams
+from cpinfer.engine.agreement import Says
 from cpinfer.engine.core import Batch, EngineCore
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken, ScoredRequest, TokenScore
 from cpinfer.engine.scheduler import Scheduler
@@ -26,14 +27,14 @@ class Steps:
 
     def __init__(self, fail=None, at=0):
         self.fail, self.at = fail, at
-        self.leaves, self.events = [], []
+        self.said, self.events = [], []
 
     def begin(self):
         self.events.append("begin")
 
-    def run(self, step, *, leaves):
-        self.leaves.append(leaves)
-        if self.fail is not None and len(self.leaves) == self.at:
+    def run(self, step, says):
+        self.said.append(says)
+        if self.fail is not None and len(self.said) == self.at:
             raise self.fail
         scores = [TokenScore(-1.0, True) for chunk in step.chunks for _ in chunk.scored_positions]
         return StepOutput([SampledToken(5, -1.0, -1.0) for _ in step.samples], scores)
@@ -97,7 +98,7 @@ def test_a_step_advances_the_requests_of_all_batches_and_each_gets_its_own():
     core.submit(second)
     while first.num_unfinished:
         core.advance(steps)
-    assert len(steps.leaves) == 1 + 1 + 5  # a prefill each, and decode steps for both together
+    assert len(steps.said) == 1 + 1 + 5  # a prefill each, and decode steps for both together
     assert second.num_unfinished == 0 and list(second.take()) == second.requests
     assert [r.max_new_tokens for r in first.take()] == [2, 6]
     assert core.is_idle and home.pool.num_free == 50 and steps.events.count("begin") == 1
@@ -110,7 +111,7 @@ def test_alone_a_consumer_that_leaves_ends_its_batch_at_once_and_no_other():
     core.submit(other)
     core.advance(steps)
     core.leave(left, steps)
-    assert len(steps.leaves) == 1 and left.num_unfinished == 0 and not list(left.take())
+    assert len(steps.said) == 1 and left.num_unfinished == 0 and not list(left.take())
     assert core.open_batches() == [other] and not core.is_cut and core.left_alone is None
     while other.num_unfinished:
         core.advance(steps)
@@ -128,7 +129,7 @@ def test_a_consumer_that_leaves_tells_the_others_in_the_next_step(who_left, is_l
     core.advance(steps)
     core.advance(steps)
     core.leave(batch, steps)
-    assert steps.leaves == [False, False, True]
+    assert steps.said == [Says.NOTHING, Says.NOTHING, Says.LEAVES]
     assert (core.left_alone is ended) == is_left_alone == core.is_cut
     if is_left_alone:
         core.reset()
@@ -150,7 +151,7 @@ def test_after_a_fault_the_cache_is_cleared_and_what_was_under_way_is_lost():
         core.advance(steps)
     assert steps.events[-1] == "clear" and core.is_cut
     core.leave(batch, steps)  # as its consumer's frame does, when the error passes through it
-    assert len(steps.leaves) == 2 and core.is_cut
+    assert len(steps.said) == 2 and core.is_cut
     core.reset()
     assert batch.is_lost and other.is_lost and core.is_idle and not core.is_cut
     assert core.homes[0].pool.num_free == 50

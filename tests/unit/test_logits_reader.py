@@ -5,6 +5,7 @@ import torch
 
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams
+from cpinfer.engine.agreement import Says
 from cpinfer.engine.logits_reader import LogitsReader, usable
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.stop_checker import StopChecker
@@ -34,7 +35,7 @@ def sampled_on(topology, broken_rank=None):
     logits = logits_for(own, coords.tp_rank)
     if topology.rank == broken_rank:
         logits[0, 3] = torch.nan
-    return LogitsReader(topology, CPU, StopChecker((), None)).sample(logits, own, REQUESTS, PLACES, leaves=False)
+    return LogitsReader(topology, CPU, StopChecker((), None)).sample(logits, own, REQUESTS, PLACES, Says.NOTHING)[0]
 
 
 def test_all_ranks_get_the_tokens_that_the_first_tp_rank_of_each_owner_chose():
@@ -72,9 +73,9 @@ def test_a_request_that_is_left_without_a_token_is_named_on_every_rank(temperatu
         logits[:, 6] = 0.0
         reader = LogitsReader(topology, CPU, StopChecker((), None))
         with pytest.raises(NoTokenError, match='prompt "third", sample 5: no token is left to choose behind 0 '):
-            reader.sample(logits, own, samples, PLACES, leaves=False)
+            reader.sample(logits, own, samples, PLACES, Says.NOTHING)[0]
         last.sampled = [SampledToken(1, 0.0, 0.0)] * 2  # may end now
-        return [t.token_id for t in reader.sample(logits, own, samples, PLACES, leaves=False)]
+        return [t.token_id for t in reader.sample(logits, own, samples, PLACES, Says.NOTHING)[0]]
 
     assert run_ranks(RankGrid(pcp_size=2), body) == [[6, 6, 6]] * 2
 
@@ -84,7 +85,7 @@ def test_all_ranks_get_the_scores_of_every_place():
         own = OWN[topology.coords.pcp_rank]
         targets = [WANTED[r.prompt.index] if r.prompt.index else 0 for r in own]
         reader = LogitsReader(topology, CPU, StopChecker((), None))
-        return reader.score(logits_for(own), targets, PLACES, leaves=False)
+        return reader.score(logits_for(own), targets, PLACES, Says.NOTHING)[0]
 
     likely, unlikely = (float(torch.log_softmax(logits_for(REQUESTS[:1])[0], -1)[i]) for i in (WANTED[0], 0))
     for scores in run_ranks(GRID, body):
