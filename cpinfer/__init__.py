@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from cpinfer.config import EngineConfig, JobConfig, SamplingParams, load_config, parse_config
     from cpinfer.engine.attach import attach
     from cpinfer.engine.engine import Engine
+    from cpinfer.engine.open_requests import RequestOutput
     from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult
+    from cpinfer.engine.sessions import Session
     from cpinfer.errors import (
         BackendFaultError,
         EngineFaultError,
@@ -57,9 +59,11 @@ _HOMES = {
     "Prompt": "cpinfer.engine.request",
     "RankGrid": "cpinfer.layout.grid",
     "RanksDifferError": "cpinfer.errors",
+    "RequestOutput": "cpinfer.engine.open_requests",
     "RolloutResult": "cpinfer.engine.request",
     "SamplingParams": "cpinfer.config",
     "ScoreResult": "cpinfer.engine.request",
+    "Session": "cpinfer.engine.sessions",
     "StreamEndedError": "cpinfer.errors",
     "Topology": "cpinfer.comm.topology",
     "UnsupportedError": "cpinfer.errors",
@@ -87,9 +91,11 @@ __all__ = [
     "Prompt",
     "RankGrid",
     "RanksDifferError",
+    "RequestOutput",
     "RolloutResult",
     "SamplingParams",
     "ScoreResult",
+    "Session",
     "StreamEndedError",
     "Topology",
     "UnsupportedError",

@@ -181,6 +181,11 @@ class EngineConfig(Checked):
         within=_TOKENS,
     )
     max_num_seqs: int = _key("sequences that run at once", 256, within=Bounds(1, 2**20))
+    max_session_tokens: int | None = _key(
+        "tokens whose KV a home keeps for sessions between their turns; default: as many as nobody needs the room of",
+        None,
+        within=_COUNT,
+    )
     max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192, within=_TOKENS)
     enable_prefix_caching: bool = _key("keep KV of finished sequences, for prompts that begin alike", True)
     context_exchange: Literal["auto", "queries", "kv"] = _key(

@@ -226,12 +226,17 @@ def gather_packed(
     return [_unpack(numbers) for numbers in _gather_rows(replica, own, lens, device).tolist()]
 
 
+def gather_bytes(replica: AxisComm, own: bytes, lens: Sequence[int], device: torch.device) -> list[bytes]:
+    """What each rank hands over, in rank order; `lens` are their lengths. One collective."""
+    gathered = _gather_rows(replica, np.frombuffer(own, dtype=np.uint8), lens, device)
+    return [row[:n].tobytes() for row, n in zip(gathered, lens, strict=True)]
+
+
 def _gather_texts(replica: AxisComm, text: str, device: torch.device) -> list[str]:
     """What each rank has to say, in rank order. Two collectives."""
-    own = np.frombuffer(text.encode(errors="replace"), dtype=np.uint8)
+    own = text.encode(errors="replace")
     lens = replica.all_gather(torch.tensor([len(own)], device=device)).flatten().tolist()
-    gathered = _gather_rows(replica, own, lens, device)
-    return [row[:n].tobytes().decode(errors="replace") for row, n in zip(gathered, lens, strict=True)]
+    return [told.decode(errors="replace") for told in gather_bytes(replica, own, lens, device)]
 
 
 def _gather_rows(replica: AxisComm, own: NDArray[Number], lens: Sequence[int], device: torch.device) -> NDArray[Number]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from cpinfer.engine.agreement import Says
-from cpinfer.engine.request import Request
+from cpinfer.engine.request import Request, SampledRequest
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
@@ -143,10 +143,15 @@ class EngineCore:
             batch.is_lost = True
         self._batches, self._is_at_rest, self.is_cut = {}, True, False
 
-    def forget_prefixes(self) -> None:
-        """Drop what the homes remember of sequences. No request may be under way."""
-        assert self.is_idle, "their blocks would be lost"
-        self._scheduler = self._scheduler.emptied()
+    def restart(self, version: int) -> None:
+        """Drop all KV, as weights of `version` made it; requests under way are computed anew."""
+        with self._all_or_cut():
+            self._scheduler = self._scheduler.restarted(version)
+
+    def let_go(self, request: SampledRequest) -> None:
+        """Free what is kept of a request that has ended, on every rank between the same two steps."""
+        with self._all_or_cut():
+            self._scheduler.let_go(request)
 
     def _run(self, steps: StepRunner, step: Step, says: Says) -> tuple[list[Request], Says | None]:
         """Run a step and take note of it; the requests that it finished, and what ranks said."""

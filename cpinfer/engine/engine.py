@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig, SamplingParams
-from cpinfer.engine.agreement import Prepared, begin_together, gather_packed
+from cpinfer.engine.agreement import Prepared, Says, begin_together, gather_packed
 from cpinfer.engine.core import Batch, EngineCore
 from cpinfer.engine.input_processor import InputProcessor
 from cpinfer.engine.needs import RankNeeds
+from cpinfer.engine.open_requests import OpenRequests, RequestOutput
 from cpinfer.engine.prompts import PromptLike, PromptsLike, longest_prompt
-from cpinfer.engine.request import Request, RolloutResult, SampledRequest, ScoredRequest, ScoreResult
-from cpinfer.engine.scheduler import Scheduler, SchedulerStats
-from cpinfer.engine.step_factory import make_step_runner
+from cpinfer.engine.request import Request, RolloutResult, SampledRequest, ScoreResult, in_waves
+from cpinfer.engine.scheduler import SchedulerStats
+from cpinfer.engine.sessions import Session
+from cpinfer.engine.step_factory import make_scheduler, make_steps
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.errors import RanksDifferError
 from cpinfer.models.generation_config import sampling_keys
 from cpinfer.models.runner import ModelRunner
 
 T = TypeVar("T")
+
+# How long a rank rests before it asks again, when nothing is under way on any.
+_IDLE_S = 0.001
 
 
 class Engine:
@@ -40,17 +47,15 @@ class Engine:
         self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
         self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, topology.logger(__name__))
         self._needs = needs
-        scheduler = Scheduler(
-            needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching),
-            needs.pool_size.sharding,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            window=runner.spec.widest_window,
-        )
-        home, num_ranks = topology.grid.home(topology.rank), topology.replica.size
-        self._core = EngineCore(scheduler, self._stop_checker, home, num_ranks, topology.logger(__name__))
+        scheduler = make_scheduler(runner, topology, config, needs)
+        home, replica = topology.grid.home(topology.rank), topology.replica
+        self._core = EngineCore(scheduler, self._stop_checker, home, replica.size, topology.logger(__name__))
+        self._open = OpenRequests(self._core, self._inputs, self._stop_checker, replica, runner.device)
         self._steps: StepRunner | None = None
         self._is_closed = False
+        # Whether ranks exchange arrivals, and whether all know that some rank has one for the next exchange.
+        self._exchanges_arrivals = False
+        self._has_arrivals = False
         self._counted_before = SchedulerStats()
         self.weights_version = 0
 
@@ -109,30 +114,36 @@ class Engine:
         A rank that cannot is an error on all of them. Collective over the replica: one small gather.
         """
         self._refuse_when_closed()
-        self._steps = begin_together(
-            self._topology,
-            self._runner.device,
-            lambda: Prepared(self._steps or self._made_steps(), lambda: {"call": "wake"}),
-        )[0]
+        self._steps = self._together(lambda: Prepared(self._steps or self._made_steps(), lambda: {"call": "wake"}))[0]
 
     def sleep(self) -> None:
-        """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it."""
-        self._refuse_while_running("sleep")
-        self._forget_prefixes()
+        """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it.
+
+        Requests that were added, and sessions, are computed anew when it is awake again.
+        """
+        self._refuse_while_streaming("sleep")
+        self._drop_kv()
         self._steps = None
 
     def weights_changed(self) -> None:
-        """Tell the engine that the weights are new: `weights_version` rises, cached prefixes are dropped."""
+        """Tell the engine that the weights are new: `weights_version` rises, what is cached by old ones is dropped.
+
+        Requests that were added go on where they are, on their tokens' KV by the new weights. Collective while there
+        are any under way.
+        """
         self._refuse_when_closed()
-        self._refuse_while_running("change weights")
-        self._forget_prefixes()
-        self.weights_version += 1
-        if self._steps is not None:
-            self._steps.weights_changed()
+        self._refuse_while_streaming("change weights")
+        if not self._core.is_idle and not self._core.is_cut:
+            self._together(lambda: Prepared(None, lambda: {"call": "weights_changed", **self._state()}))
+        self._take_new_weights()
 
     def close(self) -> None:
-        """End open streams, free the KV pool, refuse what is asked later. `attach` calls it when its block ends."""
-        if self._steps is not None:
+        """End what is under way, free the KV pool, refuse later calls. `attach` calls it when its block ends."""
+        if self._steps is not None and not self._core.is_cut:
+            if self._exchanges_arrivals and (self._has_arrivals or self._core.is_idle):
+                # Others may be about to exchange arrivals. Those who are will know, and those who close too.
+                with suppress(RuntimeError):
+                    self._together(lambda: Prepared(None, lambda: {"call": "close"}))
             for batch in self._core.open_batches():
                 self._core.leave(batch, self._steps)
         self._is_closed = True
@@ -246,34 +257,171 @@ class Engine:
         """
         self._refuse_when_closed()
         requests, _ = self._begin("score", lambda: self._inputs.scored(pairs))
-        # The first of those that share a prompt goes ahead, so that the others find it.
-        seen: set[tuple[int, ...]] = set()
-        first: list[ScoredRequest] = []
-        later: list[ScoredRequest] = []
-        for request in requests:
-            (later if request.prompt.token_ids in seen else first).append(request)
-            seen.add(request.prompt.token_ids)
-        for wave in (first, later):
+        for wave in in_waves(requests):
             for _ in self._finished(wave):  # what it yields, it has written into the requests
                 pass
         return [request.result() for request in requests]
 
-    def _forget_prefixes(self) -> None:
-        if self._core.is_cut:
-            self._core.reset()
-        else:
-            self._core.forget_prefixes()
+    def add(
+        self,
+        prompt: PromptLike,
+        sampling: SamplingParams | None = None,
+        *,
+        session: Session | None = None,
+        priority: int = 0,
+    ) -> str:
+        """Queue a request of this rank, at any time and from any thread; steps advance it with all others. Local.
 
-    def _begin(self, call: str, prepare: Callable[[], Prepared[T]]) -> tuple[T, list[int]]:
+        Args:
+            prompt: one, in any form that `stream` takes. With a session: a list of token ids, which stand behind the
+                session's own; it may be empty.
+            sampling: default: `SamplingParams()`. A turn of a session is a single sample.
+            session: to continue: the request is its next turn, on KV that is there.
+            priority: of requests that wait the lowest goes first; of equal ones the first.
+
+        Returns:
+            Its id: the prompt's, where it names one, else one that no other request has. The text is a function of it,
+            of the seed, and of the tokens it begins with, not of when it came or what ran beside it.
+
+        Raises:
+            UserError: for what can never run, an id that is under way, a session that is closed, that has a turn under
+                way, or that is not this rank's. Nothing is queued then.
+            RuntimeError: when the engine's block has ended.
+        """
+        self._refuse_when_closed()
+        return self._open.add(prompt, sampling or SamplingParams(), session, priority, self.weights_version)
+
+    def step(self) -> list[RequestOutput]:
+        """Advance the requests of all ranks by one step. Collective over the replica.
+
+        Before it, where some rank has added or aborted something, all ranks learn of it (two small gathers); where
+        nobody has, a step costs what it costs in `stream`. With nothing under way ranks only ask each other.
+
+        Returns:
+            What is new of this rank's requests, also by steps that a stream has made; empty where nothing is.
+
+        Raises:
+            RanksDifferError: when ranks do not make the same call; StreamEndedError: when one has ended its block.
+            EngineFaultError: when a step fails. What was under way is lost, as later outputs say ("error").
+            RuntimeError: when the engine sleeps, or its block has ended.
+        """
+        self._refuse_when_closed()
+        self._advance_all(Says.WAITS)
+        return self._open.take_outputs(self.weights_version)
+
+    def run_until(self, condition: Callable[[list[RequestOutput]], bool]) -> None:
+        """Steps until nobody waits for anything. Collective over the replica; errors as `step`.
+
+        A rank that has nothing left goes on stepping for those that do, and one that waits for the world (a tool, a
+        client) keeps the others company.
+
+        Args:
+            condition: asked on this rank after every step, with what the step gave; it may add, abort, open and close.
+                It says whether this rank has all it wants. The loop ends when all ranks do.
+        """
+        while True:
+            self._refuse_when_closed()
+            has_all = condition(self._open.take_outputs(self.weights_version))
+            heard = self._advance_all(Says.NOTHING if has_all else Says.WAITS)
+            if heard is not None and not heard & (Says.WAITS | Says.NEWS):
+                return
+            if self._core.is_idle:
+                time.sleep(_IDLE_S)
+
+    def abort(self, request_id: str) -> None:
+        """End a request of this rank before the next step, at any time and from any thread. Local.
+
+        Its last output has what was generated, and "abort" for a `finish_reason`.
+
+        Args:
+            request_id: what `add` returned. Nothing happens where that request has ended.
+        """
+        self._refuse_when_closed()
+        self._open.abort(request_id)
+
+    def open_session(self, prompt: PromptLike) -> Session:
+        """A sequence of this rank that grows by turns. Local; nothing is computed before the first turn.
+
+        Between turns its KV stays in the home that computed it: as much as `max_session_tokens` allows, and as long as
+        nobody needs the room. What is gone, and what was made by old weights, is computed anew.
+
+        Args:
+            prompt: what it begins with, in any form that `stream` takes.
+
+        Returns:
+            The session, for `add` on this rank.
+
+        Raises:
+            UserError: for a prompt that can never run.
+        """
+        self._refuse_when_closed()
+        return self._open.open_session(prompt, self.weights_version)
+
+    def close_session(self, session: Session) -> None:
+        """Forget a session of this rank; a turn that is under way is aborted. Local.
+
+        Args:
+            session: what `open_session` gave. Its `token_ids` stay readable.
+
+        Raises:
+            UserError: when it is closed, or not this rank's.
+        """
+        self._refuse_when_closed()
+        self._open.close_session(session)
+
+    def _advance_all(self, says: Says) -> Says | None:
+        """A step of all that is under way, behind an exchange of arrivals. What ranks said, if they were asked."""
+        if self._has_arrivals or self._core.is_idle or self._core.is_cut or self._steps is None:
+            heard = self._exchange(says)
+            if self._core.is_idle:
+                return heard
+        if self._open.has_arrivals:
+            says |= Says.NEWS
+        return self._advance(says)
+
+    def _exchange(self, says: Says) -> Says:
+        """Take in what all ranks have added, aborted and closed. Returns what they said."""
+        self._exchanges_arrivals = True
+        told, numbers = self._begin("step", lambda: self._open.told(says), counts_anew=False)
+        heard = self._open.take_in(told, numbers, self.weights_version)
+        self._has_arrivals = False
+        return heard
+
+    def _together(self, prepare: Callable[[], Prepared[T]]) -> tuple[T, list[int]]:
+        try:
+            return begin_together(self._topology, self._runner.device, prepare)
+        except RanksDifferError:
+            self._exchanges_arrivals = False  # some may be gone
+            raise
+
+    def _take_new_weights(self) -> None:
+        self._drop_kv()
+        self.weights_version += 1
+        if self._steps is not None:
+            self._steps.weights_changed()
+
+    def _drop_kv(self) -> None:
+        if self._core.is_cut:
+            self._reset()
+        else:
+            self._open.note(self.weights_version)
+            self._core.restart(self.weights_version)
+
+    def _reset(self) -> None:
+        self._core.reset()
+        self._open.note_lost(self.weights_version)
+
+    def _begin(self, call: str, prepare: Callable[[], Prepared[T]], *, counts_anew: bool = True) -> tuple[T, list[int]]:
         """What this rank prepares for a call, when all ranks have prepared the same, and the numbers of all."""
 
         def ready() -> Prepared[T]:
             self._check_ready()
-            self._counted_before = replace(self._core.scheduler.stats)
+            if counts_anew:
+                self._counted_before = replace(self._core.scheduler.stats)
             prepared = prepare()
             return replace(prepared, same=lambda: {"call": call, **self._state(), **prepared.same()})
 
-        return begin_together(self._topology, self._runner.device, ready)
+        return self._together(ready)
 
     def _check_ready(self) -> None:
         """What has to hold when a call begins; where it does not on one rank, `begin_together` tells the others."""
@@ -281,10 +429,11 @@ class Engine:
             raise RuntimeError("the engine sleeps; call wake() before generating or scoring")
         self._runner.check_unchanged()
         if self._runner.notice_adapters():  # switched, merged or scaled since the last call, they make other weights
-            self.weights_changed()
+            self._refuse_while_streaming("change adapters")
+            self._take_new_weights()
         if self._core.is_cut:
             # It may have ended between taking blocks and writing them down, or because KV is not finite.
-            self._core.reset()
+            self._reset()
 
     def _state(self) -> dict[str, object]:
         """What ranks must have in common when a call begins, beside what it is about."""
@@ -312,7 +461,8 @@ class Engine:
         try:
             self._core.submit(batch)
             while batch.num_unfinished:
-                self._advance(batch)
+                self._refuse_when_lost(batch)
+                self._advance(Says.NOTHING)
                 if batch.num_unfinished:
                     yield from batch.take()
         except BaseException:  # as a rule whoever takes the results has left
@@ -321,22 +471,21 @@ class Engine:
             raise
         yield from batch.take()
 
-    def _advance(self, batch: Batch) -> None:
-        """Run a step, in which some request of a batch has a part."""
+    def _advance(self, says: Says) -> Says | None:
+        """Run a step; what ranks said with it, if they were asked."""
+        assert self._steps is not None, "who sleeps has no stream under way"
+        heard = self._core.advance(self._steps, says)
+        self._has_arrivals |= heard is not None and bool(heard & Says.NEWS)
+        return heard
+
+    def _refuse_when_lost(self, batch: Batch) -> None:
         if batch.is_lost or self._core.is_cut:
             raise RuntimeError(
                 "a step of another stream has failed, and took the requests of this one with it; ask for them again"
             )
-        assert self._steps is not None, "who sleeps has nothing under way"
-        self._core.advance(self._steps)
 
     def _made_steps(self) -> StepRunner:
-        """The KV pool, the backend, and what runs steps with them."""
-        runner, config = self._runner, self._config
-        cache = self._needs.make_cache(runner, has_padding_block=config.cuda_graphs)
-        backend = self._needs.make_backend(config.backend, runner.device)
-        sharding = self._needs.pool_size.sharding
-        return make_step_runner(runner, self._topology, config, sharding, backend, cache, self._stop_checker)
+        return make_steps(self._runner, self._topology, self._config, self._needs, self._stop_checker)
 
     def _refuse_when_closed(self) -> None:
         self.raise_if_left_alone()
@@ -345,6 +494,6 @@ class Engine:
                 "the block of this engine has ended, and its model is the job's again; attach it anew for more"
             )
 
-    def _refuse_while_running(self, what: str) -> None:
-        if not self._core.is_idle and not self._core.is_cut:
+    def _refuse_while_streaming(self, what: str) -> None:
+        if not self._core.is_cut and any(not self._open.has(batch) for batch in self._core.open_batches()):
             raise RuntimeError(f"cannot {what} while a stream is open; finish or close it first")

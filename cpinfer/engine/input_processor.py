@@ -21,8 +21,11 @@ from cpinfer.engine.prompts import (
     as_prompts,
     as_sampling,
     as_token_lists,
+    as_turn,
     check_distinct,
+    check_length,
     check_prompt,
+    check_sampling,
     check_scored_length,
     check_tokens,
     naming,
@@ -67,11 +70,8 @@ class InputProcessor:
         wanted = []
         for index, prompt in enumerate(given):
             with naming("prompt", index):
-                wanted.append(as_prompt(prompt, index, self._tokenizer))
-                if wanted[-1].sampling:
-                    each[index] = sampling_of(wanted[-1], each[index])
-                    self._refuse_unread_stops([each[index]])
-                check_prompt(wanted[-1], each[index], self._spec, self._pool_size)
+                made, each[index] = self._as_wanted(prompt, index, each[index], str(index))
+                wanted.append(made)
         check_distinct(wanted, [params.seed for params in each])
         self._suspect([prompt.token_ids for prompt in wanted], each)
         distinct = {params: i for i, params in enumerate(dict.fromkeys(each))}
@@ -83,6 +83,32 @@ class InputProcessor:
                 "prompts": wanted,
             },
         )
+
+    def checked(
+        self, given: PromptLike, index: int, sampling: SamplingParams, default_id: str
+    ) -> tuple[Prompt, SamplingParams]:
+        """One prompt that can run, and how it is sampled. UserError otherwise."""
+        params = as_sampling(sampling, 1, sampling)[0]
+        self._refuse_unread_stops([params])
+        made, params = self._as_wanted(given, index, params, default_id)
+        self._suspect([made.token_ids], [params])
+        return made, params
+
+    def checked_turn(self, before: Sequence[int], given: Any, sampling: SamplingParams) -> TokenIds:
+        """The token ids of a turn behind those of its session. UserError for one that can never run."""
+        params = as_sampling(sampling, 1, sampling)[0]
+        self._refuse_unread_stops([params])
+        if params.n != 1 or params.prompt_logprobs:
+            raise UserError("a turn of a session is one sample without prompt_logprobs; add a request for others.")
+        new = as_turn(given)
+        check_sampling(params, self._spec)
+        check_tokens(new, self._spec)
+        check_length(len(before) + len(new), params, self._spec, self._pool_size)
+        return new
+
+    def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[SampledRequest]:
+        """A request for each sample of a prompt that has been checked."""
+        return self._requests([prompt], [sampling], frozenset())
 
     def scored(self, pairs: Iterable[tuple[PromptLike, Sequence[int]]]) -> Prepared[list[ScoredRequest]]:
         """A request for each pair of a prompt and its continuation."""
@@ -145,6 +171,16 @@ class InputProcessor:
                 if (prompt.index, sample_index) not in skip:
                     requests.append(SampledRequest(prompt, sample_index, params, min(params.max_new_tokens, room)))
         return requests
+
+    def _as_wanted(
+        self, given: PromptLike, index: int, params: SamplingParams, default_id: str
+    ) -> tuple[Prompt, SamplingParams]:
+        prompt = as_prompt(given, index, self._tokenizer, default_id)
+        if prompt.sampling:
+            params = sampling_of(prompt, params)
+            self._refuse_unread_stops([params])
+        check_prompt(prompt, params, self._spec, self._pool_size)
+        return prompt, params
 
     def _refuse_unread_stops(self, sampling: Sequence[SamplingParams]) -> None:
         if self._tokenizer is None and any(params.stop for params in sampling):

@@ -125,8 +125,11 @@ def as_sampling(given: Any, num_prompts: int, default: SamplingParams) -> list[S
     return list(given)
 
 
-def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
-    """The prompt with token ids. UserError when it has no token, is in no known form, or needs a missing tokenizer."""
+def as_prompt(given: PromptLike, index: int, tokenizer: Any | None, default_id: str | None = None) -> Prompt:
+    """The prompt with token ids. UserError when it has no token, is in no known form, or needs a missing tokenizer.
+
+    One without an id gets `default_id`, or its index for one.
+    """
     if isinstance(given, Prompt):
         token_ids = _token_ids("prompt_token_ids", given.token_ids, None)
         sampling = _own_sampling(given.sampling)
@@ -142,7 +145,19 @@ def as_prompt(given: PromptLike, index: int, tokenizer: Any | None) -> Prompt:
     else:
         token_ids = _token_ids(form, given[form], tokenizer)
     sampling = _own_sampling(given.get("sampling"))
-    return _with_tokens(Prompt(index, _id_of(given.get("id", index)), token_ids, sampling))
+    name = given.get("id", index if default_id is None else default_id)
+    return _with_tokens(Prompt(index, _id_of(name), token_ids, sampling))
+
+
+def as_turn(given: Any) -> tuple[int, ...]:
+    """The token ids of a turn of a session, which may be none. UserError for anything else."""
+    tokens = _ints(given)
+    if tokens is None:
+        raise UserError(
+            f"found {_named(given)} for a turn; a list of token ids was wanted, to stand behind the session's own. "
+            "Render a chat's new messages, and leave out what begins a text."
+        )
+    return tokens
 
 
 def sampling_of(prompt: Prompt, params: SamplingParams) -> SamplingParams:
@@ -171,8 +186,12 @@ def refuse_sampling(prompt: Prompt) -> Prompt:
 def check_prompt(prompt: Prompt, params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> None:
     """UserError, with the numbers, for a prompt that can never run: every limit of the engine in one place."""
     check_sampling(params, spec)
-    length = len(prompt.token_ids)
     check_tokens(prompt.token_ids, spec)
+    check_length(len(prompt.token_ids), params, spec, pool)
+
+
+def check_length(length: int, params: SamplingParams, spec: ModelSpec, pool: PoolSize) -> None:
+    """UserError, with the numbers, for a prompt of `length` tokens that leaves an answer no room."""
     if length >= spec.max_positions:
         raise UserError(
             f"the prompt has {length} tokens; the model has {spec.max_positions} positions, one of them for an answer. "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from cpinfer.config import SamplingParams
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "abort"]
 
 # Some of the keys of `SamplingParams`, by name.
 OwnSampling = Mapping[str, Any] | tuple[tuple[str, Any], ...]
@@ -66,11 +66,15 @@ class Request(ABC):
     """What the scheduler has to know of anything that runs: its tokens, and the KV blocks that it holds.
 
     What becomes of its logits, its type says: a `SampledRequest` draws tokens from them, a `ScoredRequest` reads off
-    how likely a given answer is. `scores` are of tokens that it was given, as far as they are known.
+    how likely a given answer is. `scores` are of tokens that it was given, as far as they are known. Of those that wait
+    the lowest `priority` goes first. One that `continues` another begins with all tokens of it, and computes only what
+    is new while the other's KV is kept.
     """
 
     prompt: Prompt
     _: KW_ONLY
+    priority: int = 0
+    continues: SampledRequest | None = None
     submitted_s: float = field(default_factory=time.perf_counter)
     home: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -111,6 +115,10 @@ class Request(ABC):
     def shares_prefill_with(self, other: Request) -> bool:
         """Whether one prefill does for both."""
 
+    def restart(self, version: int) -> None:
+        """All of it is to be computed anew, by weights behind those of `version`. Scores that are not complete go."""
+        self.scores.clear()
+
     @property
     def max_cached_tokens(self) -> int:
         """Tokens whose KV it may come to hold: the last token of an answer is never computed."""
@@ -137,12 +145,18 @@ class Request(ABC):
 
 @dataclass(eq=False)
 class SampledRequest(Request):
-    """One sample of one prompt: after its prefill it runs, and gets a token in every step until it ends."""
+    """One sample of one prompt: after its prefill it runs, and gets a token in every step until it ends.
+
+    Where it `keeps_kv` its KV stays when it has ended, for one that continues it. `earlier_weights`: (version, number
+    of tokens) of those that were sampled before the weights changed.
+    """
 
     sample_index: int
     params: SamplingParams
     max_new_tokens: int
     _: KW_ONLY
+    keeps_kv: bool = False
+    earlier_weights: list[tuple[int, int]] = field(default_factory=list)
     sampled: list[SampledToken] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
@@ -186,25 +200,39 @@ class SampledRequest(Request):
     def target_at(self, place: int) -> int:
         return self.prompt.token_ids[place + 1]
 
+    def restart(self, version: int) -> None:
+        if self._num_unscored:
+            super().restart(version)
+        num_new = len(self.sampled) - sum(num_tokens for _, num_tokens in self.earlier_weights)
+        if num_new:
+            self.earlier_weights.append((version, num_new))
+
     @property
     def num_top(self) -> int:
         return self.params.top_logprobs
 
     def shares_prefill_with(self, other: Request) -> bool:
-        """Whether both are samples of one prompt, neither has a token of its own yet, and both have their scores."""
+        """Whether both have the same prompt and none of a token, KV or scores of its own that the other has not."""
         return (
             isinstance(other, SampledRequest)
-            and self.prompt is other.prompt
-            and not (self.sampled or other.sampled)
+            and not (self.sampled or other.sampled or self.continues or other.continues)
             and len(self.scores) == len(other.scores)
+            and (self.params.prompt_logprobs, self.num_top) == (other.params.prompt_logprobs, other.num_top)
+            and (self.prompt is other.prompt or self.prompt.token_ids == other.prompt.token_ids)
         )
 
     def result(self, text: str | None, weights_version: int) -> RolloutResult:
         """What became of it, once it is finished; `text` is that of its tokens."""
-        assert self.finish_reason and self.first_token_s and self.finished_s
-        later_tokens = len(self.sampled) - 1
-        is_scored, has_top = self.params.prompt_logprobs, self.params.top_logprobs > 0
-        decode_s = self.finished_s - self.first_token_s
+        assert self.finish_reason and self.finished_s
+        ttft_s = tpot_s = None
+        if self.first_token_s is not None:
+            ttft_s = self.first_token_s - self.submitted_s
+            if len(self.sampled) > 1:
+                tpot_s = (self.finished_s - self.first_token_s) / (len(self.sampled) - 1)
+        is_scored = self.params.prompt_logprobs and not self._num_unscored
+        has_top = self.params.top_logprobs > 0
+        num_earlier = sum(num_tokens for _, num_tokens in self.earlier_weights)
+        spans = (*self.earlier_weights, (weights_version, len(self.sampled) - num_earlier))
         return RolloutResult(
             id=self.prompt.id,
             prompt_index=self.prompt.index,
@@ -215,13 +243,14 @@ class SampledRequest(Request):
             logprobs=tuple(s.logprob for s in self.sampled),
             processed_logprobs=tuple(s.processed_logprob for s in self.sampled),
             finish_reason=self.finish_reason,
-            ttft_s=self.first_token_s - self.submitted_s,
-            tpot_s=decode_s / later_tokens if later_tokens else None,
+            ttft_s=ttft_s,
+            tpot_s=tpot_s,
             weights_version=weights_version,
             top_logprobs=tuple(s.top for s in self.sampled) if has_top else None,
             prompt_logprobs=(None, *(s.logprob for s in self.scores)) if is_scored else None,
             prompt_top_logprobs=((), *(s.top for s in self.scores)) if is_scored and has_top else None,
             sampling=self.prompt.sampling,
+            weights_versions=spans if self.earlier_weights else None,
         )
 
 
@@ -263,6 +292,17 @@ class ScoredRequest(Request):
         return ScoreResult(tuple(s.logprob for s in self.scores), all(s.is_greedy for s in self.scores))
 
 
+def in_waves(requests: Iterable[ScoredRequest]) -> tuple[list[ScoredRequest], list[ScoredRequest]]:
+    """The first request of each prompt, and those that will find that prompt computed."""
+    seen: set[tuple[int, ...]] = set()
+    first: list[ScoredRequest] = []
+    later: list[ScoredRequest] = []
+    for request in requests:
+        (later if request.prompt.token_ids in seen else first).append(request)
+        seen.add(request.prompt.token_ids)
+    return first, later
+
+
 @dataclass(frozen=True)
 class ScoreResult:
     """How likely the model finds a given continuation, in its raw distribution (temperature 1, nothing processed).
@@ -294,8 +334,8 @@ class RolloutResult:
         text: the answer up to its first stop string; None without a tokenizer.
         logprobs: one per token of the answer, natural log, in the raw distribution (temperature 1, nothing processed).
         processed_logprobs: the same in the distribution that was sampled from; 0 under greedy decoding.
-        finish_reason: "stop" or "length".
-        ttft_s: seconds from submission to the first token.
+        finish_reason: "stop", "length", or "abort".
+        ttft_s: seconds from submission to the first token; None without one, which only an abort can do.
         tpot_s: seconds per later token; None for a single token.
         weights_version: weight changes that the engine had been told of.
         top_logprobs: for each token the likeliest ones with their raw logprobs; None (and no key of an output line)
@@ -305,6 +345,8 @@ class RolloutResult:
         prompt_top_logprobs: for each token of the prompt the likeliest ones in its place, none for the first. None (and
             no key) unless both are asked for.
         sampling: what the prompt said of its own sampling; None (and no key of an output line) where it said nothing.
+        weights_versions: (weights_version, number of tokens) for each span of the answer; None (and no key) unless the
+            weights changed within it.
     """
 
     id: str
@@ -316,10 +358,11 @@ class RolloutResult:
     logprobs: tuple[float, ...]
     processed_logprobs: tuple[float, ...]
     finish_reason: FinishReason
-    ttft_s: float
+    ttft_s: float | None
     tpot_s: float | None
     weights_version: int
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     sampling: OwnSampling | None = None
+    weights_versions: tuple[tuple[int, int], ...] | None = None

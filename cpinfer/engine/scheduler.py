@@ -6,19 +6,20 @@ For that to hold, nothing that differs between ranks may enter a decision: no cl
 order, no randomised hash.
 
     waiting --admit--> prefilling --last chunk--> running --stop, length--> finished
-       ^                                             |
-       +------------- preempted: blocks freed -------+
+       ^                                             |         |
+       +------------- preempted: blocks freed -------+         kept: its KV stays, for one that continues it
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import astuple, dataclass, field
-from itertools import islice
+from itertools import islice, takewhile
 
+from cpinfer.engine.kept_requests import KeptRequests
 from cpinfer.engine.request import FinishReason, Request, SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.step import Chunk, Prefill, Step, StepDraft
+from cpinfer.engine.waiting_queue import WaitingQueue
 from cpinfer.errors import EngineFaultError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.shards import KVSharding
@@ -60,10 +61,11 @@ class Scheduler:
     """Continuous batching over the homes' KV blocks, first come first served.
 
     Prompts go before decode steps, so that a batch fills up before it advances. When a running request needs a block
-    and its home has none, the youngest there is put back in front of the queue and computed again later.
+    and its home has none, those that are kept there give way, the longest unused first; then of those that run the
+    youngest of the highest `priority` is put back in front of the queue and computed again later.
     `blocks_to_copy` are copied, per home, before the next step: what a forked sample may not share with its leader.
     `window`: how many of the last tokens any layer sees, None for all; blocks without such a token are given back as
-    it moves on.
+    it moves on. `max_kept_tokens`: how many a home keeps at most of requests that have ended, None for any number.
     """
 
     homes: Sequence[KVHome]
@@ -71,9 +73,10 @@ class Scheduler:
     max_num_seqs: int
     max_num_batched_tokens: int
     window: int | None = None
+    max_kept_tokens: int | None = None
     stats: SchedulerStats = field(default_factory=SchedulerStats)
     blocks_to_copy: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
-    _waiting: deque[Request] = field(default_factory=deque)
+    _waiting: WaitingQueue = field(default_factory=WaitingQueue)
     _prefilling: list[Prefill] = field(default_factory=list)
     _running: list[SampledRequest] = field(default_factory=list)
     # Kept where it changes: to count it for every prompt that is admitted would cost by the square of their number.
@@ -81,12 +84,18 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._load = [HomeLoad() for _ in self.homes]
+        self._kept = KeptRequests(len(self.homes), self.max_kept_tokens)
         # A decode step computes one token per request, so the token budget bounds the requests too.
         self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
 
     @property
     def num_unfinished(self) -> int:
         return len(self._waiting) + sum(len(p.requests) for p in self._prefilling) + len(self._running)
+
+    @property
+    def running(self) -> Sequence[SampledRequest]:
+        """Those that get a token in every step."""
+        return self._running
 
     def add(self, request: Request) -> None:
         """Queue a request. ValueError, with the numbers, when it could never run."""
@@ -153,7 +162,10 @@ class Scheduler:
                 reason = "stop"
             if reason is not None:
                 request.finish_reason = reason
-                self._leave(request)
+                if request.keeps_kv:
+                    self._keep(request)
+                else:
+                    self._leave(request)
                 finished.append(request)
             elif self.window is not None:
                 self._drop_dead(request, request.next_position)
@@ -169,8 +181,15 @@ class Scheduler:
 
     def abort(self, requests: Iterable[Request]) -> None:
         """Forget unfinished requests and free their blocks; what is computed stays remembered while there is room."""
-        leaving = set(map(id, requests))
-        self._waiting = deque(r for r in self._waiting if id(r) not in leaving)
+        leaving = set()
+        for request in requests:
+            if not self._waiting.remove(request):
+                leaving.add(id(request))
+            elif request.continues is not None:
+                self.let_go(request.continues)
+                request.continues = None
+        if not leaving:
+            return
         for prefill in self._prefilling:
             if not leaving.isdisjoint(map(id, prefill.requests)):
                 self._leave_prefill(prefill, leaving)
@@ -179,6 +198,11 @@ class Scheduler:
             if id(request) in leaving:
                 self._leave(request)
         self._running = [r for r in self._running if id(r) not in leaving]
+
+    def let_go(self, request: SampledRequest) -> None:
+        """Nobody continues a request that has ended: free its blocks, if they are kept."""
+        if request in self._kept:
+            self._put_back(request)
 
     def _leave_prefill(self, prefill: Prefill, leaving: Set[int]) -> None:
         """Take requests out of a prefill under way; where a leader leaves, another one gets its blocks."""
@@ -209,8 +233,23 @@ class Scheduler:
             self.max_num_seqs,
             self.max_num_batched_tokens,
             window=self.window,
+            max_kept_tokens=self.max_kept_tokens,
             stats=self.stats,
         )
+
+    def restarted(self, version: int) -> Scheduler:
+        """`emptied`, with all unfinished requests waiting to be computed anew, those that were under way in front.
+
+        Their tokens stay, sampled by weights of `version`. They have no blocks afterwards, so that this scheduler is
+        not to be used again.
+        """
+        anew = self.emptied()
+        requests = [*self._running, *(r for p in self._prefilling for r in p.requests), *self._waiting]
+        for request in requests:
+            request.take_blocks()
+            request.restart(version)
+            anew._waiting.append(request)
+        return anew
 
     def check_integrity(self) -> None:
         """Every block is free, remembered, or held by an unfinished request. ValueError names a leak."""
@@ -233,7 +272,7 @@ class Scheduler:
         return load
 
     def _holders(self) -> list[Request]:
-        return [*(r for p in self._prefilling for r in p.leaders.values()), *self._running]
+        return [*(r for p in self._prefilling for r in p.leaders.values()), *self._running, *self._kept]
 
     def _add_chunk(self, prefill: Prefill, draft: StepDraft) -> None:
         """Add the next chunk of a prefill to the step, as far as it has room for it."""
@@ -253,35 +292,35 @@ class Scheduler:
         places = self.max_num_seqs - sum(load.num_active for load in self._load)
         if not self._waiting or places <= 0:
             return None
-        first = self._waiting[0]
-        group = [first]
-        for other in islice(self._waiting, 1, places):
-            if not first.shares_prefill_with(other):
-                break
-            group.append(other)
+        waiting = iter(self._waiting)
+        first = next(waiting)
+        if first.continues is not None and first.continues in self._kept:
+            return self._continue(first, first.continues)
+        group = [first, *takewhile(first.shares_prefill_with, islice(waiting, places - 1))]
         token_ids = first.all_token_ids
         members = self._assign_to_homes(group)
-        while not self._fits(len(token_ids), members):
+        while not self._make_room_for(len(token_ids), members):
             if len(group) == 1:
                 return None
             members[group.pop().home] -= 1
-        for _ in group:
-            self._waiting.popleft()
+        for request in group:
+            self._waiting.remove(request)
+            request.continues = None  # its KV is not kept; what is remembered of it is found like any prefix
         for load, num_samples in zip(self._load, members, strict=True):
             load.num_active += num_samples
             load.num_reserved_blocks += max(0, num_samples - 1) * self._num_mutable_blocks(len(token_ids))
         return self._start(token_ids, group)
 
     def _assign_to_homes(self, group: list[Request]) -> list[int]:
-        """Each sample to the home with the fewest active ones. Returns how many each home got."""
+        """Each sample to the home with the fewest active ones, or of what it continues. How many each home got."""
         before = [load.num_active for load in self._load]
         after = list(before)
         for request in group:
-            request.home = after.index(min(after))
+            request.home = after.index(min(after)) if request.continues is None else request.continues.home
             after[request.home] += 1
         return [now - then for now, then in zip(after, before, strict=True)]
 
-    def _fits(self, length: int, members: list[int]) -> bool:
+    def _make_room_for(self, length: int, members: list[int]) -> bool:
         """Whether every home has the blocks of its leader, and of what its other `members` cannot share with it.
 
         What the samples of prefills under way will take when they fork is spoken for. Remembered prefixes of this very
@@ -289,10 +328,23 @@ class Scheduler:
         """
         whole, mutable = self.sharding.num_blocks(length), self._num_mutable_blocks(length)
         return all(
-            home.has(whole + (num_samples - 1) * mutable + load.num_reserved_blocks)
-            for home, load, num_samples in zip(self.homes, self._load, members, strict=True)
+            self._make_room(index, whole + (num_samples - 1) * mutable + load.num_reserved_blocks)
+            for index, (load, num_samples) in enumerate(zip(self._load, members, strict=True))
             if num_samples
         )
+
+    def _make_room(self, index: int, num_blocks: int) -> bool:
+        """Whether a home has so many blocks; those of kept requests are given up for it where that is enough."""
+        home = self.homes[index]
+        if home.has(num_blocks):
+            return True
+        if not home.has(num_blocks - self._kept.num_blocks[index]):
+            return False
+        while (oldest := self._kept.oldest(index)) is not None:
+            self._put_back(oldest)
+            if home.has(num_blocks):
+                return True
+        return False
 
     def _num_mutable_blocks(self, length: int) -> int:
         """Blocks of a sequence of `length` tokens that samples cannot share when they fork: each takes its own."""
@@ -317,6 +369,23 @@ class Scheduler:
         self.stats.num_cached_prefill_tokens += num_computed_tokens
         return Prefill(token_ids, tuple(group), leaders, num_computed_tokens)
 
+    def _continue(self, request: Request, before: SampledRequest) -> Prefill | None:
+        """Start a request on the blocks of the one that it continues; None when it has to wait."""
+        token_ids, load = request.all_token_ids, self._load[before.home]
+        missing = self.sharding.num_blocks(len(token_ids)) - len(before.blocks)
+        self._kept.remove(before)  # not to make room for itself
+        if not self._make_room(before.home, missing + load.num_reserved_blocks):
+            self._kept.add(before)
+            return None
+        self._waiting.remove(request)
+        after = before.held_blocks[-1] if before.held_blocks else None
+        request.home, request.num_dropped, request.continues = before.home, before.num_dropped, None
+        request.blocks = before.blocks + self.homes[before.home].take(missing, after=after)
+        before.blocks, before.num_dropped = [], 0
+        load.num_active += 1
+        self.stats.num_cached_prefill_tokens += before.next_position
+        return Prefill(token_ids, (request,), {request.home: request}, before.next_position)
+
     def _fork(self, prefill: Prefill) -> list[SampledRequest]:
         """End a prefill: samples share their leader's blocks, but for those that they will write to.
 
@@ -332,7 +401,7 @@ class Scheduler:
                 self._load[request.home].num_reserved_blocks -= len(own)
             if request is leader:
                 started.append(request)
-            elif home.has(len(own)):
+            elif self._make_room(request.home, len(own)):
                 home.pool.share(leader.blocks[leader.num_dropped : num_shared])
                 room = self.sharding.num_blocks(request.max_cached_tokens) - num_shared
                 copied = home.take(len(own), room=room)
@@ -344,17 +413,18 @@ class Scheduler:
             else:
                 self._load[request.home].num_active -= 1
                 put_back.append(request)
-        self._waiting.extendleft(reversed(put_back))
+        self._waiting.put_back(put_back)
         return started
 
     def _end_scored(self, prefill: Prefill) -> tuple[Request, ...]:
         """A prefill that is all a request is for ends it, too."""
         for request in prefill.scored:
-            self._free(request)
+            self._load[request.home].num_active -= 1
+            self.homes[request.home].release(request.take_blocks())
         return prefill.scored
 
     def _extend_running(self) -> None:
-        """A slot for the newest token of every running request; the youngest of a home make way when it has none."""
+        """A slot for the newest token of every running request; others of its home make way when it has none."""
         youngest_last: dict[int, list[SampledRequest]] = {}
         for request in self._running:
             if not request.blocks:  # preempted by one before it
@@ -363,9 +433,10 @@ class Scheduler:
             missing = self.sharding.num_blocks(request.next_position + 1) - len(request.blocks)
             if missing <= 0:
                 continue
-            while not home.has(missing):
+            while not self._make_room(request.home, missing):
                 if request.home not in youngest_last:
-                    youngest_last[request.home] = [s for s in self._running if s.home == request.home]
+                    here = [s for s in self._running if s.home == request.home]
+                    youngest_last[request.home] = sorted(here, key=lambda s: s.priority)
                 youngest = youngest_last[request.home].pop()
                 self._preempt(youngest)
                 if youngest is request:
@@ -380,16 +451,30 @@ class Scheduler:
         """Back to the front of the queue, without blocks: who calls takes it out of those that run."""
         self.stats.num_preemptions += 1
         self._leave(request)
-        self._waiting.appendleft(request)
+        self._waiting.put_back([request])
 
     def _leave(self, request: SampledRequest) -> None:
         """Free a request's blocks; its whole units stay remembered as long as nobody needs the room."""
+        self._load[request.home].num_active -= 1
+        self._give_up(request)
+
+    def _keep(self, request: SampledRequest) -> None:
+        """Leave the KV of a request that has ended in its home; of what is too much there the longest unused goes."""
+        self._load[request.home].num_active -= 1
+        if self.window is not None:
+            self._drop_dead(request, request.next_position)
+        self._kept.add(request)
+        while self._kept.are_too_many(request.home) and (oldest := self._kept.oldest(request.home)) is not None:
+            self._put_back(oldest)
+
+    def _put_back(self, kept: SampledRequest) -> None:
+        """Keep a request no longer: it becomes a prefix that is remembered as long as nobody needs the room."""
+        self._kept.remove(kept)
+        self._give_up(kept)
+
+    def _give_up(self, request: SampledRequest) -> None:
         computed = request.all_token_ids[: request.next_position]
         self.homes[request.home].prefixes.insert(computed, request.blocks)
-        self._free(request)
-
-    def _free(self, request: Request) -> None:
-        self._load[request.home].num_active -= 1
         self.homes[request.home].release(request.take_blocks())
 
     def _remember(self, prefill: Prefill) -> None:

@@ -1,4 +1,4 @@
-"""Puts together what runs the steps of one rank, over a cache and a backend."""
+"""Puts together what decides the steps of one rank, and what runs them over a cache and a backend."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from cpinfer.config import EngineConfig
 from cpinfer.engine.decode_cuda_graphs import make_decode_graphs
 from cpinfer.engine.exchanges import Exchanges
 from cpinfer.engine.logits_reader import LogitsReader
+from cpinfer.engine.needs import RankNeeds
+from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step_attention import StepAttention
 from cpinfer.engine.step_plans import StepPlanner
 from cpinfer.engine.step_runner import StepRunner
@@ -15,6 +17,27 @@ from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
+
+
+def make_scheduler(runner: ModelRunner, topology: Topology, config: EngineConfig, needs: RankNeeds) -> Scheduler:
+    """A scheduler over homes of free blocks, as many as all ranks can afford."""
+    return Scheduler(
+        needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching),
+        needs.pool_size.sharding,
+        config.max_num_seqs,
+        config.max_num_batched_tokens,
+        window=runner.spec.widest_window,
+        max_kept_tokens=config.max_session_tokens,
+    )
+
+
+def make_steps(
+    runner: ModelRunner, topology: Topology, config: EngineConfig, needs: RankNeeds, stop_checker: StopChecker
+) -> StepRunner:
+    """A step runner with a KV pool and a backend of its own, as the config asks for them."""
+    cache = needs.make_cache(runner, has_padding_block=config.cuda_graphs)
+    backend = needs.make_backend(config.backend, runner.device)
+    return make_step_runner(runner, topology, config, needs.pool_size.sharding, backend, cache, stop_checker)
 
 
 def make_step_runner(

@@ -82,7 +82,9 @@ class StepRunner:
         logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows)
         scored = logits[len(planned.sampled_rows) :]
         num_top = max((c.prefill.requests[0].num_top for c in step.chunks if c.scored_positions), default=0)
-        tokens, heard = self._reader.sample(logits[planned.drawn], planned.requests, step.samples, planned.places, says)
+        sampled, heard = self._reader.sample(
+            logits[planned.drawn], planned.requests, step.samples, planned.places, says
+        )
         scores, heard_again = self._reader.score(scored, planned.targets, planned.scored.places, num_top, says)
         return StepOutput(sampled, scores, heard_again if heard is None else heard)
 

@@ -37,10 +37,14 @@ def test_of_a_given_answer_all_but_the_last_token_is_computed_and_every_token_is
     assert tuple(map(request.target_at, places)) == request.targets
 
 
-def test_fresh_samples_of_one_prompt_share_a_prefill_and_nobody_else_does():
-    equal_but_another = Prompt(3, "p", (5, 6, 7))
+def test_fresh_samples_of_equal_prompts_share_a_prefill_and_nobody_else_does():
     assert sampled().shares_prefill_with(sampled(sample_index=1))
-    assert not sampled().shares_prefill_with(sampled(prompt=equal_but_another))
+    assert sampled().shares_prefill_with(sampled(prompt=Prompt(4, "q", (5, 6, 7))))
+    assert not sampled().shares_prefill_with(sampled(prompt=Prompt(4, "q", (5, 6, 8))))
+    assert not sampled().shares_prefill_with(sampled(prompt_logprobs=True))
+    continued = sampled()
+    continued.continues = sampled(8)
+    assert not continued.shares_prefill_with(sampled()) and not sampled().shares_prefill_with(continued)
     assert not sampled(8).shares_prefill_with(sampled()) and not sampled().shares_prefill_with(sampled(8))
     assert not sampled().shares_prefill_with(ScoredRequest(PROMPT, (8,)))
     assert not ScoredRequest(PROMPT, (8,)).shares_prefill_with(sampled())

@@ -373,11 +373,11 @@ def test_a_block_that_one_shard_has_filled_and_another_has_not_is_copied():
     assert scheduler.take_blocks_to_copy(0) == [(0, group[1].blocks[0])] and group[0].blocks == [0]
 
 
-def test_samples_of_different_prompts_are_no_group_even_when_the_tokens_are_equal():
+def test_prompts_of_equal_tokens_are_computed_once_whoever_asked_for_them():
     _, scheduler = make_scheduler()
-    submit(scheduler, make_sequence(0, 6, first_token=9), make_sequence(1, 6, first_token=9))
+    submit(scheduler, make_sequence(0, 6, first_token=9), make_sequence(1, 6, first_token=9), make_sequence(2, 6))
     step = scheduler.schedule()
-    assert spans(step) == [(0, 0, 6), (1, 0, 6)]
+    assert spans(step) == [(0, 0, 6), (2, 0, 6)] and [s.prompt.index for s in step.samples] == [0, 1, 2]
 
 
 def test_a_group_is_as_large_as_there_are_places_and_the_rest_follows_as_a_group():

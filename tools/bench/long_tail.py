@@ -171,10 +171,10 @@ class Way:
         steps, watch = engine._steps, self.watch
         run, forward = steps.run, steps._forward
 
-        def timed_run(step: Any, **options: Any) -> Any:
+        def timed_run(step: Any, says: Any) -> Any:
             start_s = time.perf_counter()
             try:
-                return run(step, **options)
+                return run(step, says)
             finally:
                 watch.busy_s += time.perf_counter() - start_s
 

@@ -16,7 +16,7 @@ class SampleMetrics:
 
     num_prompt_tokens: int
     num_generated_tokens: int
-    ttft_s: float
+    ttft_s: float | None
     tpot_s: float | None
     retrieved: bool | None
 
@@ -38,7 +38,7 @@ def summarize(samples: Sequence[SampleMetrics], num_prompts: int, wall_s: float)
         "num_generated_tokens": num_generated,
         "wall_s": wall_s,
         "tokens_per_s": num_generated / wall_s if wall_s > 0 else None,
-        "ttft_s_p50": _median(s.ttft_s for s in samples),
+        "ttft_s_p50": _median(s.ttft_s for s in samples if s.ttft_s is not None),
         "tpot_s_p50": _median(s.tpot_s for s in samples if s.tpot_s is not None),
         "num_answers": len(judged) if judged else None,
         "num_answers_retrieved": sum(judged) if judged else None,

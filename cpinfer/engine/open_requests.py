@@ -1,0 +1,352 @@
+"""Requests that come while others run: what each rank asks for is told to all, and each gets what its own give.
+
+this rank, any thread         add, abort, close_session  ->  outbox
+all ranks, between two steps  what the outboxes hold, in the order of (rank, place in its outbox)  ->  core
+this rank, after a step       new tokens of its own requests, and how they ended  ->  outputs
+"""
+
+from __future__ import annotations
+
+import pickle
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, Literal
+
+import torch
+
+from cpinfer.comm.axis import AxisComm
+from cpinfer.config import SamplingParams
+from cpinfer.engine.agreement import Prepared, Says, gather_bytes
+from cpinfer.engine.core import Batch, EngineCore
+from cpinfer.engine.input_processor import InputProcessor
+from cpinfer.engine.prompts import PromptLike
+from cpinfer.engine.request import FinishReason, Prompt, Request, RolloutResult, SampledRequest
+from cpinfer.engine.sessions import Session
+from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.errors import UserError, quoted
+
+# By what ranks know a request or a session: the place in the replica of the rank that has it, and its number there.
+Key = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """What became of one sample since it was last told of.
+
+    Attributes:
+        request_id: what `Engine.add` returned.
+        sample_index: which of the request's samples this is, from 0.
+        token_ids: its new tokens.
+        logprobs: of them, as `RolloutResult` has them.
+        processed_logprobs: likewise.
+        weights_version: of the weights that they were sampled by.
+        finish_reason: None while it goes on; "error" where a step failed and took it along.
+        result: all of it, once it has ended other than by an error.
+    """
+
+    request_id: str
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    processed_logprobs: tuple[float, ...]
+    weights_version: int
+    finish_reason: FinishReason | Literal["error"] | None = None
+    result: RolloutResult | None = None
+
+
+@dataclass(frozen=True)
+class _NewRequest:
+    """A request as it travels. Where it is a turn of a session, `prompt` is what is new in it."""
+
+    prompt: Prompt
+    params: SamplingParams
+    priority: int
+    session: int | None = None
+
+
+@dataclass(frozen=True)
+class _Abort:
+    """End the request of that number."""
+
+
+@dataclass(frozen=True)
+class _CloseSession:
+    """Forget the session of that number."""
+
+
+# With the number of the request or session that it is about.
+_Arrival = tuple[int, _NewRequest | _Abort | _CloseSession]
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What one rank tells the others: so many arrivals, as bytes."""
+
+    num_arrivals: int
+    packed: bytes
+
+
+# What a rank says, below the number of bytes that it has to tell.
+_SAYS_BITS = max(Says).bit_length()
+
+
+@dataclass(eq=False)
+class _OpenBatch(Batch):
+    """The samples of one request. `num_told`: tokens of each that its rank has been told of."""
+
+    requests: Sequence[SampledRequest]
+    key: Key = (0, 0)
+    session: Key | None = None
+    num_told: dict[int, int] = field(default_factory=dict)
+
+
+class OpenRequests:
+    """The requests of `add`, and the sessions. What is kept of all ranks' is the same on each of them."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        inputs: InputProcessor,
+        stop_checker: StopChecker,
+        replica: AxisComm,
+        device: torch.device,
+    ) -> None:
+        self._core = core
+        self._inputs = inputs
+        self._stop_checker = stop_checker
+        self._replica = replica
+        self._device = device
+        self._place = replica.index
+        # This rank's own. Whoever adds may be another thread than the one that steps.
+        self._lock = threading.Lock()
+        self._numbers = count()
+        self._outbox: list[_Arrival] = []
+        self._ids: dict[int, str] = {}
+        self._numbers_of: dict[str, int] = {}
+        self._sessions: dict[int, Session] = {}
+        self._outputs: list[RequestOutput] = []
+        # Of all ranks: requests under way, by key and by `id` of each sample; of each session its last turn.
+        self._batches: dict[Key, _OpenBatch] = {}
+        self._batch_of: dict[int, _OpenBatch] = {}
+        self._last_turns: dict[Key, SampledRequest] = {}
+        self._ended: deque[Request] = deque()
+
+    def has(self, batch: Batch) -> bool:
+        """Whether a batch of the core is a request that was added, of whichever rank."""
+        return isinstance(batch, _OpenBatch)
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether this rank has something to tell the others."""
+        return bool(self._outbox)
+
+    def add(
+        self, prompt: PromptLike, params: SamplingParams, session: Session | None, priority: int, version: int
+    ) -> str:
+        """Queue a request of this rank. Its id. UserError for what can never run."""
+        if type(priority) is not int:
+            raise UserError(f"priority is {quoted(priority)}; a whole number was wanted, the lowest goes first.")
+        number = next(self._numbers)
+        if session is None:
+            made, params = self._inputs.checked(prompt, number, params, self._default_id(version, number))
+            request = _NewRequest(made, params, priority)
+        else:
+            self._check(session)
+            new = self._inputs.checked_turn(session.token_ids, prompt, params)
+            # Until a turn has ended nobody else knows of the session.
+            given = new if session.num_turns else (*session.token_ids, *new)
+            made = Prompt(number, f"{session.id}/{session.num_turns}", given)
+            request = _NewRequest(made, params, priority, session.number)
+        with self._lock:
+            if made.id in self._numbers_of:
+                raise UserError(f"a request with the id {quoted(made.id)} is under way; ids name requests, and differ.")
+            if session is not None:
+                session.turn = made.id
+            self._ids[number], self._numbers_of[made.id] = made.id, number
+            self._outbox.append((number, request))
+        return made.id
+
+    def abort(self, request_id: str) -> None:
+        """End a request of this rank before the next step. Nothing happens to one that has ended."""
+        with self._lock:
+            number = self._numbers_of.get(request_id)
+            if number is not None:
+                self._outbox.append((number, _Abort()))
+
+    def open_session(self, prompt: PromptLike, version: int) -> Session:
+        """A session of this rank that begins with a prompt. UserError for one that can never run."""
+        number = next(self._numbers)
+        any_turn, default_id = SamplingParams(max_new_tokens=1), self._default_id(version, number)
+        made, _ = self._inputs.checked(prompt, number, any_turn, default_id)
+        if made.sampling:
+            raise UserError('"sampling" of a session\'s prompt: each turn has its own. Give it to `add`.')
+        session = Session(made.id, made.token_ids, number=number)
+        with self._lock:
+            self._sessions[number] = session
+        return session
+
+    def close_session(self, session: Session) -> None:
+        """Forget a session of this rank; a turn of it that is under way is aborted."""
+        self._check(session, may_run=True)
+        if session.turn is not None:
+            self.abort(session.turn)
+        with self._lock:
+            session.is_closed = True
+            self._outbox.append((session.number, _CloseSession()))
+
+    def told(self, says: Says) -> Prepared[_Told]:
+        """What this rank has to tell the others, for `begin_together`: its number says how much, and what it `says`."""
+        with self._lock:
+            told = _Told(len(self._outbox), pickle.dumps(self._outbox) if self._outbox else b"")
+        return Prepared(told, dict, number=len(told.packed) << _SAYS_BITS | says)
+
+    def take_in(self, own: _Told, numbers: Sequence[int], version: int) -> Says:
+        """Give the core what all ranks have told, in their order. What they say; `NEWS` where there was any.
+
+        `numbers` of all ranks are as `told` makes them. One collective, where there is anything.
+        """
+        heard = Says.NOTHING
+        for number in numbers:
+            heard |= Says(number & (1 << _SAYS_BITS) - 1)
+        lens = [number >> _SAYS_BITS for number in numbers]
+        if any(lens):
+            heard |= Says.NEWS
+            for place, packed in enumerate(gather_bytes(self._replica, own.packed, lens, self._device)):
+                for number, arrival in pickle.loads(packed) if packed else ():
+                    self._apply((place, number), arrival, version)
+            with self._lock:
+                del self._outbox[: own.num_arrivals]
+        return heard
+
+    def take_outputs(self, version: int) -> list[RequestOutput]:
+        """What is new of this rank's requests."""
+        self.note(version)
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def note(self, version: int) -> None:
+        """Put what is new of this rank's requests with the outputs; it was made by `version` of the weights."""
+        self._settle(version)
+        for request in self._core.scheduler.running:
+            batch = self._batch_of.get(id(request))
+            if batch is not None and batch.key[0] == self._place:
+                self._tell(batch, request, version)
+
+    def note_lost(self, version: int) -> None:
+        """Take note of what the core has lost. Sessions are what they were before their turns."""
+        self._settle(version)
+        for batch in [batch for batch in self._batches.values() if batch.is_lost]:
+            for request in batch.requests:
+                if self._batch_of.pop(id(request), None) is not None and batch.key[0] == self._place:
+                    request_id = self._ids[batch.key[1]]
+                    self._outputs.append(RequestOutput(request_id, request.sample_index, (), (), (), version, "error"))
+            self._forget(batch)
+
+    def _default_id(self, version: int, number: int) -> str:
+        """Of no other request, also of another rank or of other weights."""
+        return f"{version}/{self._place}/{number}"
+
+    def _check(self, session: Any, *, may_run: bool = False) -> None:
+        """UserError for what is no session of this engine and rank that could have a turn now."""
+        if isinstance(session, Session) and session.is_closed:
+            raise UserError(f"session {quoted(session.id)} is closed; open another with `open_session`.")
+        if not isinstance(session, Session) or self._sessions.get(session.number) is not session:
+            raise UserError("this is no session of this engine; what `open_session` gave on this rank was wanted.")
+        if session.turn is not None and not may_run:
+            raise UserError(f"session {quoted(session.id)} has a turn under way, {quoted(session.turn)}; let it end.")
+
+    def _apply(self, key: Key, arrival: _NewRequest | _Abort | _CloseSession, version: int) -> None:
+        place, number = key
+        if isinstance(arrival, _NewRequest):
+            self._submit(key, arrival)
+        elif isinstance(arrival, _Abort):
+            self._abort(key, version)
+        else:
+            last = self._last_turns.pop(key, None)
+            if last is not None:
+                self._core.let_go(last)
+            if place == self._place:
+                del self._sessions[number]
+
+    def _submit(self, key: Key, new: _NewRequest) -> None:
+        session = None if new.session is None else (key[0], new.session)
+        prompt, before = new.prompt, None
+        if session is not None and (before := self._last_turns.get(session)) is not None:
+            prompt = replace(prompt, token_ids=(*before.all_token_ids, *prompt.token_ids))
+        requests = self._inputs.requests(prompt, new.params)
+        for request in requests:
+            request.priority, request.keeps_kv, request.continues = new.priority, session is not None, before
+        batch = _OpenBatch(requests, finished=self._ended, key=key, session=session)
+        self._batches[key] = batch
+        self._batch_of.update((id(request), batch) for request in requests)
+        self._core.submit(batch)
+
+    def _abort(self, key: Key, version: int) -> None:
+        self._settle(version)
+        batch = self._batches.get(key)
+        if batch is None:  # it has ended by itself
+            return
+        unfinished = [request for request in batch.requests if request.finish_reason is None]
+        self._core.abort(unfinished)
+        for request in unfinished:
+            request.finish_reason, request.finished_s = "abort", time.perf_counter()
+            self._ended.append(request)
+        self._settle(version)
+
+    def _settle(self, version: int) -> None:
+        """Take note of requests that have ended."""
+        while self._ended:
+            request = self._ended.popleft()
+            assert isinstance(request, SampledRequest), "nothing else is added"
+            batch = self._batch_of.pop(id(request))
+            if batch.session is not None:
+                self._last_turns[batch.session] = request
+            if batch.key[0] == self._place:
+                self._tell(batch, request, version)
+            if not batch.num_unfinished:
+                self._forget(batch)
+
+    def _forget(self, batch: _OpenBatch) -> None:
+        place, number = batch.key
+        del self._batches[batch.key]
+        if place == self._place:
+            with self._lock:
+                del self._numbers_of[self._ids.pop(number)]
+                session = None if batch.session is None else self._sessions.get(batch.session[1])
+                if session is not None:
+                    session.turn = None
+
+    def _tell(self, batch: _OpenBatch, request: SampledRequest, version: int) -> None:
+        """Put what is new of a sample with the outputs."""
+        told = batch.num_told.get(request.sample_index, 0)
+        new = request.sampled[told:]
+        result = None
+        if request.finish_reason is not None:
+            result = request.result(self._stop_checker.text(request), version)
+            self._grow(batch, result)
+        elif not new:
+            return
+        batch.num_told[request.sample_index] = told + len(new)
+        self._outputs.append(
+            RequestOutput(
+                self._ids[batch.key[1]],
+                request.sample_index,
+                tuple(token.token_id for token in new),
+                tuple(token.logprob for token in new),
+                tuple(token.processed_logprob for token in new),
+                version,
+                request.finish_reason,
+                result,
+            )
+        )
+
+    def _grow(self, batch: _OpenBatch, result: RolloutResult) -> None:
+        """Where a request that has ended was a turn of this rank, its session has grown by it."""
+        session = None if batch.session is None else self._sessions.get(batch.session[1])
+        if session is not None:
+            session.token_ids = (*result.prompt_token_ids, *result.token_ids)
+            session.num_turns += 1
