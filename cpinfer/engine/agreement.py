@@ -166,8 +166,8 @@ def agree_on_tokens(
     faults, left = (np.flatnonzero(said & flag).tolist() for flag in (Says.FAULT, Says.LEAVES))
     if left:
         raise StreamEndedError(
-            f"rank(s) {left} of the replica stopped taking the results of a stream, by leaving its loop or by an error "
-            "there. Every rank must take the same results: the stream has ended on all of them.",
+            f"rank(s) {left} of the replica stopped taking the results of a stream, or steps, by leaving a loop or by "
+            "an error there. Every rank must take the same: what was under way has ended on all of them.",
             tuple(left),
         )
     if faults:

@@ -75,7 +75,7 @@ class EngineCore:
 
     def submit(self, batch: Batch) -> None:
         """Queue the requests of a batch, on every rank the same between the same two steps."""
-        with self._all_or_cut():
+        with self.all_or_cut():
             for request in batch.requests:
                 self._scheduler.add(request)
                 self._batches[id(request)] = batch
@@ -88,7 +88,7 @@ class EngineCore:
         lost then.
         """
         assert not self.is_cut, "after a step that was cut the core has to be reset"
-        with self._all_or_cut():
+        with self.all_or_cut():
             if self._is_at_rest:
                 steps.begin()
                 self._is_at_rest = False
@@ -109,23 +109,34 @@ class EngineCore:
     def leave(self, batch: Batch, steps: StepRunner) -> None:
         """Nobody takes what is left of a batch: tell the others, who may be in the next step of it already.
 
-        So this rank takes part in steps up to the first that has a record to say it in. Where all leave, all is well,
-        and the batch's requests are aborted; where they do not, `left_alone` says so, and what is under way is lost.
+        Where all leave, all is well, and the batch's requests are aborted; where they do not, `left_alone` says so, and
+        what is under way is lost.
         """
         try:
-            while self._num_ranks > 1 and batch.num_unfinished and not self.is_cut:
-                self.advance(steps, Says.LEAVES)
+            self.halt(steps, batch)
         except StreamEndedError as ended:
-            if len(ended.places) < self._num_ranks:
-                self.left_alone = ended
-                return
-            self.is_cut = False  # the step has not been committed on any rank: its requests are where they were
+            self.left_alone = ended
+            return
         if not self.is_cut:
             self.abort([request for request in batch.requests if id(request) in self._batches])
 
+    def halt(self, steps: StepRunner, batch: Batch | None = None) -> None:
+        """Take no more steps for a batch, or for anything, and see to it that no rank does.
+
+        So this rank takes part in steps up to the first that has a record to say it in. Where all halt, all requests
+        are where they were; StreamEndedError where they do not, and what is under way is lost.
+        """
+        try:
+            while self._num_ranks > 1 and not self.is_cut and (batch.num_unfinished if batch else not self.is_idle):
+                self.advance(steps, Says.LEAVES)
+        except StreamEndedError as ended:
+            if len(ended.places) < self._num_ranks:
+                raise
+            self.is_cut = False  # the step has not been committed on any rank
+
     def abort(self, requests: Sequence[Request]) -> None:
         """End unfinished requests where they are, on every rank between the same two steps; their blocks are free."""
-        with self._all_or_cut():
+        with self.all_or_cut():
             self._scheduler.abort(requests)
             for request in requests:
                 self._batches.pop(id(request)).num_unfinished -= 1
@@ -145,13 +156,20 @@ class EngineCore:
 
     def restart(self, version: int) -> None:
         """Drop all KV, as weights of `version` made it; requests under way are computed anew."""
-        with self._all_or_cut():
+        with self.all_or_cut():
             self._scheduler = self._scheduler.restarted(version)
 
     def let_go(self, request: SampledRequest) -> None:
         """Free what is kept of a request that has ended, on every rank between the same two steps."""
-        with self._all_or_cut():
+        with self.all_or_cut():
             self._scheduler.let_go(request)
+
+    @contextmanager
+    def all_or_cut(self) -> Iterator[None]:
+        """A block after which the core is what it was, or cut, where it does not come to its end."""
+        was_cut, self.is_cut = self.is_cut, True
+        yield
+        self.is_cut = was_cut
 
     def _run(self, steps: StepRunner, step: Step, says: Says) -> tuple[list[Request], Says | None]:
         """Run a step and take note of it; the requests that it finished, and what ranks said."""
@@ -170,13 +188,6 @@ class EngineCore:
         for ended in finished:
             ended.finished_s = now
         return finished, output.heard
-
-    @contextmanager
-    def _all_or_cut(self) -> Iterator[None]:
-        """A block after which the core is what it was, or cut, where it does not come to its end."""
-        was_cut, self.is_cut = self.is_cut, True
-        yield
-        self.is_cut = was_cut
 
     def _rest_when_idle(self) -> None:
         """Where all has ended, nothing may be left behind."""

@@ -114,7 +114,8 @@ class Engine:
         A rank that cannot is an error on all of them. Collective over the replica: one small gather.
         """
         self._refuse_when_closed()
-        self._steps = self._together(lambda: Prepared(self._steps or self._made_steps(), lambda: {"call": "wake"}))[0]
+        made_of = self._runner, self._topology, self._config, self._needs, self._stop_checker
+        self._steps = self._together(lambda: Prepared(self._steps or make_steps(*made_of), lambda: {"call": "wake"}))[0]
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it.
@@ -122,28 +123,25 @@ class Engine:
         Requests that were added, and sessions, are computed anew when it is awake again.
         """
         self._refuse_while_streaming("sleep")
+        self._halt_together("sleep")
         self._drop_kv()
         self._steps = None
 
     def weights_changed(self) -> None:
         """Tell the engine that the weights are new: `weights_version` rises, what is cached by old ones is dropped.
 
-        Requests that were added go on where they are, on their tokens' KV by the new weights. Collective while there
-        are any under way.
+        Requests that were added go on where they are, over KV of the same tokens by the new weights.
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("change weights")
-        if not self._core.is_idle and not self._core.is_cut:
-            self._together(lambda: Prepared(None, lambda: {"call": "weights_changed", **self._state()}))
+        self._halt_together("weights_changed")
         self._take_new_weights()
 
     def close(self) -> None:
         """End what is under way, free the KV pool, refuse later calls. `attach` calls it when its block ends."""
-        if self._steps is not None and not self._core.is_cut:
-            if self._exchanges_arrivals and (self._has_arrivals or self._core.is_idle):
-                # Others may be about to exchange arrivals. Those who are will know, and those who close too.
-                with suppress(RuntimeError):
-                    self._together(lambda: Prepared(None, lambda: {"call": "close"}))
+        if self._steps is not None:
+            with suppress(RuntimeError):  # those who go on have it
+                self._halt_together("close")
             for batch in self._core.open_batches():
                 self._core.leave(batch, self._steps)
         self._is_closed = True
@@ -349,10 +347,7 @@ class Engine:
             prompt: what it begins with, in any form that `stream` takes.
 
         Returns:
-            The session, for `add` on this rank.
-
-        Raises:
-            UserError: for a prompt that can never run.
+            The session, for `add` on this rank. UserError for a prompt that can never run.
         """
         self._refuse_when_closed()
         return self._open.open_session(prompt, self.weights_version)
@@ -375,9 +370,9 @@ class Engine:
             heard = self._exchange(says)
             if self._core.is_idle:
                 return heard
-        if self._open.has_arrivals:
-            says |= Says.NEWS
-        return self._advance(says)
+        heard_later = self._advance(says | Says.NEWS * self._open.has_arrivals)
+        self._has_arrivals |= heard_later is None  # nobody could say so
+        return heard_later
 
     def _exchange(self, says: Says) -> Says:
         """Take in what all ranks have added, aborted and closed. Returns what they said."""
@@ -386,6 +381,13 @@ class Engine:
         heard = self._open.take_in(told, numbers, self.weights_version)
         self._has_arrivals = False
         return heard
+
+    def _halt_together(self, call: str) -> None:
+        """Before what all ranks do between two steps of `step`: an error on all where some are in the next step."""
+        if self._exchanges_arrivals and self._steps is not None and not self._core.is_cut:
+            if self._has_arrivals or self._core.is_idle:
+                self._together(lambda: Prepared(None, lambda: {"call": call}))
+            self._core.halt(self._steps)
 
     def _together(self, prepare: Callable[[], Prepared[T]]) -> tuple[T, list[int]]:
         try:
@@ -483,9 +485,6 @@ class Engine:
             raise RuntimeError(
                 "a step of another stream has failed, and took the requests of this one with it; ask for them again"
             )
-
-    def _made_steps(self) -> StepRunner:
-        return make_steps(self._runner, self._topology, self._config, self._needs, self._stop_checker)
 
     def _refuse_when_closed(self) -> None:
         self.raise_if_left_alone()

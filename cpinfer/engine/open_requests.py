@@ -96,11 +96,12 @@ _SAYS_BITS = max(Says).bit_length()
 
 @dataclass(eq=False)
 class _OpenBatch(Batch):
-    """The samples of one request. `num_told`: tokens of each that its rank has been told of."""
+    """The samples of one request, of which `num_settled` have ended. `num_told`: tokens that its rank knows of each."""
 
     requests: Sequence[SampledRequest]
     key: Key = (0, 0)
     session: Key | None = None
+    num_settled: int = 0
     num_told: dict[int, int] = field(default_factory=dict)
 
 
@@ -184,7 +185,7 @@ class OpenRequests:
         made, _ = self._inputs.checked(prompt, number, any_turn, default_id)
         if made.sampling:
             raise UserError('"sampling" of a session\'s prompt: each turn has its own. Give it to `add`.')
-        session = Session(made.id, made.token_ids, number=number)
+        session = Session(made.id, made.token_ids, number)
         with self._lock:
             self._sessions[number] = session
         return session
@@ -215,11 +216,13 @@ class OpenRequests:
         lens = [number >> _SAYS_BITS for number in numbers]
         if any(lens):
             heard |= Says.NEWS
-            for place, packed in enumerate(gather_bytes(self._replica, own.packed, lens, self._device)):
-                for number, arrival in pickle.loads(packed) if packed else ():
-                    self._apply((place, number), arrival, version)
-            with self._lock:
-                del self._outbox[: own.num_arrivals]
+            gathered = gather_bytes(self._replica, own.packed, lens, self._device)
+            with self._core.all_or_cut():
+                with self._lock:
+                    del self._outbox[: own.num_arrivals]
+                for place, packed in enumerate(gathered):
+                    for number, arrival in pickle.loads(packed) if packed else ():
+                        self._apply((place, number), arrival, version)
         return heard
 
     def take_outputs(self, version: int) -> list[RequestOutput]:
@@ -237,9 +240,9 @@ class OpenRequests:
                 self._tell(batch, request, version)
 
     def note_lost(self, version: int) -> None:
-        """Take note of what the core has lost. Sessions are what they were before their turns."""
+        """Take note that the core has lost all requests. Sessions are what they were before their turns."""
         self._settle(version)
-        for batch in [batch for batch in self._batches.values() if batch.is_lost]:
+        for batch in list(self._batches.values()):
             for request in batch.requests:
                 if self._batch_of.pop(id(request), None) is not None and batch.key[0] == self._place:
                     request_id = self._ids[batch.key[1]]
@@ -307,7 +310,8 @@ class OpenRequests:
                 self._last_turns[batch.session] = request
             if batch.key[0] == self._place:
                 self._tell(batch, request, version)
-            if not batch.num_unfinished:
+            batch.num_settled += 1
+            if batch.num_settled == len(batch.requests):
                 self._forget(batch)
 
     def _forget(self, batch: _OpenBatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 
 @dataclass(eq=False)
@@ -20,7 +20,6 @@ class Session:
 
     id: str
     token_ids: tuple[int, ...]
-    _: KW_ONLY
     number: int
     num_turns: int = 0
     is_closed: bool = False

@@ -1,0 +1,455 @@
+"""Requests that ranks add while others run: each gives what it gives alone, whenever it comes, in every layout."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from test_engine_parity import grid_name
+
+import cpinfer
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import SamplingParams, parse_config
+from cpinfer.engine.engine import Engine
+from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
+from cpinfer.layout.grid import RankGrid
+from tiny_models import FAMILIES, make_model, prompts_of
+
+GRIDS = [
+    RankGrid(),
+    RankGrid(pcp_size=2, dcp_size=2),
+    RankGrid(pcp_size=2, dcp_size=1),
+    RankGrid(pcp_size=4, dcp_size=2),
+]
+PROMPTS = prompts_of((5, 40, 17, 33, 8, 21, 30, 12), vocab_size=128)
+GREEDY = SamplingParams(temperature=0, max_new_tokens=6)
+# Qwen2 has attention over everything, Mistral a window, and DeepSeek V2 a latent cache.
+WITH_SESSIONS = ["qwen2", "mistral", "deepseek_v2"]
+CONFIG = {"dtype": "float32", "kv_cache_gib": 2**-8, "max_num_batched_tokens": 32, "block_size": 4}
+
+
+def on_ranks(grid: RankGrid, body: Callable[[Engine, int], Any], family: str = "qwen2", **config: Any) -> list[Any]:
+    """What each rank's `body` returns, which is given its place."""
+    model = make_model(FAMILIES[family])
+
+    def attached(topology: cpinfer.Topology) -> Any:
+        with cpinfer.attach(copy.deepcopy(model), topology, parse_config({**CONFIG, **config})) as engine:
+            return body(engine, topology.rank)
+
+    return run_ranks(grid, attached)
+
+
+class Consumer:
+    """What one rank's outputs tell of its requests, by id and sample: pieced together, and as the results have it."""
+
+    def __init__(self) -> None:
+        self.tokens: dict[tuple[str, int], list[int]] = {}
+        self.logprobs: dict[tuple[str, int], list[float]] = {}
+        self.results: dict[tuple[str, int], cpinfer.RolloutResult] = {}
+        self.reasons: dict[tuple[str, int], str] = {}
+
+    def take(self, outputs: list[cpinfer.RequestOutput]) -> None:
+        for output in outputs:
+            key = (output.request_id, output.sample_index)
+            assert key not in self.reasons, "it has ended"
+            self.tokens.setdefault(key, []).extend(output.token_ids)
+            self.logprobs.setdefault(key, []).extend(output.logprobs)
+            if output.finish_reason is not None:
+                self.reasons[key] = output.finish_reason
+            if output.result is not None:
+                self.results[key] = output.result
+                assert self.tokens[key] == list(output.result.token_ids)
+                assert self.logprobs[key] == list(output.result.logprobs)
+
+    def until(self, engine: Engine, num_ended: int) -> None:
+        """Steps until so many samples of this rank have ended, and those that the other ranks wait for."""
+
+        def has_all(outputs: list[cpinfer.RequestOutput]) -> bool:
+            self.take(outputs)
+            return len(self.reasons) >= num_ended
+
+        engine.run_until(has_all)
+
+
+def alone(prompt: Any, sampling: SamplingParams, family: str = "qwen2", name: str | None = None) -> list[list[int]]:
+    """The samples of a prompt that nothing runs beside."""
+    given = prompt if name is None else {"prompt_token_ids": prompt, "id": name}
+    return [
+        list(r.token_ids) for r in on_ranks(RankGrid(), lambda engine, _: engine.generate([given], sampling), family)[0]
+    ]
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+@pytest.mark.parametrize("seed", range(2))
+def test_what_ranks_add_at_any_time_gives_what_it_gives_alone(grid: RankGrid, seed: int) -> None:
+    """Each rank adds when its own chance says so, under ids of its own, and gets its own answers."""
+    sampling = SamplingParams(temperature=1.0, seed=5, n=2, max_new_tokens=7)
+
+    def body(engine: Engine, rank: int) -> dict[tuple[str, int], list[int]]:
+        chance, consumer = random.Random(f"{seed}/{rank}"), Consumer()
+        waiting = [{"prompt_token_ids": PROMPTS[i], "id": f"{rank}-{i}"} for i in range(len(PROMPTS))][rank::2]
+        total = 2 * len(waiting)
+
+        def condition(outputs: list[cpinfer.RequestOutput]) -> bool:
+            consumer.take(outputs)
+            while waiting and chance.random() < 0.3:
+                engine.add(waiting.pop(), sampling, priority=chance.choice((0, 0, 3)))
+            return len(consumer.results) == total
+
+        engine.run_until(condition)
+        assert engine.step() == [] and engine._core.is_idle
+        return consumer.tokens
+
+    found: dict[tuple[str, int], list[int]] = {}
+    for tokens in on_ranks(grid, body):
+        found |= tokens
+    for name in {name for name, _ in found}:
+        wanted = alone(PROMPTS[int(name.split("-")[1])], sampling, name=name)
+        assert [found[name, 0], found[name, 1]] == wanted
+    assert len(found) == 2 * sum(len(range(len(PROMPTS))[rank::2]) for rank in range(grid.world_size))
+
+
+@pytest.mark.parametrize("family", WITH_SESSIONS)
+@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+def test_the_turns_of_a_session_are_those_of_the_whole_sequence_and_compute_only_what_is_new(
+    grid: RankGrid, family: str
+) -> None:
+    def body(engine: Engine, rank: int) -> list[Any]:
+        chance, seen = random.Random(rank), []
+        session = engine.open_session(PROMPTS[rank + 1])
+        for turn in range(4):
+            new = [chance.randrange(128) for _ in range(chance.choice((0, 1, 5, 19)))]
+            before = session.token_ids
+            name = engine.add(new, GREEDY, session=session)
+            consumer = Consumer()
+            consumer.until(engine, 1)
+            result = consumer.results[name, 0]
+            assert name == f"{session.id}/{turn}" and session.num_turns == turn + 1
+            assert result.prompt_token_ids == (*before, *new)
+            assert session.token_ids == (*result.prompt_token_ids, *result.token_ids)
+            seen.append((result.prompt_token_ids, result.token_ids, result.logprobs))
+        computed = engine._core.scheduler.stats.num_computed_prefill_tokens
+        engine.close_session(session)
+        engine.step()
+        assert engine._core.is_idle and not list(engine._core.scheduler._kept)
+        return [seen, computed]
+
+    found = on_ranks(grid, body, family)
+    new_tokens = 0
+    for seen, _ in found:
+        new_tokens += len(seen[0][0]) + sum(len(b[0]) - len(a[0]) - len(a[1]) + 1 for a, b in pairwise(seen))
+        for prompt, tokens, logprobs in seen:
+            whole = on_ranks(RankGrid(), lambda engine, _: engine.generate([prompt], GREEDY), family)[0][0]  # noqa: B023
+            assert whole.token_ids == tokens
+            assert whole.logprobs == pytest.approx(logprobs, abs=2e-5)
+    assert {computed for _, computed in found} == {new_tokens}
+
+
+def test_sessions_under_pressure_and_beyond_their_limit_are_computed_anew_and_nothing_leaks() -> None:
+    def body(engine: Engine, rank: int) -> list[list[tuple[int, ...]]]:
+        chance, told = random.Random(3), []
+        sessions = [engine.open_session(prompt) for prompt in PROMPTS]
+        for _ in range(3):
+            names = [engine.add([chance.randrange(128)], GREEDY, session=session) for session in sessions]
+            consumer = Consumer()
+            consumer.until(engine, len(names))
+            told.append([consumer.results[name, 0].token_ids for name in names])
+        for session in sessions:
+            engine.close_session(session)
+        engine.step()
+        engine._core.scheduler.check_integrity()
+        assert not list(engine._core.scheduler._kept) and not engine._open._last_turns and not engine._open._sessions
+        return told
+
+    grid = RankGrid(pcp_size=2, dcp_size=2)
+    free = on_ranks(grid, body)[0]
+    assert on_ranks(grid, body, kv_cache_gib=2**-14)[0] == free
+    assert on_ranks(grid, body, max_session_tokens=60)[0] == free
+    assert on_ranks(grid, body, max_session_tokens=0, enable_prefix_caching=False)[0] == free
+
+
+def test_an_aborted_request_keeps_what_it_has_and_frees_its_blocks() -> None:
+    long = SamplingParams(temperature=0, max_new_tokens=60, ignore_eos=True)
+
+    def body(engine: Engine, rank: int) -> None:
+        consumer, free = Consumer(), [home.pool.num_free for home in engine._core.homes]
+        running, waiting = (engine.add(prompt, long) for prompt in PROMPTS[:2])
+        session = engine.open_session(PROMPTS[2])
+        turn = engine.add([], long, session=session)
+
+        def condition(outputs: list[cpinfer.RequestOutput]) -> bool:
+            consumer.take(outputs)
+            if len(consumer.tokens.get((running, 0), ())) == 3:
+                for name in (running, waiting, turn, "unknown"):
+                    engine.abort(name)
+            return len(consumer.reasons) == 3
+
+        engine.run_until(condition)
+        assert {*consumer.reasons.values()} == {"abort"}
+        assert 3 <= len(consumer.tokens[running, 0]) < 8
+        ended = consumer.results[running, 0]
+        assert ended.finish_reason == "abort" and len(ended.token_ids) == len(ended.logprobs)
+        # A session goes on behind what was generated.
+        assert session.token_ids == (*PROMPTS[2], *consumer.tokens[turn, 0]) and session.num_turns == 1
+        name = engine.add([9], GREEDY, session=session)
+        consumer.until(engine, 4)
+        assert consumer.results[name, 0].prompt_token_ids == (*PROMPTS[2], *consumer.tokens[turn, 0], 9)
+        again = engine.generate([consumer.results[name, 0].prompt_token_ids], GREEDY)[0]
+        assert again.token_ids == consumer.results[name, 0].token_ids
+        engine.close_session(session)
+        engine.step()
+        for home in engine._core.homes:
+            home.prefixes.evict(home.pool.num_blocks)
+        assert [home.pool.num_free for home in engine._core.homes] == free
+
+    for grid in GRIDS[:2]:
+        on_ranks(grid, body, max_num_seqs=2)
+
+
+def test_an_abort_of_a_request_that_was_never_computed_has_a_result_without_tokens() -> None:
+    def body(engine: Engine, rank: int) -> None:
+        name = engine.add(PROMPTS[0])
+        engine.abort(name)
+        (output,) = engine.step()
+        assert (output.finish_reason, output.token_ids, output.result.ttft_s) == ("abort", (), None)
+
+    on_ranks(RankGrid(), body)
+
+
+def test_streams_and_calls_go_on_beside_what_is_added() -> None:
+    def body(engine: Engine, rank: int) -> list[list[int]]:
+        consumer = Consumer()
+        mine = engine.add(PROMPTS[rank], GREEDY)
+        consumer.take(engine.step())
+        stream = engine.stream(PROMPTS[2:5], GREEDY)
+        first = next(stream)
+        results = engine.generate(PROMPTS[5:], GREEDY)
+        consumer.until(engine, 1)
+        streamed = sorted([first, *stream], key=lambda r: r.prompt_index)
+        return [consumer.tokens[mine, 0], *(list(r.token_ids) for r in (*streamed, *results))]
+
+    for rank, found in enumerate(on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)):
+        assert found == [alone(prompt, GREEDY)[0] for prompt in (PROMPTS[rank], *PROMPTS[2:])]
+
+
+def test_weights_that_change_within_a_request_are_told_by_span() -> None:
+    answer = SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True)
+
+    def body(engine: Engine, rank: int) -> tuple[Any, ...]:
+        consumer, versions = Consumer(), []
+        session = engine.open_session(PROMPTS[3])
+        turn = engine.add([], SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True), session=session)
+        consumer.until(engine, 1)
+        name = engine.add(PROMPTS[2], answer)
+        while len(consumer.tokens.get((name, 0), ())) < 3:
+            consumer.take(engine.step())
+        head = engine._runner._model.get_output_embeddings().weight
+        head.data.mul_(-1.0)
+        engine.weights_changed()
+        second = engine.add([5], answer, session=session)
+        while len(consumer.reasons) < 3:
+            outputs = engine.step()
+            versions += [o.weights_version for o in outputs if o.request_id == name]
+            consumer.take(outputs)
+        result = consumer.results[name, 0]
+        assert {*versions} == {1} and result.weights_version == 1
+        assert result.weights_versions == ((0, 3), (1, 5))
+        assert (
+            consumer.results[turn, 0].weights_versions is None and consumer.results[second, 0].weights_versions is None
+        )
+        behind = engine.generate(
+            [(*PROMPTS[2], *result.token_ids[:3])], SamplingParams(temperature=0, max_new_tokens=5, ignore_eos=True)
+        )
+        assert behind[0].token_ids == result.token_ids[3:]
+        whole = engine.generate([consumer.results[second, 0].prompt_token_ids], answer)[0]
+        assert whole.token_ids == consumer.results[second, 0].token_ids
+        return result.token_ids
+
+    first, second = on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+    assert first == second
+
+
+def test_bad_input_is_told_where_it_is_given_and_nobody_else_is_disturbed() -> None:
+    def body(engine: Engine, rank: int) -> None:
+        session, other = engine.open_session(PROMPTS[0]), engine.open_session(PROMPTS[1])
+        if rank == 1:
+            for call, told in (
+                (lambda: engine.add([], GREEDY), "is empty"),
+                (lambda: engine.add([128], GREEDY), "token id 128"),
+                (lambda: engine.add([1] * 5000, GREEDY), "positions"),
+                (lambda: engine.add([1], GREEDY, priority="high"), "priority"),
+                (lambda: engine.add([1], {"n": 2}), "SamplingParams"),
+                (lambda: engine.add("text", GREEDY), "tokenizer"),
+                (lambda: engine.add("text", GREEDY, session=session), "list of token ids"),
+                (lambda: engine.add([128], GREEDY, session=session), "token id 128"),
+                (lambda: engine.add([1] * 5000, GREEDY, session=session), "positions"),
+                (lambda: engine.add([1], SamplingParams(n=2), session=session), "one sample"),
+                (lambda: engine.add([1], GREEDY, session="s"), "no session"),
+                (lambda: engine.close_session("s"), "no session"),
+                (lambda: engine.open_session([]), "is empty"),
+                (lambda: engine.open_session({"prompt_token_ids": [1], "sampling": {"n": 2}}), "sampling"),
+            ):
+                with pytest.raises(UserError, match=told):
+                    call()
+            engine.add({"prompt_token_ids": [1], "id": "named"}, GREEDY)
+            with pytest.raises(UserError, match="named"):
+                engine.add({"prompt_token_ids": [1], "id": "named"}, GREEDY)
+            engine.add([], GREEDY, session=session)
+            with pytest.raises(UserError, match="turn under way"):
+                engine.add([], GREEDY, session=session)
+        engine.close_session(other)
+        with pytest.raises(UserError, match="is closed"):
+            engine.add([1], GREEDY, session=other)
+        with pytest.raises(UserError, match="is closed"):
+            engine.close_session(other)
+        consumer = Consumer()
+        consumer.until(engine, 2 * rank)
+        assert len(consumer.results) == 2 * rank
+        engine.close()
+        for use in (engine.step, lambda: engine.add([1]), lambda: engine.open_session([1]), lambda: engine.abort("x")):
+            with pytest.raises(RuntimeError, match="has ended"):
+                use()
+
+    on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+
+
+def test_a_step_that_fails_says_what_it_took_along_and_sessions_are_what_they_were() -> None:
+    def body(engine: Engine, rank: int) -> tuple[tuple[int, ...], list[int]]:
+        consumer = Consumer()
+        session = engine.open_session(PROMPTS[rank])
+        engine.add([], GREEDY, session=session)
+        consumer.until(engine, 1)
+        before = session.token_ids
+        lost = [engine.add([3], GREEDY, session=session), engine.add(PROMPTS[4], SamplingParams(n=2, max_new_tokens=5))]
+        head = engine._runner._model.get_output_embeddings().weight
+        kept = head.data.clone()
+        head.data.fill_(float("nan"))
+        with pytest.raises(EngineFaultError):
+            while True:
+                consumer.take(engine.step())
+        head.data.copy_(kept)
+        consumer.until(engine, 4)
+        assert {key: reason for key, reason in consumer.reasons.items() if reason == "error"} == {
+            (lost[0], 0): "error", (lost[1], 0): "error", (lost[1], 1): "error",
+        }  # fmt: skip
+        assert session.token_ids == before and session.num_turns == 1
+        again = engine.add([3], GREEDY, session=session)
+        assert again == lost[0]
+        later = Consumer()
+        later.until(engine, 1)
+        return (*before, 3), list(later.results[again, 0].token_ids)
+
+    for grid in GRIDS[:2]:
+        for prompt, tokens in on_ranks(grid, body):
+            assert tokens == alone(prompt, GREEDY)[0]
+
+
+@pytest.mark.parametrize(
+    ("way", "is_idle"),
+    [
+        ("error", True),
+        ("error", False),
+        ("sleep", True),
+        ("sleep", False),
+        ("weights", True),
+        ("weights", False),
+        ("generate", True),
+    ],
+)
+def test_a_rank_that_does_something_else_ends_all_steps_on_every_rank(way: str, is_idle: bool) -> None:
+    def body(engine: Engine, rank: int) -> str:
+        engine.step()
+        if not is_idle:
+            engine.add(PROMPTS[1], SamplingParams(max_new_tokens=50, ignore_eos=True))
+            engine.step()
+        if rank == 1:
+            if way == "error":
+                raise ValueError("a tool broke")
+            with pytest.raises(RanksDifferError):
+                {"sleep": engine.sleep, "weights": engine.weights_changed, "generate": lambda: engine.generate([1])}[
+                    way
+                ]()
+            return "other"
+        with pytest.raises(RanksDifferError) as caught:
+            for _ in range(60):
+                engine.step()
+        return str(caught.value)
+
+    if way == "error":
+        with pytest.raises(ValueError, match="a tool broke"):
+            on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+    else:
+        assert "rank" in on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)[0]
+
+
+def test_other_threads_may_add_and_abort_while_this_one_steps() -> None:
+    def body(engine: Engine, rank: int) -> None:
+        consumer, names = Consumer(), []
+        is_over = threading.Event()
+
+        def client() -> None:
+            chance = random.Random(rank)
+            for i in range(20):
+                names.append(engine.add(chance.choice(PROMPTS), GREEDY, priority=i % 3))
+                if i % 4 == 0:
+                    engine.abort(names[-1])
+            is_over.set()
+
+        thread = threading.Thread(target=client)
+        thread.start()
+
+        def condition(outputs: list[cpinfer.RequestOutput]) -> bool:
+            consumer.take(outputs)
+            return is_over.is_set() and len(consumer.reasons) == 20
+
+        engine.run_until(condition)
+        thread.join()
+        for name in names:
+            assert consumer.reasons[name, 0] in ("length", "stop", "abort")
+
+    on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+
+
+def test_requests_of_lower_priority_numbers_run_first() -> None:
+    def body(engine: Engine, rank: int) -> list[str]:
+        names = [engine.add(prompt, GREEDY, priority=p) for prompt, p in zip(PROMPTS, (2, 0, 1, 0), strict=False)]
+        ended: list[str] = []
+        while len(ended) < len(names):
+            ended += [names.index(o.request_id) for o in engine.step() if o.finish_reason]
+        return ended
+
+    assert on_ranks(RankGrid(), body, max_num_seqs=1)[0] == [1, 3, 2, 0]
+
+
+def test_ids_that_are_not_given_are_of_no_other_request() -> None:
+    def body(engine: Engine, rank: int) -> list[str]:
+        names = [engine.add(PROMPTS[0]), engine.open_session(PROMPTS[0]).id]
+        engine.weights_changed()
+        return [*names, engine.add(PROMPTS[0])]
+
+    found = [name for names in on_ranks(RankGrid(pcp_size=2, dcp_size=2), body) for name in names]
+    assert len(set(found)) == 6
+
+
+def test_a_stream_that_is_left_alone_takes_what_was_added_with_it_and_says_so() -> None:
+    def body(engine: Engine, rank: int) -> None:
+        name = engine.add(PROMPTS[0], SamplingParams(max_new_tokens=40, ignore_eos=True))
+        engine.step()
+        stream = engine.stream(PROMPTS[:2], [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 40)])
+        next(stream)
+        with pytest.raises(StreamEndedError):
+            if rank == 1:
+                stream.close()
+                engine.step()
+            else:
+                list(stream)
+        consumer = Consumer()
+        consumer.until(engine, 1)
+        assert consumer.reasons[name, 0] == "error"
+
+    on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
