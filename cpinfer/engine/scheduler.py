@@ -245,8 +245,9 @@ class Scheduler:
         """
         anew = self.emptied()
         requests = [*self._running, *(r for p in self._prefilling for r in p.requests), *self._waiting]
-        for request in requests:
+        for request in (*requests, *self._kept):
             request.take_blocks()
+        for request in requests:
             request.restart(version)
             anew._waiting.append(request)
         return anew

@@ -29,6 +29,7 @@ WORD_LENGTH = 5
 WORDS = st.sampled_from([(1, 1, 1, 1), (2, 1, 1, 1), (1, 2, 1, 1)])
 PROMPTS = st.lists(st.tuples(WORDS, st.integers(1, 18), st.integers(1, 4), st.integers(1, 9)), max_size=3)
 TURNS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 6)), max_size=2)
+PRIORITIES = st.sampled_from([0, 0, 0, 1, -2])
 
 
 class SimulatedKV:
@@ -94,7 +95,7 @@ class SimulatedKV:
 
 
 class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
-    """Groups come, are chunked, forked, preempted, stopped and aborted, over few prefixes and tiny pools."""
+    """Groups and turns of sessions come, are chunked, forked, preempted, stopped and aborted, in tiny pools."""
 
     @initialize(
         num_homes=st.integers(1, 2),
@@ -105,14 +106,16 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         prefixes=st.sampled_from([True, True, False]),
         pcp_size=st.integers(1, 3),
         window=st.none() | st.integers(1, 12),
+        max_kept_tokens=st.none() | st.integers(0, 40),
     )
-    def start(self, num_homes, num_blocks, sharding, max_num_seqs, budget, prefixes, pcp_size, window):
+    def start(self, num_homes, num_blocks, sharding, max_num_seqs, budget, prefixes, pcp_size, window, max_kept_tokens):
         self.window = window
         self.sharding, self.budget, self.max_num_seqs = sharding, budget, max_num_seqs
         self.homes = [KVHome(num_blocks, sharding, enable_prefix_caching=prefixes) for _ in range(num_homes)]
-        self.scheduler = Scheduler(self.homes, sharding, max_num_seqs, budget, window)
+        self.scheduler = Scheduler(self.homes, sharding, max_num_seqs, budget, window, max_kept_tokens)
         self.kv = SimulatedKV(num_homes, num_blocks, sharding, pcp_size)
         self.submitted, self.finished, self.tokens_of = [], [], {}
+        self.sessions = []  # the last turn of each
         self.num_prompts = 0
         self.is_intact = True  # no step has failed
 
@@ -130,6 +133,10 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
     def running(self):
         return list(self.scheduler._running)
 
+    @property
+    def kept(self):
+        return list(self.scheduler._kept)
+
     def holders(self, home):
         """(sequence, how many of its tokens have KV): all that hold blocks of a home."""
         for prefill in self.prefilling:
@@ -138,13 +145,18 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         for sequence in self.running:
             if sequence.home == home:
                 yield sequence, sequence.all_token_ids, sequence.next_position
+        for sequence in self.kept:
+            if sequence.home == home:
+                yield sequence, sequence.all_token_ids, sequence.next_position
 
-    def add(self, token_ids, n, max_new_tokens):
+    def add(self, token_ids, n, max_new_tokens, priority, **session):
         prompt = Prompt(self.num_prompts, f"p{self.num_prompts}", token_ids)
         self.num_prompts += 1
         fits = self.sharding.num_blocks(len(prompt.token_ids) + max_new_tokens - 1) <= self.homes[0].pool.num_blocks
         for sample_index in range(n):
-            sequence = SampledRequest(prompt, sample_index, SamplingParams(), max_new_tokens)
+            sequence = SampledRequest(
+                prompt, sample_index, SamplingParams(), max_new_tokens, priority=priority, **session
+            )
             try:
                 self.scheduler.add(sequence)
             except ValueError:
@@ -158,15 +170,36 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         number = hash((sequence.prompt.index, sequence.sample_index, len(sequence.sampled)))  # of ints: the same always
         return SampledToken(number % VOCAB, -1.0, -1.0)
 
-    @rule(prompts=PROMPTS, turns=TURNS, n=st.integers(0, 6), stop_after=st.integers(1, 20))
-    def serve(self, prompts, turns, n, stop_after):
+    @rule(
+        prompts=PROMPTS,
+        turns=TURNS,
+        n=st.integers(0, 6),
+        stop_after=st.integers(1, 20),
+        are_kept=st.booleans(),
+        priority=PRIORITIES,
+    )
+    def serve(self, prompts, turns, n, stop_after, are_kept, priority):
         """Groups of samples of prompts: a few words, or a conversation that goes on. And then a few steps."""
         for words, length, num_samples, max_new_tokens in prompts:
             tokens = [10 * word + i for word in words for i in range(WORD_LENGTH)]
-            self.add(tuple(tokens[:length]), num_samples, max_new_tokens)
+            self.add(tuple(tokens[:length]), num_samples, max_new_tokens, priority, keeps_kv=are_kept)
         for back, more, max_new_tokens in turns if self.finished else ():
             old = self.finished[-1 - back % len(self.finished)]
-            self.add(old.all_token_ids + tuple(range(500, 500 + more)), 1, max_new_tokens)
+            self.add(old.all_token_ids + tuple(range(500, 500 + more)), 1, max_new_tokens, priority)
+        self.run_steps(n, stop_after)
+
+    @precondition(lambda self: self.sessions)
+    @rule(turns=TURNS, n=st.integers(0, 3), stop_after=st.integers(1, 20), priority=PRIORITIES)
+    def take_turns(self, turns, n, stop_after, priority):
+        """Sessions go on where they ended."""
+        for back, more, max_new_tokens in turns:
+            old = self.sessions[-1 - back % len(self.sessions)]
+            tokens = old.all_token_ids + tuple(range(500, 500 + more))
+            if self.sharding.num_blocks(len(tokens) + max_new_tokens - 1) <= self.homes[0].pool.num_blocks:
+                self.sessions.remove(old)
+                self.add(tokens, 1, max_new_tokens, priority, keeps_kv=True, continues=old)
+            if not self.sessions:
+                break
         self.run_steps(n, stop_after)
 
     def run_steps(self, n, stop_after):
@@ -232,7 +265,9 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
 
     def check_finished(self, finished, stop_after):
         for sequence in finished:
-            assert sequence.blocks == []
+            assert sequence.blocks == [] or (sequence.keeps_kv and sequence in self.kept)
+            if sequence.keeps_kv:
+                self.sessions.append(sequence)
             reached = len(sequence.sampled) >= stop_after
             assert sequence.finish_reason == ("stop" if reached else "length")
             assert reached or len(sequence.sampled) == sequence.max_new_tokens
@@ -256,6 +291,13 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         assert len(samples) + len(self.running) <= self.max_num_seqs
         assert self.scheduler.num_unfinished == len(self.submitted) - len(self.finished)
         assert all(s.blocks == [] for s in self.waiting)
+        limit = self.scheduler.max_kept_tokens
+        for home in range(len(self.homes)):
+            assert limit is None or sum(s.next_position for s in self.kept if s.home == home) <= limit
+        continued = [s.continues for s in self.waiting if s.continues is not None]
+        assert all(s in self.sessions or s in continued for s in self.kept), "nobody would ever continue it"
+        order = [s.priority for s in self.waiting]
+        assert order == sorted(order)
         for sequence in self.submitted:
             known = self.tokens_of.setdefault(sequence, [])
             assert sequence.token_ids[: len(known)] == known, "a token was lost or changed"
@@ -315,14 +357,24 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
                 slots = self.sharding.slots(table, positions, shard)
                 self.kv.slots[home, shard][slots[slots >= 0]] = EMPTY
 
-    @precondition(lambda self: self.scheduler.num_unfinished == 0)
+    @precondition(lambda self: self.sessions)
+    @rule(back=st.integers(0, 5))
+    def close_session(self, back):
+        last = self.sessions.pop(-1 - back % len(self.sessions))
+        self.scheduler.let_go(last)
+        assert last.blocks == []
+
     @rule()
     def change_weights(self):
-        """KV of old weights must not be found again."""
+        """KV of old weights must not be found again, whoever is under way."""
         self.kv.weights += 1
-        for home in self.homes:
-            home.prefixes.evict(home.pool.num_blocks)
-            assert home.pool.num_free == home.pool.num_blocks
+        unfinished = [s for s in self.submitted if s.finish_reason is None]
+        self.scheduler = self.scheduler.restarted(self.kv.weights - 1)
+        self.homes = self.scheduler.homes
+        assert not self.kept and sorted(map(id, self.waiting)) == sorted(map(id, unfinished))
+        assert all(home.pool.num_free == home.pool.num_blocks for home in self.homes)
+        for sequence in unfinished:
+            assert sum(n for _, n in sequence.earlier_weights) == len(sequence.sampled)
 
     def teardown(self):
         """Everything drains: nobody waits for ever."""
@@ -334,6 +386,9 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
                 break
             self.run_steps(1, 10**6)
         assert self.scheduler.schedule() is None and len(self.finished) == len(self.submitted)
+        for last in self.sessions:
+            self.scheduler.let_go(last)
+        assert not self.kept
         for home in self.homes:
             home.prefixes.evict(home.pool.num_blocks)
             assert home.pool.num_free == home.pool.num_blocks
