@@ -54,9 +54,8 @@ class Engine:
         self._steps: StepRunner | None = None
         self._is_closed = False
         # Whether ranks exchange arrivals, and whether all know that some rank has one for the next exchange.
-        self._exchanges_arrivals = False
-        self._has_arrivals = False
-        self._counted_before = SchedulerStats()
+        self._exchanges_arrivals = self._has_arrivals = False
+        self._counted_before, self._num_calls = SchedulerStats(), 0
         self.weights_version = 0
 
     @property
@@ -220,7 +219,7 @@ class Engine:
 
         Args:
             prompts: one or several. A prompt is text, a list or an array of token ids, a chat (a list of messages), a
-                `Prompt`, or an object with the keys of an input line.
+                `Prompt`, or an object with the keys of an input line. One without an id draws anew in every call.
             sampling: for all prompts, or one for each; default: `SamplingParams()`. What a prompt says of its own wins.
             skip: pairs (prompt_index, sample_index) that are not wanted.
 
@@ -234,7 +233,8 @@ class Engine:
             RuntimeError: when the engine sleeps, its block has ended, or a step of another stream has failed.
         """
         self._refuse_when_closed()
-        requests, _ = self._begin("generate", lambda: self._inputs.samples(prompts, sampling, skip))
+        name = f"{self.weights_version}/call-{self._num_calls}"  # of no other call
+        requests, _ = self._begin("generate", lambda: self._inputs.samples(prompts, sampling, skip, name))
         yield from self._results(requests)
         self._refuse_when_closed()  # else the end of the block would pass for that of the stream
 
@@ -377,7 +377,7 @@ class Engine:
     def _exchange(self, says: Says) -> Says:
         """Take in what all ranks have added, aborted and closed. Returns what they said."""
         self._exchanges_arrivals = True
-        told, numbers = self._begin("step", lambda: self._open.told(says), counts_anew=False)
+        told, numbers = self._begin("step", lambda: self._open.told(says), is_call=False)
         heard = self._open.take_in(told, numbers, self.weights_version)
         self._has_arrivals = False
         return heard
@@ -413,17 +413,19 @@ class Engine:
         self._core.reset()
         self._open.note_lost(self.weights_version)
 
-    def _begin(self, call: str, prepare: Callable[[], Prepared[T]], *, counts_anew: bool = True) -> tuple[T, list[int]]:
+    def _begin(self, call: str, prepare: Callable[[], Prepared[T]], *, is_call: bool = True) -> tuple[T, list[int]]:
         """What this rank prepares for a call, when all ranks have prepared the same, and the numbers of all."""
 
         def ready() -> Prepared[T]:
             self._check_ready()
-            if counts_anew:
+            if is_call:
                 self._counted_before = replace(self._core.scheduler.stats)
             prepared = prepare()
             return replace(prepared, same=lambda: {"call": call, **self._state(), **prepared.same()})
 
-        return self._together(ready)
+        begun = self._together(ready)
+        self._num_calls += is_call
+        return begun
 
     def _check_ready(self) -> None:
         """What has to hold when a call begins; where it does not on one rank, `begin_together` tells the others."""

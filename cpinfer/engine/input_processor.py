@@ -59,10 +59,12 @@ class InputProcessor:
         prompts: PromptsLike,
         sampling: SamplingParams | Sequence[SamplingParams] | None,
         skip: frozenset[tuple[int, int]],
+        name: str,
     ) -> Prepared[list[SampledRequest]]:
         """A request for each sample of each prompt but those to skip, by (prompt, sample).
 
-        What a prompt says of its own sampling wins.
+        What a prompt says of its own sampling wins. `name` is that of the call, by which prompts are named that have no
+        id.
         """
         given = as_prompts(prompts)
         each = as_sampling(sampling, len(given), SamplingParams())
@@ -70,7 +72,7 @@ class InputProcessor:
         wanted = []
         for index, prompt in enumerate(given):
             with naming("prompt", index):
-                made, each[index] = self._as_wanted(prompt, index, each[index], str(index))
+                made, each[index] = self._as_wanted(prompt, index, each[index], f"{name}/{index}")
                 wanted.append(made)
         check_distinct(wanted, [params.seed for params in each])
         self._suspect([prompt.token_ids for prompt in wanted], each)

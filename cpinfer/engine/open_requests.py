@@ -251,7 +251,7 @@ class OpenRequests:
 
     def _default_id(self, version: int, number: int) -> str:
         """Of no other request, also of another rank or of other weights."""
-        return f"{version}/{self._place}/{number}"
+        return f"{version}/rank-{self._place}/{number}"
 
     def _check(self, session: Any, *, may_run: bool = False) -> None:
         """UserError for what is no session of this engine and rank that could have a turn now."""

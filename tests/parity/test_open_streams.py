@@ -20,9 +20,10 @@ from tiny_models import FAMILIES, make_model, prompts_of
 
 GRIDS = [RankGrid(), RankGrid(pcp_size=2, dcp_size=2), RankGrid(pcp_size=2, dcp_size=1)]
 PROMPTS = prompts_of((5, 40, 17, 33, 8, 21), vocab_size=128)
+NAMED = [{"prompt_token_ids": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
 CALLS = [
     (PROMPTS[:3], [SamplingParams(temperature=0, max_new_tokens=n) for n in (3, 9, 6)]),
-    (PROMPTS[2:5], SamplingParams(temperature=1.0, seed=3, n=2, max_new_tokens=5)),
+    (NAMED[2:5], SamplingParams(temperature=1.0, seed=3, n=2, max_new_tokens=5)),
     (PROMPTS[4:], [SamplingParams(temperature=0, max_new_tokens=n, prompt_logprobs=True) for n in (4, 14)]),
 ]
 

@@ -315,7 +315,7 @@ def test_a_dtype_that_the_weights_do_not_have_is_refused(model):
 
 
 def test_an_engine_that_is_told_nothing_samples_by_the_defaults(model):
-    prompt, default = [1, 2, 3], cpinfer.SamplingParams()
+    prompt, default = {"prompt_token_ids": [1, 2, 3], "id": "a"}, cpinfer.SamplingParams()
     with attach(model, config=JobConfig(sampling={"max_new_tokens": 1})) as engine:
         told, untold = engine.generate([prompt], default), engine.generate([prompt])
     assert [r.token_ids for r in untold] == [r.token_ids for r in told]

@@ -64,7 +64,9 @@ def test_an_engine_gives_its_models_and_takes_it_only_when_it_is_handed_over():
         assert engine.default_sampling_params() == SamplingParams(**SAID)
         changed = engine.default_sampling_params(temperature=0, max_new_tokens=3)
         assert changed == SamplingParams(**{**SAID, "temperature": 0.0, "max_new_tokens": 3})
-        (plain,), (own,) = (engine.generate([1, 2, 3], SamplingParams(seed=1)) for _ in range(2))
+        (plain,), (own,) = (
+            engine.generate({"prompt_token_ids": [1, 2, 3], "id": "a"}, SamplingParams(seed=1)) for _ in range(2)
+        )
         assert plain.token_ids == own.token_ids
         model.generation_config.num_beams = 2
         with pytest.raises(UserError, match="num_beams"):

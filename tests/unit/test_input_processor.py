@@ -25,25 +25,25 @@ INPUTS = InputProcessor(SPEC, POOL, None, LOG)
 
 def test_every_sample_of_every_prompt_is_a_request_but_those_to_skip():
     params = [SamplingParams(n=2), SamplingParams(n=3)]
-    requests = INPUTS.samples([[1, 2], [3]], params, frozenset({(0, 1), (1, 0)})).value
+    requests = INPUTS.samples([[1, 2], [3]], params, frozenset({(0, 1), (1, 0)}), "call").value
     assert [(r.prompt.index, r.sample_index) for r in requests] == [(0, 0), (1, 1), (1, 2)]
     assert requests[1].prompt is requests[2].prompt  # by which they share a prefill
 
 
 def test_an_answer_may_get_as_long_as_asked_or_as_there_are_positions():
-    requests = INPUTS.samples([[1], [1] * 510], SHORT, frozenset()).value
+    requests = INPUTS.samples([[1], [1] * 510], SHORT, frozenset(), "call").value
     assert [r.max_new_tokens for r in requests] == [7, 2]
     assert all(r.params is SHORT for r in requests)
 
 
 def test_who_says_nothing_of_sampling_gets_the_default_parameters():
-    [request] = INPUTS.samples([[1]], None, frozenset()).value
+    [request] = INPUTS.samples([[1]], None, frozenset(), "call").value
     assert request.params == SamplingParams()
 
 
 def test_ranks_are_alike_when_they_have_the_same_prompts_sampling_and_samples():
     def same(*given):
-        return INPUTS.samples(*given).same()
+        return INPUTS.samples(*given, "call").same()
 
     base = ([[1, 2]], SHORT, frozenset({(0, 0)}))
     assert same(*base) == same(*base)
@@ -86,21 +86,24 @@ def test_pooled_prompts_are_named_by_their_pool_and_sampled_as_often_as_they_are
 
 def test_stop_strings_without_a_tokenizer_are_refused_wherever_they_come_from():
     stop = SamplingParams(stop=("x",))
-    for given in (lambda: INPUTS.samples([[1]], stop, frozenset()), lambda: INPUTS.packed([[1]], stop, "", 1, 1)):
+    for given in (
+        lambda: INPUTS.samples([[1]], stop, frozenset(), "call"),
+        lambda: INPUTS.packed([[1]], stop, "", 1, 1),
+    ):
         with pytest.raises(UserError, match="stop strings need a tokenizer"):
             given()
 
 
 def test_what_a_prompt_says_of_its_sampling_wins_over_the_call_and_ranks_must_agree_in_it():
     own = {"prompt_token_ids": [1], "sampling": {"n": 2, "max_new_tokens": 3, "seed": 9}}
-    prepared = INPUTS.samples([own, [1]], SHORT, frozenset({(0, 0)}))
+    prepared = INPUTS.samples([own, [1]], SHORT, frozenset({(0, 0)}), "call")
     assert [(r.prompt.index, r.sample_index, r.max_new_tokens, r.params.seed) for r in prepared.value] == [
         (0, 1, 3, 9),
         (1, 0, 7, 0),
     ]
     assert prepared.value[1].params is SHORT
     other = {**own, "sampling": {**own["sampling"], "seed": 8}}
-    assert INPUTS.samples([other, [1]], SHORT, frozenset({(0, 0)})).same() != prepared.same()
+    assert INPUTS.samples([other, [1]], SHORT, frozenset({(0, 0)}), "call").same() != prepared.same()
 
 
 @pytest.mark.parametrize(
@@ -115,14 +118,14 @@ def test_what_a_prompt_says_of_its_sampling_wins_over_the_call_and_ranks_must_ag
 )
 def test_what_a_prompt_says_of_its_sampling_is_checked_with_the_rest(own, words):
     with pytest.raises(UserError, match=words):
-        INPUTS.samples([[1], {"prompt_token_ids": [1], "sampling": own}], SHORT, frozenset())
+        INPUTS.samples([[1], {"prompt_token_ids": [1], "sampling": own}], SHORT, frozenset(), "call")
 
 
 def test_prompts_of_one_id_may_differ_in_their_own_seed():
     given = [{"prompt_token_ids": [1], "id": "x", "sampling": {"seed": seed}} for seed in (0, 1)]
-    assert len(INPUTS.samples(given, SHORT, frozenset()).value) == 2
+    assert len(INPUTS.samples(given, SHORT, frozenset(), "call").value) == 2
     with pytest.raises(UserError, match="the same"):
-        INPUTS.samples([given[0], given[0]], SHORT, frozenset())
+        INPUTS.samples([given[0], given[0]], SHORT, frozenset(), "call")
 
 
 def test_sampling_of_a_prompts_own_is_refused_where_nothing_hears_it():
@@ -147,7 +150,7 @@ def warned(caplog, *calls, spec_eos=(3,), bos=2, eos=3, speaks=True):
 
 
 def sampled(*prompts, params=SHORT):
-    return lambda inputs: inputs.samples(list(prompts), params, frozenset())
+    return lambda inputs: inputs.samples(list(prompts), params, frozenset(), "call")
 
 
 def test_a_second_begin_of_text_token_is_said_once(caplog):
