@@ -453,3 +453,86 @@ def test_a_stream_that_is_left_alone_takes_what_was_added_with_it_and_says_so() 
         assert consumer.reasons[name, 0] == "error"
 
     on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+
+
+def check_empty(engine: Engine) -> None:
+    """Nothing is left of any request or session, here or in any home."""
+    opened = engine._open
+    left = (opened._batches, opened._batch_of, opened._last_turns, opened._ended, opened._ids, opened._numbers_of)
+    assert engine._core.is_idle and not any(left) and not opened._outbox and not opened._sessions
+    engine._core.scheduler.check_integrity()
+    for home in engine._core.homes:
+        home.prefixes.evict(home.pool.num_blocks)
+        assert home.pool.num_free == home.pool.num_blocks
+
+
+def test_two_thousand_sessions_pass_through_a_small_pool_and_leave_nothing() -> None:
+    turn = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
+    num_sessions = 2000
+
+    def body(engine: Engine, rank: int) -> tuple[int, int]:
+        chance = random.Random(rank)
+        sessions = [engine.open_session([chance.randrange(128) for _ in range(5)]) for _ in range(num_sessions // 2)]
+        by_turn = {engine.add([], turn, session=session): session for session in sessions}
+        num_turns = 0
+
+        def condition(outputs: list[cpinfer.RequestOutput]) -> bool:
+            nonlocal num_turns
+            for output in outputs:
+                if output.finish_reason is not None:
+                    num_turns += 1
+                    session = by_turn.pop(output.request_id)
+                    if session.num_turns < 3:
+                        by_turn[engine.add([chance.randrange(128)], turn, session=session)] = session
+                    else:
+                        engine.close_session(session)
+            return not by_turn
+
+        engine.run_until(condition)
+        engine.step()
+        assert all(len(session.token_ids) == 5 + 2 + 3 + 3 for session in sessions)
+        check_empty(engine)
+        return num_turns, engine._core.scheduler.stats.num_cached_prefill_tokens
+
+    small = {"kv_cache_gib": 2**-11, "max_num_batched_tokens": 512, "max_num_seqs": 128}
+    for num_turns, num_cached in on_ranks(RankGrid(pcp_size=2, dcp_size=2), body, **small):
+        assert num_turns == 3 * num_sessions // 2 and num_cached > 0
+
+
+def test_a_storm_of_aborts_leaves_nothing() -> None:
+    long = SamplingParams(max_new_tokens=30, ignore_eos=True)
+
+    def body(engine: Engine, rank: int) -> dict[str, str]:
+        chance, consumer = random.Random(rank), Consumer()
+        open_names = [engine.add(chance.choice(PROMPTS), long, priority=i % 2) for i in range(300)]
+        sessions = [engine.open_session(chance.choice(PROMPTS)) for _ in range(20)]
+        open_names += [engine.add([], long, session=session) for session in sessions]
+
+        def condition(outputs: list[cpinfer.RequestOutput]) -> bool:
+            consumer.take(outputs)
+            for _ in range(min(len(open_names), chance.choice((0, 1, 40)))):
+                engine.abort(open_names.pop(chance.randrange(len(open_names))))
+            return len(consumer.reasons) == 320
+
+        engine.run_until(condition)
+        for session in sessions:
+            engine.close_session(session)
+        engine.step()
+        check_empty(engine)
+        return {name: reason for (name, _), reason in consumer.reasons.items()}
+
+    for reasons in on_ranks(RankGrid(pcp_size=2, dcp_size=2), body, kv_cache_gib=2**-12, max_num_seqs=16):
+        assert {*reasons.values()} == {"abort", "length"} or {*reasons.values()} == {"abort"}
+
+
+def test_two_calls_share_no_random_numbers_and_one_that_fails_counts_on_no_rank() -> None:
+    sampling = SamplingParams(max_new_tokens=8, seed=3)
+
+    def body(engine: Engine, rank: int) -> list[tuple[int, ...]]:
+        drawn = [engine.generate([PROMPTS[0]], sampling)[0].token_ids]
+        with pytest.raises(UserError):
+            engine.generate([[500]] if rank == 1 else [[1]], sampling)
+        return [*drawn, engine.generate([PROMPTS[0]], sampling)[0].token_ids]
+
+    first, second = on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+    assert first == second and len(set(first)) == 2
