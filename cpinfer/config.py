@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
 from cpinfer.errors import UserError, quoted, unknown_word
+from cpinfer.other_engines_keys import own_keys
 from cpinfer.refusals import refuse
 from cpinfer.schema import Bounds, Checked, parse_object, require
 from cpinfer.schema import key as _key
@@ -308,22 +309,6 @@ class LaunchConfig(JobConfig):
 
 # Keys that tools' `RunConfig` has beyond a job's. A file that says them too serves attach and trainers as well.
 KEYS_OF_TOOLS = frozenset(("generation_config", "input", "output", "evaluation", "comparison", "training", "wandb"))
-# Keys that other engines know and this one refuses by name, with the row of the table that says why.
-_REFUSED_KEYS = {
-    "speculative_config": "speculative_decoding",
-    "speculative_model": "speculative_decoding",
-    "num_speculative_tokens": "speculative_decoding",
-    "pipeline_parallel": "pipeline_parallel",
-    "pipeline_parallel_size": "pipeline_parallel",
-    "limit_mm_per_prompt": "multimodal",
-    "quantization": "quantized_weights",
-}
-# Values of known keys, likewise.
-_REFUSED_VALUES = {
-    ("backend", value): "flashinfer_family" for value in ("trtllm", "trtllm-gen", "cudnn", "cutlass", "cute-dsl")
-}
-# What asks for nothing may stand in a config that was written for another engine.
-_ASKS_FOR_NOTHING = {"pipeline_parallel_size": (None, 1)}
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
@@ -375,7 +360,7 @@ def job_config(given: ConfigLike) -> JobConfig:
 
 def with_keys(config: E, keys: Mapping[str, Any]) -> E:
     """The config with some of the engine's keys changed. UserError for an unknown one, and for an illegal value."""
-    own, known = _own_keys(keys, ""), [field.name for field in dataclasses.fields(EngineConfig)]
+    own, known = own_keys(keys, ""), [field.name for field in dataclasses.fields(EngineConfig)]
     for name in own:
         if name in (field.name for field in dataclasses.fields(ParallelConfig)):
             raise UserError(f'"{name}" is no key of an engine: the layout is the topology\'s. Say it there.')
@@ -422,7 +407,7 @@ def parse_as(cls: type[C], data: Mapping[str, Any]) -> C:
     if not isinstance(data, Mapping):
         raise UserError(f"found {quoted(data)}; an object with config keys was wanted.")
     not_for_us = KEYS_OF_TOOLS - {field.name for field in dataclasses.fields(cls)}
-    return parse_object(cls, _own_keys({name: data[name] for name in data if name not in not_for_us}, ""))
+    return parse_object(cls, own_keys({name: data[name] for name in data if name not in not_for_us}, ""))
 
 
 def config_to_dict(config: EngineConfig) -> dict[str, Any]:
@@ -480,18 +465,3 @@ def _is_folder(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # a name that is too long to be one
         return False
-
-
-def _own_keys(data: Mapping[Any, Any], where: str) -> dict[Any, Any]:
-    """The data without other engines' keys. UnsupportedError where one of them, or a value, asks for something."""
-    own = {}
-    for name, value in data.items():
-        if name in _REFUSED_KEYS:
-            if not any(type(value) is type(x) and value == x for x in _ASKS_FOR_NOTHING.get(name, (None, False, 0))):
-                raise refuse(_REFUSED_KEYS[name], f'key "{where}{name}"')
-            continue
-        if isinstance(value, str) and (f"{where}{name}", value) in _REFUSED_VALUES:
-            raise refuse(_REFUSED_VALUES[f"{where}{name}", value], f'key "{where}{name}" is "{value}"')
-        is_object = isinstance(value, Mapping) and not where  # a config is two levels deep
-        own[name] = _own_keys(value, f"{name}.") if is_object else value
-    return own

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cpinfer.config import _REFUSED_KEYS, _REFUSED_VALUES
 from cpinfer.errors import UnsupportedError, UserError
+from cpinfer.other_engines_keys import REFUSED_KEYS, REFUSED_VALUES
 from cpinfer.refusals import REFUSALS, not_yet_table, refuse
 
 ROOT = Path(__file__).parents[2]
@@ -36,14 +36,14 @@ def test_every_row_says_what_and_what_to_do_instead(key):
 
 @pytest.mark.parametrize("key", REFUSALS)
 def test_every_row_is_used_somewhere(key):
-    used = {k for keys in keys_by_file().values() for k in keys} | set(_REFUSED_KEYS.values())
-    assert key in used | set(_REFUSED_VALUES.values())
+    used = {k for keys in keys_by_file().values() for k in keys} | set(REFUSED_KEYS.values())
+    assert key in used | set(REFUSED_VALUES.values())
 
 
 def test_every_key_that_is_used_is_in_the_table():
     unknown = [(path.name, k) for path, keys in keys_by_file().items() for k in keys if k and k not in REFUSALS]
     assert not unknown
-    assert {*_REFUSED_KEYS.values(), *_REFUSED_VALUES.values()} <= set(REFUSALS)
+    assert {*REFUSED_KEYS.values(), *REFUSED_VALUES.values()} <= set(REFUSALS)
 
 
 def test_only_the_config_looks_its_keys_up_at_run_time():
