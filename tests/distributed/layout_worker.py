@@ -65,7 +65,8 @@ def run(
     prompts = prompts_of(PROMPT_LENS, vocab_size=128)
     with cpinfer.attach(model, topology, engine_config) as engine:
         greedy = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=10))
-        sampled = engine.generate(prompts, SamplingParams(temperature=1, seed=4, max_new_tokens=10))
+        named = [{"prompt_token_ids": prompt, "id": i} for i, prompt in enumerate(prompts)]
+        sampled = engine.generate(named, SamplingParams(temperature=1, seed=4, max_new_tokens=10))
     topology.close()
     if launch.rank != 0:
         return {}

@@ -95,8 +95,8 @@ def sampled_alone(family: str, num_kv_heads: int | None) -> list[list[int]]:
     if num_kv_heads is not None:
         config.num_key_value_heads = num_kv_heads
     alone = parse_config({"dtype": "float32", "kv_cache_gib": 2**-8})
+    prompts = prompts_of((1, 2, 3, 17, 64, 200), vocab_size=128)
+    named = [{"prompt_token_ids": prompt, "id": i} for i, prompt in enumerate(prompts)]
     with cpinfer.attach(make_model(config), config=alone) as engine:
-        results = engine.generate(
-            prompts_of((1, 2, 3, 17, 64, 200), vocab_size=128), SamplingParams(temperature=1, seed=4, max_new_tokens=10)
-        )
+        results = engine.generate(named, SamplingParams(temperature=1, seed=4, max_new_tokens=10))
     return [list(r.token_ids) for r in results]
