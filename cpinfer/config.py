@@ -148,6 +148,16 @@ class RolloutConfig(Checked):
         "cut to the last tokens that leave room for a whole answer",
         "error",
     )
+    tool_loop: Literal["async", "lockstep"] = _key(
+        "a TRL trainer's tools: each sample's run, in threads, while other samples decode; or one call at a time in "
+        "TRL's order, all before anyone's next turn. The samples are the same",
+        "async",
+    )
+    tool_timeout_s: float | None = _key(
+        "seconds after which a call of a tool has failed, as if it had raised; default: it may take forever",
+        None,
+        within=Bounds(0, 10**6, above_low=True),
+    )
 
 
 @dataclass(frozen=True)

@@ -122,8 +122,12 @@ REFUSALS: dict[str, Refusal] = {
         "Leave them out, and put what cpinfer knows of them under `sampling` of its config.",
     ),
     "trl_tools": Refusal(
-        "tools and environments of a GRPOTrainer (TRL asks for later turns past a rollout_func)",
-        "Train without tools and environment_factory, or without rollout_func.",
+        "tools and environments of a GRPOTrainer with a rollout_func (TRL asks for later turns past it)",
+        "Leave rollout_func out, and make the trainer by cpinfer_integrations.trl.with_cpinfer(GRPOTrainer, config).",
+    ),
+    "trl_environment_copies": Refusal(
+        "environments of a GRPOTrainer whose ranks train on the same data (tensor parallelism of its own)",
+        "Train with data-parallel ranks alone, or use tools, which have no state that rewards read.",
     ),
     "trl_mask_truncated": Refusal(
         "TRL's mask_truncated_completions with answers that end otherwise than by an end-of-text token",

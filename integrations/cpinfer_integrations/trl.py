@@ -1,96 +1,42 @@
-"""TRL: rollouts of a `GRPOTrainer` on the trainer's own weights, processes and groups.
+"""TRL: rollouts of its trainers on the trainer's own weights, processes and groups.
 
     trainer = GRPOTrainer(..., rollout_func=make_rollout_func({"prefill_context_parallel_size": 2}))
+    trainer = with_cpinfer(GRPOTrainer, {"prefill_context_parallel_size": 2})(..., tools=[search])
 
 TRL hands each process its own prompts, a prompt once for every sample it wants. In a phase the prompts of all lent
 ranks become one batch, in which a group's prompt is prefilled once, and each rank takes its own samples home.
 
-What TRL does with the logprobs we return (seen in 1.16): they travel with the batch as `sampling_per_token_logps`, and
-only the off-policy mask (`off_policy_mask_threshold`) reads them there. The importance-sampling correction
-(`vllm_importance_sampling_correction`) belongs to `use_vllm=True` and ignores them without it; the policy ratio uses
-the training forward's own logprobs. So how far the two lie apart is measured here and logged, as `rollout/mismatch_*`.
+A `rollout_func` is asked for first turns alone, by a `GRPOTrainer` alone. All turns of GRPO and RLOO go through
+`_generate_single_turn` (seen in 1.16): that is what `with_cpinfer` replaces. Where there are tools, its first call
+draws whole samples, in one phase, and what TRL asks for afterwards is there already.
 """
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
-from typing import Any, TypeVar
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial, reduce
+from operator import add
+from typing import Any, NamedTuple
 
-import torch
-import torch.distributed as dist
-
-from cpinfer.colocate.mismatch import Compared, Mismatch
-from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
-from cpinfer.colocate.training_logprobs import eval_no_grad
-from cpinfer.config import ConfigLike, SamplingParams, job_config
-from cpinfer.engine.engine import Engine
+from cpinfer.config import ConfigLike
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
 from cpinfer.packages import named
-from cpinfer_integrations.lending import lend
-from cpinfer_integrations.trl_settings import check_settings, ends_unknown_to_trl, sampling_of
+from cpinfer.refusals import refuse
+from cpinfer_integrations.trl_phases import Phase, Rollout, RolloutPhases, all_gather_object, on_all_ranks
+from cpinfer_integrations.trl_phases import PhaseRecord as PhaseRecord
+from cpinfer_integrations.trl_settings import check_settings, refuse_tools
+from cpinfer_integrations.trl_tools import NextTurn, Tool, ToolLoops, awaited_within, within
 
 try:
+    from trl import GRPOTrainer, RLOOTrainer
+    from trl.chat_template_utils import parse_response
     from trl.data_utils import is_conversational
 except ModuleNotFoundError as error:
     raise named(error, __name__) from error
 
-__all__ = ["PhaseRecord", "RolloutFunc", "make_rollout_func"]
-
-T = TypeVar("T")
-logger = logging.getLogger("cpinfer.trl")
-
-
-@dataclass(frozen=True)
-class PhaseRecord:
-    """One rollout phase: counts and mismatch over all ranks of the job, times of this rank.
-
-    Attributes:
-        weights_version: the optimiser step.
-        num_samples: of all ranks.
-        num_generated_tokens: of all samples.
-        mismatch: of rollout and training logprobs; None in phases where it is not measured.
-        mode: "train" or "eval".
-        num_truncated_prompts: prompts cut from the left to fit.
-        phase_s: seconds from the trainer's call to the model's return.
-        prepare_s: of them settings, lending, tokens.
-        generate_s: of them the engine's.
-        mismatch_s: seconds to measure the mismatch, after the phase.
-        cost: the other parts of `phase_s`.
-    """
-
-    weights_version: int
-    num_samples: int
-    num_generated_tokens: int
-    mismatch: Mismatch | None
-    mode: str = "train"
-    num_truncated_prompts: int = 0
-    phase_s: float = 0.0
-    prepare_s: float = 0.0
-    generate_s: float = 0.0
-    mismatch_s: float = 0.0
-    cost: PhaseReport | None = None
-
-    def metrics(self) -> dict[str, float]:
-        """Numbers to log, by name."""
-        cost = {} if self.cost is None else asdict(self.cost)
-        cost.pop("how", None)  # not a number
-        return {
-            "weights_version": self.weights_version,
-            "num_truncated_prompts": self.num_truncated_prompts,
-            "phase_s": self.phase_s,
-            "prepare_s": self.prepare_s,
-            "generate_s": self.generate_s,
-            "mismatch_s": self.mismatch_s,
-            "tokens_per_s": self.num_generated_tokens / self.phase_s,
-            **cost,
-            **({} if self.mismatch is None else self.mismatch.as_dict()),
-        }
+__all__ = ["RolloutFunc", "make_rollout_func", "with_cpinfer"]
 
 
 def make_rollout_func(config: ConfigLike = None) -> RolloutFunc:
@@ -116,12 +62,8 @@ class RolloutFunc:
     """A `rollout_func` that remembers what the trainer lent, and records phases. Made by `make_rollout_func`."""
 
     def __init__(self, config: ConfigLike = None) -> None:
-        self._config = job_config(config)
-        self._lent: Lent | None = None
-        self._lender: Any = None
-        # Of each mode the step of its newest phase, and that phase's number within the step.
-        self._newest: dict[str, tuple[int, int]] = {}
-        self.records: list[PhaseRecord] = []
+        self._phases = RolloutPhases(config)
+        self.records = self._phases.records
 
     def __call__(self, prompts: list[Any], trainer: Any) -> dict[str, list[Any]]:
         """One sample for each of this rank's prompts. Collective over all ranks of the job.
@@ -136,128 +78,188 @@ class RolloutFunc:
         Raises:
             UserError: for a prompt that can never run, and for what this path of TRL cannot serve.
         """
-        laps = [time.perf_counter()]
-        check_settings(trainer, self._config.sampling)
-        sampling = sampling_of(trainer, self._config.sampling)
-        lent = self._lent_by(trainer)
-        prompt_ids = _tokenized_by_all(prompts, trainer)
-        mode, step = "train" if trainer.model.training else "eval", int(trainer.state.global_step)
-        name = self._name_of_phase(trainer, mode, step)
-        costs: list[PhaseReport] = []
-        laps.append(time.perf_counter())
-        with (
-            _lm_head_as_in_training(trainer),
-            rollout_phase(
-                lent, self._config, tokenizer=trainer.processing_class, weights_version=step, report=costs.append
-            ) as engine,
-        ):
-            start_s, num_truncated = time.perf_counter(), 0
-            if self._config.rollout.overlong_prompts == "truncate_left":
-                prompt_ids, num_truncated = _truncated(prompt_ids, engine, sampling)
-            results = engine.generate_pooled(prompt_ids, sampling, name=name, num_copies=lent.num_copies)
-            generate_s = time.perf_counter() - start_s
-        laps.append(time.perf_counter())
-        measured = _mismatch(trainer, results, sampling) if self._is_to_measure(mode) else None
-        laps.append(time.perf_counter())
-        prepare_s, lent_s, mismatch_s = (end - start for start, end in pairwise(laps))
-        own = PhaseRecord(
-            weights_version=step,
-            num_samples=len(results),
-            num_generated_tokens=sum(len(r.token_ids) for r in results),
-            mismatch=measured,
-            mode=mode,
-            num_truncated_prompts=num_truncated,
-            phase_s=prepare_s + lent_s,
-            prepare_s=prepare_s,
-            generate_s=generate_s,
-            mismatch_s=mismatch_s,
-            cost=costs[0],
+        refuse_tools(trainer)
+        check_settings(trainer, self._phases.config.sampling)
+        rollouts = self._phases.run(
+            trainer, partial(on_all_ranks, partial(tokenize, prompts, trainer), "tokenize its prompts")
         )
-        self._record(_over_all_ranks(own, lent.num_copies), trainer)
-        if trainer.is_world_process_zero():
-            _tell_times(self.records)
         return {
-            "prompt_ids": [list(r.prompt_token_ids) for r in results],
-            "completion_ids": [list(r.token_ids) for r in results],
-            "logprobs": [list(r.processed_logprobs) for r in results],
+            "prompt_ids": [r.prompt_ids for r in rollouts],
+            "completion_ids": [r.completion_ids for r in rollouts],
+            "logprobs": [r.processed_logprobs for r in rollouts],
         }
 
     def close(self) -> None:
         """Destroy the process groups that were made for the lent ranks; the next phase would make new ones."""
-        if self._lent is not None:
-            self._lent.topology.close()
-            self._lent = None
+        self._phases.close()
 
-    def _lent_by(self, trainer: Any) -> Lent:
-        """What the trainer lends; again when it has wrapped its model anew, as it does when training starts."""
-        if self._lent is None or self._lender is not trainer.model_wrapped:
-            self.close()
-            self._lender = trainer.model_wrapped
-            self._lent = lend(trainer.model_wrapped, self._config)
-            self._newest.clear()
-            if trainer.is_world_process_zero():
-                self._tell(self._lent, trainer)
-        return self._lent
 
-    def _tell(self, lent: Lent, trainer: Any) -> None:
-        grid = lent.topology.grid
-        logger.info(
-            "rollouts in %d replica(s) of tp=%d pcp=%d dcp=%d, weights lent: %s",
-            grid.dp_size, grid.tp_size, grid.pcp_size, grid.dcp_size, lent.how,
-        )  # fmt: skip
-        if ends := ends_unknown_to_trl(trainer, self._config.sampling):
-            logger.warning(
-                "TRL counts answers that end by %s as clipped (completions/clipped_ratio); their tokens and rewards "
-                "are those of any other",
-                ends,
+def with_cpinfer(trainer_class: type[Any], config: ConfigLike = None) -> type[Any]:
+    """A `GRPOTrainer` or `RLOOTrainer` that generates with cpinfer: every turn, tools and environments included.
+
+    As with `make_rollout_func`, and from the same `config`; without tools the samples are the same. With them all turns
+    of all samples are one rollout phase, in which the KV of a sample stays from turn to turn. `rollout.tool_loop` says
+    whether its tools run while other samples decode (the default), `rollout.tool_timeout_s` how long a call may take.
+
+    Args:
+        trainer_class: TRL's, or a class derived from it.
+        config: as `make_rollout_func` takes it.
+
+    Returns:
+        A class derived from `trainer_class`, with the same constructor. Its instances keep a `PhaseRecord` of every
+        phase in `rollouts.records`; `rollouts.close()` destroys the process groups that were made for the lent ranks.
+
+    Raises:
+        UserError: for another class, and for a config with unknown keys or values.
+    """
+    if issubclass(trainer_class, GRPOTrainer):
+        base: type[Any] = _GRPOByCpinfer
+    elif issubclass(trainer_class, RLOOTrainer):
+        base = _RLOOByCpinfer
+    else:
+        raise UserError(
+            f"{trainer_class.__name__}: a GRPOTrainer or an RLOOTrainer was wanted, or a class derived from one."
+        )
+    RolloutPhases(config)  # a config with faults is told of here
+    return type(trainer_class.__name__, (base, trainer_class), {"_config_of_rollouts": config})
+
+
+# Stands before a class of TRL's among the bases of what `with_cpinfer` makes, so `super()` is that class.
+_Trainer: Any = object
+
+
+class _ByCpinfer(_Trainer):
+    """What both trainers have in common."""
+
+    _config_of_rollouts: ConfigLike = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rollouts = RolloutPhases(self._config_of_rollouts)
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        return on_all_ranks(lambda: super(_ByCpinfer, self)._tokenize_prompts(prompts), "tokenize its prompts")
+
+    def _phase(self, prompt_ids: list[list[int]], draw: Callable[[Phase], list[Rollout]]) -> list[Rollout]:
+        check_settings(self, self.rollouts.config.sampling)
+        rollouts = self.rollouts.run(self, lambda: prompt_ids, draw)
+        prompt_ids[:] = [r.prompt_ids for r in rollouts]  # TRL goes on with this list, and some may have been cut
+        return rollouts
+
+
+class _RLOOByCpinfer(_ByCpinfer):
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
+        return [r.completion_ids for r in self._phase(prompt_ids, Phase.pooled)]
+
+
+class _LoopOutput(NamedTuple):
+    """What TRL's `_tool_call_loop` returns for a batch."""
+
+    tool_mask: list[list[int]]
+    completions: list[list[dict[str, Any]]]
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+    tool_call_count: int
+    tool_failure_count: int
+    tool_images: list[list[Any]]
+
+    def __add__(self, other: Any) -> _LoopOutput:
+        """Of both batches together."""
+        return _LoopOutput(*(own + others for own, others in zip(self, other, strict=True)))
+
+
+class _GRPOByCpinfer(_ByCpinfer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.rollout_func is not None:
+            raise UserError(
+                "a rollout_func was given to a trainer of with_cpinfer, which would leave all generation to it. Leave "
+                "it out, or use TRL's own class."
             )
+        self._prompts_of_phase: list[Any] = []
+        # Of each sample of the phase its turns, and what the loop made of them.
+        self._drawn: list[tuple[list[RolloutResult], _LoopOutput]] = []
 
-    def _name_of_phase(self, trainer: Any, mode: str, step: int) -> str:
-        """A function of the training's state, not of this process's life: a resumed run draws what it would have."""
-        newest, number = self._newest.get(mode, (step, -1))
-        number = number + 1 if newest == step else 0
-        self._newest[mode] = (step, number)
-        return f"{trainer.args.seed}/{mode}/{step}/{number}"
+    def _generate(self, prompts: list[Any]) -> Any:
+        self._prompts_of_phase = prompts  # TRL hands them to its tool loop, but not to the first turn
+        return super()._generate(prompts)
 
-    def _is_to_measure(self, mode: str) -> bool:
-        every = self._config.rollout.mismatch_every
-        return every > 0 and sum(record.mode == mode for record in self.records) % every == 0
+    def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+        if not self.tools:
+            rollouts = self._phase(prompt_ids, Phase.pooled)
+            return [r.completion_ids for r in rollouts], [r.processed_logprobs for r in rollouts]
+        self._phase(prompt_ids, self._draw_with_tools)
+        first = [turns[0] for turns, _ in self._drawn]
+        return [list(turn.token_ids) for turn in first], [list(turn.processed_logprobs) for turn in first]
 
-    def _record(self, record: PhaseRecord, trainer: Any) -> None:
-        self.records.append(record)
-        for key, value in record.metrics().items():
-            trainer._metrics[record.mode][f"rollout/{key}"].append(value)
+    def _tool_call_loop(self, *_: Any) -> _LoopOutput:
+        """What the loops of all samples have come to, in the phase that drew their first turns."""
+        drawn, self._drawn = self._drawn, []
+        return reduce(add, (output for _, output in drawn))
+
+    def _draw_with_tools(self, phase: Phase) -> list[Rollout]:
+        """Every sample with all its turns. Ranks that train on the same data let the first of them call the tools."""
+        rank, num_copies = phase.lent.topology.rank, phase.lent.num_copies
+        if num_copies > 1 and self.environment_factories is not None:
+            raise refuse("trl_environment_copies", f"{num_copies} ranks with the same data")
+        loops = ToolLoops(
+            phase.engine,
+            phase.prompt_ids if rank % num_copies == 0 else [],
+            phase.sampling,
+            f"{phase.name}/{rank // num_copies}",
+            self._loop_of_sample,
+            in_order=self.rollouts.config.rollout.tool_loop == "lockstep",
+        )
+        loops.run()
+        self._drawn = on_all_ranks(loops.results, "finish its samples")
+        if num_copies > 1:
+            self._drawn = all_gather_object(self._drawn)[rank - rank % num_copies]
+        return [_rollout(turns, output) for turns, output in self._drawn]
+
+    def _loop_of_sample(self, index: int, first: RolloutResult, next_turn: NextTurn) -> _LoopOutput:
+        """TRL's own loop over a batch of one. Runs in a thread of the sample's."""
+
+        def generate_single_turn(prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
+            turn = next_turn(prompt_ids[0])
+            return ([[]], [[]]) if turn is None else ([list(turn.token_ids)], [list(turn.processed_logprobs)])
+
+        # The trainer as it would be with this sample alone: of what its loop reads, three attributes know the batch.
+        alone: Any = copy.copy(self)
+        alone._generate_single_turn = generate_single_turn
+        alone._sync_tool_dicts = [self._in_time(self._sync_tool_dicts[index], within)]
+        alone._async_tool_dicts = [self._in_time(self._async_tool_dicts[index], awaited_within)]
+        tools = self.tools
+        if self.environment_factories is not None:
+            alone._batch_environments = self._batch_environments[index : index + 1]
+            tools = self._env_tools[self._batch_environments[index]]
+        prompt_ids, token_ids = list(first.prompt_token_ids), list(first.token_ids)
+        return _LoopOutput(
+            *super(_GRPOByCpinfer, alone)._tool_call_loop(
+                [copy.deepcopy(self._prompts_of_phase[index])],
+                [prompt_ids],
+                [token_ids],
+                [[parse_response(self._tokenizer, token_ids, prefix=prompt_ids, tools=tools)]],
+                [list(first.processed_logprobs)],
+                None,  # no images, and none of their fields
+                {},
+            )
+        )
+
+    def _in_time(self, tools: dict[str, Tool], bounded: Callable[[float, Tool], Tool]) -> dict[str, Tool]:
+        timeout_s = self.rollouts.config.rollout.tool_timeout_s
+        return tools if timeout_s is None else {name: bounded(timeout_s, tool) for name, tool in tools.items()}
 
 
-def _tell_times(records: Sequence[PhaseRecord]) -> None:
-    """Where the newest phase's time went: of the first for all to see, of later ones for who asks."""
-    newest, cost = records[-1], records[-1].cost
-    assert cost is not None, "a phase that ended has told its cost"
-    logger.log(
-        logging.INFO if len(records) == 1 else logging.DEBUG,
-        "rollout phase %d: %.3f s = prepare %.3f + gather %.3f + attach %.3f + generate %.3f + detach %.3f + release "
-        "%.3f; then mismatch %.3f s; %d tokens, weights %.2g GB, KV pool %.2g GB on this rank",
-        len(records), newest.phase_s, newest.prepare_s, cost.gather_s, cost.attach_s, newest.generate_s, cost.detach_s,
-        cost.release_s, newest.mismatch_s, newest.num_generated_tokens, cost.weights_bytes / 1e9,
-        cost.kv_pool_bytes / 1e9,
-    )  # fmt: skip
-
-
-def _tokenized_by_all(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
-    """This rank's prompts as token ids. What cannot be tokenized on one rank is an error on all. Collective."""
-    token_ids: list[list[int]] = []
-    own_error: Exception | None = None
-    try:
-        token_ids = tokenize(prompts, trainer)
-    except Exception as error:  # templates are programs of the model's author and raise what they like
-        own_error = error
-    gathered = _all_gather_object(None if own_error is None else str(own_error) or type(own_error).__name__)
-    if own_error is not None:
-        raise own_error
-    for rank, complaint in enumerate(gathered):
-        if complaint is not None:
-            raise UserError(f"rank {rank} could not tokenize its prompts: {complaint}")
-    return token_ids
+def _rollout(turns: Sequence[RolloutResult], output: _LoopOutput) -> Rollout:
+    """A sample of several turns. TRL has cut none of them: each was as long as it had room for."""
+    [mask], _, [completion_ids], *_ = output
+    return Rollout(
+        list(turns[0].prompt_token_ids),
+        completion_ids,
+        mask,
+        [logprob for turn in turns for logprob in turn.logprobs],
+        [logprob for turn in turns for logprob in turn.processed_logprobs],
+    )
 
 
 def tokenize(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
@@ -276,99 +278,3 @@ def tokenize(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:
         **trainer.chat_template_kwargs,
     )
     return list(rendered["input_ids"])
-
-
-def _truncated(prompts: Sequence[list[int]], engine: Engine, sampling: SamplingParams) -> tuple[list[list[int]], int]:
-    """Prompts with their last tokens in place of those that leave no room for a whole answer, and how many those are.
-
-    Replicas may have pools of different sizes, yet share a group: the smallest counts. Collective over the job.
-    """
-    longest = min(_all_gather_object(engine.longest_prompt(sampling)))
-    if longest < 1:
-        raise UserError(
-            f"max_completion_length={sampling.max_new_tokens} leaves no room for a prompt: the model has "
-            f"{engine.max_positions} positions, the KV pool holds {engine.kv_capacity_tokens} tokens. Ask for shorter "
-            "answers, or raise kv_cache_gib."
-        )
-    return [ids[-longest:] for ids in prompts], sum(len(ids) > longest for ids in prompts)
-
-
-@contextmanager
-def _lm_head_as_in_training(trainer: Any) -> Iterator[None]:
-    """With `cast_lm_head_to_fp32` TRL's training forward leaves autocast for the head; so do rollouts in the block."""
-    if not trainer.args.cast_lm_head_to_fp32:
-        yield
-        return
-    head = trainer.model.get_output_embeddings()
-    in_float32, device_type = head.forward, head.weight.device.type
-
-    def without_autocast(hidden_states: torch.Tensor) -> Any:
-        with torch.autocast(device_type, enabled=False):
-            return in_float32(hidden_states)
-
-    head.forward = without_autocast
-    try:
-        yield
-    finally:
-        head.forward = in_float32
-
-
-def _mismatch(trainer: Any, results: Sequence[RolloutResult], sampling: SamplingParams) -> Mismatch | None:
-    """This rank's rollout logprobs against the training forward's, None where the two know no common distribution.
-
-    TRL's forward scales by the trainer's temperature and knows of nothing else that shaped a distribution.
-    """
-    compared = Compared.of(sampling)
-    if compared.temperature != sampling.temperature:
-        return None
-    return Mismatch.of([getattr(r, compared.field) for r in results], _training_logprobs(trainer, results))
-
-
-def _training_logprobs(trainer: Any, results: Sequence[RolloutResult]) -> list[list[float]]:
-    """What the trainer's own forward says of every sampled token, in the batches that it will train on.
-
-    It has to be that very forward: TRL's reads the weights of `lm_head` without calling it, and ZeRO-3, which writes
-    down in which order modules run, does not survive a forward of another order between two steps.
-    """
-    num_prompt = max(len(r.prompt_token_ids) for r in results)
-    num_answer = max(len(r.token_ids) for r in results)
-    shape = (len(results), num_prompt + num_answer)
-    ids = torch.full(shape, trainer.processing_class.pad_token_id, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for row, r in enumerate(results):
-        tokens = torch.tensor([*r.prompt_token_ids, *r.token_ids])
-        start = num_prompt - len(r.prompt_token_ids)  # prompts end, and answers begin, at one place
-        ids[row, start : start + len(tokens)] = tokens
-        mask[row, start : start + len(tokens)] = 1
-    device = trainer.accelerator.device
-    with eval_no_grad(trainer.model):
-        logprobs, *_ = trainer._get_per_token_logps_and_entropies(
-            trainer.model,
-            ids.to(device),
-            mask.to(device),
-            num_answer,
-            batch_size=trainer.args.per_device_train_batch_size,
-        )
-    return [row[: len(r.token_ids)].tolist() for row, r in zip(logprobs.float().cpu(), results, strict=True)]
-
-
-def _over_all_ranks(own: PhaseRecord, num_copies: int) -> PhaseRecord:
-    """Counts and mismatch of the whole job; ranks that train on the same data count once. Collective."""
-    gathered = _all_gather_object(replace(own, cost=None))[::num_copies]
-    measured = [record.mismatch for record in gathered if record.mismatch is not None]
-    return replace(
-        own,
-        num_samples=sum(record.num_samples for record in gathered),
-        num_generated_tokens=sum(record.num_generated_tokens for record in gathered),
-        num_truncated_prompts=sum(record.num_truncated_prompts for record in gathered),
-        mismatch=Mismatch.merge(measured) if measured else None,
-    )
-
-
-def _all_gather_object(own: T) -> list[T]:
-    """What each rank of the job says. Collective."""
-    gathered = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered = [own] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-    return gathered

@@ -1,4 +1,4 @@
-"""What a `GRPOTrainer` asks of rollouts, as sampling parameters of ours; what it asks in vain is refused by name."""
+"""What a trainer of TRL asks of rollouts, as sampling parameters of ours; what it asks in vain is refused by name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from cpinfer.config import SamplingParams
 from cpinfer.errors import UserError
 from cpinfer.refusals import refuse
 
-# Settings of GRPOConfig that TRL reads nowhere on the path of a `rollout_func`.
+# Settings that TRL reads nowhere on the path of a `rollout_func`, and that ask for another generator.
 _OF_VLLM = ("use_vllm", "vllm_structured_outputs_regex")
 _OF_TRANSFORMERS = ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching")
 
@@ -20,8 +20,6 @@ def check_settings(trainer: Any, base: SamplingParams) -> None:
         raise refuse("trl_vllm", found)
     if found := _set(trainer.args, _OF_TRANSFORMERS):
         raise refuse("trl_transformers_generation", found)
-    if trainer.tools or trainer.environment_factories is not None:
-        raise refuse("trl_tools", "a GRPOTrainer with tools or an environment_factory")
     if trainer._is_vlm:
         raise refuse("multimodal", f"a {type(trainer.processing_class).__name__}")
     if trainer.max_completion_length is None:
@@ -34,6 +32,12 @@ def check_settings(trainer: Any, base: SamplingParams) -> None:
     ends = ends_unknown_to_trl(trainer, base)
     if trainer.mask_truncated_completions and ends:
         raise refuse("trl_mask_truncated", f"GRPOConfig(mask_truncated_completions=True) with {ends}")
+
+
+def refuse_tools(trainer: Any) -> None:
+    """UnsupportedError for a trainer that asks for more than one turn."""
+    if trainer.tools or trainer.environment_factories is not None:
+        raise refuse("trl_tools", "a GRPOTrainer with tools or an environment_factory")
 
 
 def _set(args: Any, settings: tuple[str, ...]) -> str:

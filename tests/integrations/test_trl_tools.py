@@ -1,0 +1,568 @@
+"""TRL's trainers with tools, by cpinfer: what has to come out is what TRL's own loop makes with Transformers."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
+
+import cpinfer
+from cpinfer_integrations.trl import make_rollout_func, with_cpinfer
+from cpinfer_integrations.trl_tools import awaited_within, within
+from tool_models import NAMES, chats, follow, tool_model, tool_tokenizer
+from trainers import changes, photograph, torch_trainer
+
+ASKED = (*NAMES, " Anna", " boats")
+GREEDY: dict[str, Any] = {"top_k": 1}
+# One that has no words instead of a call.
+CALLING = {**GREEDY, "model": {"words": ()}, "max_tool_calling_iterations": 3}
+CONFIG = {"dtype": "float32", "kv_cache_gib": 0.02}
+LOOPS = ("async", "lockstep")
+
+
+def make_trainer(
+    trainer_class: type[Any],
+    folder: Path,
+    *,
+    tools: Sequence[Callable[..., Any]] | None = (follow,),
+    model: Mapping[str, Any] = MappingProxyType({}),
+    data: Mapping[str, Any] = MappingProxyType({}),
+    reward: Any = lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
+    given: Mapping[str, Any] = MappingProxyType({}),
+    **options: Any,
+) -> Any:
+    """A trainer of the model that calls tools. `model`: of it; `data`: more columns; `given`: to the constructor."""
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "bf16": False,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "num_generations": 2,
+        "max_completion_length": 400,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+    }
+    tokenizer = tool_tokenizer()
+    is_rloo = issubclass(trainer_class, RLOOTrainer)
+    trainer = trainer_class(
+        model=tool_model(tokenizer, **model),
+        reward_funcs=reward,
+        args=(RLOOConfig if is_rloo else GRPOConfig)(**{**arguments, "beta": 0.0, **options}),
+        train_dataset=Dataset.from_dict({"prompt": chats(ASKED), **data}),
+        processing_class=tokenizer,
+        **({} if is_rloo else {"tools": list(tools) if tools else None}),
+        **given,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def by_cpinfer(tool_loop: str = "async", **rollout: Any) -> type[Any]:
+    return with_cpinfer(GRPOTrainer, {**CONFIG, "rollout": {"tool_loop": tool_loop, **rollout}})
+
+
+def drawn(trainer: Any, inputs: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
+    """What TRL makes of one sample for each input, before it scores them; and what it counted."""
+    found: list[Any] = []
+    generate = trainer._generate
+    trainer._generate = lambda prompts: found.append(generate(prompts)) or found[0]
+    trainer._generate_and_score_completions([dict(x) for x in inputs or ({"prompt": chat} for chat in chats(ASKED))])
+    del trainer._generate
+    prompt_ids, completion_ids, tool_mask, completions, logprobs, _, images, tool_images = found[0]
+    counted = {key: values for key, values in trainer._metrics["eval"].items() if "rollout/" not in key}
+    return {
+        "prompt_ids": [list(ids) for ids in prompt_ids],
+        "completion_ids": completion_ids,
+        "tool_mask": tool_mask,
+        "completions": completions,
+        "images": (images, tool_images),
+        "counted": counted,
+        "logprobs": logprobs,
+    }
+
+
+def check_same(trainer: Any, oracle: Any, inputs: Any = None) -> dict[str, Any]:
+    """Greedy samples of both, equal in all that TRL goes on with. Its own generation has no logprobs to compare."""
+    ours, theirs = drawn(trainer, inputs), drawn(oracle, inputs)
+    for ids, logprobs in zip(ours["completion_ids"], ours.pop("logprobs"), strict=True):
+        assert len(ids) == len(logprobs)
+    assert theirs.pop("logprobs") is None
+    assert ours == theirs
+    return ours
+
+
+def num_turns(sample: Sequence[Mapping[str, Any]]) -> int:
+    return sum(message["role"] == "assistant" for message in sample)
+
+
+@pytest.mark.parametrize("tool_loop", LOOPS)
+def test_turns_and_tools_are_those_of_trls_own_loop(tmp_path: Path, tool_loop: str) -> None:
+    trainer = make_trainer(by_cpinfer(tool_loop), tmp_path, **GREEDY)
+    same = check_same(trainer, make_trainer(GRPOTrainer, tmp_path, **GREEDY))
+    assert {num_turns(sample) for sample in same["completions"]} >= {2, 3, 4}, "samples go on unequally long"
+    assert same["counted"]["tools/call_frequency"][0] > 1
+    [record] = trainer.rollouts.records
+    assert record.num_samples == len(ASKED) and record.num_generated_tokens == sum(map(sum, same["tool_mask"]))
+
+
+@pytest.mark.parametrize("tool_loop", LOOPS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"max_completion_length": length} for length in (1, 3, 4, 5, 53, 54, 55, 57, 58, 59, 60, 110, 166)),
+        *({"max_tool_calling_iterations": num} for num in (0, 1, 2)),
+    ],
+    ids=str,
+)
+def test_answers_end_where_trl_cuts_them_and_tools_that_say_too_much_are_dropped(
+    tmp_path: Path, options: dict[str, int], tool_loop: str
+) -> None:
+    trainer = make_trainer(by_cpinfer(tool_loop), tmp_path, **GREEDY, **options)
+    same = check_same(trainer, make_trainer(GRPOTrainer, tmp_path, **GREEDY, **options))
+    if "max_completion_length" in options:
+        assert max(map(len, same["completion_ids"])) <= options["max_completion_length"]
+
+
+def test_a_sequence_that_meets_the_end_of_the_models_positions_ends_as_in_trl(tmp_path: Path) -> None:
+    # The prompts take 646 of them.
+    model = {"max_position_embeddings": 760}
+    trainer = make_trainer(by_cpinfer(), tmp_path, model=model, **GREEDY)
+    check_same(trainer, make_trainer(GRPOTrainer, tmp_path, model=model, **GREEDY))
+
+
+def a_failing(name: str) -> str:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+    """
+    raise KeyError(f"no {name}")
+
+
+def a_dict(name: str) -> Any:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+    """
+    return {"next": [name, None, 3]}
+
+
+def nothing(name: str) -> None:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+    """
+
+
+def blocks(name: str) -> Any:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+    """
+    return [{"type": "text", "text": name}]
+
+
+def two_arguments(name: str, other: str) -> str:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+        other: whom else.
+    """
+    return name + other
+
+
+def very_long(name: str) -> str:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+    """
+    return name * 500
+
+
+async def awaited(name: str) -> str:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+    """
+    return follow(name)
+
+
+async def awaited_failing(name: str) -> str:
+    """Whom to ask next.
+
+    Args:
+        name: whom to ask.
+    """
+    raise KeyError(name)
+
+
+@pytest.mark.parametrize("tool_loop", LOOPS)
+@pytest.mark.parametrize(
+    "tool",
+    [a_failing, a_dict, nothing, blocks, two_arguments, very_long, awaited, awaited_failing],
+    ids=lambda tool: tool.__name__,
+)
+def test_what_a_tool_says_or_raises_becomes_of_it_what_becomes_in_trl(
+    tmp_path: Path, tool: Any, tool_loop: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "__name__", "follow")
+    trainer = make_trainer(by_cpinfer(tool_loop), tmp_path, tools=[tool], **GREEDY)
+    check_same(trainer, make_trainer(GRPOTrainer, tmp_path, tools=[tool], **GREEDY))
+
+
+def test_a_tool_that_there_is_not_is_a_failure_as_in_trl(tmp_path: Path) -> None:
+    def another(name: str) -> str:
+        """Another.
+
+        Args:
+            name: whom to ask.
+        """
+        return name
+
+    trainer = make_trainer(by_cpinfer(), tmp_path, tools=[another], **GREEDY)
+    same = check_same(trainer, make_trainer(GRPOTrainer, tmp_path, tools=[another], **GREEDY))
+    assert same["counted"]["tools/failure_frequency"] == [1.0]
+
+
+class Walk:
+    """An environment: it remembers who was asked."""
+
+    step = 1
+
+    def reset(self, **row: Any) -> str:
+        self.asked: list[str] = []
+        return f" from{row['start']}"
+
+    def follow(self, name: str) -> str:
+        """Whom to ask next.
+
+        Args:
+            name: whom to ask.
+        """
+        self.asked.append(name)
+        return f"{follow(name)}, {len(self.asked) * self.step}"
+
+    def get_reward(self) -> float:
+        return float(len(self.asked))
+
+
+class Leap(Walk):
+    step = 2
+
+    async def follow(self, name: str) -> str:  # type: ignore[override]
+        """Whom to leap to.
+
+        Args:
+            name: whom to ask.
+        """
+        return super().follow(name)
+
+
+@pytest.mark.parametrize("tool_loop", LOOPS)
+@pytest.mark.parametrize("several", [False, True])
+def test_every_sample_has_its_own_environment_as_in_trl(tmp_path: Path, several: bool, tool_loop: str) -> None:
+    rows = {"start": list(NAMES[:3]) * 2, "environment": ["walk", "leap"] * 3}
+    inputs = [
+        {"prompt": chat, "start": start, "environment": environment}
+        for chat, start, environment in zip(chats(ASKED), rows["start"], rows["environment"], strict=True)
+    ]
+    given = {"environment_factory": {"walk": Walk, "leap": Leap} if several else Walk}
+    both = [
+        make_trainer(trainer_class, tmp_path, tools=None, data=rows, given=given, **CALLING)
+        for trainer_class in (by_cpinfer(tool_loop), GRPOTrainer)
+    ]
+    check_same(*both, inputs)
+    asked = [[environment.asked for environment in trainer.environments] for trainer in both]
+    assert asked[0] == asked[1] and any(map(len, asked[0]))
+
+
+def test_sampled_tokens_are_the_same_with_and_without_a_barrier_between_turns(tmp_path: Path) -> None:
+    samples = []
+    for tool_loop in LOOPS:
+        trainer = make_trainer(by_cpinfer(tool_loop), tmp_path, temperature=1.0)
+        inputs = [{"prompt": chat} for chat in chats(ASKED) for _ in range(2)]
+        ours = drawn(trainer, inputs)
+        mismatch = trainer.rollouts.records[0].mismatch
+        assert mismatch is not None and mismatch.max_abs <= 1e-4
+        assert mismatch.num_tokens == sum(map(sum, ours["tool_mask"]))
+        for mask, logprobs in zip(ours["tool_mask"], ours.pop("logprobs"), strict=True):
+            assert all(is_own or logprob == 0 for is_own, logprob in zip(mask, logprobs, strict=True))
+            assert sum(logprobs) < -0.1
+        samples.append(ours)
+    assert samples[0] == samples[1]
+    pairs = zip(samples[0]["completion_ids"][::2], samples[0]["completion_ids"][1::2], strict=True)
+    assert any(one != other for one, other in pairs), "two samples of a prompt draw different numbers"
+
+
+def test_training_with_tools_learns_and_measures_every_generated_token(tmp_path: Path) -> None:
+    trainer = make_trainer(by_cpinfer(), tmp_path, temperature=1.0)
+    before = trainer.model.lm_head.weight.detach().clone()
+    trainer.train()
+    assert not torch.equal(before, trainer.model.lm_head.weight)
+    assert [record.weights_version for record in trainer.rollouts.records] == [0, 1]
+    logged = [line for line in trainer.state.log_history if "reward" in line]
+    assert all(line["rollout/mismatch_max_abs"] <= 1e-4 and line["tools/call_frequency"] > 0 for line in logged)
+    trainer.rollouts.close()
+
+
+def test_a_sample_goes_on_while_another_waits_for_its_tool(tmp_path: Path) -> None:
+    """The first to call waits until another has called twice: behind a barrier it would wait for ever."""
+    calls: dict[int, int] = {}
+    lock, others_went_on = threading.Lock(), threading.Event()
+
+    class Slow(Walk):
+        def follow(self, name: str) -> str:
+            """Whom to ask next.
+
+            Args:
+                name: whom to ask.
+            """
+            with lock:
+                is_first = not calls
+                calls[id(self)] = calls.get(id(self), 0) + 1
+                if calls[id(self)] == 2:
+                    others_went_on.set()
+            if is_first:
+                assert others_went_on.wait(timeout=30)
+            return super().follow(name)
+
+    given = {"environment_factory": Slow}
+    data = {"start": list(ASKED)}
+    trainer = make_trainer(by_cpinfer(), tmp_path, tools=None, data=data, given=given, **CALLING)
+    ours = drawn(trainer, [{"prompt": chat, "start": name} for chat, name in zip(chats(ASKED), ASKED, strict=True)])
+    assert others_went_on.is_set() and ours["counted"]["tools/failure_frequency"] == [0.0]
+
+
+def test_lockstep_calls_one_tool_at_a_time_in_trls_order(tmp_path: Path) -> None:
+    orders = []
+    for trainer_class in (by_cpinfer("lockstep"), GRPOTrainer):
+        called: list[str] = []
+        running = threading.Semaphore(1)
+
+        def noted(name: str) -> str:
+            """Whom to ask next.
+
+            Args:
+                name: whom to ask.
+            """
+            assert running.acquire(blocking=False)  # noqa: B023
+            time.sleep(0.01)
+            called.append(name)  # noqa: B023
+            running.release()  # noqa: B023
+            return follow(name)
+
+        noted.__name__ = "follow"
+        same = drawn(make_trainer(trainer_class, tmp_path, tools=[noted], **GREEDY))
+        assert same["counted"]["tools/failure_frequency"] == [0.0]
+        orders.append(called)
+    assert orders[0] == orders[1] and len(orders[0]) > len(ASKED)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_tool_that_hangs_has_failed_after_its_time(tmp_path: Path, is_async: bool) -> None:
+    released = threading.Event()
+
+    def hangs(name: str) -> str:
+        """Whom to ask next.
+
+        Args:
+            name: whom to ask.
+        """
+        if "Boris" in name:
+            released.wait()
+        return follow(name)
+
+    async def hangs_awaited(name: str) -> str:
+        """Whom to ask next.
+
+        Args:
+            name: whom to ask.
+        """
+        import asyncio
+
+        if "Boris" in name:
+            await asyncio.sleep(60)
+        return follow(name)
+
+    tool = hangs_awaited if is_async else hangs
+    tool.__name__ = "follow"
+    ours = drawn(make_trainer(by_cpinfer(tool_timeout_s=0.5), tmp_path, tools=[tool], **GREEDY))
+    released.set()
+    said = json.dumps(ours["completions"])
+    assert "follow did not return within 0.5 s (rollout.tool_timeout_s)" in said and "Dora or Alice" in said
+    assert 0 < ours["counted"]["tools/failure_frequency"][0] < 1
+
+
+def test_a_tool_within_its_time_returns_and_raises_as_it_did() -> None:
+    import asyncio
+
+    assert within(5, follow)(name="Alice") == "Boris knows"
+    with pytest.raises(KeyError, match="no x"):
+        within(5, a_failing)(name="x")
+    assert asyncio.run(awaited_within(5, awaited)(name="Alice")) == "Boris knows"
+    with pytest.raises(KeyError, match="x"):
+        asyncio.run(awaited_within(5, awaited_failing)(name="x"))
+
+
+@pytest.mark.parametrize("tool_loop", LOOPS)
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt()], ids=repr)
+def test_a_tool_that_ends_its_thread_ends_the_run_with_its_name_and_leaves_the_trainer_as_it_was(
+    tmp_path: Path, error: BaseException, tool_loop: str
+) -> None:
+    def dies(name: str) -> str:
+        """Whom to ask next.
+
+        Args:
+            name: whom to ask.
+        """
+        if "Boris" in name:
+            raise error
+        return follow(name)
+
+    dies.__name__ = "follow"
+    trainer = make_trainer(by_cpinfer(tool_loop), tmp_path, tools=[dies], **GREEDY)
+    before = photograph_of(trainer)
+    with pytest.raises(RuntimeError, match=r"a tool of sample \d ended its thread with (SystemExit|KeyboardInterrupt)"):
+        drawn(trainer)
+    assert changes(before, photograph_of(trainer)) == []
+    assert no_threads_left()
+
+
+@pytest.mark.parametrize("tool_loop", LOOPS)
+def test_an_interrupt_while_tools_run_leaves_the_trainer_bit_for_bit(tmp_path: Path, tool_loop: str) -> None:
+    import signal
+
+    called = threading.Event()
+
+    def interrupted(name: str) -> str:
+        """Whom to ask next.
+
+        Args:
+            name: whom to ask.
+        """
+        if not called.is_set():
+            called.set()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+        return follow(name)
+
+    interrupted.__name__ = "follow"
+    trainer = make_trainer(by_cpinfer(tool_loop), tmp_path, tools=[interrupted], **GREEDY)
+    before = photograph_of(trainer)
+    with pytest.raises(KeyboardInterrupt):
+        drawn(trainer)
+    assert changes(before, photograph_of(trainer)) == []
+    assert no_threads_left()
+    assert drawn(trainer)["completions"]  # and the next phase is none the worse
+
+
+def photograph_of(trainer: Any) -> dict[str, Any]:
+    return photograph(torch_trainer(trainer.model, trainer.model))
+
+
+def no_threads_left() -> bool:
+    """Whether those of samples have ended, at the latest in a moment."""
+    deadline = time.monotonic() + 5
+    while any(thread.name.startswith("tools-") for thread in threading.enumerate()):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def test_a_template_that_fails_in_a_loop_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(trainer: Any, tool_messages: Any) -> Any:
+        raise ValueError("no such suffix")
+
+    monkeypatch.setattr(GRPOTrainer, "_get_tool_suffix_ids", fails)
+    with pytest.raises(ValueError, match="no such suffix"):
+        drawn(make_trainer(by_cpinfer(), tmp_path, **GREEDY))
+
+
+def test_without_tools_the_samples_are_those_of_a_rollout_func(tmp_path: Path) -> None:
+    trainer = make_trainer(with_cpinfer(GRPOTrainer, CONFIG), tmp_path, tools=None, max_completion_length=6)
+    prompts = chats([*ASKED, *ASKED])
+    ours = drawn(trainer, [{"prompt": chat} for chat in prompts])
+    rollouts = make_rollout_func(CONFIG)
+    plain = make_trainer(GRPOTrainer, tmp_path, tools=None, max_completion_length=6, given={"rollout_func": rollouts})
+    assert rollouts(prompts, plain) == {key: ours[key] for key in ("prompt_ids", "completion_ids", "logprobs")}
+
+
+def test_an_rloo_trainer_generates_with_cpinfer_what_it_would_with_transformers(tmp_path: Path) -> None:
+    options = {"top_k": 1, "max_completion_length": 6}
+    both = [make_trainer(c, tmp_path, **options) for c in (with_cpinfer(RLOOTrainer, CONFIG), RLOOTrainer)]
+    prompts = chats(ASKED)
+    ours, theirs = (trainer._generate(prompts) for trainer in both)
+    assert ours == theirs
+    trainer = make_trainer(with_cpinfer(RLOOTrainer, CONFIG), tmp_path, max_completion_length=6)
+    trainer.train()
+    assert [record.weights_version for record in trainer.rollouts.records] == [0, 1]
+    assert all(record.mismatch.max_abs <= 1e-4 for record in trainer.rollouts.records)
+
+
+def test_an_overlong_prompt_is_cut_for_trl_too_where_that_was_asked_for(tmp_path: Path) -> None:
+    config = {**CONFIG, "rollout": {"overlong_prompts": "truncate_left"}}
+    trainer = make_trainer(
+        with_cpinfer(GRPOTrainer, config),
+        tmp_path,
+        tools=None,
+        model={"max_position_embeddings": 64},
+        max_completion_length=5,
+    )
+    ours = drawn(trainer, [{"prompt": chat} for chat in chats([" Alice" * 70, " Boris"])])
+    assert len(ours["prompt_ids"][0]) == 59 and len(ours["prompt_ids"][1]) < 59
+    assert trainer.rollouts.records[0].num_truncated_prompts == 1
+
+
+@pytest.mark.parametrize(
+    ("trainer_class", "given", "options", "words"),
+    [
+        (GRPOTrainer, {"rollout_func": make_rollout_func(CONFIG)}, {}, "a rollout_func was given"),
+        (GRPOTrainer, {}, {"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True"),
+        (GRPOTrainer, {}, {"max_completion_length": None}, "max_completion_length=None"),
+        (RLOOTrainer, {}, {"generation_kwargs": {"num_beams": 2}}, "generation_kwargs"),
+    ],
+)
+def test_what_asks_for_another_generator_is_refused_by_name(
+    tmp_path: Path, trainer_class: type[Any], given: Mapping[str, Any], options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(cpinfer.UserError, match=words):
+        make_trainer(with_cpinfer(trainer_class, CONFIG), tmp_path, given=given, **options)._generate(chats(NAMES))
+
+
+def test_other_classes_and_unknown_keys_are_refused_before_there_is_a_trainer() -> None:
+    with pytest.raises(cpinfer.UserError, match="SFTTrainer: a GRPOTrainer or an RLOOTrainer was wanted"):
+        with_cpinfer(SFTTrainer)
+    with pytest.raises(cpinfer.UserError, match=r'"rollout.tool_loop" is "parallel"'):
+        with_cpinfer(GRPOTrainer, {"rollout": {"tool_loop": "parallel"}})
+
+
+def test_a_class_derived_from_trls_keeps_its_name_and_what_it_does(tmp_path: Path) -> None:
+    class Own(GRPOTrainer):  # type: ignore[misc]
+        def _get_tool_suffix_ids(self, tool_messages: Any) -> Any:
+            self.has_run = True
+            return super()._get_tool_suffix_ids(tool_messages)
+
+    made = with_cpinfer(Own, CONFIG)
+    assert made.__name__ == "Own" and issubclass(made, Own)
+    drawn(make_trainer(made, tmp_path, **GREEDY))
