@@ -16,14 +16,13 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.engine import Engine
+from cpinfer.engine.open_requests import RequestOutput
 from cpinfer.engine.request import Prompt, RolloutResult
-
-if TYPE_CHECKING:
-    from cpinfer import RequestOutput, Session
+from cpinfer.engine.sessions import Session
 
 T = TypeVar("T")
 Tool = Callable[..., Any]
@@ -81,21 +80,18 @@ class ToolLoops(Generic[T]):
         self._name = name
         self._loop = loop
         self._in_order = in_order
-        self._samples = [Sample[T](index, ids) for index, ids in enumerate(prompt_ids)]
+        self._samples = [Sample[T](index, list(ids)) for index, ids in enumerate(prompt_ids)]
         self._events: SimpleQueue[_Event[T]] = SimpleQueue()
         # A sample is in one of these, or among those that run, until it has ended.
-        self._asked: list[tuple[Sample[T], list[int]]] = []
+        self._asked = [(sample, sample.prompt_ids) for sample in self._samples]
         self._pending: dict[str, Sample[T]] = {}
         self._ready: list[Sample[T]] = []
         self._num_running = 0
-        # By the first request with a prompt, samples that ask for the same prompt.
-        self._followers: dict[str, list[Sample[T]]] = {}
         self._error: Exception | None = None
 
     def run(self) -> None:
         """Until all samples of the replica have ended, or those of a rank have failed. Collective over the replica."""
         try:
-            self._guarded(self._ask_first_turns)
             self._engine.run_until(self._advance)
         finally:
             for sample in self._samples:
@@ -135,27 +131,13 @@ class ToolLoops(Generic[T]):
         """After an error: tools that run are left alone, and requests end. Returns whether they have."""
         for request_id in self._pending:
             self._engine.abort(request_id)
-        self._followers.clear()
         return not self._pending
-
-    def _ask_first_turns(self) -> None:
-        """Of samples of one prompt the first goes ahead, so that the others find its KV."""
-        leaders: dict[tuple[int, ...], str] = {}
-        for sample in self._samples:
-            prompt = tuple(sample.prompt_ids)
-            if prompt in leaders:
-                self._followers.setdefault(leaders[prompt], []).append(sample)
-            else:
-                leaders[prompt] = self._add(sample, sample.prompt_ids)
 
     def _take(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
-            for follower in self._followers.pop(output.request_id, ()):
-                self._add(follower, follower.prompt_ids)
-            if output.finish_reason is None:
-                continue
-            sample = self._pending.pop(output.request_id)
-            if output.result is not None and output.finish_reason != "abort":
+            if output.finish_reason is not None:
+                sample = self._pending.pop(output.request_id)
+                assert output.result is not None, "a step that fails raises"
                 sample.turns.append(output.result)
                 self._ready.append(sample)
 
@@ -187,7 +169,7 @@ class ToolLoops(Generic[T]):
         for sample, token_ids in asked:
             self._add(sample, token_ids)
 
-    def _add(self, sample: Sample[T], token_ids: list[int]) -> str:
+    def _add(self, sample: Sample[T], token_ids: list[int]) -> None:
         """Queue the next turn: what the session does not hold yet of `token_ids`; where it holds others, a new one."""
         session = sample.session
         if session is not None and tuple(token_ids[: len(session.token_ids)]) != session.token_ids:
@@ -200,9 +182,7 @@ class ToolLoops(Generic[T]):
             sample.num_sessions += 1
         room = self._room(sample, token_ids)
         sampling = replace(self._sampling, max_new_tokens=room, min_new_tokens=min(self._sampling.min_new_tokens, room))
-        request_id = self._engine.add(token_ids[len(session.token_ids) :], sampling, session=session)
-        self._pending[request_id] = sample
-        return request_id
+        self._pending[self._engine.add(token_ids[len(session.token_ids) :], sampling, session=session)] = sample
 
     def _room(self, sample: Sample[T], token_ids: list[int]) -> int:
         """What is left of an answer's length: TRL counts all that comes after the first prompt."""
