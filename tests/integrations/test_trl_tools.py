@@ -2,108 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
-from transformers import PrinterCallback
-from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTTrainer
+from tool_trainers import ASKED, CALLING, CONFIG, GREEDY, by_cpinfer, check_same, drawn, make_trainer, photograph_of
+from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 
 import cpinfer
 from cpinfer_integrations.trl import make_rollout_func, with_cpinfer
 from cpinfer_integrations.trl_tools import awaited_within, within
-from tool_models import NAMES, chats, follow, tool_model, tool_tokenizer
-from trainers import changes, photograph, torch_trainer
+from tool_models import NAMES, chats, follow
+from trainers import changes
 
-ASKED = (*NAMES, " Anna", " boats")
-GREEDY: dict[str, Any] = {"top_k": 1}
-# One that has no words instead of a call.
-CALLING = {**GREEDY, "model": {"words": ()}, "max_tool_calling_iterations": 3}
-CONFIG = {"dtype": "float32", "kv_cache_gib": 0.02}
 LOOPS = ("async", "lockstep")
-
-
-def make_trainer(
-    trainer_class: type[Any],
-    folder: Path,
-    *,
-    tools: Sequence[Callable[..., Any]] | None = (follow,),
-    model: Mapping[str, Any] = MappingProxyType({}),
-    data: Mapping[str, Any] = MappingProxyType({}),
-    reward: Any = lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids],
-    given: Mapping[str, Any] = MappingProxyType({}),
-    **options: Any,
-) -> Any:
-    """A trainer of the model that calls tools. `model`: of it; `data`: more columns; `given`: to the constructor."""
-    arguments: dict[str, Any] = {
-        "output_dir": str(folder),
-        "use_cpu": True,
-        "bf16": False,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "num_generations": 2,
-        "max_completion_length": 400,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    tokenizer = tool_tokenizer()
-    is_rloo = issubclass(trainer_class, RLOOTrainer)
-    trainer = trainer_class(
-        model=tool_model(tokenizer, **model),
-        reward_funcs=reward,
-        args=(RLOOConfig if is_rloo else GRPOConfig)(**{**arguments, "beta": 0.0, **options}),
-        train_dataset=Dataset.from_dict({"prompt": chats(ASKED), **data}),
-        processing_class=tokenizer,
-        **({} if is_rloo else {"tools": list(tools) if tools else None}),
-        **given,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def by_cpinfer(tool_loop: str = "async", **rollout: Any) -> type[Any]:
-    return with_cpinfer(GRPOTrainer, {**CONFIG, "rollout": {"tool_loop": tool_loop, **rollout}})
-
-
-def drawn(trainer: Any, inputs: Sequence[Mapping[str, Any]] | None = None) -> dict[str, Any]:
-    """What TRL makes of one sample for each input, before it scores them; and what it counted."""
-    found: list[Any] = []
-    generate = trainer._generate
-    trainer._generate = lambda prompts: found.append(generate(prompts)) or found[0]
-    trainer._generate_and_score_completions([dict(x) for x in inputs or ({"prompt": chat} for chat in chats(ASKED))])
-    del trainer._generate
-    prompt_ids, completion_ids, tool_mask, completions, logprobs, _, images, tool_images = found[0]
-    counted = {key: values for key, values in trainer._metrics["eval"].items() if "rollout/" not in key}
-    return {
-        "prompt_ids": [list(ids) for ids in prompt_ids],
-        "completion_ids": completion_ids,
-        "tool_mask": tool_mask,
-        "completions": completions,
-        "images": (images, tool_images),
-        "counted": counted,
-        "logprobs": logprobs,
-    }
-
-
-def check_same(trainer: Any, oracle: Any, inputs: Any = None) -> dict[str, Any]:
-    """Greedy samples of both, equal in all that TRL goes on with. Its own generation has no logprobs to compare."""
-    ours, theirs = drawn(trainer, inputs), drawn(oracle, inputs)
-    for ids, logprobs in zip(ours["completion_ids"], ours.pop("logprobs"), strict=True):
-        assert len(ids) == len(logprobs)
-    assert theirs.pop("logprobs") is None
-    assert ours == theirs
-    return ours
 
 
 def num_turns(sample: Sequence[Mapping[str, Any]]) -> int:
@@ -315,6 +235,22 @@ def test_sampled_tokens_are_the_same_with_and_without_a_barrier_between_turns(tm
     assert any(one != other for one, other in pairs), "two samples of a prompt draw different numbers"
 
 
+def test_a_prompt_is_computed_once_and_of_later_turns_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stats: list[Any] = []
+    sleep = cpinfer.Engine.sleep
+    monkeypatch.setattr(cpinfer.Engine, "sleep", lambda engine: stats.append(replace(engine.stats)) or sleep(engine))
+    trainer = make_trainer(with_cpinfer(GRPOTrainer, {**CONFIG, "enable_prefix_caching": False}), tmp_path)
+    ours = drawn(trainer, [{"prompt": chat} for chat in chats(ASKED) for _ in range(2)])
+    num_prompt = sum(map(len, ours["prompt_ids"][::2]))
+    num_of_tools = sum(mask.count(0) for mask in ours["tool_mask"])
+    # The last token of a turn is computed when something comes behind it.
+    num_later_turns = sum(num_turns(sample) - 1 for sample in ours["completions"])
+    assert num_later_turns > len(ASKED)
+    assert stats[0].num_computed_prefill_tokens == num_prompt + num_of_tools + num_later_turns
+
+
 def test_training_with_tools_learns_and_measures_every_generated_token(tmp_path: Path) -> None:
     trainer = make_trainer(by_cpinfer(), tmp_path, temperature=1.0)
     before = trainer.model.lm_head.weight.detach().clone()
@@ -399,8 +335,6 @@ def test_a_tool_that_hangs_has_failed_after_its_time(tmp_path: Path, is_async: b
         Args:
             name: whom to ask.
         """
-        import asyncio
-
         if "Boris" in name:
             await asyncio.sleep(60)
         return follow(name)
@@ -415,8 +349,6 @@ def test_a_tool_that_hangs_has_failed_after_its_time(tmp_path: Path, is_async: b
 
 
 def test_a_tool_within_its_time_returns_and_raises_as_it_did() -> None:
-    import asyncio
-
     assert within(5, follow)(name="Alice") == "Boris knows"
     with pytest.raises(KeyError, match="no x"):
         within(5, a_failing)(name="x")
@@ -451,8 +383,6 @@ def test_a_tool_that_ends_its_thread_ends_the_run_with_its_name_and_leaves_the_t
 
 @pytest.mark.parametrize("tool_loop", LOOPS)
 def test_an_interrupt_while_tools_run_leaves_the_trainer_bit_for_bit(tmp_path: Path, tool_loop: str) -> None:
-    import signal
-
     called = threading.Event()
 
     def interrupted(name: str) -> str:
@@ -474,10 +404,6 @@ def test_an_interrupt_while_tools_run_leaves_the_trainer_bit_for_bit(tmp_path: P
     assert changes(before, photograph_of(trainer)) == []
     assert no_threads_left()
     assert drawn(trainer)["completions"]  # and the next phase is none the worse
-
-
-def photograph_of(trainer: Any) -> dict[str, Any]:
-    return photograph(torch_trainer(trainer.model, trainer.model))
 
 
 def no_threads_left() -> bool:
