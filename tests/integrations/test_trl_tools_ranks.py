@@ -1,0 +1,60 @@
+"""Samples with tools on several ranks, whose tools take different times: the tokens are the same in every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launching import forked
+
+WORKER = "tests/integrations/tool_worker.py"
+LAYOUTS = ("replicas", "pcp2_dcp1", "pcp2_dcp2")
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """By scenario, what every rank found."""
+    finished = forked(2, WORKER, str(tmp_path_factory.mktemp("trainers")), timeout_s=280)
+    assert finished.returncode == 0, finished
+    return finished.summary
+
+
+def test_every_layout_and_pace_gives_the_samples_of_trls_own_loop(outcomes: Any) -> None:
+    for found in outcomes["layouts"]:
+        for layout in LAYOUTS:
+            assert found[f"greedy {layout}"] == found["trl"]
+            assert found[f"sampled {layout}"] == found["sampled lockstep"]
+        assert found["sampled lockstep"] != found["trl"]
+    first, second = outcomes["layouts"]
+    assert first["trl"]["num_calls"] != second["trl"]["num_calls"], "ranks have loops of different lengths"
+
+
+def test_what_ends_one_rank_ends_all_and_leaves_every_trainer_as_it_was(outcomes: Any) -> None:
+    told, own = (found["said"] for found in outcomes["thread"])
+    died = "a tool of sample 0 ended its thread with SystemExit('no more tools')"
+    assert own == f"RuntimeError: {died}"
+    assert told == f"UserError: rank 1 could not finish its samples: {died}"
+    interrupted, other = (found["said"] for found in outcomes["interrupt"])
+    assert interrupted == "KeyboardInterrupt: " and other.startswith(("RanksDifferError", "StreamEndedError"))
+    assert all(found["changed"] == [] for kind in ("thread", "interrupt") for found in outcomes[kind])
+
+
+def test_of_ranks_that_train_on_the_same_data_the_first_calls_the_tools(outcomes: Any) -> None:
+    alone = outcomes["layouts"][0]["trl"]
+    assert [found["num_calls"] for found in outcomes["copies"]] == [alone["num_calls"], 0]
+    for found in outcomes["copies"]:
+        assert (found["completion_ids"], found["tool_mask"]) == (alone["completion_ids"], alone["tool_mask"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("zero2", "in_place"), ("zero3 full", "full"), ("zero3 layerwise", "layerwise")]
+)
+def test_training_under_zero_has_the_training_forwards_logprobs_of_all_turns(
+    outcomes: Any, kind: str, how: str
+) -> None:
+    for found in outcomes[kind]:
+        assert found["how"] == [how, how] and max(found["max_abs"]) <= 1e-4
+        assert found["num_compared"] == found["num_generated"] and found["num_calls"] > 0
