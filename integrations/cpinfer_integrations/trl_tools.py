@@ -176,8 +176,8 @@ class ToolLoops(Generic[T]):
             self._engine.close_session(session)
             session = None
         if session is None:
-            number = f"/{sample.num_sessions}" if sample.num_sessions else ""
-            prompt = Prompt(sample.index, f"{self._name}/{sample.index}{number}", tuple(token_ids))
+            name = f"{self._name}/{sample.index}.{sample.num_sessions}"
+            prompt = Prompt(sample.index, name, tuple(token_ids))
             sample.session = session = self._engine.open_session(prompt)
             sample.num_sessions += 1
         room = self._room(sample, token_ids)
