@@ -39,6 +39,7 @@ _TOKEN_ID = Bounds(0, 2**31 - 1)
 _SEED = Bounds(0, 2**64 - 1)
 _COUNT = Bounds(0, 2**31 - 1)
 _SHARE = Bounds(0, 1)
+_SECONDS = Bounds(0.001, 2e6)  # libraries count them in milliseconds, in 32 bits
 
 C = TypeVar("C", bound="JobConfig")
 E = TypeVar("E", bound="EngineConfig")
@@ -149,15 +150,9 @@ class RolloutConfig(Checked):
         "error",
     )
     tool_loop: Literal["async", "lockstep"] = _key(
-        "a TRL trainer's tools: each sample's run, in threads, while other samples decode; or one call at a time in "
-        "TRL's order, all before anyone's next turn. The samples are the same",
-        "async",
+        "a TRL trainer's tools: in threads, while other samples decode, or one at a time in TRL's order", "async"
     )
-    tool_timeout_s: float | None = _key(
-        "seconds after which a call of a tool has failed, as if it had raised; default: it may take forever",
-        None,
-        within=Bounds(0, 10**6, above_low=True),
-    )
+    tool_timeout_s: float | None = _key("after so many seconds a tool's call has failed", None, within=_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -264,10 +259,8 @@ class ParallelConfig(Checked):
     )
     collective_timeout_s: float = _key(
         "seconds that a collective may wait for a rank before those that wait end; more than the slowest needs to load "
-        "weights and build kernels",
-        600.0,
-        within=Bounds(0.001, 2e6),  # libraries count it in milliseconds, in 32 bits
-    )
+        "weights and build kernels", 600.0, within=_SECONDS,
+    )  # fmt: skip
 
     @property
     def tp_size(self) -> int:
