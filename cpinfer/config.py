@@ -150,9 +150,15 @@ class RolloutConfig(Checked):
         "error",
     )
     tool_loop: Literal["async", "lockstep"] = _key(
-        "a TRL trainer's tools: in threads, while other samples decode, or one at a time in TRL's order", "async"
+        "a TRL trainer's tools: in threads, while other samples decode, or one at a time in TRL's order; samples are "
+        "the same",
+        "async",
     )
-    tool_timeout_s: float | None = _key("after so many seconds a tool's call has failed", None, within=_SECONDS)
+    tool_timeout_s: float | None = _key(
+        "seconds after which a call of a tool has failed, as if it had raised; default: it may take forever",
+        None,
+        within=_SECONDS,
+    )
 
 
 @dataclass(frozen=True)
@@ -259,8 +265,10 @@ class ParallelConfig(Checked):
     )
     collective_timeout_s: float = _key(
         "seconds that a collective may wait for a rank before those that wait end; more than the slowest needs to load "
-        "weights and build kernels", 600.0, within=_SECONDS,
-    )  # fmt: skip
+        "weights and build kernels",
+        600.0,
+        within=_SECONDS,
+    )
 
     @property
     def tp_size(self) -> int:

@@ -218,7 +218,7 @@ def test_settings_that_trl_drops_on_this_path_are_refused_by_name(
 @pytest.mark.parametrize(
     ("has", "value", "words"),
     [
-        ("tools", [len], "tools and environments"),
+        ("tools", [len], r"tools and environments.*with_cpinfer\(GRPOTrainer, config\)"),
         ("environment_factories", {None: object}, "tools and environments"),
         ("_is_vlm", True, "multimodal"),
         ("use_vllm", True, "use_vllm=True"),
