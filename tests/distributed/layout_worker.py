@@ -21,6 +21,7 @@ from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
 
 PROMPT_LENS = (1, 2, 3, 17, 64, 200)
+TURN = SamplingParams(temperature=0, max_new_tokens=4)
 
 
 def main(output: str, layouts: list[dict[str, Any]]) -> None:
@@ -67,20 +68,45 @@ def run(
         greedy = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=10))
         named = [{"prompt_token_ids": prompt, "id": i} for i, prompt in enumerate(prompts)]
         sampled = engine.generate(named, SamplingParams(temperature=1, seed=4, max_new_tokens=10))
+        turns = take_turns(engine, prompts[launch.rank :], num_turns=2 + launch.rank)
     topology.close()
     if launch.rank != 0:
         return {}
     differences = [
         (check_rollout.score(whole, r.prompt_token_ids, r.token_ids) - torch.tensor(r.logprobs)).abs().max().item()
-        for r in greedy + sampled
+        for r in greedy + sampled + turns
     ]
-    num_same = sum(list(r.token_ids) == check_rollout.generate_greedy(whole, r.prompt_token_ids, 10) for r in greedy)
+    num_same, num_same_turns = (
+        sum(list(r.token_ids) == check_rollout.generate_greedy(whole, r.prompt_token_ids, n) for r in results)
+        for results, n in ((greedy, 10), (turns, TURN.max_new_tokens))
+    )
     return {
         "num_prompts": len(prompts),
         "num_same_tokens": num_same,
+        "num_turns": len(turns),
+        "num_same_turns": num_same_turns,
         "max_abs_logprob_difference": max(differences),
         "sampled": [r.token_ids for r in sampled],
     }
+
+
+def take_turns(engine: cpinfer.Engine, prompts: list[list[int]], num_turns: int) -> list[cpinfer.RolloutResult]:
+    """Every turn of a session for each of this rank's prompts. Ranks have other numbers of both."""
+    results: list[cpinfer.RolloutResult] = []
+    sessions = [engine.open_session(prompt) for prompt in prompts]
+    by_turn = {engine.add([], TURN, session=session): session for session in sessions}
+
+    def condition(outputs: list[cpinfer.RequestOutput]) -> bool:
+        for output in outputs:
+            if output.result is not None:
+                results.append(output.result)
+                session = by_turn.pop(output.request_id)
+                if session.num_turns < num_turns:
+                    by_turn[engine.add([7, session.num_turns, 9], TURN, session=session)] = session
+        return not by_turn
+
+    engine.run_until(condition)
+    return results
 
 
 if __name__ == "__main__":

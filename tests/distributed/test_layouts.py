@@ -84,6 +84,7 @@ def check(num_ranks: int, layouts: list[dict[str, Any]], folder: Path, timeout_s
     assert len(outcomes) == len(layouts)
     for outcome in outcomes:
         assert outcome["num_same_tokens"] == outcome["num_prompts"] == 6, outcome
+        assert outcome["num_same_turns"] == outcome["num_turns"] == 12, outcome
         assert outcome["max_abs_logprob_difference"] <= 1e-4, outcome
         assert outcome["sampled"] == sampled_alone(outcome.get("family", "qwen2"), outcome.get("kv")), outcome
 
