@@ -106,6 +106,10 @@ REFUSALS: dict[str, Refusal] = {
         "DeepSpeed's torch_autocast (it is around the engine's forward, not the model's)",
         "Use DeepSpeed's \"bf16\", or Accelerate's mixed_precision.",
     ),
+    "deepspeed_continuous_batch_size": Refusal(
+        "continuous_batch_size in DeepSpeed's SamplingConfig (the batching of its HybridEngineRollout)",
+        "Leave it None: batching is continuous anyway, of at most max_num_seqs requests of cpinfer's config.",
+    ),
     "fsdp1": Refusal("FSDP1 (FullyShardedDataParallel)", "Use FSDP2: fully_shard, or fsdp_version 2 under Accelerate."),
     "fsdp_root": Refusal(
         "FSDP2 whose outermost fully_shard was called on a wrapper that is no PeftModel",

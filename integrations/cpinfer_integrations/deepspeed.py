@@ -27,6 +27,7 @@ from cpinfer.models.kv_expansion import expand_kv_heads
 from cpinfer.packages import named
 from cpinfer.refusals import refuse
 from cpinfer_integrations import deepspeed_zero3 as zero3
+from cpinfer_integrations.deepspeed_rollout import CpinferRolloutBatch, CpinferRolloutEngine
 
 try:
     import deepspeed
@@ -34,7 +35,15 @@ try:
 except ModuleNotFoundError as error:
     raise named(error, __name__) from error
 
-__all__ = ["LaunchedInference", "init_distributed", "launch_inference", "lend", "topology_from"]
+__all__ = [
+    "CpinferRolloutBatch",
+    "CpinferRolloutEngine",
+    "LaunchedInference",
+    "init_distributed",
+    "launch_inference",
+    "lend",
+    "topology_from",
+]
 
 
 def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | None = None) -> Topology:

@@ -84,6 +84,11 @@ def all_of(tree: ast.Module) -> list[str]:
 
 
 def definition(tree: ast.Module, name: str) -> Definition:
+    """Where it is defined: here, or in the integration that it is imported from."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and name in {alias.name for alias in node.names}:
+            assert node.module is not None
+            return definition(parsed(ROOT.joinpath("integrations", *node.module.split(".")).with_suffix(".py")), name)
     return next(node for node in tree.body if isinstance(node, Definition) and node.name == name)
 
 
