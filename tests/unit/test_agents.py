@@ -74,7 +74,9 @@ def test_a_token_that_is_not_the_likeliest_is_told():
 @pytest.mark.parametrize("workload", engine_workloads(QUICK_SHAPE, quick=True)[:2], ids=["group", "ragged"])
 def test_the_open_loop_gives_the_tokens_of_the_closed_one(workload):
     loops = Loops(make_model(QUICK_SHAPE), QUICK_SHAPE, workload)
-    assert loops.opened()[0] == loops.closed()[0]
+    opened, closed = loops.opened(), loops.closed()
+    assert opened.tokens == closed.tokens
+    assert all(0 < loop.outside_s < loop.taken_s for loop in (opened, closed))
 
 
 def test_steps_are_timed_while_the_same_requests_run():
@@ -88,7 +90,7 @@ def outcome(ours, peer, complaints=()):
         "prefilled": {"slow": 290, "instant": 300},
         "floor_s": {"slow": 0.5, "instant": 0.1},
         "speed": {"gflop_per_s": 90.0, "gbyte_per_s": 10.0},
-        "spent": {"group": {"generate": [1.0], "add and step": [1.01]}},
+        "spent": {"group": {"generate": [(1.0, 0.001)], "add and step": [(1.01, 0.011)]}},
         "waiting_us": {"100": [5.0, 6.0, 7.0]},
         "complaints": list(complaints),
     }
@@ -98,7 +100,7 @@ def test_the_card_says_how_far_ahead_sessions_are_and_what_was_wanted():
     told = "\n".join(body for _, body in agents.describe(outcome(1.0, 3.0), QUICK))
     assert "slow tools: 3.00 times as fast as the faster lock-step loop; above 2 was wanted" in told
     assert f"{300 / jobs_of(QUICK)[0].num_distinct_tokens:.3f} of the distinct ones" in told
-    assert "+1.00%" in told and "| 100 | 6 |" in told
+    assert "+1.00% | 0.10% | 1.09% |" in told and "| 100 | 6 |" in told
 
 
 def test_no_time_is_told_of_wrong_tokens():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import cpinfer
@@ -16,11 +17,21 @@ NUM_WAITING = (100, 1_000, 10_000)
 PROMPT_LEN = 16
 
 
-class Loops:
-    """One workload by `generate`, and by `add` and `step`; each on an engine of its own, so that no prefix is cached.
+@dataclass(frozen=True)
+class Loop:
+    """Tokens of all samples in the workload's order, what they took, and how much of it was outside of steps.
 
     Seconds are of the process on its processor, and without attaching: other programs on the machine do not count.
+    Much of what two runs differ by is how fast memory is just then; the part outside of steps knows nothing of that.
     """
+
+    tokens: Tokens
+    taken_s: float
+    outside_s: float
+
+
+class Loops:
+    """One workload by `generate`, and by `add` and `step`; each run has an engine of its own, without prefixes."""
 
     def __init__(self, model: Any, shape: ModelShape, workload: Workload) -> None:
         self._model = model
@@ -31,14 +42,14 @@ class Loops:
             for n in workload.max_new_tokens
         ]
 
-    def closed(self) -> tuple[Tokens, float]:
-        """Tokens of all samples in the workload's order, and seconds."""
+    def closed(self) -> Loop:
+        """By `generate`."""
         return self._run(
             lambda engine: [list(result.token_ids) for result in engine.generate(self._prompts, self._sampling)]
         )
 
-    def opened(self) -> tuple[Tokens, float]:
-        """The same from an engine to which requests are added one by one."""
+    def opened(self) -> Loop:
+        """By `add`, one by one, and `step` until all have ended."""
         return self._run(self._by_steps)
 
     def _by_steps(self, engine: cpinfer.Engine) -> Tokens:
@@ -52,11 +63,24 @@ class Loops:
                 num_left -= output.finish_reason is not None
         return [found[place] for place in sorted(found)]
 
-    def _run(self, run: Callable[[cpinfer.Engine], Tokens]) -> tuple[Tokens, float]:
+    def _run(self, run: Callable[[cpinfer.Engine], Tokens]) -> Loop:
         with cpinfer.attach(self._model, cpinfer.Topology.single(), self._config) as engine:
+            core, in_steps_s = engine._core, 0.0
+            advance = core.advance
+
+            def timed_advance(*args: Any, **options: Any) -> Any:
+                nonlocal in_steps_s
+                step_s = time.process_time()
+                try:
+                    return advance(*args, **options)
+                finally:
+                    in_steps_s += time.process_time() - step_s
+
+            vars(core).update(advance=timed_advance)  # from outside: the engine has no use for the figure
             start_s = time.process_time()
             tokens = run(engine)
-            return tokens, time.process_time() - start_s
+            taken_s = time.process_time() - start_s
+        return Loop(tokens, taken_s, taken_s - in_steps_s)
 
 
 def waiting_step_us(shape: ModelShape, num_waiting: int, num_running: int, num_steps: int) -> list[float]:
@@ -90,10 +114,19 @@ def waiting_step_us(shape: ModelShape, num_waiting: int, num_running: int, num_s
     return spent
 
 
-def share_beyond(opened: Sequence[float], closed: Sequence[float]) -> float:
-    """How much more the open loop takes than the closed one, of medians: 0.02 is 2 % more.
+def share_beyond(opened: Sequence[Sequence[float]], closed: Sequence[Sequence[float]]) -> float:
+    """How much more the open loop takes than the closed one, of medians of (seconds, ...): 0.02 is 2 % more.
 
-    >>> round(share_beyond([1.02, 1.03, 1.01], [1.0, 1.1, 0.9]), 6)
+    >>> round(share_beyond([(1.02,), (1.03,), (1.01,)], [(1.0,), (1.1,), (0.9,)]), 6)
     0.02
     """
-    return statistics.median(opened) / statistics.median(closed) - 1
+    return statistics.median(x[0] for x in opened) / statistics.median(x[0] for x in closed) - 1
+
+
+def share_outside(loops: Sequence[Sequence[float]]) -> float:
+    """The share outside of steps, of pairs (seconds, of them outside): the median.
+
+    >>> share_outside([(2.0, 0.02), (1.0, 0.03), (4.0, 0.02)])
+    0.01
+    """
+    return statistics.median(outside_s / taken_s for taken_s, outside_s in loops)
