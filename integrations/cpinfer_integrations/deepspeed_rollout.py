@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 
 from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.config import ConfigLike, SamplingParams, job_config
@@ -27,6 +26,7 @@ from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
 from cpinfer.packages import named
 from cpinfer.refusals import refuse
+from cpinfer_integrations.job_ranks import on_all_ranks
 from cpinfer_integrations.lending import lend
 
 try:
@@ -111,7 +111,7 @@ class CpinferRolloutEngine(RolloutEngine):
         if self._inference is None:
             with self.phase():
                 return self.generate(request, sampling)
-        prompts, params = self._checked_by_all(request, sampling)
+        prompts, params = on_all_ranks(lambda: (_prompts_of(request), self._params_of(sampling)), "ask for rollouts")
         assert self._lent is not None, "a phase is open"
         name = f"{self._weights_version}/{self._num_batches}"
         self._num_batches += 1
@@ -171,25 +171,6 @@ class CpinferRolloutEngine(RolloutEngine):
             self._lent.topology.close()
             self._lent = None
 
-    def _checked_by_all(
-        self, request: RolloutRequest, sampling: SamplingConfig
-    ) -> tuple[list[list[int]], SamplingParams]:
-        """Prompts and parameters as the engine takes them. What one rank cannot ask is an error on all. Collective."""
-        asked: tuple[list[list[int]], SamplingParams] | None = None
-        own_error: UserError | None = None
-        try:
-            asked = _prompts_of(request), self._params_of(sampling)
-        except UserError as error:
-            own_error = error
-        complaints = _all_gather_object(None if own_error is None else str(own_error))
-        if own_error is not None:
-            raise own_error
-        for rank, complaint in enumerate(complaints):
-            if complaint is not None:
-                raise UserError(f"rank {rank}: {complaint}")
-        assert asked is not None, "who has no error has what was asked"
-        return asked
-
     def _params_of(self, sampling: SamplingConfig) -> SamplingParams:
         if sampling.continuous_batch_size is not None:
             found = f"SamplingConfig(continuous_batch_size={sampling.continuous_batch_size})"
@@ -244,12 +225,3 @@ def _prompts_of(request: RolloutRequest) -> list[list[int]]:
     for row in (mask.sum(dim=1) == 0).nonzero().flatten().tolist():
         raise UserError(f"prompt {row} has no token under its attention mask; at least one was wanted.")
     return [tokens[is_real.bool()].tolist() for tokens, is_real in zip(ids, mask, strict=True)]
-
-
-def _all_gather_object(own: str | None) -> list[str | None]:
-    """What each rank of the job says. Collective."""
-    gathered = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered = [own] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-    return gathered

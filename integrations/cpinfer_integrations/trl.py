@@ -24,7 +24,8 @@ from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
 from cpinfer.packages import named
 from cpinfer.refusals import refuse
-from cpinfer_integrations.trl_phases import Phase, Rollout, RolloutPhases, all_gather_object, on_all_ranks
+from cpinfer_integrations.job_ranks import all_gather_object, on_all_ranks
+from cpinfer_integrations.trl_phases import Phase, Rollout, RolloutPhases
 from cpinfer_integrations.trl_phases import PhaseRecord as PhaseRecord
 from cpinfer_integrations.trl_settings import check_settings, refuse_tools
 from cpinfer_integrations.trl_tools import NextTurn, Tool, ToolLoops, awaited_within, within

@@ -17,7 +17,6 @@ from itertools import compress, pairwise
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 from cpinfer.colocate.mismatch import Compared, Mismatch
 from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
@@ -26,6 +25,7 @@ from cpinfer.config import ConfigLike, JobConfig, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
+from cpinfer_integrations.job_ranks import all_gather_object
 from cpinfer_integrations.lending import lend
 from cpinfer_integrations.trl_settings import ends_unknown_to_trl, sampling_of
 
@@ -330,32 +330,3 @@ def _over_all_ranks(own: PhaseRecord, num_copies: int) -> PhaseRecord:
         num_truncated_prompts=sum(record.num_truncated_prompts for record in gathered),
         mismatch=Mismatch.merge(measured) if measured else None,
     )
-
-
-def on_all_ranks(act: Callable[[], T], what: str) -> T:
-    """What `act` returns; an error of one rank is one on all. Collective over the job.
-
-    `what`: what a rank with an error could not do, in words for the others.
-    """
-    done: list[T] = []
-    own_error: Exception | None = None
-    try:
-        done.append(act())
-    except Exception as error:
-        own_error = error
-    complaints = all_gather_object(None if own_error is None else str(own_error) or type(own_error).__name__)
-    if own_error is not None:
-        raise own_error
-    for rank, complaint in enumerate(complaints):
-        if complaint is not None:
-            raise UserError(f"rank {rank} could not {what}: {complaint}")
-    return done[0]
-
-
-def all_gather_object(own: T) -> list[T]:
-    """What each rank of the job says. Collective."""
-    gathered = [own]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        gathered = [own] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
-    return gathered

@@ -416,7 +416,7 @@ def test_prompts_that_one_rank_cannot_tokenize_are_an_error_on_all(
         told.append(own)
         return [own, "no such role"]
 
-    monkeypatch.setattr("cpinfer_integrations.trl_phases.all_gather_object", with_another_rank)
+    monkeypatch.setattr("cpinfer_integrations.job_ranks.all_gather_object", with_another_rank)
     with pytest.raises(cpinfer.UserError, match="rank 1 could not tokenize its prompts: no such role"):
         make_rollout_func(CONFIG)(TEXTS[:2], trainer)
     trainer.chat_template = "{{ raise_exception('a role of my own') }}"
