@@ -165,6 +165,7 @@ class OpenRequests:
             if made.id in self._numbers_of:
                 raise UserError(f"a request with the id {quoted(made.id)} is under way; ids name requests, and differ.")
             if session is not None:
+                self._check(session)  # again: another thread may have been here
                 session.turn = made.id
             self._ids[number], self._numbers_of[made.id] = made.id, number
             self._outbox.append((number, request))
