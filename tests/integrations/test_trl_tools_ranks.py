@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tool_trainers import by_cpinfer, drawn, make_trainer
 
+import cpinfer
+from cpinfer_integrations import trl_phases
 from launching import forked
 
 WORKER = "tests/integrations/tool_worker.py"
@@ -47,6 +52,28 @@ def test_of_ranks_that_train_on_the_same_data_the_first_calls_the_tools(outcomes
     assert [found["num_calls"] for found in outcomes["copies"]] == [alone["num_calls"], 0]
     for found in outcomes["copies"]:
         assert (found["completion_ids"], found["tool_mask"]) == (alone["completion_ids"], alone["tool_mask"])
+
+
+def test_environments_of_such_ranks_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first rank's would see the calls, and rewards read all."""
+
+    class Empty:
+        def reset(self, **_: Any) -> None:
+            pass
+
+        def follow(self, name: str) -> str:
+            """Whom to ask next.
+
+            Args:
+                name: whom to ask.
+            """
+            return name
+
+    lend = trl_phases.lend
+    monkeypatch.setattr(trl_phases, "lend", lambda *args: replace(lend(*args), num_copies=2))
+    trainer = make_trainer(by_cpinfer(), tmp_path, tools=None, given={"environment_factory": Empty})
+    with pytest.raises(cpinfer.UnsupportedError, match=r"2 ranks with the same data: .*environments of a GRPOTrainer"):
+        drawn(trainer)
 
 
 @pytest.mark.parametrize(

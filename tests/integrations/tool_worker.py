@@ -88,6 +88,7 @@ def in_layouts(folder: Path) -> dict[str, Any]:
 
 def with_fault(folder: Path, fault: str) -> dict[str, Any]:
     """On one rank a tool ends its thread, or a user the process: all end with an error, their trainers as they were."""
+    first = threading.Lock()  # taken once: a second interrupt would come in the midst of what is done next
 
     def tool(name: str) -> str:
         """Whom to ask next.
@@ -97,7 +98,7 @@ def with_fault(folder: Path, fault: str) -> dict[str, Any]:
         """
         if fault == "thread" and dist.get_rank() == 1:
             raise SystemExit("no more tools")
-        if fault == "interrupt" and dist.get_rank() == 0:
+        if fault == "interrupt" and dist.get_rank() == 0 and first.acquire(blocking=False):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
         time.sleep(0.05)
         return follow(name)
