@@ -383,7 +383,7 @@ def test_a_tool_that_ends_its_thread_ends_the_run_with_its_name_and_leaves_the_t
 
 @pytest.mark.parametrize("tool_loop", LOOPS)
 def test_an_interrupt_while_tools_run_leaves_the_trainer_bit_for_bit(tmp_path: Path, tool_loop: str) -> None:
-    called = threading.Event()
+    first = threading.Lock()
 
     def interrupted(name: str) -> str:
         """Whom to ask next.
@@ -391,8 +391,7 @@ def test_an_interrupt_while_tools_run_leaves_the_trainer_bit_for_bit(tmp_path: P
         Args:
             name: whom to ask.
         """
-        if not called.is_set():
-            called.set()
+        if first.acquire(blocking=False):
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
         return follow(name)
 
