@@ -24,7 +24,7 @@ from cpinfer.engine.agreement import Prepared, Says, gather_bytes
 from cpinfer.engine.core import Batch, EngineCore
 from cpinfer.engine.input_processor import InputProcessor
 from cpinfer.engine.prompts import PromptLike
-from cpinfer.engine.request import FinishReason, Prompt, Request, RolloutResult, SampledRequest
+from cpinfer.engine.request import FinishReason, Prompt, Request, RolloutResult, SampledRequest, SampledToken
 from cpinfer.engine.sessions import Session
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import UserError, quoted
@@ -39,9 +39,7 @@ class RequestOutput(NamedTuple):  # one for every token of every request: cheape
     Attributes:
         request_id: what `Engine.add` returned.
         sample_index: which of the request's samples this is, from 0.
-        token_ids: its new tokens.
-        logprobs: of them, as `RolloutResult` has them.
-        processed_logprobs: likewise.
+        tokens: its new tokens, each with its logprobs.
         weights_version: of the weights that they were sampled by.
         finish_reason: None while it goes on; "error" where a step failed and took it along.
         result: all of it, once it has ended other than by an error.
@@ -49,12 +47,25 @@ class RequestOutput(NamedTuple):  # one for every token of every request: cheape
 
     request_id: str
     sample_index: int
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    processed_logprobs: tuple[float, ...]
+    tokens: tuple[SampledToken, ...]
     weights_version: int
     finish_reason: FinishReason | Literal["error"] | None = None
     result: RolloutResult | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Of the new tokens."""
+        return tuple(token.token_id for token in self.tokens)
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Of the new tokens, as `RolloutResult` has them."""
+        return tuple(token.logprob for token in self.tokens)
+
+    @property
+    def processed_logprobs(self) -> tuple[float, ...]:
+        """Of the new tokens, as `RolloutResult` has them."""
+        return tuple(token.processed_logprob for token in self.tokens)
 
 
 @dataclass(frozen=True)
@@ -246,7 +257,7 @@ class OpenRequests:
             for request in batch.requests:
                 if self._batch_of.pop(id(request), None) is not None and batch.key[0] == self._place:
                     request_id = self._ids[batch.key[1]]
-                    self._outputs.append(RequestOutput(request_id, request.sample_index, (), (), (), version, "error"))
+                    self._outputs.append(RequestOutput(request_id, request.sample_index, (), version, "error"))
             self._forget(batch)
 
     def _default_id(self, version: int, number: int) -> str:
@@ -339,9 +350,7 @@ class OpenRequests:
             RequestOutput(
                 self._ids[batch.key[1]],
                 request.sample_index,
-                tuple([token.token_id for token in new]),
-                tuple([token.logprob for token in new]),
-                tuple([token.processed_logprob for token in new]),
+                tuple(new),
                 version,
                 request.finish_reason,
                 result,
