@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from cpinfer.engine.attach import attach
     from cpinfer.engine.engine import Engine
     from cpinfer.engine.open_requests import RequestOutput
-    from cpinfer.engine.request import Prompt, RolloutResult, ScoreResult
+    from cpinfer.engine.request import Prompt, RolloutResult, SampledToken, ScoreResult
     from cpinfer.engine.sessions import Session
     from cpinfer.errors import (
         BackendFaultError,
@@ -61,6 +61,7 @@ _HOMES = {
     "RanksDifferError": "cpinfer.errors",
     "RequestOutput": "cpinfer.engine.open_requests",
     "RolloutResult": "cpinfer.engine.request",
+    "SampledToken": "cpinfer.engine.request",
     "SamplingParams": "cpinfer.config",
     "ScoreResult": "cpinfer.engine.request",
     "Session": "cpinfer.engine.sessions",
@@ -93,6 +94,7 @@ __all__ = [
     "RanksDifferError",
     "RequestOutput",
     "RolloutResult",
+    "SampledToken",
     "SamplingParams",
     "ScoreResult",
     "Session",

@@ -38,9 +38,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class SampledToken:
-    """One token, with its logprob in the model's distribution and in the processed one it was drawn from.
+    """One token of an answer.
 
-    `top`: the likeliest tokens at its place and their raw logprobs, as many as its parameters ask for.
+    Attributes:
+        token_id: which.
+        logprob: natural log, in the model's own distribution (temperature 1, nothing processed).
+        processed_logprob: the same in the distribution that it was drawn from; 0 under greedy decoding.
+        top: the likeliest tokens at its place and their raw logprobs, as many as its parameters ask for.
     """
 
     token_id: int
