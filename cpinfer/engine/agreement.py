@@ -165,11 +165,7 @@ def agree_on_tokens(
     said = gathered[:, 0, _STATUS]
     faults, left = (np.flatnonzero(said & flag).tolist() for flag in (Says.FAULT, Says.LEAVES))
     if left:
-        raise StreamEndedError(
-            f"rank(s) {left} of the replica stopped taking the results of a stream, or steps, by leaving a loop or by "
-            "an error there. Every rank must take the same: what was under way has ended on all of them.",
-            tuple(left),
-        )
+        raise ended_by(left)
     if faults:
         raise EngineFaultError(
             f"logits are not finite on rank(s) {faults} of the replica (NaN, +inf, or -inf for every token); check the "
@@ -179,6 +175,15 @@ def agree_on_tokens(
     mine = gathered[pcp_ranks * tp_size, rows]
     tokens = [_decode(*row, num_top) for row in zip(mine.tolist(), mine.view(np.float32).tolist(), strict=True)]
     return tokens, Says(int(np.bitwise_or.reduce(said)) & ~_NO_TOKEN)
+
+
+def ended_by(places: Sequence[int]) -> StreamEndedError:
+    """The error on every rank when those of the replica say that they leave."""
+    return StreamEndedError(
+        f"rank(s) {list(places)} of the replica stopped taking the results of a stream, or steps, by leaving a loop, "
+        "by another call or by an error. Every rank must take the same: what was under way has ended on all of them.",
+        tuple(places),
+    )
 
 
 def agree_on_scores(

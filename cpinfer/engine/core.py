@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -106,33 +106,34 @@ class EngineCore:
             self._rest_when_idle()
         return heard
 
-    def leave(self, batch: Batch, steps: StepRunner) -> None:
+    def leave(self, batch: Batch, advance: Callable[[Says], object]) -> None:
         """Nobody takes what is left of a batch: tell the others, who may be in the next step of it already.
 
         Where all leave, all is well, and the batch's requests are aborted; where they do not, `left_alone` says so, and
-        what is under way is lost.
+        what is under way is lost. `advance` as `halt` has it.
         """
         try:
-            self.halt(steps, batch)
+            self.halt(advance, batch)
         except StreamEndedError as ended:
             self.left_alone = ended
             return
         if not self.is_cut:
             self.abort([request for request in batch.requests if id(request) in self._batches])
 
-    def halt(self, steps: StepRunner, batch: Batch | None = None) -> None:
+    def halt(self, advance: Callable[[Says], object], batch: Batch | None = None) -> None:
         """Take no more steps for a batch, or for anything, and see to it that no rank does.
 
-        So this rank takes part in steps up to the first that has a record to say it in. Where all halt, all requests
-        are where they were; StreamEndedError where they do not, and what is under way is lost.
+        `advance` takes part in whatever the others may be about to do; this rank does up to the first that it can say
+        so in. Where all halt, all requests are where they were; StreamEndedError where they do not, and what is under
+        way is lost.
         """
         try:
-            while self._num_ranks > 1 and not self.is_cut and (batch.num_unfinished if batch else not self.is_idle):
-                self.advance(steps, Says.LEAVES)
+            while self._num_ranks > 1 and not self.is_cut and (batch is None or batch.num_unfinished):
+                advance(Says.LEAVES)
         except StreamEndedError as ended:
             if len(ended.places) < self._num_ranks:
                 raise
-            self.is_cut = False  # the step has not been committed on any rank
+            self.is_cut = False  # nothing has been committed on any rank
 
     def abort(self, requests: Sequence[Request]) -> None:
         """End unfinished requests where they are, on every rank between the same two steps; their blocks are free."""

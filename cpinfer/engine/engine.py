@@ -22,7 +22,7 @@ from cpinfer.engine.sessions import Session
 from cpinfer.engine.step_factory import make_scheduler, make_steps
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
-from cpinfer.errors import RanksDifferError
+from cpinfer.errors import StreamEndedError
 from cpinfer.models.generation_config import sampling_keys
 from cpinfer.models.runner import ModelRunner
 
@@ -50,10 +50,10 @@ class Engine:
         scheduler = make_scheduler(runner, topology, config, needs)
         home, replica = topology.grid.home(topology.rank), topology.replica
         self._core = EngineCore(scheduler, self._stop_checker, home, replica.size, topology.logger(__name__))
-        self._open = OpenRequests(self._core, self._inputs, self._stop_checker, replica, runner.device)
+        self._open = OpenRequests(self._core, self._inputs, self._stop_checker, topology, runner.device)
         self._steps: StepRunner | None = None
         self._is_closed = False
-        # Whether ranks exchange arrivals, and whether all know that some rank has one for the next exchange.
+        # Whether ranks have exchanged arrivals, and whether they do so before the next step.
         self._exchanges_arrivals = self._has_arrivals = False
         self._counted_before, self._num_calls = SchedulerStats(), 0
         self.weights_version = 0
@@ -114,7 +114,12 @@ class Engine:
         """
         self._refuse_when_closed()
         made_of = self._runner, self._topology, self._config, self._needs, self._stop_checker
-        self._steps = self._together(lambda: Prepared(self._steps or make_steps(*made_of), lambda: {"call": "wake"}))[0]
+        self._halt()
+        self._steps = begin_together(
+            self._topology,
+            self._runner.device,
+            lambda: Prepared(self._steps or make_steps(*made_of), lambda: {"call": "wake"}),
+        )[0]
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it.
@@ -122,7 +127,7 @@ class Engine:
         Requests that were added, and sessions, are computed anew when it is awake again.
         """
         self._refuse_while_streaming("sleep")
-        self._halt_together("sleep")
+        self._halt()
         self._drop_kv()
         self._steps = None
 
@@ -133,16 +138,17 @@ class Engine:
         """
         self._refuse_when_closed()
         self._refuse_while_streaming("change weights")
-        self._halt_together("weights_changed")
+        self._halt()
         self._take_new_weights()
 
     def close(self) -> None:
         """End what is under way, free the KV pool, refuse later calls. `attach` calls it when its block ends."""
-        if self._steps is not None:
-            with suppress(RuntimeError):  # those who go on have it
-                self._halt_together("close")
+        if self._exchanges_arrivals:
+            with suppress(StreamEndedError):  # those who go on have it
+                self._halt()
+        elif self._steps is not None:
             for batch in self._core.open_batches():
-                self._core.leave(batch, self._steps)
+                self._core.leave(batch, self._advance)
         self._is_closed = True
         self._steps = None
 
@@ -233,7 +239,7 @@ class Engine:
             RuntimeError: when the engine sleeps, its block has ended, or a step of another stream has failed.
         """
         self._refuse_when_closed()
-        name = f"{self.weights_version}/call-{self._num_calls}"  # of no other call
+        name = f"{self.weights_version}/{self._topology.coords.dp_rank}/call-{self._num_calls}"  # of no other call
         requests, _ = self._begin("generate", lambda: self._inputs.samples(prompts, sampling, skip, name))
         yield from self._results(requests)
         self._refuse_when_closed()  # else the end of the block would pass for that of the stream
@@ -282,11 +288,11 @@ class Engine:
             of the seed, and of the tokens it begins with, not of when it came or what ran beside it.
 
         Raises:
-            UserError: for what can never run, an id that is under way, a session that is closed, that has a turn under
-                way, or that is not this rank's. Nothing is queued then.
+            UserError: for what can never run, an id or a session's turn under way, a session that is closed or not this
+                rank's. Nothing is queued then.
             RuntimeError: when the engine's block has ended.
         """
-        self._refuse_when_closed()
+        self._refuse_after_close()
         return self._open.add(prompt, sampling or SamplingParams(), session, priority, self.weights_version)
 
     def step(self) -> list[RequestOutput]:
@@ -299,28 +305,28 @@ class Engine:
             What is new of this rank's requests, also by steps that a stream has made; empty where nothing is.
 
         Raises:
-            RanksDifferError: when ranks do not make the same call; StreamEndedError: when one has ended its block.
+            RanksDifferError: when ranks do not make the same call, also where one ends its block.
             EngineFaultError: when a step fails. What was under way is lost, as later outputs say ("error").
             RuntimeError: when the engine sleeps, or its block has ended.
         """
         self._refuse_when_closed()
-        self._advance_all(Says.WAITS)
+        self._advance(Says.WAITS)
         return self._open.take_outputs(self.weights_version)
 
     def run_until(self, condition: Callable[[list[RequestOutput]], bool]) -> None:
         """Steps until nobody waits for anything. Collective over the replica; errors as `step`.
 
-        A rank that has nothing left goes on stepping for those that do, and one that waits for the world (a tool, a
-        client) keeps the others company.
+        A rank that has nothing left goes on stepping for those that do, and one that waits for a tool or a client
+        keeps the others company.
 
         Args:
-            condition: asked on this rank after every step, with what the step gave; it may add, abort, open and close.
-                It says whether this rank has all it wants. The loop ends when all ranks do.
+            condition: whether this rank has all it wants, and does so from then on. Asked before every step with what
+                the one before gave; it may add, abort, open and close. The loop ends when all ranks have.
         """
         while True:
             self._refuse_when_closed()
             has_all = condition(self._open.take_outputs(self.weights_version))
-            heard = self._advance_all(Says.NOTHING if has_all else Says.WAITS)
+            heard = self._advance(Says.NOTHING if has_all else Says.WAITS)
             if heard is not None and not heard & (Says.WAITS | Says.NEWS):
                 return
             if self._core.is_idle:
@@ -329,27 +335,26 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """End a request of this rank before the next step, at any time and from any thread. Local.
 
-        Its last output has what was generated, and "abort" for a `finish_reason`.
-
         Args:
-            request_id: what `add` returned. Nothing happens where that request has ended.
+            request_id: what `add` returned. Its last output has what was generated, and "abort" for a `finish_reason`.
+                Nothing happens where it has ended.
         """
-        self._refuse_when_closed()
+        self._refuse_after_close()
         self._open.abort(request_id)
 
     def open_session(self, prompt: PromptLike) -> Session:
         """A sequence of this rank that grows by turns. Local; nothing is computed before the first turn.
 
-        Between turns its KV stays in the home that computed it: as much as `max_session_tokens` allows, and as long as
-        nobody needs the room. What is gone, and what was made by old weights, is computed anew.
+        Between turns its KV stays in its home: as much as `max_session_tokens` allows, and as long as nobody needs the
+        room. What is gone, and what was made by old weights, is computed anew.
 
         Args:
             prompt: what it begins with, in any form that `stream` takes.
 
         Returns:
-            The session, for `add` on this rank. UserError for a prompt that can never run.
+            The session, for `add` on this rank; to be closed. UserError for a prompt that can never run.
         """
-        self._refuse_when_closed()
+        self._refuse_after_close()
         return self._open.open_session(prompt, self.weights_version)
 
     def close_session(self, session: Session) -> None:
@@ -361,40 +366,42 @@ class Engine:
         Raises:
             UserError: when it is closed, or not this rank's.
         """
-        self._refuse_when_closed()
+        self._refuse_after_close()
         self._open.close_session(session)
 
-    def _advance_all(self, says: Says) -> Says | None:
-        """A step of all that is under way, behind an exchange of arrivals. What ranks said, if they were asked."""
+    def _advance(self, says: Says) -> Says | None:
+        """A step of all that is under way, behind an exchange of arrivals if it is due. What ranks said, if asked."""
+        if self._runner.adapters and self._adapters_changed():
+            self._halt()
+            self._take_new_weights()
         if self._has_arrivals or self._core.is_idle or self._core.is_cut or self._steps is None:
-            heard = self._exchange(says)
+            told, numbers = self._begin("step", lambda: self._open.told(says), is_call=False)
+            self._exchanges_arrivals = True
+            said = self._open.take_in(told, numbers, self.weights_version)
+            self._has_arrivals = False
             if self._core.is_idle:
-                return heard
-        heard_later = self._advance(says | Says.NEWS * self._open.has_arrivals)
-        self._has_arrivals |= heard_later is None  # nobody could say so
-        return heard_later
-
-    def _exchange(self, says: Says) -> Says:
-        """Take in what all ranks have added, aborted and closed. Returns what they said."""
-        self._exchanges_arrivals = True
-        told, numbers = self._begin("step", lambda: self._open.told(says), is_call=False)
-        heard = self._open.take_in(told, numbers, self.weights_version)
-        self._has_arrivals = False
+                return said
+        assert self._steps is not None, "who sleeps could not exchange"
+        heard = self._core.advance(self._steps, says | Says.NEWS * self._open.has_arrivals)
+        # Where nobody was asked, nobody could say so.
+        self._has_arrivals = self._exchanges_arrivals if heard is None else bool(heard & Says.NEWS)
         return heard
 
-    def _halt_together(self, call: str) -> None:
-        """Before what all ranks do between two steps of `step`: an error on all where some are in the next step."""
-        if self._exchanges_arrivals and self._steps is not None and not self._core.is_cut:
-            if self._has_arrivals or self._core.is_idle:
-                self._together(lambda: Prepared(None, lambda: {"call": call}))
-            self._core.halt(self._steps)
+    def _halt(self) -> None:
+        """Before what all ranks do between two steps of `step`: StreamEndedError on all where some are in the next."""
+        if self._exchanges_arrivals and self._steps is not None:
+            self._core.halt(self._advance)
 
-    def _together(self, prepare: Callable[[], Prepared[T]]) -> tuple[T, list[int]]:
+    def _adapters_changed(self) -> bool:
+        """Whether adapters were switched, merged or scaled since this was last asked: they make other weights."""
+        if not self._runner.notice_adapters():
+            return False
         try:
-            return begin_together(self._topology, self._runner.device, prepare)
-        except RanksDifferError:
-            self._exchanges_arrivals = False  # some may be gone
+            self._refuse_while_streaming("change adapters")
+        except RuntimeError:
+            self._core.is_cut = True  # what is cached is of others
             raise
+        return True
 
     def _take_new_weights(self) -> None:
         self._drop_kv()
@@ -404,14 +411,11 @@ class Engine:
 
     def _drop_kv(self) -> None:
         if self._core.is_cut:
-            self._reset()
+            self._core.reset()
+            self._open.note_lost(self.weights_version)
         else:
             self._open.note(self.weights_version)
             self._core.restart(self.weights_version)
-
-    def _reset(self) -> None:
-        self._core.reset()
-        self._open.note_lost(self.weights_version)
 
     def _begin(self, call: str, prepare: Callable[[], Prepared[T]], *, is_call: bool = True) -> tuple[T, list[int]]:
         """What this rank prepares for a call, when all ranks have prepared the same, and the numbers of all."""
@@ -423,7 +427,9 @@ class Engine:
             prepared = prepare()
             return replace(prepared, same=lambda: {"call": call, **self._state(), **prepared.same()})
 
-        begun = self._together(ready)
+        if is_call:
+            self._halt()
+        begun = begin_together(self._topology, self._runner.device, ready)
         self._num_calls += is_call
         return begun
 
@@ -432,12 +438,11 @@ class Engine:
         if self._steps is None:
             raise RuntimeError("the engine sleeps; call wake() before generating or scoring")
         self._runner.check_unchanged()
-        if self._runner.notice_adapters():  # switched, merged or scaled since the last call, they make other weights
-            self._refuse_while_streaming("change adapters")
+        if self._adapters_changed():
             self._take_new_weights()
         if self._core.is_cut:
             # It may have ended between taking blocks and writing them down, or because KV is not finite.
-            self._reset()
+            self._drop_kv()
 
     def _state(self) -> dict[str, object]:
         """What ranks must have in common when a call begins, beside what it is about."""
@@ -458,29 +463,21 @@ class Engine:
     def _finished(self, requests: Sequence[Request]) -> Generator[Request, None, None]:
         """Requests as they end; steps run until all have.
 
-        Those of the last step come when the batch has ended: a consumer that lingers over them keeps nobody waiting,
-        and may make the next call before it has taken them all.
+        Those of the last step come when the batch has ended: who lingers over them keeps nobody waiting.
         """
         batch = Batch(requests)
         try:
             self._core.submit(batch)
             while batch.num_unfinished:
                 self._refuse_when_lost(batch)
-                self._advance(Says.NOTHING)
+                self._advance(Says.WAITS)
                 if batch.num_unfinished:
                     yield from batch.take()
         except BaseException:  # as a rule whoever takes the results has left
             if self._steps is not None:
-                self._core.leave(batch, self._steps)
+                self._core.leave(batch, self._advance)
             raise
         yield from batch.take()
-
-    def _advance(self, says: Says) -> Says | None:
-        """Run a step; what ranks said with it, if they were asked."""
-        assert self._steps is not None, "who sleeps has no stream under way"
-        heard = self._core.advance(self._steps, says)
-        self._has_arrivals |= heard is not None and bool(heard & Says.NEWS)
-        return heard
 
     def _refuse_when_lost(self, batch: Batch) -> None:
         if batch.is_lost or self._core.is_cut:
@@ -490,6 +487,9 @@ class Engine:
 
     def _refuse_when_closed(self) -> None:
         self.raise_if_left_alone()
+        self._refuse_after_close()
+
+    def _refuse_after_close(self) -> None:
         if self._is_closed:
             raise RuntimeError(
                 "the block of this engine has ended, and its model is the job's again; attach it anew for more"

@@ -92,7 +92,10 @@ class InputProcessor:
         """One prompt that can run, and how it is sampled. UserError otherwise."""
         params = as_sampling(sampling, 1, sampling)[0]
         self._refuse_unread_stops([params])
-        made, params = self._as_wanted(given, index, params, default_id)
+        prompts = as_prompts(given)
+        if len(prompts) != 1:
+            raise UserError(f"found {len(prompts)} prompts; one was wanted. Add each by itself.")
+        made, params = self._as_wanted(prompts[0], index, params, default_id)
         self._suspect([made.token_ids], [params])
         return made, params
 

@@ -13,14 +13,16 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from itertools import count
+from operator import or_
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from cpinfer.comm.axis import AxisComm
+from cpinfer.comm.topology import Topology
 from cpinfer.config import SamplingParams
-from cpinfer.engine.agreement import Prepared, Says, gather_bytes
+from cpinfer.engine.agreement import Prepared, Says, ended_by, gather_bytes
 from cpinfer.engine.core import Batch, EngineCore
 from cpinfer.engine.input_processor import InputProcessor
 from cpinfer.engine.prompts import PromptLike
@@ -70,12 +72,13 @@ class RequestOutput(NamedTuple):  # one for every token of every request: cheape
 
 @dataclass(frozen=True)
 class _NewRequest:
-    """A request as it travels. Where it is a turn of a session, `prompt` is what is new in it."""
+    """A request as it travels. Where it is a turn of a session, `prompt` is what is new behind `num_before` tokens."""
 
     prompt: Prompt
     params: SamplingParams
     priority: int
     session: int | None = None
+    num_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,15 @@ class _Told:
 _SAYS_BITS = max(Says).bit_length()
 
 
+@dataclass(frozen=True)
+class _Own:
+    """A request of this rank that has not ended: its name, the session that it is a turn of, when it was added."""
+
+    id: str
+    session: Session | None
+    added_s: float
+
+
 @dataclass(eq=False)
 class _OpenBatch(Batch):
     """The samples of one request, of which `num_settled` have ended. `num_told`: tokens that its rank knows of each."""
@@ -123,20 +135,21 @@ class OpenRequests:
         core: EngineCore,
         inputs: InputProcessor,
         stop_checker: StopChecker,
-        replica: AxisComm,
+        topology: Topology,
         device: torch.device,
     ) -> None:
         self._core = core
         self._inputs = inputs
         self._stop_checker = stop_checker
-        self._replica = replica
+        self._replica = topology.replica
         self._device = device
-        self._place = replica.index
+        self._place = topology.replica.index
+        self._dp_rank = topology.coords.dp_rank
         # This rank's own. Whoever adds may be another thread than the one that steps.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._numbers = count()
         self._outbox: list[_Arrival] = []
-        self._ids: dict[int, str] = {}
+        self._own: dict[int, _Own] = {}
         self._numbers_of: dict[str, int] = {}
         self._sessions: dict[int, Session] = {}
         self._outputs: list[RequestOutput] = []
@@ -169,16 +182,17 @@ class OpenRequests:
             self._check(session)
             new = self._inputs.checked_turn(session.token_ids, prompt, params)
             # Until a turn has ended nobody else knows of the session.
-            given = new if session.num_turns else (*session.token_ids, *new)
-            made = Prompt(number, f"{session.id}/{session.num_turns}", given)
-            request = _NewRequest(made, params, priority, session.number)
+            num_before = len(session.token_ids) if session.num_turns else 0
+            made = Prompt(number, f"{session.id}/{session.num_turns}", (*session.token_ids, *new)[num_before:])
+            request = _NewRequest(made, params, priority, session.number, num_before)
         with self._lock:
             if made.id in self._numbers_of:
                 raise UserError(f"a request with the id {quoted(made.id)} is under way; ids name requests, and differ.")
             if session is not None:
                 self._check(session)  # again: another thread may have been here
                 session.turn = made.id
-            self._ids[number], self._numbers_of[made.id] = made.id, number
+            self._own[number] = _Own(made.id, session, time.perf_counter())
+            self._numbers_of[made.id] = number
             self._outbox.append((number, request))
         return made.id
 
@@ -198,15 +212,17 @@ class OpenRequests:
             raise UserError('"sampling" of a session\'s prompt: each turn has its own. Give it to `add`.')
         session = Session(made.id, made.token_ids, number)
         with self._lock:
+            if made.id in (other.id for other in self._sessions.values()):
+                raise UserError(f"a session with the id {quoted(made.id)} is open; ids name sessions, and differ.")
             self._sessions[number] = session
         return session
 
     def close_session(self, session: Session) -> None:
         """Forget a session of this rank; a turn of it that is under way is aborted."""
-        self._check(session, may_run=True)
-        if session.turn is not None:
-            self.abort(session.turn)
         with self._lock:
+            self._check(session, may_run=True)
+            if session.turn is not None:
+                self.abort(session.turn)
             session.is_closed = True
             self._outbox.append((session.number, _CloseSession()))
 
@@ -219,16 +235,18 @@ class OpenRequests:
     def take_in(self, own: _Told, numbers: Sequence[int], version: int) -> Says:
         """Give the core what all ranks have told, in their order. What they say; `NEWS` where there was any.
 
-        `numbers` of all ranks are as `told` makes them. One collective, where there is anything.
+        `numbers` of all ranks are as `told` makes them. One collective, where there is anything. StreamEndedError when
+        some rank leaves; nothing is taken in then.
         """
-        heard = Says.NOTHING
-        for number in numbers:
-            heard |= Says(number & (1 << _SAYS_BITS) - 1)
+        said = [Says(number & (1 << _SAYS_BITS) - 1) for number in numbers]
         lens = [number >> _SAYS_BITS for number in numbers]
-        if any(lens):
-            heard |= Says.NEWS
-            gathered = gather_bytes(self._replica, own.packed, lens, self._device)
-            with self._core.all_or_cut():
+        heard = reduce(or_, said, Says.NOTHING)
+        with self._core.all_or_cut():
+            if heard & Says.LEAVES:
+                raise ended_by([place for place, says in enumerate(said) if says & Says.LEAVES])
+            if any(lens):
+                heard |= Says.NEWS
+                gathered = gather_bytes(self._replica, own.packed, lens, self._device)
                 with self._lock:
                     del self._outbox[: own.num_arrivals]
                 for place, packed in enumerate(gathered):
@@ -253,16 +271,18 @@ class OpenRequests:
     def note_lost(self, version: int) -> None:
         """Take note that the core has lost all requests. Sessions are what they were before their turns."""
         self._settle(version)
-        for batch in list(self._batches.values()):
-            for request in batch.requests:
-                if self._batch_of.pop(id(request), None) is not None and batch.key[0] == self._place:
-                    request_id = self._ids[batch.key[1]]
-                    self._outputs.append(RequestOutput(request_id, request.sample_index, (), version, "error"))
-            self._forget(batch)
+        lost = {number: [0] for number in self._own.keys() - {number for number, _ in self._outbox}}
+        for (place, number), batch in self._batches.items():
+            if place == self._place:
+                lost[number] = [r.sample_index for r in batch.requests if id(r) in self._batch_of]
+        self._batches, self._batch_of = {}, {}
+        for number, samples in sorted(lost.items()):
+            own = self._end(number)
+            self._outputs += [RequestOutput(own.id, sample, (), version, "error") for sample in samples]
 
     def _default_id(self, version: int, number: int) -> str:
-        """Of no other request, also of another rank or of other weights."""
-        return f"{version}/rank-{self._place}/{number}"
+        """Of no other request of the job's engines by these weights."""
+        return f"{version}/{self._dp_rank}/rank-{self._place}/{number}"
 
     def _check(self, session: Any, *, may_run: bool = False) -> None:
         """UserError for what is no session of this engine and rank that could have a turn now."""
@@ -291,9 +311,12 @@ class OpenRequests:
         prompt, before = new.prompt, None
         if session is not None and (before := self._last_turns.get(session)) is not None:
             prompt = replace(prompt, token_ids=(*before.all_token_ids, *prompt.token_ids))
+        assert len(prompt.token_ids) == new.num_before + len(new.prompt.token_ids), "ranks know the same of a session"
         requests = self._inputs.requests(prompt, new.params)
         for request in requests:
             request.priority, request.keeps_kv, request.continues = new.priority, session is not None, before
+            if key[0] == self._place:
+                request.submitted_s = self._own[key[1]].added_s
         batch = _OpenBatch(requests, finished=self._ended, key=key, session=session)
         self._batches[key] = batch
         self._batch_of.update((id(request), batch) for request in requests)
@@ -319,47 +342,37 @@ class OpenRequests:
             batch = self._batch_of.pop(id(request))
             if batch.session is not None:
                 self._last_turns[batch.session] = request
-            if batch.key[0] == self._place:
-                self._tell(batch, request, version)
             batch.num_settled += 1
-            if batch.num_settled == len(batch.requests):
-                self._forget(batch)
+            try:
+                if batch.key[0] == self._place:
+                    self._tell(batch, request, version)
+            finally:  # also where its tokens are no text
+                if batch.num_settled == len(batch.requests):
+                    place, number = batch.key
+                    del self._batches[batch.key]
+                    if place == self._place:
+                        self._end(number)
 
-    def _forget(self, batch: _OpenBatch) -> None:
-        place, number = batch.key
-        del self._batches[batch.key]
-        if place == self._place:
-            with self._lock:
-                del self._numbers_of[self._ids.pop(number)]
-                session = None if batch.session is None else self._sessions.get(batch.session[1])
-                if session is not None:
-                    session.turn = None
+    def _end(self, number: int) -> _Own:
+        """A request of this rank is under way no longer."""
+        with self._lock:
+            own = self._own.pop(number)
+            del self._numbers_of[own.id]
+            if own.session is not None:
+                own.session.turn = None
+        return own
 
     def _tell(self, batch: _OpenBatch, request: SampledRequest, version: int) -> None:
         """Put what is new of a sample with the outputs."""
-        told = batch.num_told.get(request.sample_index, 0)
-        new = request.sampled[told:]
+        told, own = batch.num_told.get(request.sample_index, 0), self._own[batch.key[1]]
+        new = tuple(request.sampled[told:])
         result = None
         if request.finish_reason is not None:
+            if own.session is not None:
+                own.session.token_ids = request.all_token_ids
+                own.session.num_turns += 1
             result = request.result(self._stop_checker.text(request), version)
-            self._grow(batch, result)
         elif not new:
             return
         batch.num_told[request.sample_index] = told + len(new)
-        self._outputs.append(
-            RequestOutput(
-                self._ids[batch.key[1]],
-                request.sample_index,
-                tuple(new),
-                version,
-                request.finish_reason,
-                result,
-            )
-        )
-
-    def _grow(self, batch: _OpenBatch, result: RolloutResult) -> None:
-        """Where a request that has ended was a turn of this rank, its session has grown by it."""
-        session = None if batch.session is None else self._sessions.get(batch.session[1])
-        if session is not None:
-            session.token_ids = (*result.prompt_token_ids, *result.token_ids)
-            session.num_turns += 1
+        self._outputs.append(RequestOutput(own.id, request.sample_index, new, version, request.finish_reason, result))

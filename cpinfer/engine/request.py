@@ -207,13 +207,19 @@ class SampledRequest(Request):
     def restart(self, version: int) -> None:
         if self._num_unscored:
             super().restart(version)
-        num_new = len(self.sampled) - sum(num_tokens for _, num_tokens in self.earlier_weights)
-        if num_new:
-            self.earlier_weights.append((version, num_new))
+        self.earlier_weights = list(self._spans(version))
 
     @property
     def num_top(self) -> int:
         return self.params.top_logprobs
+
+    def _spans(self, version: int) -> tuple[tuple[int, int], ...]:
+        """`earlier_weights`, and behind them the tokens since, which those of `version` have sampled."""
+        earlier = self.earlier_weights
+        num_new = len(self.sampled) - sum(num_tokens for _, num_tokens in earlier)
+        if earlier and earlier[-1][0] == version:  # the KV went, the weights stayed
+            earlier, num_new = earlier[:-1], num_new + earlier[-1][1]
+        return (*earlier, (version, num_new)) if num_new else tuple(earlier)
 
     def shares_prefill_with(self, other: Request) -> bool:
         """Whether both have the same prompt and none of a token, KV or scores of its own that the other has not."""
@@ -235,8 +241,7 @@ class SampledRequest(Request):
                 tpot_s = (self.finished_s - self.first_token_s) / (len(self.sampled) - 1)
         is_scored = self.params.prompt_logprobs and not self._num_unscored
         has_top = self.params.top_logprobs > 0
-        num_earlier = sum(num_tokens for _, num_tokens in self.earlier_weights)
-        spans = (*self.earlier_weights, (weights_version, len(self.sampled) - num_earlier))
+        spans = self._spans(weights_version)
         return RolloutResult(
             id=self.prompt.id,
             prompt_index=self.prompt.index,
@@ -249,12 +254,12 @@ class SampledRequest(Request):
             finish_reason=self.finish_reason,
             ttft_s=ttft_s,
             tpot_s=tpot_s,
-            weights_version=weights_version,
+            weights_version=spans[-1][0] if spans else weights_version,
             top_logprobs=tuple(s.top for s in self.sampled) if has_top else None,
             prompt_logprobs=(None, *(s.logprob for s in self.scores)) if is_scored else None,
             prompt_top_logprobs=((), *(s.top for s in self.scores)) if is_scored and has_top else None,
             sampling=self.prompt.sampling,
-            weights_versions=spans if self.earlier_weights else None,
+            weights_versions=spans if len(spans) > 1 else None,
         )
 
 
@@ -341,7 +346,7 @@ class RolloutResult:
         finish_reason: "stop", "length", or "abort".
         ttft_s: seconds from submission to the first token; None without one, which only an abort can do.
         tpot_s: seconds per later token; None for a single token.
-        weights_version: weight changes that the engine had been told of.
+        weights_version: weight changes that the engine had been told of when the last token was sampled.
         top_logprobs: for each token the likeliest ones with their raw logprobs; None (and no key of an output line)
             unless asked for.
         prompt_logprobs: one per token of the prompt, as `logprobs`; None for the first, which nothing comes before.

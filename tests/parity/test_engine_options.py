@@ -109,7 +109,7 @@ def test_vocabulary_that_a_hook_rules_out_is_no_fault(model: Any, grid: RankGrid
 @pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
 def test_a_request_that_is_left_without_a_token_is_an_error_by_name(model: Any, grid: RankGrid) -> None:
     ends = SamplingParams(temperature=0, max_new_tokens=6, min_new_tokens=2, stop_token_ids=(7, 9))
-    with pytest.raises(NoTokenError, match=r'prompt "0/call-0/0", sample 0: .* behind 0 of the answer'):
+    with pytest.raises(NoTokenError, match=r'prompt "0/0/call-0/0", sample 0: .* behind 0 of the answer'):
         generate(mask_all_but(model, (7, 9)), grid, PROMPTS[:1], ends)
     with pytest.raises(EngineFaultError, match="-inf for every token"):
         generate(mask_all_but(model, ()), grid, PROMPTS[:1], SamplingParams(max_new_tokens=6))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import threading
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -279,7 +280,9 @@ def test_bad_input_is_told_where_it_is_given_and_nobody_else_is_disturbed() -> N
         session, other = engine.open_session(PROMPTS[0]), engine.open_session(PROMPTS[1])
         if rank == 1:
             for call, told in (
-                (lambda: engine.add([], GREEDY), "is empty"),
+                (lambda: engine.add([], GREEDY), "0 prompts"),
+                (lambda: engine.add([[1], [2]], GREEDY), "2 prompts"),
+                (lambda: engine.add([{"role": "user", "content": "hi"}], GREEDY), '"messages" needs a tokenizer'),
                 (lambda: engine.add([128], GREEDY), "token id 128"),
                 (lambda: engine.add([1] * 5000, GREEDY), "positions"),
                 (lambda: engine.add([1], GREEDY, priority="high"), "priority"),
@@ -291,7 +294,8 @@ def test_bad_input_is_told_where_it_is_given_and_nobody_else_is_disturbed() -> N
                 (lambda: engine.add([1], SamplingParams(n=2), session=session), "one sample"),
                 (lambda: engine.add([1], GREEDY, session="s"), "no session"),
                 (lambda: engine.close_session("s"), "no session"),
-                (lambda: engine.open_session([]), "is empty"),
+                (lambda: engine.open_session([]), "0 prompts"),
+                (lambda: engine.open_session({"prompt_token_ids": [1], "id": session.id}), "session with the id"),
                 (lambda: engine.open_session({"prompt_token_ids": [1], "sampling": {"n": 2}}), "sampling"),
             ):
                 with pytest.raises(UserError, match=told):
@@ -458,7 +462,7 @@ def test_a_stream_that_is_left_alone_takes_what_was_added_with_it_and_says_so() 
 def check_empty(engine: Engine) -> None:
     """Nothing is left of any request or session, here or in any home."""
     opened = engine._open
-    left = (opened._batches, opened._batch_of, opened._last_turns, opened._ended, opened._ids, opened._numbers_of)
+    left = (opened._batches, opened._batch_of, opened._last_turns, opened._ended, opened._own, opened._numbers_of)
     assert engine._core.is_idle and not any(left) and not opened._outbox and not opened._sessions
     engine._core.scheduler.check_integrity()
     for home in engine._core.homes:
@@ -536,3 +540,158 @@ def test_two_calls_share_no_random_numbers_and_one_that_fails_counts_on_no_rank(
 
     first, second = on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
     assert first == second and len(set(first)) == 2
+
+
+def busy(engine: Engine, consumer: Consumer, num_steps: int = 2) -> str:
+    """A request under way on this rank."""
+    name = engine.add(PROMPTS[1], SamplingParams(max_new_tokens=50, ignore_eos=True))
+    for _ in range(num_steps):
+        consumer.take(engine.step())
+    return name
+
+
+CALLS: dict[str, Callable[[Engine], Any]] = {
+    "generate": lambda engine: engine.generate([1]),
+    "stream": lambda engine: next(engine.stream([1])),
+    "score": lambda engine: engine.score([([1], [2])]),
+    "pooled": lambda engine: engine.generate_pooled([[1]]),
+    "wake": lambda engine: engine.wake(),
+    "sleep": lambda engine: engine.sleep(),
+    "weights": lambda engine: engine.weights_changed(),
+    "close": lambda engine: engine.close(),
+}
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("call", CALLS)
+def test_another_call_on_one_rank_while_others_step_is_an_error_by_name_on_all(call: str, num_steps: int) -> None:
+    """Behind a step that only prefilled, or ones that sampled; and afterwards all may go on together."""
+
+    def body(engine: Engine, rank: int) -> str:
+        busy(engine, Consumer(), num_steps)
+        if rank == 1 and call == "close":
+            engine.close()
+            return "closed"
+        with pytest.raises(StreamEndedError) as caught:
+            CALLS[call](engine) if rank == 1 else [engine.step() for _ in range(60)]
+        if call != "close":
+            assert engine.generate([PROMPTS[0]], GREEDY)[0].finish_reason
+        return str(caught.value)
+
+    told = on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+    assert "rank(s) [1]" in told[0]
+
+
+def test_the_same_calls_of_all_ranks_may_be_made_while_requests_are_under_way() -> None:
+    def body(engine: Engine, rank: int) -> tuple[int, ...]:
+        consumer = Consumer()
+        name = busy(engine, consumer)
+        for call in ("generate", "score", "pooled", "wake", "weights", "sleep", "wake"):
+            CALLS[call](engine)
+            if engine.is_awake:
+                consumer.take(engine.step())
+        consumer.until(engine, 1)
+        result = consumer.results[name, 0]
+        assert len(result.token_ids) == 50 and result.weights_versions is not None
+        assert [version for version, _ in result.weights_versions] == [0, 1], "sleep changes no weights"
+        return result.token_ids
+
+    on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+
+
+@pytest.mark.parametrize("first", ["prefill", "news", "nothing"])
+def test_a_rank_that_leaves_a_stream_behind_any_step_ends_it_on_all(first: str) -> None:
+    def body(engine: Engine, rank: int) -> None:
+        engine.step()
+        if first != "nothing":
+            engine.add(PROMPTS[1], GREEDY)
+            engine.step()
+        if first == "news":
+            engine.add(PROMPTS[0], GREEDY)
+            engine.step()
+        stream = engine.stream(PROMPTS[:2], [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in (2, 40)])
+        next(stream)
+        if rank == 1:
+            stream.close()
+            with pytest.raises(StreamEndedError):
+                engine.step()
+        else:
+            with pytest.raises(StreamEndedError):
+                list(stream)
+
+    on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+
+
+def test_an_error_of_one_rank_alone_leaves_all_in_the_same_state() -> None:
+    def body(engine: Engine, rank: int) -> None:
+        engine.step()
+        head = engine._runner._model.get_output_embeddings()
+        if rank == 1:
+            head.half()
+        with pytest.raises((cpinfer.ModelChangedError, RanksDifferError)):
+            engine.step()
+        head.float()
+        engine.weights_changed()
+        engine.step()
+        assert engine.weights_version == 1
+
+    on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+
+
+def test_a_text_that_cannot_be_read_is_an_error_of_its_rank_and_nothing_is_stuck() -> None:
+    class Unreadable:
+        def decode(self, token_ids: Any, **_: Any) -> str:
+            raise ValueError("no such token")
+
+    with cpinfer.attach(make_model(FAMILIES["qwen2"]), dtype="float32", kv_cache_gib=2**-8) as engine:
+        engine._open._stop_checker._tokenizer = Unreadable()
+        session = engine.open_session(PROMPTS[0])
+        engine.add([], GREEDY, session=session)
+        with pytest.raises(ValueError, match="no such token"):
+            while True:
+                engine.step()
+        engine._open._stop_checker._tokenizer = None
+        assert session.turn is None and session.num_turns == 1
+        engine.close_session(session)
+        engine.step()
+        check_empty(engine)
+
+
+def test_arrivals_that_were_being_taken_in_when_an_interrupt_came_are_told_as_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with cpinfer.attach(make_model(FAMILIES["qwen2"]), dtype="float32", kv_cache_gib=2**-8) as engine:
+        session = engine.open_session(PROMPTS[0])
+        names = [engine.add(PROMPTS[1], GREEDY), engine.add([], GREEDY, session=session)]
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._core, "submit", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        consumer = Consumer()
+        consumer.until(engine, 2)
+        assert consumer.reasons == {(name, 0): "error" for name in names}
+        assert session.turn is None
+        engine.close_session(session)
+        engine.step()
+        check_empty(engine)
+
+
+def test_time_to_the_first_token_counts_from_when_a_request_is_added() -> None:
+    with cpinfer.attach(make_model(FAMILIES["qwen2"]), dtype="float32", kv_cache_gib=2**-8) as engine:
+        name, consumer = engine.add(PROMPTS[0], GREEDY), Consumer()
+        time.sleep(0.2)
+        consumer.until(engine, 1)
+        assert consumer.results[name, 0].ttft_s >= 0.2
+
+
+def test_local_calls_do_not_take_the_error_of_the_one_that_steps() -> None:
+    with cpinfer.attach(make_model(FAMILIES["qwen2"]), dtype="float32", kv_cache_gib=2**-8) as engine:
+        engine._core.left_alone = StreamEndedError("left", (1,))
+        engine.abort(engine.add([1], GREEDY))
+        engine.close_session(engine.open_session([1]))
+        with pytest.raises(StreamEndedError, match="left"):
+            engine.step()

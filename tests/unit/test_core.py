@@ -110,7 +110,7 @@ def test_alone_a_consumer_that_leaves_ends_its_batch_at_once_and_no_other():
     core.submit(left)
     core.submit(other)
     core.advance(steps)
-    core.leave(left, steps)
+    core.leave(left, lambda says: core.advance(steps, says))
     assert len(steps.said) == 1 and left.num_unfinished == 0 and not list(left.take())
     assert core.open_batches() == [other] and not core.is_cut and core.left_alone is None
     while other.num_unfinished:
@@ -128,7 +128,7 @@ def test_a_consumer_that_leaves_tells_the_others_in_the_next_step(who_left, is_l
     core.submit(other)
     core.advance(steps)
     core.advance(steps)
-    core.leave(batch, steps)
+    core.leave(batch, lambda says: core.advance(steps, says))
     assert steps.said == [Says.NOTHING, Says.NOTHING, Says.LEAVES]
     assert (core.left_alone is ended) == is_left_alone == core.is_cut
     if is_left_alone:
@@ -150,7 +150,9 @@ def test_after_a_fault_the_cache_is_cleared_and_what_was_under_way_is_lost():
     with pytest.raises(EngineFaultError, match="not finite"):
         core.advance(steps)
     assert steps.events[-1] == "clear" and core.is_cut
-    core.leave(batch, steps)  # as its consumer's frame does, when the error passes through it
+    core.leave(
+        batch, lambda says: core.advance(steps, says)
+    )  # as its consumer's frame does, when the error passes through it
     assert len(steps.said) == 2 and core.is_cut
     core.reset()
     assert batch.is_lost and other.is_lost and core.is_idle and not core.is_cut
