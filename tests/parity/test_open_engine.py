@@ -551,10 +551,10 @@ def busy(engine: Engine, consumer: Consumer, num_steps: int = 2) -> str:
 
 
 CALLS: dict[str, Callable[[Engine], Any]] = {
-    "generate": lambda engine: engine.generate([1]),
+    "generate": lambda engine: engine.generate([1], GREEDY),
     "stream": lambda engine: next(engine.stream([1])),
     "score": lambda engine: engine.score([([1], [2])]),
-    "pooled": lambda engine: engine.generate_pooled([[1]]),
+    "pooled": lambda engine: engine.generate_pooled([[1]], GREEDY),
     "wake": lambda engine: engine.wake(),
     "sleep": lambda engine: engine.sleep(),
     "weights": lambda engine: engine.weights_changed(),
