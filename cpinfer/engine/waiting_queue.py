@@ -1,5 +1,7 @@
-"""Requests that wait for room, in the order in which they are to get it. Adding, taking and removing cost the same
-however many there are."""
+"""Requests that wait for room, in the order in which they are to get it.
+
+Adding, taking and removing cost by the number of priorities that wait, not by that of requests.
+"""
 
 from __future__ import annotations
 

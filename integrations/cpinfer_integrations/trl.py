@@ -111,7 +111,8 @@ def with_cpinfer(trainer_class: type[Any], config: ConfigLike = None) -> type[An
         phase in `rollouts.records`; `rollouts.close()` destroys the process groups that were made for the lent ranks.
 
     Raises:
-        UserError: for another class, and for a config with unknown keys or values.
+        UserError: for another class, one that turns or tool loops of its own are written in, and for a config with
+            unknown keys or values.
     """
     if issubclass(trainer_class, GRPOTrainer):
         base: type[Any] = _GRPOByCpinfer
@@ -121,6 +122,12 @@ def with_cpinfer(trainer_class: type[Any], config: ConfigLike = None) -> type[An
         raise UserError(
             f"{trainer_class.__name__}: a GRPOTrainer or an RLOOTrainer was wanted, or a class derived from one."
         )
+    for name in ("_generate_single_turn", "_tool_call_loop"):
+        if getattr(trainer_class, name, None) is not getattr(base.by_trl, name, None):
+            raise UserError(
+                f"{trainer_class.__name__} has a {name} of its own, which with_cpinfer would put another in the place "
+                "of. Derive from what with_cpinfer makes instead, or leave it out."
+            )
     RolloutPhases(config)  # a config with faults is told of here
     return type(trainer_class.__name__, (base, trainer_class), {"_config_of_rollouts": config})
 
@@ -149,6 +156,8 @@ class _ByCpinfer(_Trainer):
 
 
 class _RLOOByCpinfer(_ByCpinfer):
+    by_trl = RLOOTrainer
+
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
         return [r.completion_ids for r in self._phase(prompt_ids, Phase.pooled)]
 
@@ -170,6 +179,8 @@ class _LoopOutput(NamedTuple):
 
 
 class _GRPOByCpinfer(_ByCpinfer):
+    by_trl = GRPOTrainer
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.rollout_func is not None:
@@ -189,6 +200,11 @@ class _GRPOByCpinfer(_ByCpinfer):
         if not self.tools:
             rollouts = self._phase(prompt_ids, Phase.pooled)
             return [r.completion_ids for r in rollouts], [r.processed_logprobs for r in rollouts]
+        if len(prompt_ids) != len(self._prompts_of_phase):
+            raise UserError(
+                f"{len(prompt_ids)} prompts were to be continued, _generate was given {len(self._prompts_of_phase)}; "
+                "as many were wanted. Leave their number as it is, and let no tool generate by the trainer."
+            )
         self._phase(prompt_ids, self._draw_with_tools)
         first = [turns[0] for turns, _ in self._drawn]
         return [list(turn.token_ids) for turn in first], [list(turn.processed_logprobs) for turn in first]

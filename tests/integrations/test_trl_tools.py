@@ -491,3 +491,38 @@ def test_a_class_derived_from_trls_keeps_its_name_and_what_it_does(tmp_path: Pat
     made = with_cpinfer(Own, CONFIG)
     assert made.__name__ == "Own" and issubclass(made, Own)
     drawn(make_trainer(made, tmp_path, **GREEDY))
+
+
+def test_a_class_with_turns_or_loops_of_its_own_is_refused() -> None:
+    class Turns(GRPOTrainer):
+        def _generate_single_turn(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    class Loops(GRPOTrainer):
+        def _tool_call_loop(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    class OfRLOO(RLOOTrainer):
+        def _generate_single_turn(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    for trainer_class, name in (
+        (Turns, "_generate_single_turn"),
+        (Loops, "_tool_call_loop"),
+        (OfRLOO, "_generate_sin"),
+    ):
+        with pytest.raises(cpinfer.UserError, match=f"{trainer_class.__name__} has a {name}"):
+            with_cpinfer(trainer_class)
+    with pytest.raises(cpinfer.UserError, match="of its own"):
+        with_cpinfer(with_cpinfer(GRPOTrainer))
+
+
+def test_more_prompts_than_a_generation_began_with_are_refused_by_number(tmp_path: Path) -> None:
+    class Doubled(GRPOTrainer):
+        def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+            ids, *rest = super()._tokenize_prompts(prompts)
+            return (ids * 2, *rest)
+
+    trainer = make_trainer(with_cpinfer(Doubled, CONFIG), tmp_path, **GREEDY)
+    with pytest.raises(cpinfer.UserError, match="prompts were to be continued, _generate was given"):
+        drawn(trainer)
