@@ -319,7 +319,9 @@ class LaunchConfig(JobConfig):
 
 
 # Keys that tools' `RunConfig` has beyond a job's. A file that says them too serves attach and trainers as well.
-KEYS_OF_TOOLS = frozenset(("generation_config", "input", "output", "evaluation", "comparison", "training", "wandb"))
+KEYS_OF_TOOLS = frozenset(
+    ("generation_config", "input", "output", "evaluation", "comparison", "training", "server", "wandb")
+)
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:

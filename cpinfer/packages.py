@@ -11,11 +11,14 @@ from cpinfer.errors import UserError
 EXTRAS: Mapping[str, str] = {
     "accelerate": "accelerate",
     "deepspeed": "deepspeed",
+    "fastapi": "serve",
     "lm_eval": "eval",
     "matplotlib": "eval",
     "peft": "rl",
+    "prometheus_client": "serve",
     "psutil": "eval",
     "trl": "rl",
+    "uvicorn": "serve",
     "wandb": "wandb",
 }
 

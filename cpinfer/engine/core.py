@@ -7,11 +7,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from cpinfer.engine.agreement import Says
 from cpinfer.engine.request import Request, SampledRequest
-from cpinfer.engine.scheduler import Scheduler
+from cpinfer.engine.scheduler import Scheduler, SchedulerStats
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
@@ -36,6 +37,18 @@ class Batch:
         """Those that have ended since they were last taken, in the order in which they did."""
         while self.finished:
             yield self.finished.popleft()
+
+
+class Load(NamedTuple):
+    """What is under way at a time: samples that get tokens, others that are prefilled or wait, and all counts so far.
+
+    `kv_usage`: the share of KV blocks that samples and cached prefixes hold.
+    """
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
+    stats: SchedulerStats
 
 
 class EngineCore:
@@ -67,6 +80,13 @@ class EngineCore:
     @property
     def scheduler(self) -> Scheduler:
         return self._scheduler
+
+    @property
+    def load(self) -> Load:
+        scheduler = self._scheduler  # the one of now: who asks may be another thread than the one that steps
+        pools, num_running = [home.pool for home in scheduler.homes], len(scheduler.running)
+        kv_usage = 1 - sum(pool.num_free for pool in pools) / sum(pool.num_blocks for pool in pools)
+        return Load(num_running, max(0, scheduler.num_unfinished - num_running), kv_usage, replace(scheduler.stats))
 
     @property
     def is_idle(self) -> bool:

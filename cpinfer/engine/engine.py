@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import Prepared, Says, begin_together, gather_packed
-from cpinfer.engine.core import Batch, EngineCore
+from cpinfer.engine.core import Batch, EngineCore, Load
 from cpinfer.engine.input_processor import InputProcessor
 from cpinfer.engine.needs import RankNeeds
 from cpinfer.engine.open_requests import OpenRequests, RequestOutput
@@ -35,14 +35,15 @@ _IDLE_S = 0.001
 class Engine:
     """Generates with an attached model. Every rank of a dp replica holds one and makes the same calls on it.
 
-    Made by `cpinfer.attach`, awake, and valid inside its block. `kv_capacity_tokens` is how long one sequence could be.
+    Made by `cpinfer.attach`, awake, and valid inside its block. `kv_capacity_tokens` is how long one sequence could be;
+    `topology` and `tokenizer` are what it was made with.
     """
 
     def __init__(
         self, runner: ModelRunner, topology: Topology, config: EngineConfig, tokenizer: Any | None, needs: RankNeeds
     ) -> None:
         self._runner = runner
-        self._topology = topology
+        self.topology, self.tokenizer = topology, tokenizer
         self._config = config
         self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
         self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, topology.logger(__name__))
@@ -52,16 +53,19 @@ class Engine:
         self._core = EngineCore(scheduler, self._stop_checker, home, replica.size, topology.logger(__name__))
         self._open = OpenRequests(self._core, self._inputs, self._stop_checker, topology, runner.device)
         self._steps: StepRunner | None = None
-        self._is_closed = False
         # Whether ranks have exchanged arrivals, and whether they do so before the next step.
-        self._exchanges_arrivals = self._has_arrivals = False
-        self._counted_before, self._num_calls = SchedulerStats(), 0
-        self.weights_version = 0
+        self._is_closed = self._exchanges_arrivals = self._has_arrivals = False
+        self._counted_before, self._num_calls, self.weights_version = SchedulerStats(), 0, 0
 
     @property
     def stats(self) -> SchedulerStats:
         """What the scheduler has done since the last call began, whoever asked for it."""
         return self._core.scheduler.stats - self._counted_before
+
+    @property
+    def load(self) -> Load:
+        """What is under way in this replica, and what was done since the engine began. From any thread."""
+        return self._core.load
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -113,10 +117,10 @@ class Engine:
         A rank that cannot is an error on all of them. Collective over the replica: one small gather.
         """
         self._refuse_when_closed()
-        made_of = self._runner, self._topology, self._config, self._needs, self._stop_checker
+        made_of = self._runner, self.topology, self._config, self._needs, self._stop_checker
         self._halt()
         self._steps = begin_together(
-            self._topology,
+            self.topology,
             self._runner.device,
             lambda: Prepared(self._steps or make_steps(*made_of), lambda: {"call": "wake"}),
         )[0]
@@ -200,7 +204,7 @@ class Engine:
             This rank's samples, in the order of its prompts.
         """
         self._refuse_when_closed()
-        topology, replica = self._topology, self._topology.replica
+        topology, replica = self.topology, self.topology.replica
         packed, lens = self._begin(
             "generate_pooled", lambda: self._inputs.packed(own_prompts, sampling, name, num_copies, replica.size)
         )
@@ -239,7 +243,7 @@ class Engine:
             RuntimeError: when the engine sleeps, its block has ended, or a step of another stream has failed.
         """
         self._refuse_when_closed()
-        name = f"{self.weights_version}/{self._topology.coords.dp_rank}/call-{self._num_calls}"  # of no other call
+        name = f"{self.weights_version}/{self.topology.coords.dp_rank}/call-{self._num_calls}"  # of no other call
         requests, _ = self._begin("generate", lambda: self._inputs.samples(prompts, sampling, skip, name))
         yield from self._results(requests)
         self._refuse_when_closed()  # else the end of the block would pass for that of the stream
@@ -429,7 +433,7 @@ class Engine:
 
         if is_call:
             self._halt()
-        begun = begin_together(self._topology, self._runner.device, ready)
+        begun = begin_together(self.topology, self._runner.device, ready)
         self._num_calls += is_call
         return begun
 
@@ -446,12 +450,8 @@ class Engine:
 
     def _state(self) -> dict[str, object]:
         """What ranks must have in common when a call begins, beside what it is about."""
-        free_blocks = [home.pool.num_free for home in self._core.homes]
-        return {
-            "weights_version": self.weights_version,
-            "adapters": self._runner.adapters,
-            "free KV blocks": free_blocks,
-        }
+        same = {"weights_version": self.weights_version, "adapters": self._runner.adapters}
+        return {**same, "free KV blocks": [home.pool.num_free for home in self._core.homes]}
 
     def _results(self, requests: Sequence[SampledRequest]) -> Iterator[RolloutResult]:
         version = self.weights_version

@@ -77,6 +77,22 @@ class Consumer:
         engine.run_until(has_all)
 
 
+def test_the_load_tells_what_is_under_way() -> None:
+    def body(engine: Engine, _: int) -> Any:
+        engine.add(PROMPTS[0], GREEDY)
+        engine.add(PROMPTS[1], GREEDY)
+        loads = []
+        while not loads or loads[-1].num_running:
+            engine.step()
+            loads.append(engine.load)
+        return loads
+
+    (loads,) = on_ranks(RankGrid(), body)
+    assert max(load.num_running for load in loads) == 2 and max(load.kv_usage for load in loads) > 0
+    assert loads[0].num_waiting > 0 == loads[-1].num_waiting
+    assert loads[-1].stats.num_generated_tokens == 12 > loads[0].stats.num_generated_tokens
+
+
 def alone(prompt: Any, sampling: SamplingParams, family: str = "qwen2", name: str | None = None) -> list[list[int]]:
     """The samples of a prompt that nothing runs beside."""
     given = prompt if name is None else {"prompt_token_ids": prompt, "id": name}

@@ -36,6 +36,7 @@ COMMANDS: Mapping[str, Command] = {
     "init": Command("cpinfer_tools.init", "write the shipped configs, prompts and tiny models to a folder"),
     "rollout": Command("cpinfer_tools.rollout", "generate from a file of prompts"),
     "eval": Command("cpinfer_tools.evaluation.eval_longctx", "long-context tasks, generated and scored"),
+    "serve": Command("cpinfer_tools.serve", "answer HTTP clients of OpenAI's interface", "serve"),
     "explain": Command("cpinfer_tools.explain", "what a layout does, before anything runs (numpy alone)"),
     "compare": Command("cpinfer_tools.verify.compare", "the same evaluation over several layouts", "eval"),
     "mismatch": Command("cpinfer_tools.verify.mismatch", "rollout logprobs beside the training forward's"),

@@ -79,16 +79,9 @@ class Job(ABC):
     weights: Weights
     grid: RankGrid
     tokenizer: Any  # None where the model's folder has none
-    output: Path
-    existing: Existing
     meta: Mapping[str, Any]
     dry_run: bool
     log_level: str = "warning"
-    done: frozenset[Any] = frozenset()  # what an earlier run has left; known when the output is open
-
-    def read_done(self) -> frozenset[Any]:
-        """What an earlier run has left in the output, by key. UserError when it is not to be continued."""
-        return frozenset()
 
     @property
     def shown_logs(self) -> Sequence[str]:
@@ -109,6 +102,19 @@ class Job(ABC):
     def notes(self) -> Sequence[str]:
         """What people should know beside it."""
         return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputJob(Job):
+    """One that leaves results in a file."""
+
+    output: Path
+    existing: Existing
+    done: frozenset[Any] = frozenset()  # what an earlier run has left; known when the output is open
+
+    def read_done(self) -> frozenset[Any]:
+        """What an earlier run has left in the output, by key. UserError when it is not to be continued."""
+        return frozenset()
 
 
 J = TypeVar("J", bound=Job)
@@ -187,8 +193,7 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
     with default_group(launch, timeout_s), ExitStack() as stack:
         # The ranks compare complaints before any goes on: one voice speaks, all leave, none waits for another.
         complaint = first_complaint(launch, complaint)
-        if complaint is None:
-            assert job is not None, "without a complaint there is a job"
+        if complaint is None and isinstance(job, OutputJob):
             # Each rank has read its own clock for a default name; the first rank's is the one.
             job = replace(job, output=Path(broadcast_object(launch, str(job.output))))
             job, complaint = open_together(launch, job, stack)
@@ -211,10 +216,10 @@ def _run(tool: str, launch: Launch, prepare: Callable[[Launch], J], work: Callab
 
 def announce(tool: str, job: Job) -> None:
     """For people: what runs on which layout, the rank table with how to read it, and the job's notes."""
-    grid = job.grid
+    grid, output = job.grid, f" -> {job.output}" if isinstance(job, OutputJob) else ""
     print(
         f"{job.config.model} ({job.config.dtype}) on {grid.world_size} rank(s): tp={grid.tp_size} pcp={grid.pcp_size} "
-        f"dcp={grid.dcp_size} dp={grid.dp_size}; {job.what} -> {job.output}\n"
+        f"dcp={grid.dcp_size} dp={grid.dp_size}; {job.what}{output}\n"
         "rank: query heads / stored KV heads / KV shard / prefill part\n\n"
         f"{draw_grid(grid, job.spec.heads(grid.tp_size))}",
         file=sys.stderr,
@@ -384,7 +389,7 @@ def describe_run(
 
 def log_to_wandb(
     tool: str,
-    job: Job,
+    job: OutputJob,
     summary: Mapping[str, Any],
     history: Sequence[Mapping[str, Any]] = (),
     images: Mapping[str, Path] | None = None,

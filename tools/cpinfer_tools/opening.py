@@ -20,9 +20,9 @@ from cpinfer_tools.results.output import check_output, open_output, part_path
 from cpinfer_tools.results.output_lock import locked
 
 if TYPE_CHECKING:
-    from cpinfer_tools.job import Job
+    from cpinfer_tools.job import OutputJob
 
-    J = TypeVar("J", bound=Job)
+    J = TypeVar("J", bound=OutputJob)
 
 # How long a file that one host has made may take to show on another.
 SEEN_WITHIN_S = 5.0
@@ -80,7 +80,7 @@ def _begin(launch: Launch, job: J, stack: ExitStack, until_seen: ExitStack) -> O
         return Opening(str(error), place, "", frozenset(), made_of)
 
 
-def _complaint_of_opening(job: Job) -> str | None:
+def _complaint_of_opening(job: OutputJob) -> str | None:
     try:
         open_output(job.output, job.existing, job.meta)
     except UserError as error:
@@ -88,7 +88,7 @@ def _complaint_of_opening(job: Job) -> str | None:
     return None
 
 
-def _doubt(launch: Launch, job: Job, opening: Opening) -> str | None:
+def _doubt(launch: Launch, job: OutputJob, opening: Opening) -> str | None:
     """Why this rank cannot take part: it runs something else, or its replica would write somewhere else."""
     mine = flat(job.meta.get("made_of", {}))
     others = [name for name in opening.made_of if mine.get(name) != opening.made_of[name]]

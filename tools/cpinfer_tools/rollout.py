@@ -30,7 +30,7 @@ from cpinfer.models.loading import load_tokenizer
 from cpinfer.models.model_files import model_hashes
 from cpinfer_integrations.launching import launch_inference
 from cpinfer_tools.job import (
-    Job,
+    OutputJob,
     Parser,
     add_common_flags,
     check_layout,
@@ -70,7 +70,7 @@ from cpinfer_tools.run_config import load_run_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rollout(Job):
+class Rollout(OutputJob):
     """Prompts to answer."""
 
     inputs: tuple[InputLine, ...]

@@ -13,6 +13,7 @@ from cpinfer.errors import UserError
 from cpinfer.models.loading import model_sampling
 from cpinfer.schema import Bounds, Checked, require
 from cpinfer.schema import key as _key
+from cpinfer_integrations.server_config import ServerConfig
 from cpinfer_integrations.wandb_config import WandbConfig
 
 
@@ -106,6 +107,7 @@ class RunConfig(LaunchConfig):
     evaluation: EvaluationConfig = _key("long-context evaluation", factory=EvaluationConfig)
     comparison: ComparisonConfig = _key("comparison of layouts", factory=ComparisonConfig)
     training: TrainingConfig = _key("reinforcement learning with TRL", factory=TrainingConfig)
+    server: ServerConfig = _key("HTTP server", factory=ServerConfig)
     wandb: WandbConfig | None = _key(
         "log to W&B: an object with `project`, `name`, `group`, `mode`; without it nothing is", None
     )

@@ -49,7 +49,7 @@ from cpinfer_tools.evaluation.questions import (
     summarize_lines,
 )
 from cpinfer_tools.job import (
-    Job,
+    OutputJob,
     Parser,
     add_common_flags,
     check_layout,
@@ -81,7 +81,7 @@ from cpinfer_tools.run_config import EvaluationConfig, load_run_config
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationJob(Job):
+class EvaluationJob(OutputJob):
     """Questions to ask."""
 
     questions: tuple[Question, ...]

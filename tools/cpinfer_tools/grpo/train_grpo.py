@@ -39,7 +39,7 @@ from cpinfer_tools.grpo.curves import draw_curves, ends
 from cpinfer_tools.grpo.rewards import Reward, find_reward
 from cpinfer_tools.grpo.training import Line, Trained, train
 from cpinfer_tools.job import (
-    Job,
+    OutputJob,
     Parser,
     add_common_flags,
     check_layout,
@@ -63,7 +63,7 @@ OF_TRAINER = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "m
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training(Job):
+class Training(OutputJob):
     """Rows for TRL, what rewards them, and the steps of other runs to draw `beside`."""
 
     reward: Reward

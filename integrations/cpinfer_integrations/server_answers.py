@@ -1,0 +1,198 @@
+"""Answers to completions and chats in OpenAI's shapes, whole and as streams of server-sent events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cpinfer.engine.open_requests import RequestOutput
+from cpinfer.engine.request import RolloutResult
+from cpinfer_integrations.server_bridge import Answers
+from cpinfer_integrations.server_errors import ApiError
+from cpinfer_integrations.server_schemas import ChatRequest, CompletionRequest, SampledRequest
+from cpinfer_integrations.server_text import ServerTokenizer, TextStream
+
+Json = dict[str, Any]
+
+
+@dataclass(eq=False)
+class _Growing:
+    """A choice of a stream: its text so far, and how many characters its tokens have made."""
+
+    text: TextStream
+    offset: int = 0
+    is_first: bool = True
+
+
+@dataclass(eq=False)
+class Reply(ABC):
+    """What is answered to what a client has `asked`, with `prompts` as token ids and `n` samples of each."""
+
+    asked: SampledRequest
+    model: str
+    tokenizer: ServerTokenizer
+    prompts: Sequence[Sequence[int]]
+    n: int
+    stop: Sequence[str]
+    id: str = field(default_factory=lambda: secrets.token_hex(16))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    prefix = ""
+    whole_object = ""
+    chunk_object = ""
+
+    @abstractmethod
+    def choice(self, place: int, result: RolloutResult) -> Json:
+        """A sample of the prompt at `place`, whole: all but its index and what all choices have."""
+
+    @abstractmethod
+    def chunk(self, place: int, output: RequestOutput, growing: _Growing) -> Json:
+        """What is new of a sample, likewise."""
+
+    async def whole(self, answers: Answers) -> Json:
+        """All of it, when the last sample has ended."""
+        results: dict[int, tuple[int, RolloutResult]] = {}
+        async for place, output in answers.outputs():
+            if output.result is not None:
+                results[self._index(place, output)] = place, output.result
+        choices = [
+            {"index": index, **self.choice(place, result), **self._of_result(result), **self._ids(place, result)}
+            for index, (place, result) in sorted(results.items())
+        ]
+        version = max(result.weights_version for _, result in results.values())
+        usage = self._usage(sum(len(result.token_ids) for _, result in results.values()))
+        return {**self._head(self.whole_object), "choices": choices, "usage": usage, "weights_version": version}
+
+    async def events(self, answers: Answers) -> AsyncIterator[bytes]:
+        """The same as server-sent events, one for every output. An error is the last of them."""
+        growing: dict[int, _Growing] = {}
+        num_tokens = 0
+        try:
+            async for place, output in answers.outputs():
+                index = self._index(place, output)
+                choice = growing.setdefault(index, _Growing(self.tokenizer.stream(self.stop)))
+                said = {"index": index, "finish_reason": output.finish_reason, **self.chunk(place, output, choice)}
+                if self.asked.return_token_ids:
+                    said |= {"token_ids": list(output.token_ids)}
+                    said |= {"prompt_token_ids": list(self.prompts[place])} if choice.is_first else {}
+                if output.result is not None:
+                    said |= self._of_result(output.result)
+                choice.is_first = False
+                num_tokens += len(output.token_ids)
+                head = self._head(self.chunk_object)
+                yield _event({**head, "choices": [said], "weights_version": output.weights_version})
+            if self.asked.includes_usage:
+                yield _event({**self._head(self.chunk_object), "choices": [], "usage": self._usage(num_tokens)})
+        except ApiError as error:
+            yield _event({"error": error.error})
+            return
+        yield b"data: [DONE]\n\n"
+
+    def _grown(self, output: RequestOutput, growing: _Growing) -> str:
+        """The text that an output makes certain: of the last one also what a stop string might have cut off."""
+        return growing.text.feed(output.token_ids) if output.result is None else growing.text.end(output.result.text)
+
+    def _index(self, place: int, output: RequestOutput) -> int:
+        return place * self.n + output.sample_index
+
+    def _head(self, kind: str) -> Json:
+        return {"id": f"{self.prefix}-{self.id}", "object": kind, "created": self.created, "model": self.model}
+
+    def _usage(self, num_tokens: int) -> Json:
+        num_prompt = sum(map(len, self.prompts))
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_tokens,
+            "total_tokens": num_prompt + num_tokens,
+        }
+
+    def _of_result(self, result: RolloutResult) -> Json:
+        """Which weights have sampled how many of its tokens, one pair for each version in turn."""
+        return {"weights_versions": result.weights_versions or [(result.weights_version, len(result.token_ids))]}
+
+    def _ids(self, place: int, result: RolloutResult) -> Json:
+        if not self.asked.return_token_ids:
+            return {}
+        return {"token_ids": result.token_ids, "prompt_token_ids": self.prompts[place]}
+
+
+@dataclass(eq=False)
+class Completion(Reply):
+    """An answer of `/v1/completions`. `texts` of the prompts, where they are to be repeated."""
+
+    asked: CompletionRequest
+    texts: Sequence[str] = ()
+
+    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
+
+    def choice(self, place: int, result: RolloutResult) -> Json:
+        logprobs = None
+        before = self.texts[place] if self.asked.echo else ""
+        if self.asked.logprobs is not None:
+            tokens, tops = result.token_ids, result.top_logprobs or ()
+            values: Sequence[float | None] = result.logprobs
+            if self.asked.echo:
+                tokens, values = (*result.prompt_token_ids, *tokens), (*(result.prompt_logprobs or ()), *values)
+                tops = (*(result.prompt_top_logprobs or ()), *tops)
+            logprobs = self.tokenizer.completion_logprobs(tokens, values, tops)
+        text = before + (result.text or "")
+        return {"text": text, "logprobs": logprobs, "finish_reason": result.finish_reason}
+
+    def chunk(self, place: int, output: RequestOutput, growing: _Growing) -> Json:
+        before = self.texts[place] if self.asked.echo and growing.is_first else ""
+        text = self._grown(output, growing)
+        logprobs = None
+        if self.asked.logprobs is not None:
+            tops = [token.top for token in output.tokens] if self.asked.logprobs else ()
+            logprobs = self.tokenizer.completion_logprobs(output.token_ids, output.logprobs, tops, growing.offset)
+            growing.offset += sum(map(len, logprobs["tokens"]))
+        return {"text": before + text, "logprobs": logprobs}
+
+
+@dataclass(eq=False)
+class Chat(Reply):
+    """An answer of `/v1/chat/completions`. Where tools may be called, a stream tells text and calls at the end."""
+
+    asked: ChatRequest
+
+    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def choice(self, place: int, result: RolloutResult) -> Json:
+        message = self._parsed(place, result)
+        logprobs = None
+        if self.asked.logprobs:
+            tops = result.top_logprobs or ()
+            logprobs = self.tokenizer.chat_logprobs(result.token_ids, result.logprobs, tops)
+        return {
+            "message": message or {"role": "assistant", "content": result.text or ""},
+            "logprobs": logprobs,
+            "finish_reason": result.finish_reason if message is None else "tool_calls",
+        }
+
+    def chunk(self, place: int, output: RequestOutput, growing: _Growing) -> Json:
+        delta: Json = {"role": "assistant", "content": ""} if growing.is_first else {}
+        message = None if output.result is None else self._parsed(place, output.result)
+        if message is not None:
+            delta |= {name: value for name, value in message.items() if value is not None}
+            delta |= {"tool_calls": [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]}
+        elif output.result is not None or not self.asked.shown_tools:
+            text = self._grown(output, growing)
+            delta |= {"content": text} if text else {}
+        logprobs = None
+        if self.asked.logprobs:
+            tops = [token.top for token in output.tokens]
+            logprobs = self.tokenizer.chat_logprobs(output.token_ids, output.logprobs, tops)
+        finish = {} if message is None else {"finish_reason": "tool_calls"}
+        return {"delta": delta, "logprobs": logprobs, **finish}
+
+    def _parsed(self, place: int, result: RolloutResult) -> Json | None:
+        return self.tokenizer.parsed(self.prompts[place], result, self.asked.shown_tools)
+
+
+def _event(said: Json) -> bytes:
+    return f"data: {json.dumps(said, separators=(',', ':'))}\n\n".encode()

@@ -1,0 +1,231 @@
+"""Between HTTP and the engine: routes ask on the event loop of a thread, the main thread steps.
+
+event loop    a route asks  -> Engine.add            ... awaits ...          outputs -> the routes that wait for them
+main thread                    step step step step   hands outputs over  ->
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+from cpinfer.config import SamplingParams
+from cpinfer.engine.engine import Engine
+from cpinfer.engine.open_requests import RequestOutput
+from cpinfer_integrations.server_errors import ApiError
+from cpinfer_integrations.server_metrics import Metrics
+
+
+@dataclass(eq=False)
+class _Run:
+    """A request of the engine, its outputs so far, and who waits for them: each with the place of the prompt there."""
+
+    id: str
+    num_samples: int
+    began_s: float
+    outputs: list[RequestOutput] = field(default_factory=list)
+    readers: list[tuple[Answers, int]] = field(default_factory=list)
+    first_token_s: dict[int, float] = field(default_factory=dict)
+    num_ended: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+class Answers:
+    """What one HTTP request waits for: the samples of its prompts. Whoever has it leaves it in the end."""
+
+    def __init__(self, bridge: Bridge, num_samples: int, until_s: float) -> None:
+        self._bridge = bridge
+        self._num_open = num_samples
+        self._until_s = until_s
+        self._queue: asyncio.Queue[tuple[int, RequestOutput] | ApiError] = asyncio.Queue()
+        self.runs: list[_Run] = []
+
+    def put(self, found: tuple[int, RequestOutput] | ApiError) -> None:
+        """Hand over an output with the place of its prompt, or why there will be none. On the event loop."""
+        self._queue.put_nowait(found)
+
+    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Outputs as they come, each with the place of its prompt, until all samples have ended.
+
+        Raises:
+            ApiError: when that takes too long, a step failed, or the server ends first.
+        """
+        while self._num_open:
+            try:
+                async with asyncio.timeout_at(self._until_s):
+                    found = await self._queue.get()
+            except TimeoutError:
+                raise ApiError(504, "the request took longer than this server allows (max_request_s).") from None
+            if isinstance(found, ApiError):
+                raise found
+            if found[1].finish_reason in ("abort", "error"):
+                raise self._bridge.why_not(found[1].finish_reason)
+            self._num_open -= found[1].finish_reason is not None
+            yield found
+
+    def leave(self) -> None:
+        """Wait for nothing any more: what nobody else waits for is aborted."""
+        for run in self.runs:
+            run.readers = [(reader, place) for reader, place in run.readers if reader is not self]
+            self._bridge.abort_unread(run)
+        self.runs = []
+
+
+class Bridge:
+    """The requests that clients have under way. Methods are called on the event loop, unless they say otherwise."""
+
+    def __init__(self, engine: Engine, metrics: Metrics, max_samples: int, max_request_s: float) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._max_samples = max_samples
+        self._max_request_s = max_request_s
+        self._runs: dict[str, _Run] = {}
+        self._num_samples = 0
+        self._refusal: ApiError | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Remember the event loop that runs now."""
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def num_open(self) -> int:
+        """Requests whose last output has not been handed on. From any thread."""
+        return len(self._runs)
+
+    @property
+    def is_ready(self) -> bool:
+        return self._refusal is None
+
+    async def ask(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, is_seeded: bool) -> Answers:
+        """Queue the prompts of one HTTP request.
+
+        Args:
+            prompts: token ids.
+            params: for all of them.
+            is_seeded: whether the same request shall draw the same samples again; one that is under way is shared.
+
+        Returns:
+            Their answers, to be left in the end.
+
+        Raises:
+            ApiError: when there is no room now, or never. UserError: as `Engine.add` has it.
+        """
+        answers = Answers(self, len(prompts) * params.n, asyncio.get_running_loop().time() + self._max_request_s)
+        try:
+            for place, token_ids in enumerate(prompts):
+                request_id = _id_of(token_ids, params) if is_seeded else f"request-{secrets.token_hex(16)}"
+                await self._join(answers, place, request_id, token_ids, params)
+        except BaseException:
+            answers.leave()
+            raise
+        return answers
+
+    async def _join(
+        self, answers: Answers, place: int, request_id: str, token_ids: Sequence[int], params: SamplingParams
+    ) -> None:
+        while (run := self._runs.get(request_id)) is not None and not run.readers:
+            await run.ended.wait()  # it is being aborted, and its name not free yet
+        if self._refusal is not None:
+            raise self._refusal
+        if run is None:
+            run = self._begin(request_id, token_ids, params)
+        for output in run.outputs:
+            answers.put((place, output))
+        run.readers.append((answers, place))
+        answers.runs.append(run)
+
+    def _begin(self, request_id: str, token_ids: Sequence[int], params: SamplingParams) -> _Run:
+        if self._num_samples + params.n > self._max_samples:
+            raise ApiError(
+                429,
+                f"{self._num_samples} samples are under way and {params.n} were asked for; this server takes "
+                f"{self._max_samples} at a time. Try again.",
+                kind="rate_limit_error",
+                headers={"Retry-After": "1"},
+            )
+        run = _Run(request_id, params.n, time.perf_counter())
+        self._runs[request_id] = run  # before the engine has it: an output may come at once
+        try:
+            self._engine.add({"prompt_token_ids": list(token_ids), "id": request_id}, params)
+        except BaseException:
+            del self._runs[request_id]
+            raise
+        self._num_samples += run.num_samples
+        self._metrics.num_prompt_tokens.inc(len(token_ids))
+        return run
+
+    def abort_unread(self, run: _Run) -> None:
+        """End a request that nobody waits for."""
+        if not run.readers and run.id in self._runs:
+            self._engine.abort(run.id)
+
+    def why_not(self, finish_reason: str) -> ApiError:
+        """What to tell a client whose request was taken away."""
+        if finish_reason == "error":
+            return ApiError(500, "a step of the model failed, and took this request along.", kind="server_error")
+        return self._refusal or ApiError(503, "the request was aborted.", kind="server_error")
+
+    def hand_over(self, outputs: Sequence[RequestOutput]) -> None:
+        """Hand outputs of a step to those who wait for them. On the thread that steps."""
+        if outputs:
+            assert self._loop is not None, "who asks has a loop"
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+
+    def close(self, why: str) -> None:
+        """Take no more requests. From any thread."""
+        self._refusal = ApiError(503, why, kind="server_error", headers={"Retry-After": "1"})
+
+    def abort_all(self) -> None:
+        """End all that is under way. On the thread that steps."""
+        for request_id in list(self._runs):
+            self._engine.abort(request_id)
+
+    def fail(self, why: str) -> None:
+        """There will be no more outputs: tell all who wait. On the thread that steps."""
+        self.close(why)
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._drop_all)
+
+    def _drop_all(self) -> None:
+        for run in self._runs.values():
+            for answers, _ in run.readers:
+                answers.put(self.why_not("abort"))
+            run.ended.set()
+        self._runs.clear()
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        now_s = time.perf_counter()
+        for output in outputs:
+            run = self._runs.get(output.request_id)
+            if run is not None:  # else the phase's own code has added it
+                self._take(run, output, now_s)
+
+    def _take(self, run: _Run, output: RequestOutput, now_s: float) -> None:
+        run.outputs.append(output)
+        if output.tokens and output.sample_index not in run.first_token_s:
+            run.first_token_s[output.sample_index] = now_s
+            self._metrics.ttft_s.observe(now_s - run.began_s)
+        if output.finish_reason is not None:
+            run.num_ended += 1
+            self._num_samples -= 1
+            num_tokens = 0 if output.result is None else len(output.result.token_ids)
+            self._metrics.ended(
+                output.finish_reason, num_tokens, now_s - run.first_token_s.get(output.sample_index, now_s)
+            )
+        for answers, place in run.readers:
+            answers.put((place, output))
+        if run.num_ended == run.num_samples:
+            del self._runs[run.id]
+            run.ended.set()
+
+
+def _id_of(token_ids: Sequence[int], params: SamplingParams) -> str:
+    """The name of a request whose samples are to be the same whenever it is asked for."""
+    asked = json.dumps([list(token_ids), asdict(params)], sort_keys=True)
+    return f"seeded-{hashlib.sha256(asked.encode()).hexdigest()}"

@@ -1,0 +1,152 @@
+"""What clients may send, in OpenAI's shapes and with vLLM's names for what OpenAI has not; anything else is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from cpinfer.config import SamplingParams
+
+# OpenAI's own limit of `top_logprobs`.
+MAX_TOP_LOGPROBS = 20
+
+# By our name of what a request may say of its sampling, the name there.
+_SAMPLING: Mapping[str, str] = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "n": "n",
+    "seed": "seed",
+    "min_new_tokens": "min_tokens",
+    "ignore_eos": "ignore_eos",
+}
+
+_Zero = Annotated[float, Field(ge=0, le=0)]
+_NumTop = Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)]
+_Count = Annotated[int, Field(ge=1, le=2**30)]
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+# What is looked through for every token on every rank has to be short.
+_Stop = Annotated[str, Field(min_length=1, max_length=1024)]
+_MAX_STOPS = 64
+_MAX_BIASES = 1024
+
+
+class _Checked(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class StreamOptions(_Checked):
+    """OpenAI's `stream_options`."""
+
+    include_usage: bool | None = None
+
+
+class SampledRequest(_Checked):
+    """What requests for a completion and for a chat have in common."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Annotated[int, Field(ge=1, le=2**16)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MAX_STOPS)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=_MAX_BIASES)] | None = None
+    # Known to every client, and supported in the one value that changes nothing.
+    presence_penalty: _Zero | None = None
+    frequency_penalty: _Zero | None = None
+    user: str | None = None
+    # vLLM's beside OpenAI's.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**30)] | None = None
+    stop_token_ids: Annotated[list[_TokenId], Field(max_length=_MAX_STOPS)] | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+
+    def sampling(self, defaults: SamplingParams, max_new_tokens: int) -> SamplingParams:
+        """How its samples are drawn.
+
+        Args:
+            defaults: for what it does not say.
+            max_new_tokens: longest answer.
+
+        Returns:
+            The parameters. UserError for what they do not allow.
+        """
+        said: dict[str, Any] = {ours: getattr(self, theirs) for ours, theirs in _SAMPLING.items()}
+        said = {name: value for name, value in said.items() if value is not None}
+        if self.stop is not None:
+            said["stop"] = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if self.stop_token_ids is not None:
+            said["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.logit_bias is not None:
+            said["logit_bias"] = tuple((_token_id(token), bias) for token, bias in self.logit_bias.items())
+        return replace(defaults, max_new_tokens=max_new_tokens, **said)
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with a count of its tokens."""
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class CompletionRequest(SampledRequest):
+    """The body of `/v1/completions`."""
+
+    prompt: str | list[_TokenId] | list[str] | list[list[_TokenId]]
+    max_tokens: _Count | None = None
+    logprobs: _NumTop | None = None
+    echo: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=1)] | None = None
+    suffix: None = None
+    add_special_tokens: bool | None = None
+
+
+class ChatRequest(SampledRequest):
+    """The body of `/v1/chat/completions`. What a message or a tool has in it, the chat template judges."""
+
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Literal[True] | None = None
+    max_tokens: _Count | None = None
+    max_completion_tokens: _Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: _NumTop | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """Those that the model may call."""
+        return None if self.tool_choice == "none" else self.tools or None
+
+
+class TokenizeRequest(_Checked):
+    """The body of `/tokenize`: a text, or a chat."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(_Checked):
+    """The body of `/detokenize`."""
+
+    model: str | None = None
+    tokens: list[_TokenId]
+
+
+def _token_id(name: str) -> int:
+    """A key of `logit_bias`; one that is no number becomes a token id that no model has, which is refused by name."""
+    return int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1

@@ -1,0 +1,203 @@
+"""Texts of a server: prompts to token ids, tokens to text as they come, logprobs in OpenAI's shapes, tool calls."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from cpinfer.engine.chats import chat_token_ids
+from cpinfer.engine.prompts import as_prompt
+from cpinfer.engine.request import RolloutResult
+from cpinfer_integrations.server_errors import ApiError
+
+Top = Sequence[tuple[int, float]]
+
+
+class ServerTokenizer:
+    """A tokenizer on copies of its own: one may not be used by two threads at a time, and the engine has its own.
+
+    Prompts are read in one thread beside the event loop, so that a long one keeps nobody waiting for tokens.
+    """
+
+    def __init__(self, tokenizer: Any | None) -> None:
+        self._encoder, self._decoder = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+        self._reading = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._shown = lru_cache(2**16)(self._show)
+
+    @property
+    def has_words(self) -> bool:
+        """Whether there is a tokenizer."""
+        return self._decoder is not None
+
+    async def read_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
+        """Token ids of a text. UserError for one that is none."""
+        return await self._in_thread(partial(self._read_text, text, add_special_tokens))
+
+    async def read_chat(self, messages: Any, tools: Any, template_kwargs: Any) -> tuple[int, ...]:
+        """Token ids of a chat by the model's template. UserError as `chat_token_ids` has it."""
+        if not self.has_words:
+            raise ApiError(400, "chats need a tokenizer, the model's folder has none. Ask with token ids.")
+        plain = _with_arguments_as_objects(messages)
+        return await self._in_thread(partial(chat_token_ids, plain, self._encoder, tools, template_kwargs))
+
+    async def _in_thread(self, read: Any) -> tuple[int, ...]:
+        token_ids: tuple[int, ...] = await asyncio.get_running_loop().run_in_executor(self._reading, read)
+        return token_ids
+
+    def _read_text(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        token_ids = as_prompt(text, 0, self._encoder).token_ids
+        if add_special_tokens or self._encoder is None:
+            return token_ids
+        return tuple(self._encoder(text, add_special_tokens=False)["input_ids"])
+
+    def close(self) -> None:
+        """End the thread that reads prompts."""
+        self._reading.shutdown(wait=False, cancel_futures=True)
+
+    def text(self, token_ids: Sequence[int]) -> str:
+        """Of all tokens, special ones included; empty without a tokenizer."""
+        return "" if self._decoder is None else str(self._decoder.decode(list(token_ids)))
+
+    def stream(self, stop: Sequence[str]) -> TextStream:
+        """A text that grows, of an answer that may end at `stop`."""
+        return TextStream(self._decoder, max(map(len, stop), default=1) - 1)
+
+    def parsed(self, prompt_ids: Sequence[int], result: RolloutResult, tools: Any) -> dict[str, Any] | None:
+        """An answer as the message that the model's response template makes of it; None where nothing is called."""
+        if getattr(self._decoder, "response_template", None) is None or not tools:
+            return None
+        assert self._decoder is not None, "what has a template is there"
+        try:
+            found = self._decoder.parse_response(list(result.token_ids), prefix=list(prompt_ids), tools=tools)
+            return _message(found)
+        except (AttributeError, KeyError, TypeError, ValueError):  # the model has written a call that is none
+            return None
+
+    def completion_logprobs(
+        self, token_ids: Sequence[int], logprobs: Sequence[float | None], tops: Sequence[Top], offset: int = 0
+    ) -> dict[str, Any]:
+        """Logprobs as `/v1/completions` has them; `offset` is where the first token's text begins."""
+        tokens = [self._shown(token) for token in token_ids]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": list(logprobs),
+            "top_logprobs": [
+                self._top_by_text(token, logprob, top)
+                for token, logprob, top in zip(tokens, logprobs, tops, strict=True)
+            ]
+            if tops
+            else None,
+            "text_offset": offsets,
+        }
+
+    def chat_logprobs(self, token_ids: Sequence[int], logprobs: Sequence[float], tops: Sequence[Top]) -> dict[str, Any]:
+        """Logprobs as `/v1/chat/completions` has them."""
+        tops = tops or [()] * len(token_ids)
+        return {
+            "content": [
+                {**self._logprob(token, logprob), "top_logprobs": [self._logprob(*likely) for likely in top]}
+                for token, logprob, top in zip(token_ids, logprobs, tops, strict=True)
+            ]
+        }
+
+    def _logprob(self, token_id: int, logprob: float) -> dict[str, Any]:
+        token = self._shown(token_id)
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode(errors="replace"))}
+
+    def _top_by_text(self, token: str, logprob: float | None, top: Top) -> dict[str, float] | None:
+        """The likeliest by their texts, the likelier where two have one, and the token itself, as OpenAI has it."""
+        if logprob is None:
+            return None
+        found: dict[str, float] = {}
+        for likely, value in top:
+            found.setdefault(self._shown(likely), value)
+        found.setdefault(token, logprob)
+        return found
+
+    def _show(self, token_id: int) -> str:
+        return f"token_id:{token_id}" if self._decoder is None else str(self._decoder.decode([token_id]))
+
+
+class TextStream:
+    """The text of an answer as its tokens come. What may yet be cut off, `num_held` characters, is told at the end."""
+
+    def __init__(self, tokenizer: Any | None, num_held: int) -> None:
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._decode = DecodeStream(skip_special_tokens=True)
+        self._num_held = num_held
+        self._text = ""
+        self._num_told = 0
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """Text that these tokens make certain; none without a tokenizer of the Rust kind."""
+        if self._backend is None:
+            return ""
+        try:
+            for token in token_ids:
+                self._text += self._decode.step(self._backend, token) or ""
+        except Exception:  # tokens whose text is not that of the tokens before with more behind it
+            self._backend = None
+            return ""
+        return self._tell(max(self._num_told, len(self._text) - self._num_held))
+
+    def end(self, text: str | None) -> str:
+        """What is left of the whole text."""
+        self._text = text or ""
+        return self._tell(len(self._text))
+
+    def _tell(self, end: int) -> str:
+        told, self._num_told = self._text[self._num_told : end], end
+        return told
+
+
+def _with_arguments_as_objects(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Messages whose tool calls have their arguments as templates read them: OpenAI has them as JSON in a text."""
+    return [
+        {**message, "tool_calls": [_with_object(call) for call in calls]}
+        if isinstance(calls := message.get("tool_calls"), list)
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _with_object(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _message(found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A parsed message in OpenAI's shape; None where it calls nothing."""
+    calls = [
+        {
+            "id": f"call_{secrets.token_hex(12)}",
+            "type": "function",
+            "function": {
+                "name": str(call["function"]["name"]),
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in found.get("tool_calls") or ()
+    ]
+    if not calls:
+        return None
+    message = {"role": "assistant", "content": found.get("content") or None, "tool_calls": calls}
+    thinking = found.get("reasoning_content") or found.get("thinking")
+    return {**message, "reasoning_content": thinking} if thinking else message
