@@ -57,8 +57,9 @@ class Reply(ABC):
     async def whole(self, answers: Answers) -> Json:
         """All of it, when the last sample has ended."""
         results: dict[int, tuple[int, RolloutResult]] = {}
-        async for place, output in answers.outputs():
-            if output.result is not None:
+        async for found in answers.outputs():
+            for place, output in found:
+                assert output.result is not None, "it is the last of its sample"
                 results[self._index(place, output)] = place, output.result
         choices = [
             {"index": index, **self.choice(place, result), **self._of_result(result), **self._ids(place, result)}
@@ -73,25 +74,29 @@ class Reply(ABC):
         growing: dict[int, _Growing] = {}
         num_tokens = 0
         try:
-            async for place, output in answers.outputs():
-                index = self._index(place, output)
-                choice = growing.setdefault(index, _Growing(self.tokenizer.stream(self.stop)))
-                said = {"index": index, "finish_reason": output.finish_reason, **self.chunk(place, output, choice)}
-                if self.asked.return_token_ids:
-                    said |= {"token_ids": list(output.token_ids)}
-                    said |= {"prompt_token_ids": list(self.prompts[place])} if choice.is_first else {}
-                if output.result is not None:
-                    said |= self._of_result(output.result)
-                choice.is_first = False
-                num_tokens += len(output.token_ids)
-                head = self._head(self.chunk_object)
-                yield _event({**head, "choices": [said], "weights_version": output.weights_version})
+            async for found in answers.outputs():
+                yield b"".join([self._event(place, output, growing) for place, output in found])
+                num_tokens += sum(len(output.tokens) for _, output in found)
             if self.asked.includes_usage:
                 yield _event({**self._head(self.chunk_object), "choices": [], "usage": self._usage(num_tokens)})
         except ApiError as error:
             yield _event({"error": error.error})
             return
         yield b"data: [DONE]\n\n"
+
+    def _event(self, place: int, output: RequestOutput, growing: dict[int, _Growing]) -> bytes:
+        index = self._index(place, output)
+        if index not in growing:
+            growing[index] = _Growing(self.tokenizer.stream(self.stop))
+        said = {"index": index, "finish_reason": output.finish_reason, **self.chunk(place, output, growing[index])}
+        if self.asked.return_token_ids:
+            said |= {"token_ids": output.token_ids}
+            said |= {"prompt_token_ids": self.prompts[place]} if growing[index].is_first else {}
+        if output.result is not None:
+            said |= self._of_result(output.result)
+        growing[index].is_first = False
+        head = self._head(self.chunk_object)
+        return _event({**head, "choices": [said], "weights_version": output.weights_version})
 
     def _grown(self, output: RequestOutput, growing: _Growing) -> str:
         """The text that an output makes certain: of the last one also what a stop string might have cut off."""

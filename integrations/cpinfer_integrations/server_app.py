@@ -196,8 +196,9 @@ class Api:
         return [self.tokenizer.text(token_ids) for token_ids in prompts]
 
     async def _reply(self, request: Request, reply: Reply, params: SamplingParams) -> Response:
-        answers = await self.bridge.ask(reply.prompts, params, is_seeded=reply.asked.seed is not None)
-        if reply.asked.stream:
+        is_seeded, in_pieces = reply.asked.seed is not None, bool(reply.asked.stream)
+        answers = await self.bridge.ask(reply.prompts, params, is_seeded=is_seeded, in_pieces=in_pieces)
+        if in_pieces:
             return _EventStream(reply.events(answers), answers)
         try:
             return AsciiJSONResponse(await _while_connected(request, reply.whole(answers)))

@@ -38,38 +38,50 @@ class _Run:
 class Answers:
     """What one HTTP request waits for: the samples of its prompts. Whoever has it leaves it in the end."""
 
-    def __init__(self, bridge: Bridge, num_samples: int, until_s: float) -> None:
+    def __init__(self, bridge: Bridge, num_samples: int, max_s: float, *, in_pieces: bool) -> None:
         self._bridge = bridge
         self._num_open = num_samples
-        self._until_s = until_s
+        self._in_pieces = in_pieces
         self._queue: asyncio.Queue[tuple[int, RequestOutput] | ApiError] = asyncio.Queue()
+        late = ApiError(504, "the request took longer than this server allows (max_request_s).")
+        self._timer = asyncio.get_running_loop().call_later(max_s, self._queue.put_nowait, late)
         self.runs: list[_Run] = []
 
-    def put(self, found: tuple[int, RequestOutput] | ApiError) -> None:
-        """Hand over an output with the place of its prompt, or why there will be none. On the event loop."""
-        self._queue.put_nowait(found)
+    def put(self, place: int, output: RequestOutput) -> None:
+        """Hand over an output of the prompt at `place`, where it is one that is waited for."""
+        if self._in_pieces or output.finish_reason is not None:
+            self._queue.put_nowait((place, output))
 
-    async def outputs(self) -> AsyncIterator[tuple[int, RequestOutput]]:
+    def fail(self, error: ApiError) -> None:
+        """Say why there will be no more."""
+        self._queue.put_nowait(error)
+
+    async def outputs(self) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
         """Outputs as they come, each with the place of its prompt, until all samples have ended.
+
+        Whoever takes them too slowly gets more at a time.
 
         Raises:
             ApiError: when that takes too long, a step failed, or the server ends first.
         """
         while self._num_open:
-            try:
-                async with asyncio.timeout_at(self._until_s):
-                    found = await self._queue.get()
-            except TimeoutError:
-                raise ApiError(504, "the request took longer than this server allows (max_request_s).") from None
-            if isinstance(found, ApiError):
-                raise found
-            if found[1].finish_reason in ("abort", "error"):
-                raise self._bridge.why_not(found[1].finish_reason)
-            self._num_open -= found[1].finish_reason is not None
+            found = [self._checked(await self._queue.get())]
+            while not self._queue.empty():
+                found.append(self._checked(self._queue.get_nowait()))
             yield found
+
+    def _checked(self, found: tuple[int, RequestOutput] | ApiError) -> tuple[int, RequestOutput]:
+        if isinstance(found, ApiError):
+            raise found
+        reason = found[1].finish_reason
+        if reason in ("abort", "error"):
+            raise self._bridge.why_not(reason)
+        self._num_open -= reason is not None
+        return found
 
     def leave(self) -> None:
         """Wait for nothing any more: what nobody else waits for is aborted."""
+        self._timer.cancel()
         for run in self.runs:
             run.readers = [(reader, place) for reader, place in run.readers if reader is not self]
             self._bridge.abort_unread(run)
@@ -102,13 +114,16 @@ class Bridge:
     def is_ready(self) -> bool:
         return self._refusal is None
 
-    async def ask(self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, is_seeded: bool) -> Answers:
+    async def ask(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, *, is_seeded: bool, in_pieces: bool
+    ) -> Answers:
         """Queue the prompts of one HTTP request.
 
         Args:
             prompts: token ids.
             params: for all of them.
             is_seeded: whether the same request shall draw the same samples again; one that is under way is shared.
+            in_pieces: whether all outputs are wanted; else the last of each sample, which has all of it.
 
         Returns:
             Their answers, to be left in the end.
@@ -116,7 +131,7 @@ class Bridge:
         Raises:
             ApiError: when there is no room now, or never. UserError: as `Engine.add` has it.
         """
-        answers = Answers(self, len(prompts) * params.n, asyncio.get_running_loop().time() + self._max_request_s)
+        answers = Answers(self, len(prompts) * params.n, self._max_request_s, in_pieces=in_pieces)
         try:
             for place, token_ids in enumerate(prompts):
                 request_id = _id_of(token_ids, params) if is_seeded else f"request-{secrets.token_hex(16)}"
@@ -136,7 +151,7 @@ class Bridge:
         if run is None:
             run = self._begin(request_id, token_ids, params)
         for output in run.outputs:
-            answers.put((place, output))
+            answers.put(place, output)
         run.readers.append((answers, place))
         answers.runs.append(run)
 
@@ -195,7 +210,7 @@ class Bridge:
     def _drop_all(self) -> None:
         for run in self._runs.values():
             for answers, _ in run.readers:
-                answers.put(self.why_not("abort"))
+                answers.fail(self.why_not("abort"))
             run.ended.set()
         self._runs.clear()
 
@@ -219,7 +234,7 @@ class Bridge:
                 output.finish_reason, num_tokens, now_s - run.first_token_s.get(output.sample_index, now_s)
             )
         for answers, place in run.readers:
-            answers.put((place, output))
+            answers.put(place, output)
         if run.num_ended == run.num_samples:
             del self._runs[run.id]
             run.ended.set()
