@@ -1,0 +1,70 @@
+"""lm-eval as a client: its models for OpenAI's interface score as its models that hold the weights do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import lm_eval
+import pytest
+import torch
+from lm_eval.tasks import TaskManager
+from served import Served, served
+
+from cpinfer.models.loading import load_model, load_tokenizer
+from cpinfer_integrations.server_config import ServerConfig
+
+INCLUDE = "tests/integrations/lm_eval_tasks"
+MODEL = "configs/recall-tiny"
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        yield
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Served]:
+    config = ServerConfig(model_name="tiny")
+    keys: dict[str, Any] = {"dtype": "float32", "kv_cache_gib": 0.05}
+    with served(load_model(MODEL, torch.float32), load_tokenizer(MODEL), config=config, **keys) as found:
+        yield found
+
+
+def scores(model: str, tasks: list[str], args: dict[str, Any], **options: Any) -> dict[str, dict[str, float]]:
+    manager = TaskManager(include_path=INCLUDE)
+    found = lm_eval.simple_evaluate(model, args, tasks, task_manager=manager, bootstrap_iters=0, **options)
+    assert found is not None
+    return {task: {k: v for k, v in found["results"][task].items() if isinstance(v, float)} for task in tasks}
+
+
+def test_local_completions_has_the_scores_of_the_model_itself(server: Served) -> None:
+    tasks = ["recall_choice", "recall_generate", "recall_perplexity"]
+    url = f"{server.url}/v1/completions"
+    length = {"max_length": 256}
+    by_http = scores(
+        "local-completions",
+        tasks,
+        {"model": "tiny", "base_url": url, "tokenizer": MODEL, "num_concurrent": 8, **length},
+    )
+    itself = scores("hf", tasks, {"pretrained": MODEL, "dtype": "float32", "device": "cpu", **length})
+    assert by_http["recall_choice"]["acc,none"] > 0.5
+    for task in tasks:
+        assert by_http[task] == pytest.approx(itself[task], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_local_chat_completions_has_the_scores_of_the_models_own_chats(server: Served) -> None:
+    url = f"{server.url}/v1/chat/completions"
+    by_http = scores(
+        "local-chat-completions", ["recall_generate"], {"model": "tiny", "base_url": url}, apply_chat_template=True
+    )
+    args = {"pretrained": MODEL, "dtype": "float32", "device": "cpu"}
+    itself = scores("hf", ["recall_generate"], args, apply_chat_template=True)
+    assert by_http == itself and by_http["recall_generate"]["exact_match,none"] > 0.5
