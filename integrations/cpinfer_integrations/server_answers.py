@@ -13,7 +13,7 @@ from typing import Any
 from cpinfer.engine.open_requests import RequestOutput
 from cpinfer.engine.request import RolloutResult
 from cpinfer_integrations.server_bridge import Answers
-from cpinfer_integrations.server_errors import ApiError
+from cpinfer_integrations.server_errors import ApiError, log_fault
 from cpinfer_integrations.server_schemas import ChatRequest, CompletionRequest, SampledRequest
 from cpinfer_integrations.server_text import ServerTokenizer, TextStream
 
@@ -81,6 +81,10 @@ class Reply(ABC):
                 yield _event({**self._head(self.chunk_object), "choices": [], "usage": self._usage(num_tokens)})
         except ApiError as error:
             yield _event({"error": error.error})
+            return
+        except Exception as error:
+            log_fault(error)
+            yield _event({"error": ApiError.of_fault(error).error})
             return
         yield b"data: [DONE]\n\n"
 

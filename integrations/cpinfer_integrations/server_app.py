@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ try:
 
     from cpinfer_integrations.server_answers import Chat, Completion, Reply
     from cpinfer_integrations.server_bridge import Answers, Bridge
-    from cpinfer_integrations.server_errors import ApiError, AsciiJSONResponse
+    from cpinfer_integrations.server_errors import ApiError, AsciiJSONResponse, log_fault
     from cpinfer_integrations.server_metrics import Metrics
     from cpinfer_integrations.server_schemas import (
         ChatRequest,
@@ -37,8 +36,6 @@ try:
     from cpinfer_integrations.server_text import ServerTokenizer
 except ModuleNotFoundError as error:
     raise named(error, __name__) from error
-
-logger = logging.getLogger(__name__)
 
 # The longest answer of a completion whose request names none: OpenAI's.
 COMPLETION_TOKENS = 16
@@ -114,6 +111,10 @@ class Api:
     async def detokenize(self, asked: DetokenizeRequest) -> Response:
         """The text of token ids, special ones included."""
         self._check(asked.model)
+        if len(asked.tokens) > self.engine.max_positions:
+            raise ApiError(
+                400, f"{len(asked.tokens)} tokens; at most {self.engine.max_positions} were wanted.", param="tokens"
+            )
         try:
             return AsciiJSONResponse({"prompt": self.tokenizer.text(asked.tokens)})
         except (IndexError, OverflowError, TypeError, ValueError) as error:
@@ -246,7 +247,10 @@ class Gate:
         except ApiError as error:
             await error.response(scope, receive, send)
         else:
-            await self._app(scope, _replayed(body, receive), send)
+            try:
+                await self._app(scope, _replayed(body, receive), send)
+            except Exception as error:  # it has been answered
+                log_fault(error)
 
     def _check_key(self, scope: Scope) -> None:
         if self._authorization is None or scope["path"] == "/health":
@@ -362,5 +366,4 @@ async def _tell_http_error(_: Request, error: Exception) -> Response:
 
 
 async def _tell_fault(_: Request, error: Exception) -> Response:
-    logger.error("a request failed with a %s", type(error).__name__)
-    return ApiError(500, f"the server failed with a {type(error).__name__}.", kind="server_error").response
+    return ApiError.of_fault(error).response

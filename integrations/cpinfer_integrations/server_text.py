@@ -78,7 +78,7 @@ class ServerTokenizer:
         try:
             found = self._decoder.parse_response(list(result.token_ids), prefix=list(prompt_ids), tools=tools)
             return _message(found)
-        except (AttributeError, KeyError, TypeError, ValueError):  # the model has written a call that is none
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # it is no call, or no tool
             return None
 
     def completion_logprobs(

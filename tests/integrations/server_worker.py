@@ -1,6 +1,6 @@
 """Ranks of a job serve agents of their own; rank 0 prints what all have found as one JSON line.
 
-torchrun --nproc-per-node 2 tests/integrations/server_worker.py agents | error | fault | dies
+torchrun --nproc-per-node 2 tests/integrations/server_worker.py agents | replicas | error | fault | dies
 """
 
 from __future__ import annotations
@@ -51,6 +51,11 @@ def agents(server: Server, engine: cpinfer.Engine) -> Any:
     alone = server.run(None if dist.get_rank() else lambda url: ask(url, PROMPTS[0]))
     expected = engine.generate(PROMPTS, SamplingParams(temperature=0, max_new_tokens=10))
     return {"found": found, "alone": alone, "expected": [r.token_ids for r in expected][: len(own)], "url": server.url}
+
+
+def replicas(server: Server, _: cpinfer.Engine) -> Any:
+    """Two replicas of one rank each, and so two servers."""
+    return {"url": server.url, "found": server.run(lambda url: ask(url, PROMPTS[0]))}
 
 
 def error(server: Server, _: cpinfer.Engine) -> Any:
@@ -111,6 +116,7 @@ def dies(server: Server, _: cpinfer.Engine) -> Any:
 
 CASES: dict[str, Callable[[Server, cpinfer.Engine], Any]] = {
     "agents": agents,
+    "replicas": replicas,
     "error": error,
     "fault": fault,
     "dies": dies,
@@ -121,7 +127,9 @@ def main(case: str) -> None:
     launch = Launch.from_environ(os.environ)
     with default_group(launch):
         model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER).eval(), AutoTokenizer.from_pretrained(FOLDER)
-        topology = cpinfer.Topology.from_world(RankGrid(pcp_size=2, dcp_size=2))
+        topology = cpinfer.Topology.from_world(
+            RankGrid(dp_size=2) if case == "replicas" else RankGrid(pcp_size=2, dcp_size=2)
+        )
         try:
             with (
                 cpinfer.attach(model, topology, tokenizer=tokenizer, dtype="float32", kv_cache_gib=0.02) as engine,

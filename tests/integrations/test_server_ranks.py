@@ -36,6 +36,11 @@ def test_agents_of_all_ranks_get_what_the_engine_gives() -> None:
     assert first["alone"] == first["expected"][0] and second["alone"] is None
 
 
+def test_each_replica_has_a_server_of_its_own() -> None:
+    first, second = ranks_of("replicas")
+    assert first["url"] != second["url"] and first["found"] == second["found"]
+
+
 def test_the_error_of_an_agent_is_known_to_all_ranks() -> None:
     first, second = ranks_of("error")
     assert second["said"] == "ValueError: no answer was found"

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cpinfer
 from cpinfer.errors import EngineFaultError, UserError
 from cpinfer_integrations.server import Server, serving
+from cpinfer_integrations.server_answers import Completion
 from cpinfer_integrations.server_config import ServerConfig
 
 FOLDER = Path(__file__).parents[2] / "configs" / "recall-tiny"
@@ -261,6 +262,25 @@ def test_logs_hold_no_prompts(caplog: pytest.LogCaptureFixture) -> None:
         refused(found.post("/v1/completions", prompt="a secret word", n=0), 400)
         refused(found.post("/v1/chat/completions", messages=[{"role": 1, "content": "a secret word"}]), 400)
     assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_fault_of_the_server_is_told_without_its_words_and_logged_without_them(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise LookupError("a secret word")
+
+    monkeypatch.setattr(Completion, "chunk" if stream else "choice", broken)
+    with caplog.at_level(logging.DEBUG), served(*loaded(), **KEYS) as found:
+        answer = found.post("/v1/completions", prompt="a", stream=stream)
+        error = json.loads(answer.text.removeprefix("data: "))["error"]
+        assert answer.status_code == (200 if stream else 500) and error["type"] == "server_error"
+        monkeypatch.undo()
+        found.wait_until_idle()
+        assert is_alive(found)
+    assert "secret" not in caplog.text + answer.text
+    assert "LookupError" in answer.text and "a request failed: LookupError in " in caplog.text
 
 
 def test_a_step_that_fails_takes_its_requests_along_and_nothing_else() -> None:
