@@ -54,7 +54,7 @@ class Engine:
         self._open = OpenRequests(self._core, self._inputs, self._stop_checker, topology, runner.device)
         self._steps: StepRunner | None = None
         # Whether ranks have exchanged arrivals, and whether they do so before the next step.
-        self._is_closed = self._exchanges_arrivals = self._has_arrivals = False
+        self._exchanges_arrivals = self._has_arrivals = self._is_closed = False
         self._counted_before, self._num_calls, self.weights_version = SchedulerStats(), 0, 0
 
     @property
