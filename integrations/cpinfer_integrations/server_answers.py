@@ -15,7 +15,7 @@ from cpinfer.engine.request import RolloutResult
 from cpinfer_integrations.server_bridge import Answers
 from cpinfer_integrations.server_errors import ApiError, log_fault
 from cpinfer_integrations.server_schemas import ChatRequest, CompletionRequest, SampledRequest
-from cpinfer_integrations.server_text import ServerTokenizer, TextStream
+from cpinfer_integrations.server_text import MessageStream, ServerTokenizer, TextStream
 
 Json = dict[str, Any]
 
@@ -25,6 +25,7 @@ class _Growing:
     """A choice of a stream: its text so far, and how many characters its tokens have made."""
 
     text: TextStream
+    message: MessageStream | None = None  # where it may call tools
     offset: int = 0
     is_first: bool = True
 
@@ -53,6 +54,10 @@ class Reply(ABC):
     @abstractmethod
     def chunk(self, place: int, output: RequestOutput, growing: _Growing) -> Json:
         """What is new of a sample, likewise."""
+
+    def begin(self, place: int) -> _Growing:
+        """A choice of the prompt at `place` that has nothing yet."""
+        return _Growing(self.tokenizer.stream(self.stop))
 
     async def whole(self, answers: Answers) -> Json:
         """All of it, when the last sample has ended."""
@@ -91,7 +96,7 @@ class Reply(ABC):
     def _event(self, place: int, output: RequestOutput, growing: dict[int, _Growing]) -> bytes:
         index = self._index(place, output)
         if index not in growing:
-            growing[index] = _Growing(self.tokenizer.stream(self.stop))
+            growing[index] = self.begin(place)
         said = {"index": index, "finish_reason": output.finish_reason, **self.chunk(place, output, growing[index])}
         if self.asked.return_token_ids:
             said |= {"token_ids": output.token_ids}
@@ -165,7 +170,7 @@ class Completion(Reply):
 
 @dataclass(eq=False)
 class Chat(Reply):
-    """An answer of `/v1/chat/completions`. Where tools may be called, a stream tells text and calls at the end."""
+    """An answer of `/v1/chat/completions`. With tools and stop strings, a stream tells all of it at the end."""
 
     asked: ChatRequest
 
@@ -183,20 +188,31 @@ class Chat(Reply):
             "finish_reason": result.finish_reason if message is None else "tool_calls",
         }
 
+    def begin(self, place: int) -> _Growing:
+        growing, tools = super().begin(place), self.asked.shown_tools
+        if tools and not self.stop:  # which would have to be cut off
+            growing.message = self.tokenizer.message_stream(self.prompts[place], tools)
+        return growing
+
     def chunk(self, place: int, output: RequestOutput, growing: _Growing) -> Json:
         delta: Json = {"role": "assistant", "content": ""} if growing.is_first else {}
-        message = None if output.result is None else self._parsed(place, output.result)
-        if message is not None:
+        is_last = output.result is not None
+        message = self._parsed(place, output.result) if output.result is not None and growing.message is None else None
+        calls = message is not None
+        if growing.message is not None:
+            delta |= growing.message.feed(output.token_ids, is_last=is_last)
+            calls = is_last and growing.message.num_calls > 0
+        elif message is not None:
             delta |= {name: value for name, value in message.items() if value is not None}
             delta |= {"tool_calls": [{"index": i, **call} for i, call in enumerate(message["tool_calls"])]}
-        elif output.result is not None or not self.asked.shown_tools:
+        elif is_last or not self.asked.shown_tools:
             text = self._grown(output, growing)
             delta |= {"content": text} if text else {}
         logprobs = None
         if self.asked.logprobs:
             tops = [token.top for token in output.tokens]
             logprobs = self.tokenizer.chat_logprobs(output.token_ids, output.logprobs, tops)
-        finish = {} if message is None else {"finish_reason": "tool_calls"}
+        finish = {"finish_reason": "tool_calls"} if calls else {}
         return {"delta": delta, "logprobs": logprobs, **finish}
 
     def _parsed(self, place: int, result: RolloutResult) -> Json | None:

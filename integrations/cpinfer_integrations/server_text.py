@@ -6,7 +6,7 @@ import asyncio
 import copy
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
@@ -16,9 +16,12 @@ from tokenizers.decoders import DecodeStream
 from cpinfer.engine.chats import chat_token_ids
 from cpinfer.engine.prompts import as_prompt
 from cpinfer.engine.request import RolloutResult
+from cpinfer.models.response_parsing import response_parser
 from cpinfer_integrations.server_errors import ApiError
 
 Top = Sequence[tuple[int, float]]
+# The names that response templates have for what a model thinks.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 
 
 class ServerTokenizer:
@@ -69,6 +72,12 @@ class ServerTokenizer:
     def stream(self, stop: Sequence[str]) -> TextStream:
         """A text that grows, of an answer that may end at `stop`."""
         return TextStream(self._decoder, max(map(len, stop), default=1) - 1)
+
+    def message_stream(self, prompt_ids: Sequence[int], tools: Any) -> MessageStream | None:
+        """A message that grows, of an answer that may call tools; None where no response template says how."""
+        backend = getattr(self._decoder, "backend_tokenizer", None)
+        parser = None if backend is None else response_parser(self._decoder, prompt_ids, tools)
+        return None if parser is None else MessageStream(self._decoder, parser)
 
     def parsed(self, prompt_ids: Sequence[int], result: RolloutResult, tools: Any) -> dict[str, Any] | None:
         """An answer as the message that the model's response template makes of it; None where nothing is called."""
@@ -162,6 +171,51 @@ class TextStream:
         return told
 
 
+class MessageStream:
+    """The message of an answer as its tokens come, by a response template: text at once, a call when it is whole."""
+
+    def __init__(self, tokenizer: Any, parser: Any) -> None:
+        self._tokenizer = tokenizer
+        self._parser = parser
+        self._decode = DecodeStream(skip_special_tokens=False)
+        self._untold: list[int] = []  # of text, or of a call that is not whole
+        self.num_calls = 0
+
+    def feed(self, token_ids: Sequence[int], *, is_last: bool) -> dict[str, Any]:
+        """What these tokens add to the message, as a `delta` of OpenAI's. What cannot be read is text, at the end."""
+        self._untold += token_ids
+        delta: dict[str, Any] = {}
+        try:
+            for event in self._events(token_ids, is_last=is_last):
+                self._take(event, delta)
+        except Exception:  # it is no call, or no tool; or tokens whose text changes that of those before
+            self._parser = None
+        if self._parser is None and is_last:
+            self._add(delta, "content", str(self._tokenizer.decode(self._untold, skip_special_tokens=True)))
+        return delta
+
+    def _events(self, token_ids: Sequence[int], *, is_last: bool) -> Iterator[Mapping[str, Any]]:
+        for token in token_ids if self._parser is not None else ():
+            yield from self._parser.feed(self._decode.step(self._tokenizer.backend_tokenizer, token) or "")
+        if is_last and self._parser is not None:
+            yield from self._parser.finalize()[1]
+
+    def _take(self, event: Mapping[str, Any], delta: dict[str, Any]) -> None:
+        name = "reasoning_content" if event["field"] in _THOUGHTS else event["field"]
+        if event["type"] == "region_chunk" and not event["dirty"] and name in ("content", "reasoning_content"):
+            self._add(delta, name, event["text"])
+        elif event["type"] == "region_close" and name == "tool_calls":
+            calls = event["value"] if isinstance(event["value"], list) else [event["value"]]
+            found = [{"index": self.num_calls + i, **_call(call)} for i, call in enumerate(calls)]
+            self.num_calls += len(found)
+            delta["tool_calls"] = [*delta.get("tool_calls", ()), *found]
+            self._untold = []  # also the token behind a call, where it took that one to see the call's end
+
+    def _add(self, delta: dict[str, Any], name: str, text: str) -> None:
+        delta[name] = delta.get(name, "") + text
+        self._untold = []
+
+
 def _with_arguments_as_objects(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages whose tool calls have their arguments as templates read them: OpenAI has them as JSON in a text."""
     return [
@@ -185,19 +239,16 @@ def _with_object(call: Any) -> Any:
 
 def _message(found: Mapping[str, Any]) -> dict[str, Any] | None:
     """A parsed message in OpenAI's shape; None where it calls nothing."""
-    calls = [
-        {
-            "id": f"call_{secrets.token_hex(12)}",
-            "type": "function",
-            "function": {
-                "name": str(call["function"]["name"]),
-                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
-            },
-        }
-        for call in found.get("tool_calls") or ()
-    ]
+    calls = [_call(call) for call in found.get("tool_calls") or ()]
     if not calls:
         return None
     message = {"role": "assistant", "content": found.get("content") or None, "tool_calls": calls}
-    thinking = found.get("reasoning_content") or found.get("thinking")
-    return {**message, "reasoning_content": thinking} if thinking else message
+    thought = next((found[name] for name in _THOUGHTS if found.get(name)), None)
+    return {**message, "reasoning_content": thought} if thought else message
+
+
+def _call(parsed: Mapping[str, Any]) -> dict[str, Any]:
+    """A call as OpenAI has it: with an id, and its arguments as JSON in a text."""
+    name, arguments = parsed["function"]["name"], parsed["function"]["arguments"]
+    function = {"name": str(name), "arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
