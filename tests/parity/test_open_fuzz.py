@@ -8,8 +8,10 @@ span by span, under the weights that made it.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -20,9 +22,12 @@ import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.engine import Engine
+from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
+from cpinfer.engine.sampling import uniforms
 from cpinfer.layout.grid import RankGrid
 from tiny_models import FAMILIES, make_model
 
+VOCAB, NEAR = 128, 1e-5
 GRIDS = [RankGrid(), RankGrid(pcp_size=2, dcp_size=2), RankGrid(pcp_size=2, dcp_size=1)]
 FEW = range(3)
 MANY = range(3, 40)
@@ -125,9 +130,28 @@ class Program:
             assert start == len(result.token_ids)
         for version in range(self.engine.weights_version + 1):
             for given, asked, tokens in spans.get(version, ()):
-                assert engine.generate(given, asked)[-1].token_ids == tokens, (version, given, asked)
+                found = engine.generate(given, asked)[-1].token_ids
+                assert found == tokens or is_tie(engine, given, asked, tokens, found), (version, given, asked)
             head.data.copy_(head.data.roll(1, dims=0))
             engine.weights_changed()
+
+
+def is_tie(
+    engine: Engine, given: dict[str, Any], asked: SamplingParams, tokens: tuple[int, ...], found: tuple[int, ...]
+) -> bool:
+    """Whether the first tokens that differ lie so near each other that the last bits of float32 decide."""
+    at = next(i for i, (one, other) in enumerate(zip(tokens, found, strict=True)) if one != other)
+    before = {"prompt_token_ids": (*given["prompt_token_ids"], *tokens[:at]), "id": "of a tie"}
+    (result,) = engine.generate(before, SamplingParams(temperature=0, max_new_tokens=1, top_logprobs=VOCAB))
+    assert result.top_logprobs is not None
+    logprobs = [logprob for _, logprob in sorted(result.top_logprobs[0])]
+    low, high = sorted((tokens[at], found[at]))
+    if asked.temperature == 0:
+        return abs(logprobs[low] - logprobs[high]) < NEAR
+    drawn = SampledRequest(Prompt(0, given["id"], (0,)), asked.n - 1, asked, asked.max_new_tokens)
+    drawn.sampled = [SampledToken(token, 0.0, 0.0) for token in tokens[:at]]
+    cumulative = list(accumulate(map(math.exp, logprobs)))
+    return all(abs(uniforms([drawn])[0] - cumulative[token]) < NEAR for token in range(low, high))
 
 
 def vars_of(sampling: SamplingParams) -> dict[str, Any]:
@@ -175,3 +199,15 @@ def test_every_answer_of_a_random_program_is_that_of_its_sequence_and_weights_al
 @pytest.mark.parametrize("seed", MANY)
 def test_so_are_those_of_many(grid: RankGrid, seed: int) -> None:
     run(grid, seed)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_another_token_is_no_tie(temperature: float) -> None:
+    sampling = SamplingParams(temperature=temperature, max_new_tokens=6, seed=4)
+    given = {"prompt_token_ids": (1, 2, 3), "id": "control"}
+    with cpinfer.attach(make_model(FAMILIES["qwen2"]), config=parse_config(CONFIG)) as engine:
+        tokens = engine.generate(given, sampling)[0].token_ids
+        for at in range(len(tokens)):
+            for step in (1, -1, 5):
+                other = (*tokens[:at], (tokens[at] + step) % VOCAB, *tokens[at + 1 :])
+                assert not is_tie(engine, given, sampling, tokens, other)
