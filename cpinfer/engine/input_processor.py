@@ -90,8 +90,7 @@ class InputProcessor:
         self, given: PromptLike, index: int, sampling: SamplingParams, default_id: str
     ) -> tuple[Prompt, SamplingParams]:
         """One prompt that can run, and how it is sampled. UserError otherwise."""
-        params = as_sampling(sampling, 1, sampling)[0]
-        self._refuse_unread_stops([params])
+        params = self._readable(sampling)
         prompts = as_prompts(given)
         if len(prompts) != 1:
             raise UserError(f"found {len(prompts)} prompts; one was wanted. Add each by itself.")
@@ -101,8 +100,7 @@ class InputProcessor:
 
     def checked_turn(self, before: Sequence[int], given: Any, sampling: SamplingParams) -> TokenIds:
         """The token ids of a turn behind those of its session. UserError for one that can never run."""
-        params = as_sampling(sampling, 1, sampling)[0]
-        self._refuse_unread_stops([params])
+        params = self._readable(sampling)
         if params.n != 1 or params.prompt_logprobs:
             raise UserError("a turn of a session is one sample without prompt_logprobs; add a request for others.")
         new = as_turn(given)
@@ -110,6 +108,11 @@ class InputProcessor:
         check_tokens(new, self._spec)
         check_length(len(before) + len(new), params, self._spec, self._pool_size)
         return new
+
+    def _readable(self, sampling: Any) -> SamplingParams:
+        [params] = as_sampling(sampling, 1, SamplingParams())
+        self._refuse_unread_stops([params])
+        return params
 
     def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[SampledRequest]:
         """A request for each sample of a prompt that has been checked."""

@@ -31,8 +31,10 @@ from cpinfer.engine.sessions import Session
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import UserError, quoted
 
-# By what ranks know a request or a session: the place in the replica of the rank that has it, and its number there.
+# By what ranks know a request: the place in the replica of the rank that has it, and its number there.
 Key = tuple[int, int]
+# Likewise a session, which has an id.
+SessionKey = tuple[int, str]
 
 
 class RequestOutput(NamedTuple):  # one for every token of every request: cheaper to make than a frozen dataclass
@@ -72,27 +74,33 @@ class RequestOutput(NamedTuple):  # one for every token of every request: cheape
 
 @dataclass(frozen=True)
 class _NewRequest:
-    """A request as it travels. Where it is a turn of a session, `prompt` is what is new behind `num_before` tokens."""
+    """A request as it travels; its number is the prompt's index.
+
+    Where it is a turn of a session, named by its id, `prompt` is what is new behind `num_before` tokens.
+    """
 
     prompt: Prompt
     params: SamplingParams
     priority: int
-    session: int | None = None
+    session: str | None = None
     num_before: int = 0
 
 
 @dataclass(frozen=True)
 class _Abort:
-    """End the request of that number."""
+    """End a request."""
+
+    number: int
 
 
 @dataclass(frozen=True)
 class _CloseSession:
-    """Forget the session of that number."""
+    """Forget a session."""
+
+    id: str
 
 
-# With the number of the request or session that it is about.
-_Arrival = tuple[int, _NewRequest | _Abort | _CloseSession]
+_Arrival = _NewRequest | _Abort | _CloseSession
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class _OpenBatch(Batch):
 
     requests: Sequence[SampledRequest]
     key: Key = (0, 0)
-    session: Key | None = None
+    session: SessionKey | None = None
     num_settled: int = 0
     num_told: dict[int, int] = field(default_factory=dict)
 
@@ -151,12 +159,12 @@ class OpenRequests:
         self._outbox: list[_Arrival] = []
         self._own: dict[int, _Own] = {}
         self._numbers_of: dict[str, int] = {}
-        self._sessions: dict[int, Session] = {}
+        self._sessions: dict[str, Session] = {}
         self._outputs: list[RequestOutput] = []
         # Of all ranks: requests under way, by key and by `id` of each sample; of each session its last turn.
         self._batches: dict[Key, _OpenBatch] = {}
         self._batch_of: dict[int, _OpenBatch] = {}
-        self._last_turns: dict[Key, SampledRequest] = {}
+        self._last_turns: dict[SessionKey, SampledRequest] = {}
         self._ended: deque[Request] = deque()
 
     def has(self, batch: Batch) -> bool:
@@ -182,9 +190,11 @@ class OpenRequests:
             self._check(session)
             new = self._inputs.checked_turn(session.token_ids, prompt, params)
             # Until a turn has ended nobody else knows of the session.
-            num_before = len(session.token_ids) if session.num_turns else 0
-            made = Prompt(number, f"{session.id}/{session.num_turns}", (*session.token_ids, *new)[num_before:])
-            request = _NewRequest(made, params, priority, session.number, num_before)
+            is_known = session.num_turns > 0
+            num_before = len(session.token_ids) if is_known else 0
+            given = new if is_known else (*session.token_ids, *new)
+            made = Prompt(number, f"{session.id}/{session.num_turns}", given)
+            request = _NewRequest(made, params, priority, session.id, num_before)
         with self._lock:
             if made.id in self._numbers_of:
                 raise UserError(f"a request with the id {quoted(made.id)} is under way; ids name requests, and differ.")
@@ -193,7 +203,7 @@ class OpenRequests:
                 session.turn = made.id
             self._own[number] = _Own(made.id, session, time.perf_counter())
             self._numbers_of[made.id] = number
-            self._outbox.append((number, request))
+            self._outbox.append(request)
         return made.id
 
     def abort(self, request_id: str) -> None:
@@ -201,7 +211,7 @@ class OpenRequests:
         with self._lock:
             number = self._numbers_of.get(request_id)
             if number is not None:
-                self._outbox.append((number, _Abort()))
+                self._outbox.append(_Abort(number))
 
     def open_session(self, prompt: PromptLike, version: int) -> Session:
         """A session of this rank that begins with a prompt. UserError for one that can never run."""
@@ -210,11 +220,11 @@ class OpenRequests:
         made, _ = self._inputs.checked(prompt, number, any_turn, default_id)
         if made.sampling:
             raise UserError('"sampling" of a session\'s prompt: each turn has its own. Give it to `add`.')
-        session = Session(made.id, made.token_ids, number)
+        session = Session(made.id, made.token_ids)
         with self._lock:
-            if made.id in (other.id for other in self._sessions.values()):
+            if made.id in self._sessions:
                 raise UserError(f"a session with the id {quoted(made.id)} is open; ids name sessions, and differ.")
-            self._sessions[number] = session
+            self._sessions[made.id] = session
         return session
 
     def close_session(self, session: Session) -> None:
@@ -224,7 +234,7 @@ class OpenRequests:
             if session.turn is not None:
                 self.abort(session.turn)
             session.is_closed = True
-            self._outbox.append((session.number, _CloseSession()))
+            self._outbox.append(_CloseSession(session.id))
 
     def told(self, says: Says) -> Prepared[_Told]:
         """What this rank has to tell the others, for `begin_together`: its number says how much, and what it `says`."""
@@ -250,8 +260,8 @@ class OpenRequests:
                 with self._lock:
                     del self._outbox[: own.num_arrivals]
                 for place, packed in enumerate(gathered):
-                    for number, arrival in pickle.loads(packed) if packed else ():
-                        self._apply((place, number), arrival, version)
+                    for arrival in pickle.loads(packed) if packed else ():
+                        self._apply(place, arrival, version)
         return heard
 
     def take_outputs(self, version: int) -> list[RequestOutput]:
@@ -271,7 +281,8 @@ class OpenRequests:
     def note_lost(self, version: int) -> None:
         """Take note that the core has lost all requests. Sessions are what they were before their turns."""
         self._settle(version)
-        lost = {number: [0] for number in self._own.keys() - {number for number, _ in self._outbox}}
+        to_come = {arrival.prompt.index for arrival in self._outbox if isinstance(arrival, _NewRequest)}
+        lost = {number: [0] for number in self._own.keys() - to_come}
         for (place, number), batch in self._batches.items():
             if place == self._place:
                 lost[number] = [r.sample_index for r in batch.requests if id(r) in self._batch_of]
@@ -288,23 +299,22 @@ class OpenRequests:
         """UserError for what is no session of this engine and rank that could have a turn now."""
         if isinstance(session, Session) and session.is_closed:
             raise UserError(f"session {quoted(session.id)} is closed; open another with `open_session`.")
-        if not isinstance(session, Session) or self._sessions.get(session.number) is not session:
+        if not isinstance(session, Session) or self._sessions.get(session.id) is not session:
             raise UserError("this is no session of this engine; what `open_session` gave on this rank was wanted.")
         if session.turn is not None and not may_run:
             raise UserError(f"session {quoted(session.id)} has a turn under way, {quoted(session.turn)}; let it end.")
 
-    def _apply(self, key: Key, arrival: _NewRequest | _Abort | _CloseSession, version: int) -> None:
-        place, number = key
+    def _apply(self, place: int, arrival: _Arrival, version: int) -> None:
         if isinstance(arrival, _NewRequest):
-            self._submit(key, arrival)
+            self._submit((place, arrival.prompt.index), arrival)
         elif isinstance(arrival, _Abort):
-            self._abort(key, version)
+            self._abort((place, arrival.number), version)
         else:
-            last = self._last_turns.pop(key, None)
+            last = self._last_turns.pop((place, arrival.id), None)
             if last is not None:
                 self._core.let_go(last)
             if place == self._place:
-                del self._sessions[number]
+                del self._sessions[arrival.id]
 
     def _submit(self, key: Key, new: _NewRequest) -> None:
         session = None if new.session is None else (key[0], new.session)

@@ -14,13 +14,11 @@ class Session:
         token_ids: the opening prompt, then of each turn that has ended what was given and what was generated.
         num_turns: turns that have ended, aborted ones included.
         is_closed: whether it has been closed.
-        number: by which ranks know it.
         turn: the id of the request that is under way, if any.
     """
 
     id: str
     token_ids: tuple[int, ...]
-    number: int
     num_turns: int = 0
     is_closed: bool = False
     turn: str | None = None
