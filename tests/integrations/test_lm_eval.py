@@ -14,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import lm_eval
 import pytest
 import torch
@@ -24,6 +23,7 @@ from lm_eval.api.metrics import exact_match_fn
 from lm_eval.filters.extraction import RegexFilter
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval_offline import offline as offline
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -46,14 +46,6 @@ GSM8K = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
 # Shorter than the texts of recall_perplexity, so that they are read in windows, and than no question.
 MAX_LENGTH = 256
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
 
 
 def evaluate(model: Any, **args: Any) -> dict[str, Any]:

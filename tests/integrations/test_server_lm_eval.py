@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import datasets
 import lm_eval
 import pytest
 import torch
 from lm_eval.tasks import TaskManager
+from lm_eval_offline import offline as offline
 from served import Served, served
 
 from cpinfer.models.loading import load_model, load_tokenizer
@@ -19,14 +19,6 @@ INCLUDE = "tests/integrations/lm_eval_tasks"
 MODEL = "configs/recall-tiny"
 
 pytestmark = pytest.mark.timeout(300)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def offline(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
-        patch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -52,11 +52,10 @@ from agent_jobs import (
 )
 from cpinfer_tools.measuring.harness import (
     Timing,
-    WorkersFailedError,
     bench_parser,
     has_time_for_another,
-    read_task,
     rotated,
+    run_bench,
     run_workers,
     say,
     table,
@@ -80,14 +79,7 @@ MAX_PREFILLED, MAX_OVERHEAD, MIN_AHEAD = 1.05, 0.02, {"slow": 2.0, "instant": 1.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.worker:
-        return work(read_task(args.worker))
-    try:
-        return bench(args, sys.argv[1:] if argv is None else argv)
-    except WorkersFailedError as error:
-        say(f"agents: {error}")
-        return 1
+    return run_bench("agents", parse_args(argv), argv, bench, work)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -31,11 +31,10 @@ from typing import TYPE_CHECKING, Any
 from cpinfer_tools.measuring.harness import (
     ROOT,
     Timing,
-    WorkersFailedError,
     bench_parser,
     has_time_for_another,
-    read_task,
     rotated,
+    run_bench,
     run_workers,
     say,
     table,
@@ -66,14 +65,7 @@ OURS, ORACLE = "cpinfer", "generate"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.worker:
-        return work(read_task(args.worker))
-    try:
-        return bench(args, sys.argv[1:] if argv is None else argv)
-    except WorkersFailedError as error:
-        say(f"engine: {error}")
-        return 1
+    return run_bench("engine", parse_args(argv), argv, bench, work)
 
 
 def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:

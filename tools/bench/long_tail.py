@@ -31,11 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 from cpinfer_tools.measuring.harness import (
     Timing,
-    WorkersFailedError,
     bench_parser,
     has_time_for_another,
-    read_task,
     rotated,
+    run_bench,
     run_workers,
     say,
     table,
@@ -227,14 +226,7 @@ def floors_s(workload: Workload, shape: ModelShape, speed: Speed) -> dict[str, f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    if args.worker:
-        return work(read_task(args.worker))
-    try:
-        return bench(args, sys.argv[1:] if argv is None else argv)
-    except WorkersFailedError as error:
-        say(f"long_tail: {error}")
-        return 1
+    return run_bench("long_tail", parse_args(argv), argv, bench, work)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -196,6 +196,23 @@ def bench_parser(description: str | None, *, budget_s: float) -> argparse.Argume
     return parser
 
 
+def run_bench(
+    tool: str,
+    args: argparse.Namespace,
+    argv: Sequence[str] | None,
+    bench: Callable[[argparse.Namespace, Sequence[str]], int],
+    work: Callable[[dict[str, Any]], int],
+) -> int:
+    """A worker's part of a benchmark, or all of it. Its exit code: 1 when workers fail."""
+    if args.worker:
+        return work(read_task(args.worker))
+    try:
+        return bench(args, sys.argv[1:] if argv is None else argv)
+    except WorkersFailedError as error:
+        say(f"{tool}: {error}")
+        return 1
+
+
 def write_card(
     tool: str,
     title: str,
