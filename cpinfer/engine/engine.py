@@ -36,7 +36,7 @@ class Engine:
     """Generates with an attached model. Every rank of a dp replica holds one and makes the same calls on it.
 
     Made by `cpinfer.attach`, awake, and valid inside its block. `kv_capacity_tokens` is how long one sequence could be;
-    `topology` and `tokenizer` are what it was made with.
+    `topology` and `tokenizer` are what it was made with, `weights_dtype` is that of the layers.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Engine:
         self._config = config
         self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
         self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, topology.logger(__name__))
-        self._needs = needs
+        self._needs, self.weights_dtype = needs, runner.weights_dtype
         scheduler = make_scheduler(runner, topology, config, needs)
         home, replica = topology.grid.home(topology.rank), topology.replica
         self._core = EngineCore(scheduler, self._stop_checker, home, replica.size, topology.logger(__name__))

@@ -5,6 +5,13 @@
 
 Agents and other clients speak HTTP to the first rank of the replica. Its main thread steps with the other ranks, and a
 thread beside it runs the event loop of uvicorn. The weights are those of the engine: there is no copy and no transfer.
+
+Clients that outlive a phase find a server that does so too:
+
+    with listening(engine) as server:    # of the first phase, for the sizes of the model
+        ...                              # train; requests wait
+        with rollout_phase(lend(model)) as engine, server.answered_by(engine):
+            server.run_until(has_enough)
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -31,13 +38,13 @@ try:
 
     from cpinfer_integrations.server_app import Api, make_app
     from cpinfer_integrations.server_bridge import Bridge
-    from cpinfer_integrations.server_metrics import Metrics
+    from cpinfer_integrations.server_control import Control, Pause
     from cpinfer_integrations.server_protocol import ImpatientProtocol
     from cpinfer_integrations.server_text import ServerTokenizer
 except ModuleNotFoundError as error:
     raise named(error, __name__) from error
 
-__all__ = ["Server", "serving"]
+__all__ = ["Server", "listening", "serving"]
 
 T = TypeVar("T")
 
@@ -47,7 +54,7 @@ _FLUSH_S = 2.0
 
 
 class Server:
-    """A server on one rank of its replica: the first one answers, all step. Made by `serving`, valid in its block.
+    """A server on one rank of its replica: the first one answers, all step. Made by `listening` and `serving`.
 
     `url` is where it listens, the same on every rank.
     """
@@ -57,6 +64,31 @@ class Server:
         self._engine = engine
         self._http = http
         self._max_drain_s = max_drain_s
+
+    @contextmanager
+    def answered_by(self, engine: Engine) -> Iterator[Server]:
+        """In the block this engine answers. Collective over the replica.
+
+        When it ends, requests under way end first, within `max_drain_s`; what comes meanwhile waits for the next block.
+
+        Args:
+            engine: awake, on the ranks of the one that the server was made with.
+
+        Yields:
+            This server.
+        """
+        self._engine = engine
+        if self._http is not None:
+            self._http.bridge.go_on(engine)
+        try:
+            yield self
+            if self._http is not None:
+                self._http.bridge.hold()
+            self._end_open()
+        except BaseException as error:
+            if self._http is not None:
+                self._http.bridge.fail(f"the server has ended with a {type(error).__name__}.")
+            raise
 
     def run(self, agent: Callable[[str], T] | None = None) -> T | None:
         """Run agents while the engine answers them. Collective over the job.
@@ -95,15 +127,19 @@ class Server:
 
         while True:
             try:
-                return self._engine.run_until(condition)
+                with nullcontext() if self._http is None else self._http.pause.steps():
+                    return self._engine.run_until(condition)
             except EngineFaultError as fault:
                 self._engine.topology.logger(__name__).shared("a step failed, and its requests with it: %s", fault)
 
     def drain(self) -> None:
         """Take no more requests, and let those that are open end, within `max_drain_s`. Collective over the replica."""
+        if self._http is not None:
+            self._http.bridge.close("the server is ending; it takes no more requests.")
+        self._end_open()
+
+    def _end_open(self) -> None:
         http, until_s = self._http, time.monotonic() + self._max_drain_s
-        if http is not None:
-            http.bridge.close("the server is ending; it takes no more requests.")
 
         def is_empty() -> bool:
             if http is None:
@@ -116,6 +152,50 @@ class Server:
 
 
 @contextmanager
+def listening(
+    engine: Engine,
+    host: str | None = None,
+    port: int | None = None,
+    *,
+    api_key: str | None = None,
+    sampling: SamplingParams | None = None,
+    config: ServerConfig | None = None,
+    shares_weights: bool = True,
+) -> Iterator[Server]:
+    """OpenAI's HTTP interface, whose requests wait until an engine answers: `Server.answered_by`.
+
+    Collective over the job; arguments and errors as `serving`. `engine` tells of the model, its phase may be over.
+
+    Yields:
+        The server.
+    """
+    config = config or ServerConfig()
+    config = replace(config, host=config.host if host is None else host, port=config.port if port is None else port)
+    started: list[_Http] = []  # on the first rank of a replica, when it listens
+    params = sampling or SamplingParams()
+
+    def start() -> str:
+        if engine.topology.is_writer:
+            started.append(_Http(engine, config, api_key, params, shares_weights))
+        return started[0].url if started else ""
+
+    try:
+        url = _on_all_ranks(engine, start, "listen")
+        if engine.topology.grid.world_size > 1:
+            url = all_gather_object(url)[engine.topology.replica_ranks[0]]
+        yield Server(engine, url, started[0] if started else None, config.max_drain_s)
+        for http in started:
+            http.bridge.fail("the server has ended.")  # those that no engine was found for
+    except BaseException as error:
+        for http in started:
+            http.bridge.fail(f"the server has ended with a {type(error).__name__}.")
+        raise
+    finally:
+        for http in started:
+            http.stop()
+
+
+@contextmanager
 def serving(
     engine: Engine,
     host: str | None = None,
@@ -124,6 +204,7 @@ def serving(
     api_key: str | None = None,
     sampling: SamplingParams | None = None,
     config: ServerConfig | None = None,
+    shares_weights: bool = True,
 ) -> Iterator[Server]:
     """OpenAI's HTTP interface to an engine, for the length of the block. Collective over the job.
 
@@ -137,6 +218,8 @@ def serving(
         api_key: what clients have to name in `Authorization: Bearer KEY`; without one everybody is let in.
         sampling: how samples are drawn where a request does not say; default: `SamplingParams()`.
         config: limits, and the model's name.
+        shares_weights: whether the weights are those that are trained. A client that wants to send them, as to vLLM, is
+            then told that 0 bytes are wanted; else it is refused.
 
     Yields:
         The server. Its `url` ends without a slash; for OpenAI's clients `base_url` is f"{url}/v1".
@@ -144,44 +227,32 @@ def serving(
     Raises:
         UserError: on every rank, when a server cannot listen there.
     """
-    config = config or ServerConfig()
-    config = replace(config, host=config.host if host is None else host, port=config.port if port is None else port)
-    started: list[_Http] = []  # on the first rank of a replica, when it listens
-    params = sampling or SamplingParams()
-
-    def start() -> str:
-        if engine.topology.is_writer:
-            started.append(_Http(engine, config, api_key, params))
-        return started[0].url if started else ""
-
-    try:
-        url = _on_all_ranks(engine, start, "listen")
-        if engine.topology.grid.world_size > 1:
-            url = all_gather_object(url)[engine.topology.replica_ranks[0]]
-        server = Server(engine, url, started[0] if started else None, config.max_drain_s)
+    options: dict[str, Any] = {"api_key": api_key, "sampling": sampling, "config": config}
+    listens = listening(engine, host, port, **options, shares_weights=shares_weights)
+    with listens as server, server.answered_by(engine):
         yield server
         server.drain()
-    except BaseException as error:
-        for http in started:
-            http.bridge.fail(f"the server has ended with a {type(error).__name__}.")
-        raise
-    finally:
-        for http in started:
-            http.stop()
 
 
 class _Http:
     """uvicorn in a thread of its own. UserError where it cannot listen."""
 
-    def __init__(self, engine: Engine, config: ServerConfig, api_key: str | None, sampling: SamplingParams) -> None:
-        metrics = Metrics(engine)
-        self.bridge = Bridge(engine, metrics, config.max_open_requests, config.max_request_s)
-        tokenizer = ServerTokenizer(engine.tokenizer)
-        api = Api(engine, self.bridge, metrics, tokenizer, config, sampling, int(time.time()))
+    def __init__(
+        self,
+        engine: Engine,
+        config: ServerConfig,
+        api_key: str | None,
+        sampling: SamplingParams,
+        shares_weights: bool,
+    ) -> None:
+        self.bridge = Bridge(engine, config.max_open_requests, config.max_request_s)
+        self.pause = Pause(config.max_pause_s)
+        api = Api(self.bridge, ServerTokenizer(engine.tokenizer), config, sampling, int(time.time()))
+        control = Control(self.bridge, self.pause, shares_weights=shares_weights)
         options: dict[str, Any] = {"log_config": None, "access_log": False, "ws": "none", "loop": "asyncio"}
         self._server = uvicorn.Server(
             uvicorn.Config(
-                make_app(api, api_key),
+                make_app(api, control, api_key),
                 http=ImpatientProtocol.within(config.max_arrival_s),
                 timeout_graceful_shutdown=int(_FLUSH_S),
                 server_header=False,
@@ -201,10 +272,11 @@ class _Http:
             raise RuntimeError("uvicorn did not start; its log says why")
 
     def hand_over(self, outputs: Sequence[RequestOutput]) -> None:
-        """Hand outputs to the event loop. RuntimeError when it has ended."""
+        """Hand outputs to the event loop, and wait while clients want a pause. RuntimeError when it has ended."""
         if not self._thread.is_alive():
             raise RuntimeError("the thread of the HTTP server has ended; its log says why")
         self.bridge.hand_over(outputs)
+        self.pause.wait()
 
     def stop(self) -> None:
         """End the server when it has sent what it still has."""

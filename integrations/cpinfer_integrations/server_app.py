@@ -24,8 +24,8 @@ try:
 
     from cpinfer_integrations.server_answers import Chat, Completion, Reply
     from cpinfer_integrations.server_bridge import Answers, Bridge
+    from cpinfer_integrations.server_control import Control
     from cpinfer_integrations.server_errors import ApiError, AsciiJSONResponse, log_fault
-    from cpinfer_integrations.server_metrics import Metrics
     from cpinfer_integrations.server_schemas import (
         ChatRequest,
         CompletionRequest,
@@ -43,15 +43,17 @@ COMPLETION_TOKENS = 16
 
 @dataclass(eq=False)
 class Api:
-    """The routes, over one engine."""
+    """The routes, over the engine that answers."""
 
-    engine: Engine
     bridge: Bridge
-    metrics: Metrics
     tokenizer: ServerTokenizer
     config: ServerConfig
     sampling: SamplingParams
     created: int
+
+    @property
+    def engine(self) -> Engine:
+        return self.bridge.engine
 
     @property
     def model_name(self) -> str:
@@ -126,7 +128,7 @@ class Api:
 
     async def scrape(self) -> Response:
         """What Prometheus reads."""
-        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
+        return Response(self.bridge.metrics.text(), media_type="text/plain; version=0.0.4")
 
     @property
     def _model(self) -> dict[str, Any]:
@@ -311,7 +313,7 @@ async def _while_connected(request: Request, work: Awaitable[Any]) -> Any:
             task.cancel()
 
 
-def make_app(api: Api, api_key: str | None) -> Any:
+def make_app(api: Api, control: Control, api_key: str | None) -> Any:
     """The ASGI application of these routes."""
 
     @asynccontextmanager
@@ -330,6 +332,7 @@ def make_app(api: Api, api_key: str | None) -> Any:
         ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health),
         ("GET", "/metrics", api.scrape),
+        *control.routes,
     )
     for method, path, route in routes:
         app.add_api_route(path, route, methods=[method], response_model=None)

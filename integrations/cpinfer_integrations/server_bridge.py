@@ -2,6 +2,8 @@
 
 event loop    a route asks  -> Engine.add            ... awaits ...          outputs -> the routes that wait for them
 main thread                    step step step step   hands outputs over  ->
+
+Where engines follow each other, as in phases of a training, requests that come between them are held for the next one.
 """
 
 from __future__ import annotations
@@ -11,14 +13,19 @@ import hashlib
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.open_requests import RequestOutput
+from cpinfer.errors import UserError
 from cpinfer_integrations.server_errors import ApiError
 from cpinfer_integrations.server_metrics import Metrics
+
+# How long the event loop may take to do what another thread asks of it.
+_LOOP_S = 60.0
 
 
 @dataclass(eq=False)
@@ -26,7 +33,8 @@ class _Run:
     """A request of the engine, its outputs so far, and who waits for them: each with the place of the prompt there."""
 
     id: str
-    num_samples: int
+    token_ids: Sequence[int]
+    params: SamplingParams
     began_s: float
     outputs: list[RequestOutput] = field(default_factory=list)
     readers: list[tuple[Answers, int]] = field(default_factory=list)
@@ -89,14 +97,18 @@ class Answers:
 
 
 class Bridge:
-    """The requests that clients have under way. Methods are called on the event loop, unless they say otherwise."""
+    """The requests that clients have under way. Methods are called on the event loop, unless they say otherwise.
 
-    def __init__(self, engine: Engine, metrics: Metrics, max_samples: int, max_request_s: float) -> None:
-        self._engine = engine
-        self._metrics = metrics
+    `engine` is the one that answers, or did so last. At first none does: requests are held until `go_on`.
+    """
+
+    def __init__(self, engine: Engine, max_samples: int, max_request_s: float) -> None:
+        self.engine = engine
+        self.metrics = Metrics(lambda: self.engine)
         self._max_samples = max_samples
         self._max_request_s = max_request_s
         self._runs: dict[str, _Run] = {}
+        self._held: dict[str, _Run] | None = {}  # those of them that no engine has; None while one answers
         self._num_samples = 0
         self._refusal: ApiError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -107,8 +119,8 @@ class Bridge:
 
     @property
     def num_open(self) -> int:
-        """Requests whose last output has not been handed on. From any thread."""
-        return len(self._runs)
+        """Requests that the engine has, whose last output has not been handed on. From any thread."""
+        return len(self._runs) - len(self._held or ())
 
     @property
     def is_ready(self) -> bool:
@@ -164,21 +176,31 @@ class Bridge:
                 kind="rate_limit_error",
                 headers={"Retry-After": "1"},
             )
-        run = _Run(request_id, params.n, time.perf_counter())
+        run = _Run(request_id, token_ids, params, time.perf_counter())
         self._runs[request_id] = run  # before the engine has it: an output may come at once
         try:
-            self._engine.add({"prompt_token_ids": list(token_ids), "id": request_id}, params)
+            if self._held is None:
+                self._add(run)
+            else:
+                self._held[request_id] = run
         except BaseException:
             del self._runs[request_id]
             raise
-        self._num_samples += run.num_samples
-        self._metrics.num_prompt_tokens.inc(len(token_ids))
+        self._num_samples += params.n
+        self.metrics.num_prompt_tokens.inc(len(token_ids))
         return run
+
+    def _add(self, run: _Run) -> None:
+        self.engine.add({"prompt_token_ids": list(run.token_ids), "id": run.id}, run.params)
 
     def abort_unread(self, run: _Run) -> None:
         """End a request that nobody waits for."""
-        if not run.readers and run.id in self._runs:
-            self._engine.abort(run.id)
+        if run.readers or run.id not in self._runs:
+            return
+        if self._held and run.id in self._held:
+            self._drop(run)
+        else:
+            self.engine.abort(run.id)
 
     def why_not(self, finish_reason: str) -> ApiError:
         """What to tell a client whose request was taken away."""
@@ -192,14 +214,50 @@ class Bridge:
             assert self._loop is not None, "who asks has a loop"
             self._loop.call_soon_threadsafe(self._deliver, outputs)
 
+    def go_on(self, engine: Engine) -> None:
+        """From now on this engine answers, those first that have been held. On the thread that steps."""
+
+        def add_held() -> None:
+            held, self._held, self.engine = self._held or {}, None, engine
+            for run in held.values():
+                try:
+                    self._add(run)
+                except UserError as error:  # its sizes may be other than those of the engine before it
+                    self._drop(run, ApiError(400, str(error)))
+
+        self._on_loop(add_held)
+
+    def hold(self) -> None:
+        """From now on hold what comes for the next engine. On the thread that steps."""
+
+        def hold() -> None:
+            self._held = {}
+
+        self._on_loop(hold)
+
+    def _on_loop(self, act: Callable[[], None]) -> None:
+        """Do it on the event loop, and come back when it is done."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                act()
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        assert self._loop is not None, "it listens"
+        self._loop.call_soon_threadsafe(run)
+        done.result(_LOOP_S)
+
     def close(self, why: str) -> None:
         """Take no more requests. From any thread."""
         self._refusal = ApiError(503, why, kind="server_error", headers={"Retry-After": "1"})
 
     def abort_all(self) -> None:
-        """End all that is under way. On the thread that steps."""
-        for request_id in list(self._runs):
-            self._engine.abort(request_id)
+        """End all that the engine has. On the thread that steps."""
+        for request_id in [*self._runs.keys() - (self._held or {}).keys()]:
+            self.engine.abort(request_id)
 
     def fail(self, why: str) -> None:
         """There will be no more outputs: tell all who wait. On the thread that steps."""
@@ -208,11 +266,19 @@ class Bridge:
             self._loop.call_soon_threadsafe(self._drop_all)
 
     def _drop_all(self) -> None:
-        for run in self._runs.values():
-            for answers, _ in run.readers:
-                answers.fail(self.why_not("abort"))
-            run.ended.set()
-        self._runs.clear()
+        for run in list(self._runs.values()):
+            self._drop(run, self.why_not("abort"))
+
+    def _drop(self, run: _Run, error: ApiError | None = None) -> None:
+        """Forget a request that no engine has any more, and tell those who wait for it."""
+        del self._runs[run.id]
+        if self._held is not None:
+            self._held.pop(run.id, None)
+        self._num_samples -= run.params.n - run.num_ended
+        for answers, _ in run.readers:
+            assert error is not None, "who waits is told why"
+            answers.fail(error)
+        run.ended.set()
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         now_s = time.perf_counter()
@@ -225,17 +291,17 @@ class Bridge:
         run.outputs.append(output)
         if output.tokens and output.sample_index not in run.first_token_s:
             run.first_token_s[output.sample_index] = now_s
-            self._metrics.ttft_s.observe(now_s - run.began_s)
+            self.metrics.ttft_s.observe(now_s - run.began_s)
         if output.finish_reason is not None:
             run.num_ended += 1
             self._num_samples -= 1
             num_tokens = 0 if output.result is None else len(output.result.token_ids)
-            self._metrics.ended(
+            self.metrics.ended(
                 output.finish_reason, num_tokens, now_s - run.first_token_s.get(output.sample_index, now_s)
             )
         for answers, place in run.readers:
             answers.put(place, output)
-        if run.num_ended == run.num_samples:
+        if run.num_ended == run.params.n:
             del self._runs[run.id]
             run.ended.set()
 

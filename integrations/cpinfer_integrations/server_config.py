@@ -33,4 +33,9 @@ class ServerConfig(Checked):
     max_body_mib: float = _key("largest body of a request", 16.0, within=Bounds(0, 2**12, above_low=True))
     max_arrival_s: float = _key("seconds that a request may take to arrive, headers and body", 30.0, within=_SECONDS)
     max_request_s: float = _key("seconds after which a request that has arrived is aborted", 3600.0, within=_SECONDS)
+    max_pause_s: float = _key(
+        "seconds after which a pause that a client wanted ends by itself; less than collective_timeout_s",
+        300.0,
+        within=_SECONDS,
+    )
     max_drain_s: float = _key("seconds that open requests have to end when the server does", 30.0, within=_SECONDS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -16,9 +16,9 @@ _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5,
 
 
 class Metrics:
-    """What happened to clients' requests, beside what the engine says of itself."""
+    """What happened to clients' requests, beside what the engine that answers them says of itself."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Callable[[], Engine]) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
         self.num_prompt_tokens = Counter(
@@ -54,16 +54,17 @@ class Metrics:
 class _EngineCollector(Collector):
     """What the engine says when it is asked."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Callable[[], Engine]) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:
-        load = self._engine.load
+        engine = self._engine()
+        load = engine.load
         gauges = {
             "requests_running": ("Samples that get a token in every step", load.num_running),
             "requests_waiting": ("Samples that are prefilled or wait", load.num_waiting),
             "kv_cache_usage_ratio": ("Share of KV blocks held by samples and cached prefixes", load.kv_usage),
-            "weights_version": ("Of the weights that samples are drawn by", self._engine.weights_version),
+            "weights_version": ("Of the weights that samples are drawn by", engine.weights_version),
         }
         for name, (said, value) in gauges.items():
             yield GaugeMetricFamily(f"cpinfer_{name}", said, value=value)

@@ -104,7 +104,8 @@ def serve(launch: Launch, job: Serving) -> None:
         ended = stack.enter_context(_ended_by_signal())
         api_key = os.environ.get(API_KEY) or None
         start_s = time.perf_counter()
-        with serving(engine, api_key=api_key, sampling=job.config.sampling, config=job.config.server) as server:
+        options: dict[str, Any] = {"sampling": job.config.sampling, "config": job.config.server}
+        with serving(engine, api_key=api_key, **options, shares_weights=False) as server:
             if topology.is_writer:
                 print(f"serve: {server.url} answers as {job.config.server.model_name}", file=sys.stderr, flush=True)
             # The first rank of a replica says when it ends; launchers signal all ranks, and none may leave the others.
