@@ -8,8 +8,10 @@ thread beside it runs the event loop of uvicorn. The weights are those of the en
 
 Clients that outlive a phase find a server that does so too:
 
-    with listening(engine) as server:    # of the first phase, for the sizes of the model
-        ...                              # train; requests wait
+    with rollout_phase(lend(model)) as engine:
+        ...
+    with serving(engine) as server:      # that phase is over: requests wait
+        ...                              # train
         with rollout_phase(lend(model)) as engine, server.answered_by(engine):
             server.run_until(has_enough)
 """
@@ -44,7 +46,7 @@ try:
 except ModuleNotFoundError as error:
     raise named(error, __name__) from error
 
-__all__ = ["Server", "listening", "serving"]
+__all__ = ["Server", "serving"]
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ _FLUSH_S = 2.0
 
 
 class Server:
-    """A server on one rank of its replica: the first one answers, all step. Made by `listening` and `serving`.
+    """A server on one rank of its replica: the first one answers, all step. Made by `serving`.
 
     `url` is where it listens, the same on every rank.
     """
@@ -152,50 +154,6 @@ class Server:
 
 
 @contextmanager
-def listening(
-    engine: Engine,
-    host: str | None = None,
-    port: int | None = None,
-    *,
-    api_key: str | None = None,
-    sampling: SamplingParams | None = None,
-    config: ServerConfig | None = None,
-    shares_weights: bool = True,
-) -> Iterator[Server]:
-    """OpenAI's HTTP interface, whose requests wait until an engine answers: `Server.answered_by`.
-
-    Collective over the job; arguments and errors as `serving`. `engine` tells of the model, its phase may be over.
-
-    Yields:
-        The server.
-    """
-    config = config or ServerConfig()
-    config = replace(config, host=config.host if host is None else host, port=config.port if port is None else port)
-    started: list[_Http] = []  # on the first rank of a replica, when it listens
-    params = sampling or SamplingParams()
-
-    def start() -> str:
-        if engine.topology.is_writer:
-            started.append(_Http(engine, config, api_key, params, shares_weights))
-        return started[0].url if started else ""
-
-    try:
-        url = _on_all_ranks(engine, start, "listen")
-        if engine.topology.grid.world_size > 1:
-            url = all_gather_object(url)[engine.topology.replica_ranks[0]]
-        yield Server(engine, url, started[0] if started else None, config.max_drain_s)
-        for http in started:
-            http.bridge.fail("the server has ended.")  # those that no engine was found for
-    except BaseException as error:
-        for http in started:
-            http.bridge.fail(f"the server has ended with a {type(error).__name__}.")
-        raise
-    finally:
-        for http in started:
-            http.stop()
-
-
-@contextmanager
 def serving(
     engine: Engine,
     host: str | None = None,
@@ -212,7 +170,8 @@ def serving(
     When the block ends, open requests end first.
 
     Args:
-        engine: awake, as `rollout_phase` and `attach` give it.
+        engine: as `rollout_phase` and `attach` give it. One whose phase is over tells of the model alone: requests wait
+            until another answers, by `Server.answered_by`.
         host: address to listen at; default: that of `config`.
         port: 0 for any that is free; default: that of `config`.
         api_key: what clients have to name in `Authorization: Bearer KEY`; without one everybody is let in.
@@ -227,11 +186,36 @@ def serving(
     Raises:
         UserError: on every rank, when a server cannot listen there.
     """
-    options: dict[str, Any] = {"api_key": api_key, "sampling": sampling, "config": config}
-    listens = listening(engine, host, port, **options, shares_weights=shares_weights)
-    with listens as server, server.answered_by(engine):
-        yield server
-        server.drain()
+    config = config or ServerConfig()
+    config = replace(config, host=config.host if host is None else host, port=config.port if port is None else port)
+    started: list[_Http] = []  # on the first rank of a replica, when it listens
+    params = sampling or SamplingParams()
+
+    def start() -> str:
+        if engine.topology.is_writer:
+            started.append(_Http(engine, config, api_key, params, shares_weights))
+        return started[0].url if started else ""
+
+    try:
+        url = _on_all_ranks(engine, start, "listen")
+        if engine.topology.grid.world_size > 1:
+            url = all_gather_object(url)[engine.topology.replica_ranks[0]]
+        server = Server(engine, url, started[0] if started else None, config.max_drain_s)
+        if engine.is_awake:
+            with server.answered_by(engine):
+                yield server
+                server.drain()
+        else:
+            yield server
+        for http in started:
+            http.bridge.fail("the server has ended.")  # those that no engine answered
+    except BaseException as error:
+        for http in started:
+            http.bridge.fail(f"the server has ended with a {type(error).__name__}.")
+        raise
+    finally:
+        for http in started:
+            http.stop()
 
 
 class _Http:

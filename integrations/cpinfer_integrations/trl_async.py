@@ -30,7 +30,7 @@ from cpinfer.engine.engine import Engine
 from cpinfer.errors import UserError
 from cpinfer.packages import named
 from cpinfer_integrations.lending import lend
-from cpinfer_integrations.server import Server, listening
+from cpinfer_integrations.server import Server, serving
 from cpinfer_integrations.server_config import ServerConfig
 
 try:
@@ -55,7 +55,11 @@ class SharedWeights:
         """No step runs while the trainer does anything."""
 
     def send_weights(self, iterator: Iterator[Any]) -> None:
-        """0 bytes. Sharded weights would be gathered by those who look at `iterator`; nobody does."""
+        """Send 0 bytes.
+
+        Args:
+            iterator: names and weights. It is not looked at, which would gather those that are sharded.
+        """
 
     def resume(self) -> None:
         """Steps run when the trainer waits."""
@@ -97,7 +101,7 @@ def answering(trainer: Any, config: ConfigLike = None, *, server: ServerConfig |
     phases = _Phases(trainer, lend(trainer.model, config), config)
     with phases.one() as engine:
         pass  # its sizes are those of all that follow
-    with listening(engine, url.hostname, url.port or 80, sampling=config.sampling, config=limits) as listens:
+    with serving(engine, url.hostname, url.port or 80, sampling=config.sampling, config=limits) as listens:
         samples = trainer.rollout_queue
         trainer.rollout_queue = _Samples(samples, phases, listens)
         ends = _EndOfTraining(trainer.rollout_queue, trainer.rollout_worker)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from trl.experimental.async_grpo import AsyncGRPOConfig, AsyncGRPOTrainer
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from cpinfer_integrations.trl_async import SharedWeights, answering
 from tool_models import NAMES, chats, follow, tool_model, tool_tokenizer
@@ -61,7 +62,8 @@ def main(folder: Path, port: int, num_steps: int, sender: str) -> None:
         trainer.train()
     told = ("reward", "ratio", "kl", "sample/staleness_max", "rollout/vllm_retry_total", "loss", "tools/call_frequency")
     steps = [{key: logs.get(key) for key in told} for logs in trainer.state.log_history if "loss" in logs]
-    print(json.dumps({"steps": steps, "model_version": trainer.model_version}))
+    found = {"steps": steps, "model_version": trainer.model_version}
+    print(json.dumps({**found, "num_transfers": NCCLWeightTransferEngine.num_transfers}))
 
 
 if __name__ == "__main__":
