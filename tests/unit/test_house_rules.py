@@ -13,7 +13,7 @@ from cpinfer.models.families import FAMILIES, RECURRENT
 ROOT = Path(__file__).parents[2]
 CORE = sorted((ROOT / "cpinfer").rglob("*.py"))
 BELOW_TOOLS = CORE + sorted((ROOT / "integrations").rglob("*.py"))
-SHIPPED = BELOW_TOOLS + sorted((ROOT / "tools").rglob("*.py"))
+SHIPPED = BELOW_TOOLS + sorted((ROOT / "tools").rglob("*.py")) + sorted((ROOT / "examples").rglob("*.py"))
 
 MAX_LINES = 500
 TRIVIAL_LINES = 5  # A method this short says what it does; a function must be a single line for that.
