@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 import agents_in_training as example
 from cpinfer.engine.open_requests import RequestOutput
 from cpinfer_integrations.server_bridge import Bridge
-from launching import BIN, Finished, launch, torchrun
+from launching import BIN, ROOT, Finished, launch, torchrun
 
 # What logprobs of both forwards may differ by, in float32 and at these lengths.
 TOLERANCE = 1e-5
@@ -45,6 +47,15 @@ def test_each_step_trains_on_the_tokens_that_the_engine_sampled(monkeypatch: pyt
         assert math.isfinite(step.mean_reward) and 0 < step.mismatch < TOLERANCE
         sampled.clear()
         trained.clear()
+
+
+def test_what_the_guide_shows_stands_in_the_example() -> None:
+    guide = (ROOT / "docs" / "agents.md").read_text(encoding="utf-8")
+    shown = [textwrap.dedent(code) for code in re.findall(r"```python\n(.*?)```", guide, re.DOTALL)]
+    lines = {line.strip() for line in (ROOT / SCRIPT).read_text(encoding="utf-8").splitlines()}
+    assert shown and all(line.strip() in lines for code in shown for line in code.splitlines() if line.strip())
+    links = re.findall(r"\]\(([^)#:]+)", guide)
+    assert links and all((ROOT / "docs" / link).exists() for link in links)
 
 
 def check_learned(finished: Finished) -> None:
