@@ -132,7 +132,8 @@ def solve(client: openai.OpenAI, name: str, seed: int) -> Episode:
     """One conversation, until an answer calls nothing or the turns are over."""
     messages: list[Any] = [{"role": "user", "content": name}]
     turns: list[Turn] = []
-    for num_lookups in range(MAX_TURNS):
+    num_lookups = 0
+    for _ in range(MAX_TURNS):
         answer: dict[str, Any] = client.chat.completions.create(
             model="policy",
             messages=messages,
@@ -151,6 +152,7 @@ def solve(client: openai.OpenAI, name: str, seed: int) -> Episode:
             is_right = num_lookups > 0 and message["content"] == SELLS[name]
             return Episode(turns, 1 / num_lookups if is_right else 0.0)
         messages.append(message)
+        num_lookups += len(message["tool_calls"])
         for call in message["tool_calls"]:
             found = run_tool(call["function"]["arguments"])
             messages.append({"role": "tool", "tool_call_id": call["id"], "content": found})
@@ -323,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=12, help="of GRPO")
     parser.add_argument("--warm-steps", type=int, default=150, help="supervised ones before them")
     args = parser.parse_args(argv)
+    torch.set_num_threads(1)  # a small model has no work for more, and sums in one order have the same last bits
     if dist.is_torchelastic_launched():
         dist.init_process_group("gloo")
     is_first = not dist.is_initialized() or dist.get_rank() == 0
