@@ -27,6 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from cpinfer.comm.bootstrap import is_peer_loss
 from cpinfer.config import SamplingParams
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.open_requests import RequestOutput
@@ -89,7 +90,7 @@ class Server:
             self._end_open()
         except BaseException as error:
             if self._http is not None:
-                self._http.bridge.fail(f"the server has ended with a {type(error).__name__}.")
+                self._http.fail(error)
             raise
 
     def run(self, agent: Callable[[str], T] | None = None) -> T | None:
@@ -211,7 +212,7 @@ def serving(
             http.bridge.fail("the server has ended.")  # those that no engine answered
     except BaseException as error:
         for http in started:
-            http.bridge.fail(f"the server has ended with a {type(error).__name__}.")
+            http.fail(error)
         raise
     finally:
         for http in started:
@@ -261,6 +262,11 @@ class _Http:
             raise RuntimeError("the thread of the HTTP server has ended; its log says why")
         self.bridge.hand_over(outputs)
         self.pause.wait()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell all who wait that this has ended the job's part of it."""
+        cause = "because another rank ended" if is_peer_loss(error) else f"with a {type(error).__name__}"
+        self.bridge.fail(f"the server has ended {cause}.")
 
     def stop(self) -> None:
         """End the server when it has sent what it still has."""

@@ -38,4 +38,9 @@ class ServerConfig(Checked):
         300.0,
         within=_SECONDS,
     )
-    max_drain_s: float = _key("seconds that open requests have to end when the server does", 30.0, within=_SECONDS)
+    max_drain_s: float = _key(
+        "seconds that open requests have to end when the server does; below 30, after which torchrun, DeepSpeed's "
+        "launcher and Kubernetes kill what they have told to end",
+        20.0,
+        within=_SECONDS,
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 import socket
 import subprocess
 import time
@@ -207,12 +208,19 @@ def test_tokenize_and_detokenize_are_the_tokenizers(server: Served, tokenizer: A
     assert server.post("/tokenize", messages=chat).json()["tokens"] == expected
 
 
-def test_curl_needs_no_more_than_a_body(server: Served) -> None:
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not on this machine")
+def test_curl_needs_no_more_than_a_body_and_a_key(tokenizer: Any) -> None:
+    def curl(*options: str) -> str:
+        command = ["curl", "-sN", f"{found.url}/v1/completions", "-H", "Content-Type: application/json", *options]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+
     body = json.dumps({"prompt": PROMPT, "max_tokens": 3, "stream": True})
-    command = ["curl", "-sN", f"{server.url}/v1/completions", "-H", "Content-Type: application/json", "-d", body]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split("\n\n")
-    assert lines[-2:] == ["data: [DONE]", ""] and len(lines) == 5
-    assert json.loads(lines[0].removeprefix("data: "))["object"] == "text_completion"
+    with served(loaded(), tokenizer, api_key="sesame", **KEYS) as found:
+        lines = curl("-d", body, "-H", "Authorization: Bearer sesame").split("\n\n")
+        assert lines[-2:] == ["data: [DONE]", ""] and len(lines) == 5
+        assert json.loads(lines[0].removeprefix("data: "))["object"] == "text_completion"
+        told, status = curl("-d", body, "-w", "\n%{http_code}").splitlines()
+        assert status == "401" and json.loads(told)["error"]["code"] == "invalid_api_key"
 
 
 @pytest.mark.parametrize("num_clients", [40, pytest.param(200, marks=pytest.mark.slow)])

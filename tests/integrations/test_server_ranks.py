@@ -1,4 +1,4 @@
-"""Two ranks compute what one answers: agents of both, errors of one, and a rank that dies."""
+"""Two ranks compute what one answers: agents of both, errors of one, a rank that dies, and how a server ends."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
+from served import wait_until
 
-from launching import ROOT, forked, free_port, torchrun
+from cpinfer_tools.verify.comparison.launches import end_processes
+from launching import ROOT, accelerate, deepspeed, forked, free_port, torchrun
 
 WORKER = "tests/integrations/server_worker.py"
 
@@ -54,13 +59,14 @@ def test_a_step_that_fails_on_all_ranks_leaves_them_together() -> None:
 def test_when_a_rank_dies_clients_get_an_error() -> None:
     finished = forked(2, WORKER, "dies", timeout_s=120)
     error = json.loads(finished.summary["last"].removeprefix("data: "))["error"]
-    assert error["type"] == "server_error" and "the server has ended" in error["message"], finished
+    assert error["type"] == "server_error" and "ended because another rank ended" in error["message"], finished
 
 
-def started(command: list[str], folder: Path, port: int) -> subprocess.Popen[str]:
+def started(command: list[str], folder: Path, port: int) -> subprocess.Popen[bytes]:
     """`cpinfer serve` under a launcher, when it answers."""
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     with (folder / "stderr").open("w") as stderr, (folder / "stdout").open("w") as stdout:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, text=True, start_new_session=True)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=stderr, env=env)
     until_s = time.monotonic() + 90
     while True:
         try:
@@ -72,7 +78,28 @@ def started(command: list[str], folder: Path, port: int) -> subprocess.Popen[str
             time.sleep(0.1)
 
 
-def drained(process: subprocess.Popen[str], pid: int, folder: Path, port: int) -> dict[str, Any]:
+def ranks_below(process: subprocess.Popen[bytes]) -> dict[int, psutil.Process]:
+    """The ranks that a launcher has started."""
+    below = psutil.Process(process.pid).children(recursive=True)
+    return {int(child.environ()["RANK"]): child for child in below if "RANK" in child.environ()}
+
+
+def asked(port: int, **body: Any) -> httpx.Response:
+    """What a client gets that waits for a whole answer, or for the end of its stream."""
+    body = {"prompt": "Recall: Alice", "ignore_eos": True, **body}
+    return httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+
+
+def events_of(answer: httpx.Response) -> list[str]:
+    return [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+
+
+def wait_for_running(port: int, num_samples: int) -> None:
+    line = f"cpinfer_requests_running {num_samples:.1f}"
+    wait_until(lambda: line in httpx.get(f"http://127.0.0.1:{port}/metrics").text)
+
+
+def drained(process: subprocess.Popen[bytes], pid: int, folder: Path, port: int) -> dict[str, Any]:
     """The last line of the tool, which gets a SIGTERM while a client listens; the client gets all of its answer."""
     body = {"prompt": "Recall: Alice", "max_tokens": 300, "ignore_eos": True, "stream": True}
     try:
@@ -84,8 +111,7 @@ def drained(process: subprocess.Popen[str], pid: int, folder: Path, port: int) -
         assert rest[-1] == "data: [DONE]" and len(rest) == 300
         process.wait(60)
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+        end_processes(process, set())
     summary: dict[str, Any] = json.loads((folder / "stdout").read_text().splitlines()[-1])
     return summary
 
@@ -100,14 +126,80 @@ def test_the_tool_drains_on_sigterm_and_ends_with_0(tmp_path: Path) -> None:
     assert "answers as configs/recall-tiny" in (tmp_path / "stderr").read_text()
 
 
+def on_two_ranks(port: int, **keys: Any) -> list[str]:
+    """The command of the tool, for a launcher of modules."""
+    keys = {"tensor_parallel.tp_size": 1, "kv_cache_gib": 0.02, **keys}
+    options = [option for name, value in keys.items() for option in ("--set", f"{name}={value}")]
+    return ["cpinfer_tools", "serve", "--config", "configs/pcp2.json", "--port", str(port), *options]
+
+
 def test_under_torchrun_a_sigterm_of_the_first_rank_ends_all_with_0(tmp_path: Path) -> None:
     port = free_port()
-    tool = ["-m", "cpinfer_tools", "serve", "--config", "configs/pcp2_dcp2.json"]
-    single = ["--set", "tensor_parallel.tp_size=1", "--set", "kv_cache_gib=0.02", "--port", str(port)]
-    process = started(torchrun(2, *tool, *single), tmp_path, port)
-    with open(f"/proc/{process.pid}/task/{process.pid}/children") as children:
-        pids = [int(pid) for pid in children.read().split()]
-    first = next(pid for pid in pids if b"\0RANK=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
-    summary = drained(process, first, tmp_path, port)
+    process = started(torchrun(2, "-m", *on_two_ranks(port)), tmp_path, port)
+    summary = drained(process, ranks_below(process)[0].pid, tmp_path, port)
     assert process.returncode == 0, (tmp_path / "stderr").read_text()
     assert summary["layout"] == {"tp": 1, "pcp": 2, "dcp": 2, "dp": 1, "world_size": 2}
+
+
+# How to start a module on two ranks, and what is said of one that was killed.
+LAUNCHERS: dict[str, tuple[Callable[..., list[str]], str, str]] = {
+    "torchrun": (torchrun, "-m", "Signal 9 (SIGKILL) received by PID {}\n"),
+    "deepspeed": (deepspeed, "--module", "exits with return code = -9\n"),
+    "accelerate": (accelerate, "-m", "Signal 9 (SIGKILL) received by PID {}\n"),
+}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [
+        pytest.param(launcher, rank, marks=() if (launcher, rank) == ("torchrun", 1) else pytest.mark.slow)
+        for launcher in LAUNCHERS
+        for rank in (1, 0)
+    ],
+)
+def test_under_a_launcher_a_killed_rank_ends_all_and_clients_get_an_error(
+    launcher: str, rank: int, tmp_path: Path
+) -> None:
+    port = free_port()
+    launch, module, said = LAUNCHERS[launcher]
+    process = started(launch(2, module, *on_two_ranks(port)), tmp_path, port)
+    ranks = ranks_below(process)
+    assert ranks.keys() == {0, 1}
+    try:
+        with ThreadPoolExecutor() as clients:
+            asking = [clients.submit(asked, port, max_tokens=20000, stream=stream) for stream in (True, False)]
+            wait_for_running(port, 2)
+            ranks[rank].kill()
+            errors = [client.exception(30) for client in asking]
+        process.wait(30)
+        assert psutil.wait_procs(ranks.values(), timeout=10)[1] == []
+    finally:
+        end_processes(process, set(ranks.values()))
+    told = (tmp_path / "stdout").read_text() + (tmp_path / "stderr").read_text()
+    assert process.returncode != 0 and said.format(ranks[rank].pid) in told, told
+    if rank == 0:  # the one that answers
+        assert all(isinstance(error, httpx.RemoteProtocolError) for error in errors), errors
+        return
+    stream, whole = (client.result() for client in asking)
+    assert whole.status_code == 503
+    for error in (json.loads(events_of(stream)[-1])["error"], whole.json()["error"]):
+        assert (
+            error["message"] == "the server has ended because another rank ended." and error["type"] == "server_error"
+        )
+
+
+@pytest.mark.slow
+def test_what_does_not_end_is_told_so_before_the_launcher_kills_the_server(tmp_path: Path) -> None:
+    port = free_port()
+    process = started(torchrun(2, "-m", *on_two_ranks(port)), tmp_path, port)
+    try:
+        with ThreadPoolExecutor() as clients:
+            stream = clients.submit(asked, port, max_tokens=20000, stream=True, n=8)
+            wait_for_running(port, 8)
+            process.terminate()
+            last = events_of(stream.result(60))[-1]
+        process.wait(30)
+    finally:
+        end_processes(process, set())
+    assert "ending" in json.loads(last)["error"]["message"]
+    assert "forcefully" not in (tmp_path / "stderr").read_text()

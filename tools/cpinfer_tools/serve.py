@@ -107,7 +107,8 @@ def serve(launch: Launch, job: Serving) -> None:
         options: dict[str, Any] = {"sampling": job.config.sampling, "config": job.config.server}
         with serving(engine, api_key=api_key, **options, shares_weights=False) as server:
             if topology.is_writer:
-                print(f"serve: {server.url} answers as {job.config.server.model_name}", file=sys.stderr, flush=True)
+                # In one piece: first ranks of replicas say it together.
+                sys.stderr.write(f"serve: {server.url} answers as {job.config.server.model_name}\n")
             # The first rank of a replica says when it ends; launchers signal all ranks, and none may leave the others.
             server.run_until(ended.is_set if topology.is_writer else lambda: True)
         summary = {"wall_s": round(time.perf_counter() - start_s, 3), **asdict(engine.load.stats), "url": server.url}
