@@ -238,8 +238,10 @@ class _Http:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 make_app(api, control, api_key),
-                http=ImpatientProtocol.within(config.max_arrival_s),
-                timeout_graceful_shutdown=int(_FLUSH_S),
+                http=ImpatientProtocol.within(
+                    max_headers_s=config.max_arrival_s, max_unread_s=config.max_request_s, flush_s=_FLUSH_S
+                ),
+                timeout_graceful_shutdown=int(_FLUSH_S) + 1,  # then nobody is left, whom uvicorn would drop noisily
                 server_header=False,
                 **options,
             )

@@ -244,7 +244,11 @@ class Gate:
             async with asyncio.timeout(self._max_arrival_s):
                 body = await self._body(scope, receive)
         except TimeoutError:
-            late = ApiError(408, f"the request did not arrive within {self._max_arrival_s:g} s (max_arrival_s).")
+            late = ApiError(
+                408,
+                f"the request did not arrive within {self._max_arrival_s:g} s (max_arrival_s).",
+                headers={"Connection": "close"},  # what may yet come of it is not waited for
+            )
             await late.response(scope, receive, send)
         except ApiError as error:
             await error.response(scope, receive, send)

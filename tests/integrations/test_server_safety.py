@@ -174,6 +174,86 @@ def test_a_request_that_does_not_arrive_is_dropped_and_keeps_nobody_waiting(serv
         connection.close()
 
 
+def connected(server: Served) -> socket.socket:
+    host, port = server.url.removeprefix("http://").split(":")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # what a client does not read stays there
+    connection.connect((host, int(port)))
+    connection.settimeout(15)
+    return connection
+
+
+def posted(path: str = "/v1/completions", **body: Any) -> bytes:
+    content = json.dumps(body)
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+    )
+    return f"{head}{content}".encode()
+
+
+def all_that_comes(connection: socket.socket) -> bytes:
+    """Until the server ends the connection. TimeoutError when it does not."""
+    parts = []
+    try:
+        while part := connection.recv(2**20):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    return b"".join(parts)
+
+
+def test_further_requests_of_a_connection_have_no_more_time_to_arrive_than_its_first(server: Served) -> None:
+    with connected(server) as connection:
+        connection.sendall(posted(prompt=[1], max_tokens=1))
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"GET /v1/mod")
+        all_that_comes(connection)
+
+
+def test_a_body_that_is_late_is_not_waited_for_any_longer(server: Served) -> None:
+    with connected(server) as connection:
+        connection.sendall(posted(prompt=[1]).replace(b"Length: 1", b"Length: 91"))
+        assert connection.recv(2**16).startswith(b"HTTP/1.1 408 ")
+        for _ in range(80):
+            try:
+                connection.sendall(b" ")
+            except ConnectionError:
+                return
+            time.sleep(0.1)
+    raise AssertionError("it is still read")
+
+
+# To `/tokenize`; the answer is more than a machine keeps for a connection.
+LARGE = "é" * 800_000
+
+
+def test_who_does_not_take_an_answer_is_dropped() -> None:
+    with served(*loaded(), config=ServerConfig(max_request_s=0.5), **KEYS) as found, connected(found) as connection:
+        connection.sendall(posted("/tokenize", prompt=LARGE))
+        taken = connection.recv(1024)
+        time.sleep(2)
+        taken += all_that_comes(connection)
+        assert taken.startswith(b"HTTP/1.1 200 ")
+        assert len(taken) < len(found.post("/tokenize", prompt=LARGE).content)
+
+
+def test_who_takes_nothing_and_who_sends_nothing_does_not_keep_a_server_from_its_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with served(*loaded(), **KEYS) as found:
+        idle, slow, silent = connected(found), connected(found), connected(found)
+        idle.sendall(posted(prompt=[1], max_tokens=1))
+        slow.sendall(posted("/tokenize", prompt=LARGE))
+        silent.sendall(posted(prompt=[1])[:-1])
+        for connection in (idle, slow):
+            assert connection.recv(1).startswith(b"H")
+        started_s = time.monotonic()
+    assert time.monotonic() - started_s < 8 and "uvicorn" not in caplog.text
+    for connection in (idle, slow, silent):
+        all_that_comes(connection)
+        connection.close()
+
+
 def fuzzed(draw: random.Random) -> tuple[str, bytes]:
     """A path, and a body of it with values that nobody expects in some of its fields."""
     values: list[Callable[[], Any]] = [
