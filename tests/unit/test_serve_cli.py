@@ -30,6 +30,7 @@ def test_a_dry_run_says_what_would_be_served_where(capsys: pytest.CaptureFixture
         (["--config", SINGLE, "--port", "x"], "--port"),
         (["--config", SINGLE, "--set", "server.prt=1"], '"server.prt"'),
         (["--config", SINGLE, "--output", "x.jsonl"], "--output"),
+        (["--config", SINGLE, "--set", "server.max_pause_s=600"], '"server.max_pause_s" is 600; less than'),
     ],
 )
 def test_bad_input_is_told_before_a_model_loads(

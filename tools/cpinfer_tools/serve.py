@@ -26,6 +26,7 @@ from typing import Any
 
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
+from cpinfer.errors import UserError
 from cpinfer.models.loading import load_tokenizer
 from cpinfer_integrations.launching import launch_inference
 from cpinfer_integrations.server import serving
@@ -81,6 +82,11 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Serving:
     flags: dict[str, Any] = {key: getattr(args, key) for key in ("host", "port") if getattr(args, key) is not None}
     name = config.server.model_name or config.model
     config = replace(config, server=replace(config.server, model_name=name, **flags))
+    if config.server.max_pause_s >= config.collective_timeout_s:  # other ranks wait in a collective meanwhile
+        raise UserError(
+            f'"server.max_pause_s" is {config.server.max_pause_s:g}; less than "collective_timeout_s", '
+            f"{config.collective_timeout_s:g}, was wanted. Change one of them."
+        )
     grid = check_layout(launch, config, spec, args.config)
     return Serving(
         config=config,
