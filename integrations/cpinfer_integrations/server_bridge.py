@@ -24,6 +24,8 @@ from cpinfer.errors import UserError
 from cpinfer_integrations.server_errors import ApiError
 from cpinfer_integrations.server_metrics import Metrics
 
+# How long the tokens of a step may wait for those of the next, in seconds: 20 events a second are fluent text.
+_TOGETHER_S = 0.05
 # How long the event loop may take to do what another thread asks of it.
 _LOOP_S = 60.0
 
@@ -50,19 +52,23 @@ class Answers:
         self._bridge = bridge
         self._num_open = num_samples
         self._in_pieces = in_pieces
-        self._queue: asyncio.Queue[tuple[int, RequestOutput] | ApiError] = asyncio.Queue()
+        self._untaken: list[tuple[int, RequestOutput]] = []
+        self._failure: ApiError | None = None
+        self._has_news = asyncio.Event()
         late = ApiError(504, "the request took longer than this server allows (max_request_s).")
-        self._timer = asyncio.get_running_loop().call_later(max_s, self._queue.put_nowait, late)
+        self._timer = asyncio.get_running_loop().call_later(max_s, self.fail, late)
         self.runs: list[_Run] = []
 
     def put(self, place: int, output: RequestOutput) -> None:
         """Hand over an output of the prompt at `place`, where it is one that is waited for."""
         if self._in_pieces or output.finish_reason is not None:
-            self._queue.put_nowait((place, output))
+            self._untaken.append((place, output))
+            self._has_news.set()
 
     def fail(self, error: ApiError) -> None:
         """Say why there will be no more."""
-        self._queue.put_nowait(error)
+        self._failure = self._failure or error
+        self._has_news.set()
 
     async def outputs(self) -> AsyncIterator[list[tuple[int, RequestOutput]]]:
         """Outputs as they come, each with the place of its prompt, until all samples have ended.
@@ -73,19 +79,17 @@ class Answers:
             ApiError: when that takes too long, a step failed, or the server ends first.
         """
         while self._num_open:
-            found = [self._checked(await self._queue.get())]
-            while not self._queue.empty():
-                found.append(self._checked(self._queue.get_nowait()))
-            yield found
-
-    def _checked(self, found: tuple[int, RequestOutput] | ApiError) -> tuple[int, RequestOutput]:
-        if isinstance(found, ApiError):
-            raise found
-        reason = found[1].finish_reason
-        if reason in ("abort", "error"):
-            raise self._bridge.why_not(reason)
-        self._num_open -= reason is not None
-        return found
+            await self._has_news.wait()
+            self._has_news.clear()
+            found, self._untaken = self._untaken, []
+            for _, output in found:
+                if output.finish_reason in ("abort", "error"):
+                    raise self._bridge.why_not(output.finish_reason)
+                self._num_open -= output.finish_reason is not None
+            if found:
+                yield _joined(found)
+            if self._num_open and self._failure is not None:
+                raise self._failure
 
     def leave(self) -> None:
         """Wait for nothing any more: what nobody else waits for is aborted."""
@@ -112,6 +116,9 @@ class Bridge:
         self._num_samples = 0
         self._refusal: ApiError | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        # Of the thread that steps: outputs that the event loop has not been told of, and from when on it is.
+        self._untold: list[RequestOutput] = []
+        self._due_s = 0.0
 
     def start(self) -> None:
         """Remember the event loop that runs now."""
@@ -209,10 +216,18 @@ class Bridge:
         return self._refusal or ApiError(503, "the request was aborted.", kind="server_error")
 
     def hand_over(self, outputs: Sequence[RequestOutput]) -> None:
-        """Hand outputs of a step to those who wait for them. On the thread that steps."""
-        if outputs:
+        """Hand outputs of a step to those who wait for them. On the thread that steps.
+
+        Where steps are short the tokens of several travel together, unless a sample has ended: to wake the event loop,
+        and it each client, takes more processor time than to sample a token of a small model does.
+        """
+        self._untold += outputs
+        now_s = time.perf_counter()
+        is_due = now_s >= self._due_s or any(output.finish_reason is not None for output in outputs)
+        if self._untold and is_due:
             assert self._loop is not None, "who asks has a loop"
-            self._loop.call_soon_threadsafe(self._deliver, outputs)
+            untold, self._untold, self._due_s = self._untold, [], now_s + _TOGETHER_S
+            self._loop.call_soon_threadsafe(self._deliver, untold)
 
     def go_on(self, engine: Engine) -> None:
         """From now on this engine answers, those first that have been held. On the thread that steps."""
@@ -304,6 +319,16 @@ class Bridge:
         if run.num_ended == run.params.n:
             del self._runs[run.id]
             run.ended.set()
+
+
+def _joined(found: Sequence[tuple[int, RequestOutput]]) -> list[tuple[int, RequestOutput]]:
+    """Outputs of a sample in a row as one, where the same weights sampled them."""
+    joined: dict[tuple[int, int, int], RequestOutput] = {}
+    for place, output in found:
+        key = place, output.sample_index, output.weights_version
+        before = joined.get(key)
+        joined[key] = output if before is None else output._replace(tokens=before.tokens + output.tokens)
+    return [(place, output) for (place, _, _), output in joined.items()]
 
 
 def _id_of(token_ids: Sequence[int], params: SamplingParams) -> str:

@@ -1,0 +1,126 @@
+"""Clients of OpenAI's completions, all at once, in a process of their own: what each was sent, and when.
+
+    python tools/bench/server_clients.py < ASKED > SEEN
+
+ASKED is `{"url": ..., "bodies": [...]}`: each body is sent by a client of its own, over a connection that is open
+before the clock starts; SEEN, one JSON object on the last line, has `taken_s`, from the first body sent to the last
+byte of the last answer, and of each client its `Seen`. While the clock runs nothing is parsed: bytes are kept with the
+time at which they came, since whoever measures a server on its own cores takes them from it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+from urllib.parse import urlsplit
+
+# How long the server may take for all of them.
+_WITHIN_S = 300.0
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one client was sent: its text and, where asked for, token ids; seconds from its asking to the first text.
+
+    `tpot_s` is the mean from the first event of a stream to the last, over the tokens behind the first. Both are None
+    where the answer came whole.
+    """
+
+    text: str
+    token_ids: list[int] | None
+    ttft_s: float | None
+    tpot_s: float | None
+
+
+class Client(asyncio.Protocol):
+    """A connection that keeps what it receives until the server closes it."""
+
+    def __init__(self) -> None:
+        self.received: list[tuple[float, bytes]] = []
+        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.received.append((time.perf_counter(), data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed.set_result(None)
+
+
+def main() -> int:
+    asked = json.load(sys.stdin)
+    taken_s, seen = asyncio.run(ask_all(asked["url"], asked["bodies"]))
+    print(json.dumps({"taken_s": taken_s, "seen": [asdict(one) for one in seen]}), flush=True)
+    return 0
+
+
+async def ask_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> tuple[float, list[Seen]]:
+    """Send all bodies at once; the seconds that their answers took together, and what each client saw."""
+    host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
+    loop = asyncio.get_running_loop()
+    connections = [await loop.create_connection(Client, host, port) for _ in bodies]
+    requests = [request_bytes(f"{host}:{port}", body) for body in bodies]
+    start_s = time.perf_counter()
+    for (transport, _), request in zip(connections, requests, strict=True):
+        cast(asyncio.WriteTransport, transport).write(request)
+    async with asyncio.timeout(_WITHIN_S):
+        await asyncio.gather(*(client.closed for _, client in connections))
+    seen = [
+        parsed(client.received, start_s, body["max_tokens"])
+        for (_, client), body in zip(connections, bodies, strict=True)
+    ]
+    return max(client.received[-1][0] for _, client in connections) - start_s, seen
+
+
+def request_bytes(host: str, body: Mapping[str, Any]) -> bytes:
+    """A request after whose answer the server closes the connection."""
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
+def parsed(received: Sequence[tuple[float, bytes]], start_s: float, num_tokens: int) -> Seen:
+    """What an answer of `num_tokens` says. RuntimeError for one that is an error."""
+    head, _, content = b"".join(data for _, data in received).partition(b"\r\n\r\n")
+    if b" 200 " not in head.split(b"\r\n", 1)[0]:
+        raise RuntimeError(f"{head.decode()}: {content[:500]!r}")
+    is_chunked = b"transfer-encoding: chunked" in head.lower()
+    content = unchunked(content) if is_chunked else content
+    if b"text/event-stream" not in head.lower():
+        choice = json.loads(content)["choices"][0]
+        return Seen(choice["text"], choice.get("token_ids"), None, None)
+    events = [json.loads(line[6:]) for line in content.split(b"\n") if line.startswith(b"data: {")]
+    if failed := [event for event in events if "error" in event]:
+        raise RuntimeError(f"a stream ended with {failed[0]}")
+    choices = [event["choices"][0] for event in events if event["choices"]]
+    token_ids = None
+    if "token_ids" in choices[0]:
+        token_ids = [token for choice in choices for token in choice["token_ids"] or ()]
+    came_s = [at_s for at_s, data in received if b"data: {" in data]
+    tpot_s = (came_s[-1] - came_s[0]) / (num_tokens - 1)
+    return Seen("".join(choice["text"] for choice in choices), token_ids, came_s[0] - start_s, tpot_s)
+
+
+def unchunked(content: bytes) -> bytes:
+    r"""The body that came in chunks.
+
+    >>> unchunked(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
+    b'abcde'
+    """
+    parts: list[bytes] = []
+    at = 0
+    while True:
+        line_end = content.index(b"\r\n", at)
+        num_bytes = int(content[at:line_end], 16)
+        if not num_bytes:
+            return b"".join(parts)
+        parts.append(content[line_end + 2 : line_end + 2 + num_bytes])
+        at = line_end + 2 + num_bytes + 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
