@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ class Served:
 
     def wait_until_idle(self) -> None:
         wait_until(lambda: self.engine.load.num_running + self.engine.load.num_waiting == 0)
+
+
+def num_streamed(lines: Iterable[str]) -> int:
+    """Tokens that the lines of a stream tell of, where the request has `return_token_ids`."""
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    return sum(len(event["choices"][0]["token_ids"]) for event in events)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

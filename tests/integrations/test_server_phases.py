@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from served import Served, served, wait_until
+from served import Served, num_streamed, served, wait_until
 
 import cpinfer
 from cpinfer.models.loading import load_model, load_tokenizer
@@ -179,8 +178,7 @@ def test_a_pause_keeps_requests_where_they_are(server: Served) -> None:
         before = num_tokens()
         assert not threading.Event().wait(0.3) and num_tokens() == before
         assert server.post("/resume").status_code == 200
-        events = [json.loads(line[6:]) for line in (first, *lines) if line.startswith("data: {")]
-    assert sum(len(event["choices"][0]["token_ids"]) for event in events) == 200
+        assert num_streamed([first, *lines]) == 200
     assert httpx.get(f"{server.url}/is_paused").json() == {"is_paused": False}
     assert num_tokens() > before
 

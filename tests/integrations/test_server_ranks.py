@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from served import wait_until
+from served import num_streamed, wait_until
 
 from cpinfer_tools.verify.comparison.launches import end_processes
 from launching import ROOT, accelerate, deepspeed, forked, free_port, torchrun
@@ -101,14 +101,14 @@ def wait_for_running(port: int, num_samples: int) -> None:
 
 def drained(process: subprocess.Popen[bytes], pid: int, folder: Path, port: int) -> dict[str, Any]:
     """The last line of the tool, which gets a SIGTERM while a client listens; the client gets all of its answer."""
-    body = {"prompt": "Recall: Alice", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"prompt": "Recall: Alice", "max_tokens": 300, "ignore_eos": True, "stream": True, "return_token_ids": True}
     try:
         with httpx.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
-            next(lines)
+            first = next(lines)
             os.kill(pid, signal.SIGTERM)
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) == 300
+        assert rest[-1] == "data: [DONE]" and num_streamed([first, *rest]) == 300
         process.wait(60)
     finally:
         end_processes(process, set())

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from served import Served, served, wait_until
+from served import Served, num_streamed, served, wait_until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cpinfer
@@ -421,16 +421,18 @@ def test_clients_of_a_job_that_fails_get_an_error_and_do_not_hang() -> None:
 def test_open_requests_end_before_the_server_does_and_new_ones_are_refused() -> None:
     with served(*loaded(), **KEYS) as found:
         with httpx.stream(
-            "POST", f"{found.url}/v1/completions", json={**LONG, "max_tokens": 600, "stream": True}
+            "POST",
+            f"{found.url}/v1/completions",
+            json={**LONG, "max_tokens": 600, "stream": True, "return_token_ids": True},
         ) as answer:
             lines = answer.iter_lines()
-            next(lines)
+            first = next(lines)
             found.wanted_end.set()
             wait_until(lambda: httpx.get(f"{found.url}/health").status_code == 503)
             told = found.post("/v1/completions", prompt="a")
             assert "ending" in refused(told, 503)["message"] and told.headers["Retry-After"]
             rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]" and len(rest) == 600
+        assert rest[-1] == "data: [DONE]" and num_streamed([first, *rest]) == 600
 
 
 def test_what_does_not_end_in_time_is_aborted_and_told() -> None:

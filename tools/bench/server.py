@@ -44,6 +44,8 @@ PROMPTS = ROOT / "configs" / "recall-tiny-prompts.jsonl"
 PROMPT_CHARS = 160
 # Clients, and tokens of each answer.
 FULL, QUICK = ((64, 64), (64, 256)), ((4, 8),)
+# Before each run: threads of the one before, a peer's too, may spin for a while.
+REST_S = 1.0
 # What was to be reached: tokens a second of whole answers over those of `generate`.
 MIN_SHARE = 0.9
 GENERATE, WHOLE, STREAMED = "generate", "clients, whole answers", "clients, streams"
@@ -166,6 +168,7 @@ def measure(
     start_s, rounds = time.perf_counter(), -1
     while _all_agree(has_time_for_another(rounds, time.perf_counter() - start_s, task["budget_s"] / 2, task["rounds"])):
         for way in rotated(ways, rounds):
+            time.sleep(REST_S)
             dist.barrier()
             streams = {"stream": True} if way.endswith("streams") else {}
             if way == GENERATE:
