@@ -14,7 +14,6 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 
 from cpinfer.config import SamplingParams
@@ -252,18 +251,12 @@ class Bridge:
 
     def _on_loop(self, act: Callable[[], None]) -> None:
         """Do it on the event loop, and come back when it is done."""
-        done: Future[None] = Future()
 
-        def run() -> None:
-            try:
-                act()
-                done.set_result(None)
-            except BaseException as error:
-                done.set_exception(error)
+        async def run() -> None:
+            act()
 
         assert self._loop is not None, "it listens"
-        self._loop.call_soon_threadsafe(run)
-        done.result(_LOOP_S)
+        asyncio.run_coroutine_threadsafe(run(), self._loop).result(_LOOP_S)
 
     def close(self, why: str) -> None:
         """Take no more requests. From any thread."""

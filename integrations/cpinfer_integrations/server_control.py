@@ -114,11 +114,11 @@ class Control:
             ("POST", "/resume", self.resume_steps),
             ("GET", "/is_paused", self.is_paused),
             ("POST", "/init_weight_transfer_engine", self.init_transfer),
-            ("POST", "/start_weight_update", self.start_update),
+            ("POST", "/start_weight_update", self.mark_update),
             ("POST", "/update_weights", self.update_weights),
-            ("POST", "/finish_weight_update", self.finish_update),
-            ("POST", "/v1/load_lora_adapter", self.load_adapter),
-            ("POST", "/v1/unload_lora_adapter", self.unload_adapter),
+            ("POST", "/finish_weight_update", self.mark_update),
+            ("POST", "/v1/load_lora_adapter", self.refuse_adapter),
+            ("POST", "/v1/unload_lora_adapter", self.refuse_adapter),
         )
 
     async def server_info(self, config_format: Literal["json"] = "json") -> Response:
@@ -158,25 +158,23 @@ class Control:
         """Agree to a transfer of 0 bytes."""
         return self._nothing_sent()
 
-    async def start_update(self) -> Response:
-        """Begin it."""
+    async def mark_update(self) -> Response:
+        """Begin it, or end it."""
         return self._nothing_sent()
 
     async def update_weights(self, asked: WeightUpdate) -> Response:
         """Take 0 bytes."""
         return self._nothing_sent()
 
-    async def finish_update(self) -> Response:
-        """End it."""
-        return self._nothing_sent()
-
-    async def load_adapter(self, asked: AdapterName) -> Response:
-        """Refused: adapters are in effect where the trainer's model has them active, under the model's own name."""
-        self._refuse_adapter(asked.lora_name)
-
-    async def unload_adapter(self, asked: AdapterName) -> Response:
-        """Refused: none was loaded."""
-        self._refuse_adapter(asked.lora_name)
+    async def refuse_adapter(self, asked: AdapterName) -> NoReturn:
+        """Say that none is loaded or unloaded: those that the trainer's model has active are in effect, by its name."""
+        raise ApiError(
+            400,
+            f"adapter {asked.lora_name[:200]!r} was not loaded or unloaded: this server takes none over the network. "
+            "The adapters that are active in the model it runs are in effect, under the model's own name.",
+            param="lora_name",
+            code="lora_unsupported",
+        )
 
     def _nothing_sent(self) -> Response:
         if not self.shares_weights:
@@ -190,13 +188,4 @@ class Control:
             )
         return AsciiJSONResponse(
             {"num_bytes": 0, "weights_version": self.bridge.engine.weights_version, "shares_weights": True}
-        )
-
-    def _refuse_adapter(self, name: str) -> NoReturn:
-        raise ApiError(
-            400,
-            f"adapter {name[:200]!r} was not loaded or unloaded: this server takes none over the network. The adapters "
-            "that are active in the model it runs are in effect, under the model's own name.",
-            param="lora_name",
-            code="lora_unsupported",
         )

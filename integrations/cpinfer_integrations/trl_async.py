@@ -17,15 +17,15 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
-from cpinfer.colocate.phase import Lent, rollout_phase
-from cpinfer.config import ConfigLike, JobConfig, job_config
+from cpinfer.colocate.phase import rollout_phase
+from cpinfer.config import ConfigLike, job_config
 from cpinfer.engine.engine import Engine
 from cpinfer.errors import UserError
 from cpinfer.packages import named
@@ -98,12 +98,18 @@ def answering(trainer: Any, config: ConfigLike = None, *, server: ServerConfig |
     url = urlsplit(trainer.args.vllm_server_base_url)
     limits = server or ServerConfig()
     limits = replace(limits, model_name=limits.model_name or get_config_model_id(trainer.model.config))
-    phases = _Phases(trainer, lend(trainer.model, config), config)
-    with phases.one() as engine:
+    lent = lend(trainer.model, config)
+
+    def phase() -> AbstractContextManager[Engine]:
+        """A rollout phase by the policy that the trainer has now."""
+        version, tokenizer = trainer.model_version, trainer.processing_class
+        return rollout_phase(lent, config, tokenizer=tokenizer, weights_version=version)
+
+    with phase() as engine:
         pass  # its sizes are those of all that follow
     with serving(engine, url.hostname, url.port or 80, sampling=config.sampling, config=limits) as listens:
         samples = trainer.rollout_queue
-        trainer.rollout_queue = _Samples(samples, phases, listens)
+        trainer.rollout_queue = _Samples(samples, phase, listens)
         ends = _EndOfTraining(trainer.rollout_queue, trainer.rollout_worker)
         trainer.add_callback(ends)
         try:
@@ -113,27 +119,12 @@ def answering(trainer: Any, config: ConfigLike = None, *, server: ServerConfig |
             trainer.rollout_queue = samples
 
 
-@dataclass(frozen=True)
-class _Phases:
-    """Rollout phases of a trainer, each by the policy that it has then."""
-
-    trainer: Any
-    lent: Lent
-    config: JobConfig
-
-    @contextmanager
-    def one(self) -> Iterator[Engine]:
-        version, tokenizer = self.trainer.model_version, self.trainer.processing_class
-        with rollout_phase(self.lent, self.config, tokenizer=tokenizer, weights_version=version) as engine:
-            yield engine
-
-
 class _Samples:
     """The queue of samples as the trainer sees it: who waits for one answers the worker meanwhile."""
 
-    def __init__(self, samples: Any, phases: _Phases, server: Server) -> None:
+    def __init__(self, samples: Any, phase: Callable[[], AbstractContextManager[Engine]], server: Server) -> None:
         self._samples = samples
-        self._phases = phases
+        self._phase = phase
         self._server = server
 
     def qsize(self) -> int:
@@ -158,7 +149,7 @@ class _Samples:
 
     def answer_until(self, is_done: Callable[[], bool]) -> None:
         """Answer the worker, and who else asks, in a phase that ends behind `is_done`."""
-        with self._phases.one() as engine, self._server.answered_by(engine):
+        with self._phase() as engine, self._server.answered_by(engine):
             self._server.run_until(is_done)
 
 

@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from served import Served, served
+from served import Served, num_streamed, served
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.chat_template_utils import add_response_schema
 
@@ -215,10 +215,10 @@ def test_curl_needs_no_more_than_a_body_and_a_key(tokenizer: Any) -> None:
         command = ["curl", "-sN", f"{found.url}/v1/completions", "-H", "Content-Type: application/json", *options]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
-    body = json.dumps({"prompt": PROMPT, "max_tokens": 3, "stream": True})
+    body = json.dumps({"prompt": PROMPT, "max_tokens": 3, "stream": True, "return_token_ids": True})
     with served(loaded(), tokenizer, api_key="sesame", **KEYS) as found:
         lines = curl("-d", body, "-H", "Authorization: Bearer sesame").split("\n\n")
-        assert lines[-2:] == ["data: [DONE]", ""] and len(lines) >= 3
+        assert lines[-2:] == ["data: [DONE]", ""] and num_streamed(lines) == 3
         assert json.loads(lines[0].removeprefix("data: "))["object"] == "text_completion"
         told, status = curl("-d", body, "-w", "\n%{http_code}").splitlines()
         assert status == "401" and json.loads(told)["error"]["code"] == "invalid_api_key"

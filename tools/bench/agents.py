@@ -83,9 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = bench_parser(__doc__, budget_s=2000)
-    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    return bench_parser(__doc__, budget_s=2000).parse_args(argv)
 
 
 def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:

@@ -108,7 +108,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", action="store_true", help="profile cpinfer on all workloads, not only where behind"
     )
-    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

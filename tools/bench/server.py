@@ -22,7 +22,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from cpinfer_tools.measuring.harness import (
     table,
     write_card,
 )
+from talk import Talk
 
 MODEL = ROOT / "configs" / "recall-tiny"
 PROMPTS = ROOT / "configs" / "recall-tiny-prompts.jsonl"
@@ -60,7 +62,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--peer-url", help="another server of the same checkpoint, as http://HOST:PORT")
     parser.add_argument("--peer-name", default="peer", help="what the card calls it")
     parser.add_argument("--peer-model", default="policy", help="what it calls the model")
-    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -99,7 +100,7 @@ def describe(load: Mapping[str, Any]) -> tuple[str, str]:
         spent = Timing(tuple(seconds))
         ours = "" if name == GENERATE else f"{base / spent.median_s:.2f}"
         tokens_per_s = f"{num_tokens / spent.median_s:,.0f}"
-        rows.append([name, str(spent), tokens_per_s, ours, *_percentiles(load["seen"].get(name))])
+        rows.append([name, str(spent), tokens_per_s, ours, *_percentiles(load["seen"][name])])
     header = ["by", "median (min..max)", "tokens/s", "of generate", "TTFT p50 / p99, ms", "TPOT p50 / p99, ms"]
     share = base / statistics.median(load["seconds"][WHOLE])
     said = (
@@ -112,7 +113,7 @@ def describe(load: Mapping[str, Any]) -> tuple[str, str]:
     return f"{load['num_clients']} clients, {load['num_tokens']} tokens each", f"{table(header, rows)}\n\n{said}"
 
 
-def _percentiles(seen: Sequence[Sequence[float]] | None) -> list[str]:
+def _percentiles(seen: Sequence[Sequence[float]]) -> list[str]:
     if not seen:
         return ["", ""]
     columns = [sorted(values) for values in zip(*seen, strict=True)]
@@ -138,7 +139,8 @@ def work(task: Mapping[str, Any]) -> int:
         tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
         config = EngineConfig(dtype="float32", kv_cache_gib=0.3, enable_prefix_caching=False)
         with cpinfer.attach(model, topology, config, tokenizer=tokenizer) as engine, serving(engine, port=0) as server:
-            loads = [measure(task, engine, server, *load, is_first=launch.rank == 0) for load in task["loads"]]
+            talk = Talk(launch.rank, launch.world_size)
+            loads = [measure(task, talk, engine, server, *load) for load in task["loads"]]
         topology.close()
     if launch.rank == 0:
         Path(task["output"]).write_text(json.dumps({"loads": loads}), encoding="utf-8")
@@ -146,54 +148,59 @@ def work(task: Mapping[str, Any]) -> int:
 
 
 def measure(
-    task: Mapping[str, Any], engine: Any, server: Any, num_clients: int, num_tokens: int, *, is_first: bool
+    task: Mapping[str, Any], talk: Talk, engine: Any, server: Any, num_clients: int, num_tokens: int
 ) -> dict[str, Any]:
-    """All ways in turns; a round that does not count goes first, and is checked token by token."""
-    import torch.distributed as dist
-
+    """All ways in turns, behind a run of each that is checked and not timed. The first rank's is what was measured."""
     from cpinfer.config import SamplingParams
 
     lines = PROMPTS.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(lines[i % len(lines)])["prompt"][-PROMPT_CHARS:] for i in range(num_clients)]
     sampling = SamplingParams(temperature=0, max_new_tokens=num_tokens, ignore_eos=True)
     asked = {"max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
-    ways = [GENERATE, WHOLE, STREAMED]
+    is_first = talk.rank == 0
+
+    def generate() -> dict[str, Any]:
+        began_s = time.perf_counter()
+        engine.generate(prompts, sampling)
+        return {"taken_s": time.perf_counter() - began_s, "seen": []}
+
+    def ask(url: str, **more: Any) -> dict[str, Any]:
+        return clients(url, [{"prompt": prompt, **asked, **more} for prompt in prompts])
+
+    def ask_server(**more: Any) -> Any:
+        return server.run(partial(ask, **more) if is_first else None)
+
+    def ask_peer(**more: Any) -> Any:
+        return ask(peer_url, model=peer_model, **more) if is_first else None
+
+    ways: dict[str, Callable[..., Any]] = {GENERATE: generate, WHOLE: ask_server}
+    ways[STREAMED] = partial(ask_server, stream=True)
+    peer_ways: dict[str, Callable[..., Any]] = {}
     if task["peer"] is not None:
         peer_url, peer_name, peer_model = task["peer"]
-        ways += [f"{peer_name}, whole answers", f"{peer_name}, streams"]
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    seen: dict[str, list[list[float]]] = {}
-    num_peer, num_peer_equal = 0, 0
+        peer_ways[f"{peer_name}, whole answers"] = ask_peer
+        peer_ways[f"{peer_name}, streams"] = partial(ask_peer, stream=True)
+
     expected = engine.generate(prompts, sampling)
-    start_s, rounds = time.perf_counter(), -1
-    while _all_agree(has_time_for_another(rounds, time.perf_counter() - start_s, task["budget_s"] / 2, task["rounds"])):
-        for way in rotated(ways, rounds):
+    for way in (WHOLE, STREAMED):
+        found = ways[way](return_token_ids=True)
+        told = [one["token_ids"] for one in found["seen"]] if is_first else None
+        assert told in (None, [list(result.token_ids) for result in expected]), f"other tokens by {way}"
+    peer_seen = [found["seen"] for found in [peer() for peer in peer_ways.values()] if is_first]
+    num_peer_equal = sum(a["text"] == b.text for seen in peer_seen for a, b in zip(seen, expected, strict=True))
+
+    ways |= peer_ways
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    seen: dict[str, list[list[float]]] = {way: [] for way in ways}
+    start_s, rounds = time.perf_counter(), 0
+    while talk.first(has_time_for_another(rounds, time.perf_counter() - start_s, task["budget_s"] / 2, task["rounds"])):
+        for way in rotated(list(ways), rounds):
             time.sleep(REST_S)
-            dist.barrier()
-            streams = {"stream": True} if way.endswith("streams") else {}
-            if way == GENERATE:
-                began_s = time.perf_counter()
-                engine.generate(prompts, sampling)
-                taken_s = time.perf_counter() - began_s
-            elif way in (WHOLE, STREAMED):
-                ids = {"return_token_ids": True} if rounds < 0 else {}
-                bodies = [{"prompt": prompt, **asked, **streams, **ids} for prompt in prompts]
-                found = server.run((lambda url, bodies=bodies: clients(url, bodies)) if is_first else None)
-                taken_s = found["taken_s"] if is_first else 0.0
-            elif is_first:
-                bodies = [{"prompt": prompt, "model": peer_model, **asked, **streams} for prompt in prompts]
-                found = clients(peer_url, bodies)
-                taken_s = found["taken_s"]
-            if rounds < 0 and is_first and way in (WHOLE, STREAMED):
-                told = [one["token_ids"] for one in found["seen"]]
-                assert told == [list(result.token_ids) for result in expected], f"other tokens by {way}"
-            elif rounds < 0 and is_first and way != GENERATE:
-                num_peer += len(expected)
-                num_peer_equal += sum(a["text"] == b.text for a, b in zip(found["seen"], expected, strict=True))
-            elif rounds >= 0 and is_first:
-                seconds[way].append(taken_s)
-                if streams:
-                    seen.setdefault(way, []).extend([one["ttft_s"], one["tpot_s"]] for one in found["seen"])
+            talk.barrier()
+            found = ways[way]()
+            if is_first:
+                seconds[way].append(found["taken_s"])
+                seen[way] += [[one["ttft_s"], one["tpot_s"]] for one in found["seen"] if one["ttft_s"] is not None]
         rounds += 1
     return {
         "num_clients": num_clients,
@@ -201,7 +208,7 @@ def measure(
         "prompt_tokens": statistics.mean(len(result.prompt_token_ids) for result in expected),
         "seconds": seconds,
         "seen": seen,
-        "num_peer": num_peer,
+        "num_peer": len(peer_seen) * len(expected),
         "num_peer_equal": num_peer_equal,
     }
 
@@ -213,15 +220,6 @@ def clients(url: str, bodies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     done = subprocess.run(command, input=given, stdout=subprocess.PIPE, text=True, timeout=600, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def _all_agree(value: bool) -> bool:
-    """What the first rank says."""
-    import torch.distributed as dist
-
-    told = [value]
-    dist.broadcast_object_list(told, src=0)
-    return told[0]
 
 
 if __name__ == "__main__":

@@ -11,11 +11,14 @@ time at which they came, since whoever measures a server on its own cores takes 
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from http.client import HTTPResponse
 from typing import Any, cast
 from urllib.parse import urlsplit
 
@@ -85,12 +88,12 @@ def request_bytes(host: str, body: Mapping[str, Any]) -> bytes:
 
 def parsed(received: Sequence[tuple[float, bytes]], start_s: float, num_tokens: int) -> Seen:
     """What an answer of `num_tokens` says. RuntimeError for one that is an error."""
-    head, _, content = b"".join(data for _, data in received).partition(b"\r\n\r\n")
-    if b" 200 " not in head.split(b"\r\n", 1)[0]:
-        raise RuntimeError(f"{head.decode()}: {content[:500]!r}")
-    is_chunked = b"transfer-encoding: chunked" in head.lower()
-    content = unchunked(content) if is_chunked else content
-    if b"text/event-stream" not in head.lower():
+    response = HTTPResponse(cast(socket.socket, _Received(b"".join(data for _, data in received))))
+    response.begin()
+    content = response.read()
+    if response.status != 200:
+        raise RuntimeError(f"{response.status} {response.reason}: {content[:500]!r}")
+    if response.headers.get_content_type() != "text/event-stream":
         choice = json.loads(content)["choices"][0]
         return Seen(choice["text"], choice.get("token_ids"), None, None)
     events = [json.loads(line[6:]) for line in content.split(b"\n") if line.startswith(b"data: {")]
@@ -105,21 +108,14 @@ def parsed(received: Sequence[tuple[float, bytes]], start_s: float, num_tokens: 
     return Seen("".join(choice["text"] for choice in choices), token_ids, came_s[0] - start_s, tpot_s)
 
 
-def unchunked(content: bytes) -> bytes:
-    r"""The body that came in chunks.
+class _Received:
+    """What a response is read from, in place of a socket."""
 
-    >>> unchunked(b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n")
-    b'abcde'
-    """
-    parts: list[bytes] = []
-    at = 0
-    while True:
-        line_end = content.index(b"\r\n", at)
-        num_bytes = int(content[at:line_end], 16)
-        if not num_bytes:
-            return b"".join(parts)
-        parts.append(content[line_end + 2 : line_end + 2 + num_bytes])
-        at = line_end + 2 + num_bytes + 2
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self._content)
 
 
 if __name__ == "__main__":

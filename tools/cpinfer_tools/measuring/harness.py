@@ -192,6 +192,7 @@ def bench_parser(description: str | None, *, budget_s: float) -> argparse.Argume
     told = f"seconds of rounds, all together (default: {budget_s:g})"
     parser.add_argument("--budget-s", type=float, default=budget_s, help=told)
     parser.add_argument("--results", metavar="DIR", help="where the card goes (default: tools/bench/results)")
+    parser.add_argument("--worker", metavar="FILE", help=argparse.SUPPRESS)  # as `run_workers` starts it
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
 
