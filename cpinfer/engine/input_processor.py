@@ -67,7 +67,7 @@ class InputProcessor:
         id.
         """
         given = as_prompts(prompts)
-        each = as_sampling(sampling, len(given), SamplingParams())
+        each = as_sampling(sampling, len(given))
         self._refuse_unread_stops(each)
         wanted = []
         for index, prompt in enumerate(given):
@@ -110,7 +110,7 @@ class InputProcessor:
         return new
 
     def _readable(self, sampling: Any) -> SamplingParams:
-        [params] = as_sampling(sampling, 1, SamplingParams())
+        [params] = as_sampling(sampling, 1)
         self._refuse_unread_stops([params])
         return params
 

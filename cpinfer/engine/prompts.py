@@ -114,10 +114,10 @@ def as_pairs(given: Any) -> list[tuple[PromptLike, tuple[int, ...]]]:
     return [_pair(index, item) for index, item in enumerate(items)]
 
 
-def as_sampling(given: Any, num_prompts: int, default: SamplingParams) -> list[SamplingParams]:
-    """The sampling parameters of each prompt: one for all, `default` for None, or one each. UserError otherwise."""
+def as_sampling(given: Any, num_prompts: int) -> list[SamplingParams]:
+    """The sampling parameters of each prompt: one for all, the defaults for None, or one each. UserError otherwise."""
     if given is None or isinstance(given, SamplingParams):
-        return [given or default] * num_prompts
+        return [given or SamplingParams()] * num_prompts
     if not isinstance(given, (list, tuple)) or not all(isinstance(params, SamplingParams) for params in given):
         raise UserError(f"found {_named(given)} for sampling; SamplingParams, or one for each prompt, were wanted.")
     if len(given) != num_prompts:

@@ -230,7 +230,7 @@ class _Http:
         sampling: SamplingParams,
         shares_weights: bool,
     ) -> None:
-        self.bridge = Bridge(engine, config.max_open_requests, config.max_request_s)
+        self.bridge = Bridge(engine, config)
         self.pause = Pause(config.max_pause_s)
         api = Api(self.bridge, ServerTokenizer(engine.tokenizer), config, sampling, int(time.time()))
         control = Control(self.bridge, self.pause, shares_weights=shares_weights)

@@ -1,4 +1,4 @@
-"""The routes of a server, by FastAPI, and what stands in front of them: the API key, limits of size and pace."""
+"""The routes of a server, by Starlette, and what stands in front of them: the API key, limits of size and pace."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cpinfer.config import SamplingParams
@@ -16,10 +16,11 @@ from cpinfer.packages import named
 from cpinfer_integrations.server_config import ServerConfig
 
 try:
-    from fastapi import FastAPI, Request
-    from fastapi.exceptions import RequestValidationError
+    from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
+    from starlette.requests import Request
     from starlette.responses import Response, StreamingResponse
+    from starlette.routing import Route
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from cpinfer_integrations.server_answers import Chat, Completion, Reply
@@ -32,6 +33,7 @@ try:
         DetokenizeRequest,
         SampledRequest,
         TokenizeRequest,
+        body_of,
     )
     from cpinfer_integrations.server_text import ServerTokenizer
 except ModuleNotFoundError as error:
@@ -39,6 +41,7 @@ except ModuleNotFoundError as error:
 
 # The longest answer of a completion whose request names none: OpenAI's.
 COMPLETION_TOKENS = 16
+_ONE_TOKEN = SamplingParams(max_new_tokens=1)
 
 
 @dataclass(eq=False)
@@ -59,43 +62,52 @@ class Api:
     def model_name(self) -> str:
         return self.config.model_name or "policy"
 
-    async def completions(self, request: Request, asked: CompletionRequest) -> Response:
+    async def completions(self, request: Request) -> Response:
         """Continue texts, or token ids."""
+        asked = await body_of(request, CompletionRequest)
         self._check(asked.model, asked.n)
-        params, is_scored = self._params(asked, asked.max_tokens or COMPLETION_TOKENS), asked.logprobs is not None
+        is_scored = asked.logprobs is not None
         if asked.echo and is_scored and asked.stream:
             raise ApiError(
                 400, "logprobs of a prompt (echo with logprobs) are not streamed; leave one out.", param="echo"
             )
-        params = replace(params, top_logprobs=asked.logprobs or 0, prompt_logprobs=bool(asked.echo and is_scored))
+        params = self._params(
+            asked,
+            max_new_tokens=asked.max_tokens or COMPLETION_TOKENS,
+            top_logprobs=asked.logprobs or 0,
+            prompt_logprobs=bool(asked.echo and is_scored),
+        )
         prompts = await self._prompts(asked)
         texts = self._texts(asked, prompts) if asked.echo else ()
         reply = Completion(asked, self.model_name, self.tokenizer, prompts, params.n, params.stop, texts=texts)
         return await self._reply(request, reply, params)
 
-    async def chat(self, request: Request, asked: ChatRequest) -> Response:
+    async def chat(self, request: Request) -> Response:
         """Continue a chat."""
+        asked = await body_of(request, ChatRequest)
         self._check(asked.model, asked.n)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, '"top_logprobs" needs "logprobs": true.', param="top_logprobs")
         token_ids = await self.tokenizer.read_chat(asked.messages, asked.shown_tools, asked.chat_template_kwargs)
-        self._check_length(token_ids)
-        most = asked.max_completion_tokens or asked.max_tokens or max(1, self._longest + 1 - len(token_ids))
-        params = replace(self._params(asked, most), top_logprobs=asked.top_logprobs or 0)
+        longest = self._longest
+        self._check_length(token_ids, longest)
+        most = asked.max_completion_tokens or asked.max_tokens or max(1, longest + 1 - len(token_ids))
+        params = self._params(asked, max_new_tokens=most, top_logprobs=asked.top_logprobs or 0)
         reply = Chat(asked, self.model_name, self.tokenizer, [token_ids], params.n, params.stop)
         return await self._reply(request, reply, params)
 
-    async def models(self) -> Response:
+    async def models(self, _: Request) -> Response:
         """The one model there is."""
         return AsciiJSONResponse({"object": "list", "data": [self._model]})
 
-    async def model(self, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
         """The model of that name."""
-        self._check(name)
+        self._check(request.path_params["name"])
         return AsciiJSONResponse(self._model)
 
-    async def tokenize(self, asked: TokenizeRequest) -> Response:
+    async def tokenize(self, request: Request) -> Response:
         """The token ids of a text, or of a chat up to where its answer begins."""
+        asked = await body_of(request, TokenizeRequest)
         self._check(asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise ApiError(400, 'exactly one of "prompt" and "messages" was wanted.')
@@ -110,8 +122,9 @@ class Api:
             {"tokens": token_ids, "count": len(token_ids), "max_model_len": self.engine.max_positions}
         )
 
-    async def detokenize(self, asked: DetokenizeRequest) -> Response:
+    async def detokenize(self, request: Request) -> Response:
         """The text of token ids, special ones included."""
+        asked = await body_of(request, DetokenizeRequest)
         self._check(asked.model)
         if len(asked.tokens) > self.engine.max_positions:
             raise ApiError(
@@ -122,11 +135,11 @@ class Api:
         except (IndexError, OverflowError, TypeError, ValueError) as error:
             raise ApiError(400, f"no text is made of these tokens: {error}.", param="tokens") from error
 
-    async def health(self) -> Response:
+    async def health(self, _: Request) -> Response:
         """Whether requests are taken."""
         return Response(status_code=200 if self.bridge.is_ready else 503)
 
-    async def scrape(self) -> Response:
+    async def scrape(self, _: Request) -> Response:
         """What Prometheus reads."""
         return Response(self.bridge.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -143,7 +156,7 @@ class Api:
     @property
     def _longest(self) -> int:
         """The longest prompt that leaves room for a token."""
-        return self.engine.longest_prompt(SamplingParams(max_new_tokens=1))
+        return self.engine.longest_prompt(_ONE_TOKEN)
 
     def _check(self, model: str | None, n: int | None = None) -> None:
         if model is not None and model != self.model_name:
@@ -157,8 +170,8 @@ class Api:
         if n is not None and n > self.config.max_n:
             raise ApiError(400, f"n is {n}; at most {self.config.max_n} was wanted (max_n).", param="n")
 
-    def _check_length(self, token_ids: Sequence[int]) -> None:
-        longest = min(self.config.max_prompt_tokens or self._longest, self._longest)
+    def _check_length(self, token_ids: Sequence[int], longest: int) -> None:
+        longest = min(self.config.max_prompt_tokens or longest, longest)
         if len(token_ids) > longest:
             raise ApiError(
                 400,
@@ -167,8 +180,8 @@ class Api:
                 code="context_length_exceeded",
             )
 
-    def _params(self, asked: SampledRequest, max_new_tokens: int) -> SamplingParams:
-        params = asked.sampling(self.sampling, max_new_tokens)
+    def _params(self, asked: SampledRequest, **more: Any) -> SamplingParams:
+        params = asked.sampling(self.sampling, **more)
         if params.stop and not self.tokenizer.has_words:
             raise ApiError(400, '"stop" needs a tokenizer, the model\'s folder has none. Use "stop_token_ids".')
         return params
@@ -181,13 +194,13 @@ class Api:
                 400,
                 f"{len(many)} prompts, n={asked.n or 1}: at most {self.config.max_open_requests} samples were wanted.",
             )
-        special = asked.add_special_tokens is not False
+        special, longest = asked.add_special_tokens is not False, self._longest
         prompts: list[Sequence[int]] = []
         for one in many:
             prompts.append(
                 await self.tokenizer.read_text(one, add_special_tokens=special) if isinstance(one, str) else one
             )
-            self._check_length(prompts[-1])
+            self._check_length(prompts[-1], longest)
         return prompts
 
     def _texts(self, asked: CompletionRequest, prompts: Sequence[Sequence[int]]) -> list[str]:
@@ -321,13 +334,12 @@ def make_app(api: Api, control: Control, api_key: str | None) -> Any:
     """The ASGI application of these routes."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
         api.bridge.start()
         yield
         api.tokenizer.close()
 
-    app = FastAPI(title="cpinfer", lifespan=lifespan, docs_url=None, redoc_url=None)
-    routes: Sequence[tuple[str, str, Callable[..., Awaitable[Response]]]] = (
+    routes: Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = (
         ("POST", "/v1/completions", api.completions),
         ("POST", "/v1/chat/completions", api.chat),
         ("GET", "/v1/models", api.models),
@@ -338,13 +350,17 @@ def make_app(api: Api, control: Control, api_key: str | None) -> Any:
         ("GET", "/metrics", api.scrape),
         *control.routes,
     )
-    for method, path, route in routes:
-        app.add_api_route(path, route, methods=[method], response_model=None)
-    app.add_exception_handler(ApiError, _tell_api_error)
-    app.add_exception_handler(UserError, _tell_user_error)
-    app.add_exception_handler(RequestValidationError, _tell_invalid)
-    app.add_exception_handler(HTTPException, _tell_http_error)
-    app.add_exception_handler(Exception, _tell_fault)
+    app = Starlette(
+        routes=[Route(path, route, methods=[method]) for method, path, route in routes],
+        exception_handlers={
+            ApiError: _tell_api_error,
+            UserError: _tell_user_error,
+            HTTPException: _tell_http_error,
+            Exception: _tell_fault,
+        },
+        lifespan=lifespan,
+    )
+    app.router.redirect_slashes = False  # a redirected POST reaches nothing
     return Gate(app, api.config, api_key)
 
 
@@ -355,15 +371,6 @@ async def _tell_api_error(_: Request, error: Exception) -> Response:
 
 async def _tell_user_error(_: Request, error: Exception) -> Response:
     return ApiError(400, str(error)).response
-
-
-async def _tell_invalid(_: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError), "that is what it is registered for"
-    first = error.errors()[0]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is no JSON, at character {first['loc'][-1]}.").response
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    return ApiError(400, f"{where or 'the body'}: {first['msg']}.", param=where or None).response
 
 
 async def _tell_http_error(_: Request, error: Exception) -> Response:

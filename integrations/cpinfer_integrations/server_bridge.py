@@ -20,11 +20,10 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.open_requests import RequestOutput
 from cpinfer.errors import UserError
+from cpinfer_integrations.server_config import ServerConfig
 from cpinfer_integrations.server_errors import ApiError
 from cpinfer_integrations.server_metrics import Metrics
 
-# How long the tokens of a step may wait for those of the next, in seconds: 20 events a second are fluent text.
-_TOGETHER_S = 0.05
 # How long the event loop may take to do what another thread asks of it.
 _LOOP_S = 60.0
 
@@ -102,14 +101,14 @@ class Answers:
 class Bridge:
     """The requests that clients have under way. Methods are called on the event loop, unless they say otherwise.
 
-    `engine` is the one that answers, or did so last. At first none does: requests are held until `go_on`.
+    `engine` is the one that answers, or did so last. At first none does: requests are held until `go_on`. Of `config`
+    it keeps `max_open_requests`, `max_request_s` and `stream_interval_s`.
     """
 
-    def __init__(self, engine: Engine, max_samples: int, max_request_s: float) -> None:
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
         self.engine = engine
         self.metrics = Metrics(lambda: self.engine)
-        self._max_samples = max_samples
-        self._max_request_s = max_request_s
+        self._config = config
         self._runs: dict[str, _Run] = {}
         self._held: dict[str, _Run] | None = {}  # those of them that no engine has; None while one answers
         self._num_samples = 0
@@ -149,7 +148,7 @@ class Bridge:
         Raises:
             ApiError: when there is no room now, or never. UserError: as `Engine.add` has it.
         """
-        answers = Answers(self, len(prompts) * params.n, self._max_request_s, in_pieces=in_pieces)
+        answers = Answers(self, len(prompts) * params.n, self._config.max_request_s, in_pieces=in_pieces)
         try:
             for place, token_ids in enumerate(prompts):
                 request_id = _id_of(token_ids, params) if is_seeded else f"request-{secrets.token_hex(16)}"
@@ -174,11 +173,11 @@ class Bridge:
         answers.runs.append(run)
 
     def _begin(self, request_id: str, token_ids: Sequence[int], params: SamplingParams) -> _Run:
-        if self._num_samples + params.n > self._max_samples:
+        if self._num_samples + params.n > self._config.max_open_requests:
             raise ApiError(
                 429,
                 f"{self._num_samples} samples are under way and {params.n} were asked for; this server takes "
-                f"{self._max_samples} at a time. Try again.",
+                f"{self._config.max_open_requests} at a time. Try again.",
                 kind="rate_limit_error",
                 headers={"Retry-After": "1"},
             )
@@ -217,15 +216,15 @@ class Bridge:
     def hand_over(self, outputs: Sequence[RequestOutput]) -> None:
         """Hand outputs of a step to those who wait for them. On the thread that steps.
 
-        Where steps are short the tokens of several travel together, unless a sample has ended: to wake the event loop,
-        and it each client, takes more processor time than to sample a token of a small model does.
+        Those of several steps travel together within `stream_interval_s`, unless a sample has ended: to wake the event
+        loop, and it each client, takes more processor time than to sample a token of a small model does.
         """
         self._untold += outputs
         now_s = time.perf_counter()
         is_due = now_s >= self._due_s or any(output.finish_reason is not None for output in outputs)
         if self._untold and is_due:
             assert self._loop is not None, "who asks has a loop"
-            untold, self._untold, self._due_s = self._untold, [], now_s + _TOGETHER_S
+            untold, self._untold, self._due_s = self._untold, [], now_s + self._config.stream_interval_s
             self._loop.call_soon_threadsafe(self._deliver, untold)
 
     def go_on(self, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What a config says of the HTTP server; a module of its own, for who reads a config need not have FastAPI."""
+"""What a config says of the HTTP server; a module of its own, for who reads a config need not have Starlette."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ class ServerConfig(Checked):
     max_body_mib: float = _key("largest body of a request", 16.0, within=Bounds(0, 2**12, above_low=True))
     max_arrival_s: float = _key("seconds that a request may take to arrive, headers and body", 30.0, within=_SECONDS)
     max_request_s: float = _key("seconds after which a request that has arrived is aborted", 3600.0, within=_SECONDS)
+    stream_interval_s: float = _key(
+        "seconds that a token of a stream may wait for those of the next steps, to travel in one event: 20 events a "
+        "second are fluent text, and cost less than one for each token; 0 waits for none",
+        0.05,
+        within=Bounds(0, 10),
+    )
     max_pause_s: float = _key(
         "seconds after which a pause that a client wanted ends by itself; less than collective_timeout_s",
         300.0,

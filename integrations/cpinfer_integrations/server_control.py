@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
 from starlette.responses import Response
 
 from cpinfer_integrations.server_bridge import Bridge
 from cpinfer_integrations.server_errors import ApiError, AsciiJSONResponse
+from cpinfer_integrations.server_schemas import body_of, query_of
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,18 @@ class _Told(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 
 
+class InfoQuery(_Told):
+    """The query of `/server_info`."""
+
+    config_format: Literal["json"] = "json"
+
+
+class PauseQuery(_Told):
+    """The query of `/pause`."""
+
+    mode: Literal["keep"] = "keep"
+
+
 class WeightUpdate(_Told):
     """The body of `/update_weights`."""
 
@@ -105,7 +119,7 @@ class Control:
     shares_weights: bool
 
     @property
-    def routes(self) -> Sequence[tuple[str, str, Callable[..., Awaitable[Response]]]]:
+    def routes(self) -> Sequence[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
         """Method, path, and what answers there."""
         return (
             ("GET", "/server_info", self.server_info),
@@ -121,8 +135,9 @@ class Control:
             ("POST", "/v1/unload_lora_adapter", self.refuse_adapter),
         )
 
-    async def server_info(self, config_format: Literal["json"] = "json") -> Response:
+    async def server_info(self, request: Request) -> Response:
         """What of vLLM's config a client of it looks at, and cpinfer's layout."""
+        query_of(request, InfoQuery)
         engine = self.bridge.engine
         grid = engine.topology.grid
         parallel = {
@@ -136,38 +151,42 @@ class Control:
         config = {"model_config": model, "parallel_config": parallel, "lora_config": None}
         return AsciiJSONResponse({"vllm_config": config, "shares_weights": self.shares_weights})
 
-    async def world_size(self) -> Response:
+    async def world_size(self, _: Request) -> Response:
         """How many ranks compute the answers."""
         return AsciiJSONResponse({"world_size": len(self.bridge.engine.topology.replica_ranks)})
 
-    async def pause_steps(self, mode: Literal["keep"] = "keep") -> Response:
+    async def pause_steps(self, request: Request) -> Response:
         """Keep all requests where they are, until `/resume`."""
+        query_of(request, PauseQuery)
         await self.pause.begin()
         return AsciiJSONResponse({"status": "paused"})
 
-    async def resume_steps(self) -> Response:
+    async def resume_steps(self, _: Request) -> Response:
         """Go on."""
         self.pause.end()
         return AsciiJSONResponse({"status": "resumed"})
 
-    async def is_paused(self) -> Response:
+    async def is_paused(self, _: Request) -> Response:
         """Whether a client wants a pause."""
         return AsciiJSONResponse({"is_paused": self.pause.is_wanted})
 
-    async def init_transfer(self, asked: TransferInit) -> Response:
+    async def init_transfer(self, request: Request) -> Response:
         """Agree to a transfer of 0 bytes."""
+        await body_of(request, TransferInit)
         return self._nothing_sent()
 
-    async def mark_update(self) -> Response:
+    async def mark_update(self, _: Request) -> Response:
         """Begin it, or end it."""
         return self._nothing_sent()
 
-    async def update_weights(self, asked: WeightUpdate) -> Response:
+    async def update_weights(self, request: Request) -> Response:
         """Take 0 bytes."""
+        await body_of(request, WeightUpdate)
         return self._nothing_sent()
 
-    async def refuse_adapter(self, asked: AdapterName) -> NoReturn:
+    async def refuse_adapter(self, request: Request) -> NoReturn:
         """Say that none is loaded or unloaded: those that the trainer's model has active are in effect, by its name."""
+        asked = await body_of(request, AdapterName)
         raise ApiError(
             400,
             f"adapter {asked.lora_name[:200]!r} was not loaded or unloaded: this server takes none over the network. "

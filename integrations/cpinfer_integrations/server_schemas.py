@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
 
 from cpinfer.config import SamplingParams
+from cpinfer_integrations.server_errors import ApiError
+
+B = TypeVar("B", bound=BaseModel)
 
 # OpenAI's own limit of `top_logprobs`.
 MAX_TOP_LOGPROBS = 20
@@ -71,12 +75,12 @@ class SampledRequest(_Checked):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
 
-    def sampling(self, defaults: SamplingParams, max_new_tokens: int) -> SamplingParams:
+    def sampling(self, defaults: SamplingParams, **more: Any) -> SamplingParams:
         """How its samples are drawn.
 
         Args:
             defaults: for what it does not say.
-            max_new_tokens: longest answer.
+            more: keys of `SamplingParams` that requests spell in ways of their own.
 
         Returns:
             The parameters. UserError for what they do not allow.
@@ -89,7 +93,7 @@ class SampledRequest(_Checked):
             said["stop_token_ids"] = tuple(self.stop_token_ids)
         if self.logit_bias is not None:
             said["logit_bias"] = tuple((_token_id(token), bias) for token, bias in self.logit_bias.items())
-        return replace(defaults, max_new_tokens=max_new_tokens, **said)
+        return replace(defaults, **said, **more)
 
     @property
     def includes_usage(self) -> bool:
@@ -145,6 +149,37 @@ class DetokenizeRequest(_Checked):
 
     model: str | None = None
     tokens: list[_TokenId]
+
+
+async def body_of(request: Request, schema: type[B]) -> B:
+    """What a client sent, as what it has to be.
+
+    Raises:
+        ApiError: 415 where it does not say that it sends JSON, as a page of another site could not; 400 for all else.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        raise ApiError(415, f"the body is {kind[:200] or 'of no type'}; `Content-Type: application/json` was wanted.")
+    try:
+        return schema.model_validate_json(await request.body())
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def query_of(request: Request, schema: type[B]) -> B:
+    """What the address of a request says behind its question mark, likewise. ApiError for what is not allowed."""
+    try:
+        return schema.model_validate_strings(dict(request.query_params))
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def _invalid(error: ValidationError) -> ApiError:
+    first = error.errors(include_url=False, include_input=False)[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is no JSON: {first['ctx']['error']}.")
+    where = ".".join(map(str, first["loc"]))
+    return ApiError(400, f"{where or 'the body'}: {first['msg']}.", param=where or None)
 
 
 def _token_id(name: str) -> int:

@@ -22,44 +22,42 @@ from cpinfer_integrations.server_errors import ApiError
 Top = Sequence[tuple[int, float]]
 # The names that response templates have for what a model thinks.
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+# Texts up to this length are read on the event loop: to hand them to another thread takes longer than to read them.
+_SHORT_CHARS = 2_000
 
 
 class ServerTokenizer:
     """A tokenizer on copies of its own: one may not be used by two threads at a time, and the engine has its own.
 
-    Prompts are read in one thread beside the event loop, so that a long one keeps nobody waiting for tokens.
+    Long prompts are read in one thread beside the event loop, so that they keep nobody waiting for tokens.
     """
 
     def __init__(self, tokenizer: Any | None) -> None:
-        self._encoder, self._decoder = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+        self._beside, self._here = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
         self._reading = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._shown = lru_cache(2**16)(self._show)
 
     @property
     def has_words(self) -> bool:
         """Whether there is a tokenizer."""
-        return self._decoder is not None
+        return self._here is not None
 
     async def read_text(self, text: str, *, add_special_tokens: bool = True) -> tuple[int, ...]:
         """Token ids of a text. UserError for one that is none."""
-        return await self._in_thread(partial(self._read_text, text, add_special_tokens))
+        if len(text) <= _SHORT_CHARS:
+            return _token_ids(self._here, text, add_special_tokens)
+        return await self._in_thread(partial(_token_ids, self._beside, text, add_special_tokens))
 
     async def read_chat(self, messages: Any, tools: Any, template_kwargs: Any) -> tuple[int, ...]:
         """Token ids of a chat by the model's template. UserError as `chat_token_ids` has it."""
         if not self.has_words:
             raise ApiError(400, "chats need a tokenizer, the model's folder has none. Ask with token ids.")
         plain = _with_arguments_as_objects(messages)
-        return await self._in_thread(partial(chat_token_ids, plain, self._encoder, tools, template_kwargs))
+        return await self._in_thread(partial(chat_token_ids, plain, self._beside, tools, template_kwargs))
 
     async def _in_thread(self, read: Any) -> tuple[int, ...]:
         token_ids: tuple[int, ...] = await asyncio.get_running_loop().run_in_executor(self._reading, read)
         return token_ids
-
-    def _read_text(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        token_ids = as_prompt(text, 0, self._encoder).token_ids
-        if add_special_tokens or self._encoder is None:
-            return token_ids
-        return tuple(self._encoder(text, add_special_tokens=False)["input_ids"])
 
     def close(self) -> None:
         """End the thread that reads prompts."""
@@ -67,25 +65,25 @@ class ServerTokenizer:
 
     def text(self, token_ids: Sequence[int]) -> str:
         """Of all tokens, special ones included; empty without a tokenizer."""
-        return "" if self._decoder is None else str(self._decoder.decode(list(token_ids)))
+        return "" if self._here is None else str(self._here.decode(list(token_ids)))
 
     def stream(self, stop: Sequence[str]) -> TextStream:
         """A text that grows, of an answer that may end at `stop`."""
-        return TextStream(self._decoder, max(map(len, stop), default=1) - 1)
+        return TextStream(self._here, max(map(len, stop), default=1) - 1)
 
     def message_stream(self, prompt_ids: Sequence[int], tools: Any) -> MessageStream | None:
         """A message that grows, of an answer that may call tools; None where no response template says how."""
-        backend = getattr(self._decoder, "backend_tokenizer", None)
-        parser = None if backend is None else response_parser(self._decoder, prompt_ids, tools)
-        return None if parser is None else MessageStream(self._decoder, parser)
+        backend = getattr(self._here, "backend_tokenizer", None)
+        parser = None if backend is None else response_parser(self._here, prompt_ids, tools)
+        return None if parser is None else MessageStream(self._here, parser)
 
     def parsed(self, prompt_ids: Sequence[int], result: RolloutResult, tools: Any) -> dict[str, Any] | None:
         """An answer as the message that the model's response template makes of it; None where nothing is called."""
-        if getattr(self._decoder, "response_template", None) is None or not tools:
+        if getattr(self._here, "response_template", None) is None or not tools:
             return None
-        assert self._decoder is not None, "what has a template is there"
+        assert self._here is not None, "what has a template is there"
         try:
-            found = self._decoder.parse_response(list(result.token_ids), prefix=list(prompt_ids), tools=tools)
+            found = self._here.parse_response(list(result.token_ids), prefix=list(prompt_ids), tools=tools)
             return _message(found)
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError):  # it is no call, or no tool
             return None
@@ -136,7 +134,7 @@ class ServerTokenizer:
         return found
 
     def _show(self, token_id: int) -> str:
-        return f"token_id:{token_id}" if self._decoder is None else str(self._decoder.decode([token_id]))
+        return f"token_id:{token_id}" if self._here is None else str(self._here.decode([token_id]))
 
 
 class TextStream:
@@ -214,6 +212,13 @@ class MessageStream:
     def _add(self, delta: dict[str, Any], name: str, text: str) -> None:
         delta[name] = delta.get(name, "") + text
         self._untold = []
+
+
+def _token_ids(tokenizer: Any | None, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+    token_ids = as_prompt(text, 0, tokenizer).token_ids
+    if add_special_tokens or tokenizer is None:
+        return token_ids
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _with_arguments_as_objects(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ from trl.chat_template_utils import add_response_schema
 import cpinfer
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import RolloutResult
+from cpinfer_integrations.server_config import ServerConfig
 from tool_models import chats, follow, tool_model, tool_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "configs" / "recall-tiny"
@@ -137,6 +138,18 @@ def test_a_stream_is_the_whole_answer_in_pieces(server: Served, client: openai.O
     assert logprobs == [choice.logprobs.token_logprobs for choice in whole.choices if choice.logprobs]
     assert finish == {choice.index: choice.finish_reason for choice in whole.choices}
     assert usage == whole.usage
+
+
+@pytest.mark.parametrize(("interval_s", "fewest", "most"), [(0.0, 100, 201), (10.0, 1, 3)])
+def test_a_stream_sends_each_token_by_itself_or_some_together(
+    tokenizer: Any, interval_s: float, fewest: int, most: int
+) -> None:
+    """Where none waits for the next, some still share an event when the event loop is late."""
+    body = json.dumps({"prompt": [1, 2, 3], "max_tokens": 200, "ignore_eos": True, "stream": True})
+    with served(loaded(), tokenizer, config=ServerConfig(stream_interval_s=interval_s), **KEYS) as found:
+        headers = {"Content-Type": "application/json"}
+        answer = httpx.post(f"{found.url}/v1/completions", content=body, headers=headers, timeout=100)
+    assert fewest <= sum(line.startswith("data: {") for line in answer.text.split("\n")) <= most
 
 
 def test_a_seed_repeats_a_request_and_none_draws_anew(server: Served) -> None:

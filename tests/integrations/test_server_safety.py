@@ -123,6 +123,7 @@ def test_what_is_not_here_is_said_not_to_be(server: Served) -> None:
     assert refused(server.post("/v1/completions", prompt="a", model="gpt"), 404, "model")["code"] == "model_not_found"
     refused(httpx.get(f"{server.url}/v1/models/gpt"), 404)
     refused(httpx.get(f"{server.url}/v2"), 404)
+    refused(server.post("/v1/completions/", prompt="a"), 404)
     refused(httpx.get(f"{server.url}/v1/completions"), 405)
     (model,) = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert model["id"] == "tiny" == httpx.get(f"{server.url}/v1/models/tiny").json()["id"]
@@ -135,7 +136,17 @@ def test_what_is_not_here_is_said_not_to_be(server: Served) -> None:
 def test_a_body_that_is_no_request_is_refused(server: Served, content: bytes) -> None:
     answer = httpx.post(f"{server.url}/v1/completions", content=content, headers={"Content-Type": "application/json"})
     refused(answer, 400)
-    refused(httpx.post(f"{server.url}/v1/completions", content=content), 400)
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_does_not_say_it_is_json_is_refused(server: Served, kind: str | None) -> None:
+    """A page of another site can make a browser send these, and no others."""
+    body = json.dumps({"prompt": [1, 2], "max_tokens": 1}).encode()
+    headers = {} if kind is None else {"Content-Type": kind}
+    error = refused(httpx.post(f"{server.url}/v1/completions", content=body, headers=headers), 415)
+    assert (kind or "of no type") in error["message"] and "application/json" in error["message"]
+    said = {"Content-Type": "Application/JSON; charset=utf-8"}
+    assert httpx.post(f"{server.url}/v1/completions", content=body, headers=said).status_code == 200
 
 
 def test_a_body_that_is_too_large_is_refused(server: Served) -> None:

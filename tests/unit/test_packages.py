@@ -42,7 +42,7 @@ def test_an_integration_without_its_library_names_it_with_how_to_get_it(module: 
     assert last.startswith("ModuleNotFoundError: ") and f"needs the package {module}" in last and "pip install" in last
 
 
-@pytest.mark.parametrize("package", ["fastapi", "uvicorn", "prometheus_client"])
+@pytest.mark.parametrize("package", ["pydantic", "starlette", "uvicorn", "prometheus_client"])
 def test_the_server_without_one_of_its_packages_names_it_with_how_to_get_it(package: str):
     code = f"import sys; sys.modules[{package!r}] = None; import cpinfer_integrations.server"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)

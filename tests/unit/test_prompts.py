@@ -329,11 +329,11 @@ def test_an_id_may_come_twice_in_a_call_only_under_another_seed():
 
 
 def test_sampling_is_one_for_all_or_one_each():
-    own, default = SamplingParams(n=2), SamplingParams(n=3)
-    assert as_sampling(None, 2, default) == [default, default]
-    assert as_sampling(own, 2, default) == [own, own]
-    assert as_sampling((own, default), 2, default) == [own, default]
-    assert as_sampling([], 0, default) == []
+    own, default = SamplingParams(n=2), SamplingParams()
+    assert as_sampling(None, 2) == [default, default]
+    assert as_sampling(own, 2) == [own, own]
+    assert as_sampling((own, default), 2) == [own, default]
+    assert as_sampling([], 0) == []
     for bad, words in [
         ([], "0 sampling parameters for 2 prompts"),
         ({"n": 2}, "(a dict) for sampling; SamplingParams, or one for each prompt"),
@@ -341,7 +341,7 @@ def test_sampling_is_one_for_all_or_one_each():
         ("greedy", '"greedy" (a str) for sampling'),
     ]:
         with pytest.raises(UserError) as caught:
-            as_sampling(bad, 2, default)
+            as_sampling(bad, 2)
         assert words in str(caught.value)
 
 
