@@ -277,27 +277,27 @@ class Engine:
         *,
         session: Session | None = None,
         priority: int = 0,
+        only_whole: bool = False,
     ) -> str:
         """Queue a request of this rank, at any time and from any thread; steps advance it with all others. Local.
 
         Args:
-            prompt: one, in any form that `stream` takes. With a session: a list of token ids, which stand behind the
-                session's own; it may be empty.
+            prompt: one, in any form that `stream` takes. With a session: token ids behind the session's own, or none.
             sampling: default: `SamplingParams()`. A turn of a session is a single sample.
             session: to continue: the request is its next turn, on KV that is there.
             priority: of requests that wait the lowest goes first; of equal ones the first.
+            only_whole: whether a sample has a single output, with all its tokens, when it has ended.
 
         Returns:
-            Its id: the prompt's, where it names one, else one that no other request has. The text is a function of it,
-            of the seed, and of the tokens it begins with, not of when it came or what ran beside it.
+            Its id: the prompt's, where it names one, else one of its own. The text is a function of it, of the seed and
+            of the tokens it begins with, not of when it came or what ran beside it.
 
         Raises:
-            UserError: for what can never run, an id or a session's turn under way, a session that is closed or not this
-                rank's. Nothing is queued then.
+            UserError: for what can never run, an id or turn under way, a session closed or of another rank.
             RuntimeError: when the engine's block has ended.
         """
         self._refuse_after_close()
-        return self._open.add(prompt, sampling or SamplingParams(), session, priority, self.weights_version)
+        return self._open.add(prompt, sampling or SamplingParams(), session, priority, self.weights_version, only_whole)
 
     def step(self) -> list[RequestOutput]:
         """Advance the requests of all ranks by one step. Collective over the replica.

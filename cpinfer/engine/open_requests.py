@@ -122,6 +122,7 @@ class _Own:
     id: str
     session: Session | None
     added_s: float
+    only_whole: bool
 
 
 @dataclass(eq=False)
@@ -177,7 +178,13 @@ class OpenRequests:
         return bool(self._outbox)
 
     def add(
-        self, prompt: PromptLike, params: SamplingParams, session: Session | None, priority: int, version: int
+        self,
+        prompt: PromptLike,
+        params: SamplingParams,
+        session: Session | None,
+        priority: int,
+        version: int,
+        only_whole: bool,
     ) -> str:
         """Queue a request of this rank. Its id. UserError for what can never run."""
         if type(priority) is not int:
@@ -201,7 +208,7 @@ class OpenRequests:
             if session is not None:
                 self._check(session)  # again: another thread may have been here
                 session.turn = made.id
-            self._own[number] = _Own(made.id, session, time.perf_counter())
+            self._own[number] = _Own(made.id, session, time.perf_counter(), only_whole)
             self._numbers_of[made.id] = number
             self._outbox.append(request)
         return made.id
@@ -374,7 +381,10 @@ class OpenRequests:
 
     def _tell(self, batch: _OpenBatch, request: SampledRequest, version: int) -> None:
         """Put what is new of a sample with the outputs."""
-        told, own = batch.num_told.get(request.sample_index, 0), self._own[batch.key[1]]
+        own = self._own[batch.key[1]]
+        if own.only_whole and request.finish_reason is None:
+            return
+        told = batch.num_told.get(request.sample_index, 0)
         new = tuple(request.sampled[told:])
         result = None
         if request.finish_reason is not None:

@@ -35,10 +35,10 @@ class _Run:
     id: str
     token_ids: Sequence[int]
     params: SamplingParams
+    only_whole: bool
     began_s: float
     outputs: list[RequestOutput] = field(default_factory=list)
     readers: list[tuple[Answers, int]] = field(default_factory=list)
-    first_token_s: dict[int, float] = field(default_factory=dict)
     num_ended: int = 0
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -152,27 +152,35 @@ class Bridge:
         try:
             for place, token_ids in enumerate(prompts):
                 request_id = _id_of(token_ids, params) if is_seeded else f"request-{secrets.token_hex(16)}"
-                await self._join(answers, place, request_id, token_ids, params)
+                # Who comes later may want a stream of a seeded one.
+                await self._join(answers, place, request_id, token_ids, params, not (in_pieces or is_seeded))
         except BaseException:
             answers.leave()
             raise
         return answers
 
     async def _join(
-        self, answers: Answers, place: int, request_id: str, token_ids: Sequence[int], params: SamplingParams
+        self,
+        answers: Answers,
+        place: int,
+        request_id: str,
+        token_ids: Sequence[int],
+        params: SamplingParams,
+        only_whole: bool,
     ) -> None:
         while (run := self._runs.get(request_id)) is not None and not run.readers:
             await run.ended.wait()  # it is being aborted, and its name not free yet
         if self._refusal is not None:
             raise self._refusal
         if run is None:
-            run = self._begin(request_id, token_ids, params)
+            run = self._begin(_Run(request_id, token_ids, params, only_whole, time.perf_counter()))
         for output in run.outputs:
             answers.put(place, output)
         run.readers.append((answers, place))
         answers.runs.append(run)
 
-    def _begin(self, request_id: str, token_ids: Sequence[int], params: SamplingParams) -> _Run:
+    def _begin(self, run: _Run) -> _Run:
+        params = run.params
         if self._num_samples + params.n > self._config.max_open_requests:
             raise ApiError(
                 429,
@@ -181,22 +189,22 @@ class Bridge:
                 kind="rate_limit_error",
                 headers={"Retry-After": "1"},
             )
-        run = _Run(request_id, token_ids, params, time.perf_counter())
-        self._runs[request_id] = run  # before the engine has it: an output may come at once
+        self._runs[run.id] = run  # before the engine has it: an output may come at once
         try:
             if self._held is None:
                 self._add(run)
             else:
-                self._held[request_id] = run
+                self._held[run.id] = run
         except BaseException:
-            del self._runs[request_id]
+            del self._runs[run.id]
             raise
         self._num_samples += params.n
-        self.metrics.num_prompt_tokens.inc(len(token_ids))
+        self.metrics.num_prompt_tokens.inc(len(run.token_ids))
         return run
 
     def _add(self, run: _Run) -> None:
-        self.engine.add({"prompt_token_ids": list(run.token_ids), "id": run.id}, run.params)
+        prompt = {"prompt_token_ids": list(run.token_ids), "id": run.id}
+        self.engine.add(prompt, run.params, only_whole=run.only_whole)
 
     def abort_unread(self, run: _Run) -> None:
         """End a request that nobody waits for."""
@@ -296,16 +304,10 @@ class Bridge:
 
     def _take(self, run: _Run, output: RequestOutput, now_s: float) -> None:
         run.outputs.append(output)
-        if output.tokens and output.sample_index not in run.first_token_s:
-            run.first_token_s[output.sample_index] = now_s
-            self.metrics.ttft_s.observe(now_s - run.began_s)
         if output.finish_reason is not None:
             run.num_ended += 1
             self._num_samples -= 1
-            num_tokens = 0 if output.result is None else len(output.result.token_ids)
-            self.metrics.ended(
-                output.finish_reason, num_tokens, now_s - run.first_token_s.get(output.sample_index, now_s)
-            )
+            self.metrics.ended(output.finish_reason, output.result, now_s - run.began_s)
         for answers, place in run.readers:
             answers.put(place, output)
         if run.num_ended == run.params.n:

@@ -10,6 +10,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from cpinfer.engine.engine import Engine
+from cpinfer.engine.request import RolloutResult
 
 _TTFT_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TPOT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -24,7 +25,7 @@ class Metrics:
         self.num_prompt_tokens = Counter(
             "cpinfer_prompt_tokens", "Tokens of prompts that clients asked with", registry=self._registry
         )
-        self.ttft_s = Histogram(
+        self._ttft_s = Histogram(
             "cpinfer_time_to_first_token_seconds",
             "From a request's arrival to the first token of each sample",
             buckets=_TTFT_S,
@@ -40,11 +41,16 @@ class Metrics:
             registry=self._registry,
         )
 
-    def ended(self, finish_reason: str, num_tokens: int, decode_s: float) -> None:
-        """Take note of a sample of `num_tokens` that has ended, `decode_s` after its first."""
+    def ended(self, finish_reason: str, result: RolloutResult | None, taken_s: float) -> None:
+        """Take note of a sample that has ended, `taken_s` after its request arrived; no `result` of one that failed."""
         self._num_samples.labels(finish_reason).inc()
-        if num_tokens > 1:
-            self._tpot_s.observe(decode_s / (num_tokens - 1))
+        if result is None or result.ttft_s is None:
+            return
+        decode_s = 0.0
+        if result.tpot_s is not None:
+            decode_s = result.tpot_s * (len(result.token_ids) - 1)
+            self._tpot_s.observe(result.tpot_s)
+        self._ttft_s.observe(taken_s - decode_s)
 
     def text(self) -> bytes:
         """All of it, in the text format of Prometheus."""

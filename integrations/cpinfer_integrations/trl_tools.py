@@ -182,7 +182,8 @@ class ToolLoops(Generic[T]):
             sample.num_sessions += 1
         room = self._room(sample, token_ids)
         sampling = replace(self._sampling, max_new_tokens=room, min_new_tokens=min(self._sampling.min_new_tokens, room))
-        self._pending[self._engine.add(token_ids[len(session.token_ids) :], sampling, session=session)] = sample
+        new = token_ids[len(session.token_ids) :]
+        self._pending[self._engine.add(new, sampling, session=session, only_whole=True)] = sample
 
     def _room(self, sample: Sample[T], token_ids: list[int]) -> int:
         """What is left of an answer's length: TRL counts all that comes after the first prompt."""

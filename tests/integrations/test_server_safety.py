@@ -479,7 +479,8 @@ def test_where_a_server_cannot_listen_it_says_so() -> None:
 def test_a_model_without_a_tokenizer_takes_token_ids() -> None:
     model, _ = loaded()
     with served(model, None, **KEYS) as found:
-        (choice,) = found.completion([1, 2, 3], max_tokens=2, logprobs=1, return_token_ids=True)["choices"]
+        body = {"max_tokens": 2, "ignore_eos": True, "logprobs": 1, "return_token_ids": True}
+        (choice,) = found.completion([1, 2, 3], **body)["choices"]
         assert choice["text"] == "" and len(choice["token_ids"]) == 2
         assert choice["logprobs"]["tokens"] == [f"token_id:{token}" for token in choice["token_ids"]]
         for body in ({"prompt": "a"}, {"prompt": [1], "stop": "a"}):

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -694,6 +695,34 @@ def test_arrivals_that_were_being_taken_in_when_an_interrupt_came_are_told_as_lo
         engine.close_session(session)
         engine.step()
         check_empty(engine)
+
+
+@pytest.mark.parametrize("only_whole", [False, True])
+def test_a_sample_that_is_wanted_whole_has_one_output_and_an_abort_or_a_turn_likewise(only_whole: bool) -> None:
+    def body(engine: Engine, rank: int) -> Any:
+        name = engine.add(PROMPTS[rank], replace(GREEDY, n=2), only_whole=only_whole)
+        gone = engine.add(PROMPTS[2 + rank], replace(GREEDY, max_new_tokens=500), only_whole=only_whole)
+        session = engine.open_session(PROMPTS[4 + rank])
+        engine.add([], GREEDY, session=session, only_whole=only_whole)
+        outputs: list[cpinfer.RequestOutput] = []
+
+        def has_all(new: list[cpinfer.RequestOutput]) -> bool:
+            outputs.extend(new)
+            if sum(output.finish_reason == "length" for output in outputs) == 3:
+                engine.abort(gone)
+            return sum(output.finish_reason is not None for output in outputs) == 4
+
+        engine.run_until(has_all)
+        told = Consumer()
+        told.take(outputs)  # which checks that they are the results in pieces
+        assert told.reasons.pop((gone, 0)) == "abort" and set(told.reasons.values()) == {"length"}
+        assert len(session.token_ids) == len(PROMPTS[4 + rank]) + 6
+        return len(outputs), [told.tokens[name, sample] for sample in range(2)]
+
+    found = on_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+    for rank, (num_outputs, tokens) in enumerate(found):
+        assert (num_outputs == 4) if only_whole else (num_outputs > 18)
+        assert tokens == alone(PROMPTS[rank], replace(GREEDY, n=2))
 
 
 def test_time_to_the_first_token_counts_from_when_a_request_is_added() -> None:

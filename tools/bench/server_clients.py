@@ -4,8 +4,9 @@
 
 ASKED is `{"url": ..., "bodies": [...]}`: each body is sent by a client of its own, over a connection that is open
 before the clock starts; SEEN, one JSON object on the last line, has `taken_s`, from the first body sent to the last
-byte of the last answer, and of each client its `Seen`. While the clock runs nothing is parsed: bytes are kept with the
-time at which they came, since whoever measures a server on its own cores takes them from it.
+byte of the last answer, `cpu_s`, the clients' own processor time meanwhile, and of each client its `Seen`. While the
+clock runs nothing is parsed: bytes are kept with the time at which they came, since whoever measures a server on its
+own cores takes them from it.
 """
 
 from __future__ import annotations
@@ -56,27 +57,28 @@ class Client(asyncio.Protocol):
 
 def main() -> int:
     asked = json.load(sys.stdin)
-    taken_s, seen = asyncio.run(ask_all(asked["url"], asked["bodies"]))
-    print(json.dumps({"taken_s": taken_s, "seen": [asdict(one) for one in seen]}), flush=True)
+    taken_s, cpu_s, seen = asyncio.run(ask_all(asked["url"], asked["bodies"]))
+    print(json.dumps({"taken_s": taken_s, "cpu_s": cpu_s, "seen": [asdict(one) for one in seen]}), flush=True)
     return 0
 
 
-async def ask_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> tuple[float, list[Seen]]:
-    """Send all bodies at once; the seconds that their answers took together, and what each client saw."""
+async def ask_all(url: str, bodies: Sequence[Mapping[str, Any]]) -> tuple[float, float, list[Seen]]:
+    """Send all bodies at once; the seconds that their answers took together, and this process, and what each saw."""
     host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
     loop = asyncio.get_running_loop()
     connections = [await loop.create_connection(Client, host, port) for _ in bodies]
     requests = [request_bytes(f"{host}:{port}", body) for body in bodies]
-    start_s = time.perf_counter()
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     for (transport, _), request in zip(connections, requests, strict=True):
         cast(asyncio.WriteTransport, transport).write(request)
     async with asyncio.timeout(_WITHIN_S):
         await asyncio.gather(*(client.closed for _, client in connections))
+    cpu_s = time.process_time() - start_cpu_s
     seen = [
         parsed(client.received, start_s, body["max_tokens"])
         for (_, client), body in zip(connections, bodies, strict=True)
     ]
-    return max(client.received[-1][0] for _, client in connections) - start_s, seen
+    return max(client.received[-1][0] for _, client in connections) - start_s, cpu_s, seen
 
 
 def request_bytes(host: str, body: Mapping[str, Any]) -> bytes:
