@@ -1,23 +1,27 @@
 """Choosing tokens: one vectorised pass per set of sampling parameters, randomness by counter.
 
-The random number of a token is a pure function of (seed, prompt id, sample, token index). There is no state to save or
-to move, so a request may change rank, be batched with anything, or be computed again, and its text stays what it was.
+The random numbers of a token are a pure function of (seed, prompt id, sample, token index): a request may change rank,
+be batched with anything, or be computed again. That changes the last bits of its logits, and with them a token only
+where two tokens, or two groups of tokens, come out nearly equal.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cpinfer.config import SamplingParams
+from cpinfer.engine.random_numbers import exponentials
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.models.logits import logits_processors
+
+# About the square root of a vocabulary, and most vocabularies are a multiple of it.
+GROUP_SIZE = 128
 
 
 def sample_tokens(
@@ -57,7 +61,7 @@ def _sample_alike(
         processed = torch.zeros(len(requests))
     else:
         logprobs = torch.log_softmax(scores, dim=-1)
-        tokens = _draw(logprobs, uniforms(requests))
+        tokens = _draw(logprobs, requests)
         processed = _pick(logprobs, tokens)
     raw = torch.log_softmax(logits, dim=-1)
     top = _likeliest(raw, params.top_logprobs)
@@ -100,29 +104,28 @@ def _likeliest(logprobs: Tensor, num_top: int) -> list[tuple[tuple[int, float], 
     return [tuple((i, p) for i, p in zip(*row, strict=True) if p > -math.inf) for row in zip(ids, values, strict=True)]
 
 
-def _draw(logprobs: Tensor, uniforms: list[float]) -> Tensor:
-    """Where each uniform number falls in the cumulative distribution, tokens in order of their ids."""
-    cumulative = logprobs.double().exp().cumsum(dim=-1)
-    at = torch.tensor(uniforms, dtype=torch.float64, device=logprobs.device) * cumulative[:, -1]
-    # right=True: a token without probability ends where it starts and can never be met.
-    return torch.searchsorted(cumulative, at.unsqueeze(-1), right=True).squeeze(-1)
+def _draw(logprobs: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
+    """A token for each row of `logprobs [N, vocab]`, by two exponential races.
+
+    A race is won by the smallest e_i / p_i, e_i exponentially distributed with mean 1: by i with probability p_i, and
+    the winner changes with rounding only where two are nearly equal. (It is Gumbel-max, argmax of log p_i - log e_i.)
+    First groups of `GROUP_SIZE` tokens race, each with the probability of its tokens together, then the tokens of the
+    group that won. So a row needs vocab / GROUP_SIZE + GROUP_SIZE random numbers, not one for each token:
+
+        numbers of a row   [ GROUP_SIZE of the tokens of a group | one for each group, in order of token ids ]
+
+    Equal times are won by the lower token id.
+    """
+    vocab_size = logprobs.shape[-1]
+    # float32 will do: a group's sum is off by 1e-6 of it at most, and logits differ between layouts by more.
+    probs = pad(logprobs.exp(), (0, -vocab_size % GROUP_SIZE)).reshape(len(logprobs), -1, GROUP_SIZE)
+    numbers = torch.from_numpy(exponentials(requests, GROUP_SIZE + probs.shape[1])).to(probs.device)
+    # Divided by 0 they are infinite: what has no probability wins against nothing.
+    groups = (numbers[:, GROUP_SIZE:] / probs.sum(dim=-1)).argmin(dim=-1)
+    within = probs[torch.arange(len(probs), device=probs.device), groups]
+    places: Tensor = (numbers[:, :GROUP_SIZE] / within).argmin(dim=-1)
+    return groups * GROUP_SIZE + places
 
 
 def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-
-
-def uniforms(requests: Sequence[SampledRequest]) -> list[float]:
-    """The random numbers in [0, 1) of the requests' next tokens (Philox, Salmon et al., SC 2011)."""
-    generator = np.random.Philox(key=0)
-    state = generator.state  # one generator put to each place: making one takes six times as long
-    counter, key = state["state"]["counter"], state["state"]["key"]
-    found = []
-    for s in requests:
-        prompt_key = int.from_bytes(hashlib.blake2b(s.prompt.id.encode(), digest_size=8).digest())
-        # Number by number: numpy would turn a list with large numbers into floats, and ids would share numbers.
-        counter[0], counter[1], counter[2], counter[3] = len(s.sampled), s.sample_index, prompt_key, 0
-        key[0] = s.params.seed
-        generator.state = state
-        found.append((int(generator.random_raw()) >> 11) / 2**53)
-    return found

@@ -1,6 +1,5 @@
-"""Sampling: which token, with which logprobs, by which random number."""
+"""Sampling: which token, with which logprobs, by which random numbers, and that rounding does not choose."""
 
-import hashlib
 import math
 from dataclasses import replace
 
@@ -11,7 +10,7 @@ import torch
 from cpinfer.config import SamplingParams
 from cpinfer.engine import sampling
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
-from cpinfer.engine.sampling import uniforms
+from cpinfer.engine.sampling import GROUP_SIZE
 from cpinfer.engine.stop_checker import StopChecker
 
 VOCAB = 24
@@ -28,8 +27,8 @@ def make_sequence(params=SamplingParams(), id="p", sample_index=0, prompt=(3, 5,
     return sequence
 
 
-def make_logits(rows, seed=0):
-    return 3 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+def make_logits(rows, seed=0, vocab=VOCAB):
+    return 3 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
 def reference(logits, params, history):
@@ -41,7 +40,7 @@ def reference(logits, params, history):
         return x
     x = x / params.temperature
     if params.top_k:
-        x[x < x.sort().values[-min(params.top_k, VOCAB)]] = -torch.inf
+        x[x < x.sort().values[-min(params.top_k, len(x))]] = -torch.inf
     if params.top_p < 1:
         probs = torch.softmax(x, dim=-1)
         held = 0.0
@@ -131,49 +130,9 @@ def test_no_rows_give_no_tokens():
     assert sample_tokens(torch.empty(0, VOCAB), []) == []
 
 
-def test_the_random_number_is_the_philox_of_its_counter():
-    """A known answer, exact in every bit: text sampled once must be sampled again by later versions."""
-    sequences, want = [], []
-    for id in map(str, range(20)):  # about half of the keys have their highest bit set
-        for seed, sample_index, index in ((0, 0, 0), (2**64 - 1, 3, 7)):
-            key = int.from_bytes(hashlib.blake2b(id.encode(), digest_size=8).digest())
-            counter = np.array([index, sample_index, key, 0], dtype=np.uint64)
-            want.append(int(np.random.Philox(key=seed, counter=counter).random_raw() >> np.uint64(11)) / 2**53)
-            sequences.append(make_sequence(SamplingParams(seed=seed), id, sample_index, so_far=range(index)))
-    assert uniforms(sequences) == want
-    assert uniforms(sequences[::-1]) == want[::-1]
-    assert uniforms([]) == []
-
-
-def test_the_random_number_differs_when_anything_of_it_does():
-    sequences = [
-        make_sequence(SamplingParams(seed=seed), id, sample_index, so_far=range(index))
-        for seed in (0, 1, 2**63)
-        for id in ("a", "b", "1")
-        for sample_index in range(3)
-        for index in range(4)
-    ]
-    numbers = uniforms(sequences)
-    assert len(set(numbers)) == len(numbers)
-    assert all(0 <= u < 1 for u in numbers)
-    assert abs(float(np.mean(numbers)) - 0.5) < 0.1
-
-
-def test_the_random_number_depends_on_nothing_else():
-    one = make_sequence(SamplingParams(seed=4), "id", 2, prompt=(1,), so_far=(5, 6))
-    other = make_sequence(SamplingParams(seed=4, temperature=0.3, n=9), "id", 2, prompt=(8, 8), so_far=(7, 7))
-    other.blocks = [1, 2]
-    assert uniforms([one]) == uniforms([other]) == uniforms([one])
-
-
-def test_the_random_numbers_of_similar_counters_are_uncorrelated():
-    numbers = np.array([uniforms([make_sequence(id=str(i), sample_index=s) for s in range(8)]) for i in range(50)])
-    assert abs(np.corrcoef(numbers[:, :-1].ravel(), numbers[:, 1:].ravel())[0, 1]) < 0.15
-    assert abs(np.corrcoef(numbers[:-1].ravel(), numbers[1:].ravel())[0, 1]) < 0.15
-
-
-def test_a_row_is_sampled_alike_in_any_company():
-    logits = make_logits(30)
+@pytest.mark.parametrize("vocab", [VOCAB, 5 * GROUP_SIZE + 3])
+def test_a_row_is_sampled_alike_in_any_company(vocab):
+    logits = make_logits(30, vocab=vocab)
     params = [PARAMS[i % len(PARAMS)] for i in range(30)]
     sequences = [make_sequence(params[i], id=str(i), so_far=(i % VOCAB,)) for i in range(30)]
     together = sample_tokens(logits, sequences)
@@ -195,37 +154,152 @@ def test_rows_of_different_parameters_get_each_its_own():
     assert sampled[2].processed_logprob == pytest.approx(0, abs=1e-6)
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    draws = 4000
-    probs = torch.tensor([0.4, 0.05, 0.0, 0.25, 0.2, 0.1])
-    logits = probs.log().expand(draws, -1)
-    sampled = sample_tokens(logits, [make_sequence(id=str(i // 4), sample_index=i % 4) for i in range(draws)])
-    counts = torch.bincount(torch.tensor([s.token_id for s in sampled]), minlength=6).double()
-    assert counts[2] == 0
-    kept = probs > 0
-    chi2 = float(((counts - draws * probs) ** 2 / (draws * probs))[kept].sum())
-    assert chi2 < 18.5  # 4 degrees of freedom: one seed in a thousand would be above, and the seed is fixed
-    wrong = torch.tensor([0.35, 0.1, 0.0, 0.25, 0.2, 0.1])
-    assert float(((counts - draws * wrong) ** 2 / (draws * wrong))[kept].sum()) > 18.5
+def draw(logits, sequences):
+    return torch.tensor([s.token_id for s in sample_tokens(logits, sequences)])
 
 
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
-@pytest.mark.parametrize("dead", [[0, 1], [VOCAB - 1, VOCAB - 2], list(range(1, VOCAB - 1))])
-def test_a_token_without_probability_is_never_drawn(monkeypatch, u, dead):
-    monkeypatch.setattr(sampling, "uniforms", lambda sequences: [u] * len(sequences))
-    for seed in range(20):
-        logits = make_logits(1, seed)
-        logits[0, dead] = -torch.inf
-        (token,) = sample_tokens(logits, [make_sequence()])
-        assert 0 <= token.token_id < VOCAB and token.token_id not in dead
-        assert math.isfinite(token.logprob) and math.isfinite(token.processed_logprob)
+def chi_square(counts, probs):
+    """Of how often each token was drawn; how many standard deviations that is above what chance gives."""
+    counts, probs = counts[probs > 0].double(), probs[probs > 0].double()
+    want = counts.sum() * probs
+    assert want.min() > 5
+    freedom = len(probs) - 1
+    return (float(((counts - want) ** 2 / want).sum()) - freedom) / math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("u, want", [(0.0, 0), (1 - 2**-53, VOCAB - 1)])
-def test_the_ends_of_the_unit_interval_draw_the_ends_of_the_vocabulary(monkeypatch, u, want):
-    """The control: with all tokens alive the random number does decide."""
-    monkeypatch.setattr(sampling, "uniforms", lambda sequences: [u] * len(sequences))
-    assert sample_tokens(make_logits(1), [make_sequence()])[0].token_id == want
+# One group of tokens, and three, the last not full: likely tokens and unlikely ones in each.
+DISTRIBUTIONS = {
+    "one group": (torch.tensor([0.4, 0.05, 0.0, 0.25, 0.2, 0.1]).log(), SamplingParams()),
+    "three groups": (make_logits(1, vocab=2 * GROUP_SIZE + 40)[0] / 4, SamplingParams()),
+    "three groups, top-p": (make_logits(1, vocab=2 * GROUP_SIZE + 40)[0] / 2, SamplingParams(top_p=0.8)),
+    "three groups, temperature and top-k": (
+        make_logits(1, vocab=2 * GROUP_SIZE + 40)[0],
+        SamplingParams(temperature=3.0, top_k=100),
+    ),
+}
+# What may be got wrong: a number for all tokens, numbers of another distribution, of other tokens once more.
+WRONG = {
+    "no token id": lambda numbers: np.repeat(numbers[:, :1], numbers.shape[1], axis=1),
+    "uniform": lambda numbers: np.exp(-numbers),
+    "groups by the numbers of tokens": lambda numbers: np.concatenate([numbers[:, :GROUP_SIZE]] * 2, axis=1),
+}
+
+
+def counts_of(logits, params, draws=20_000):
+    sequences = [make_sequence(params, id=str(i // 4), sample_index=i % 4) for i in range(draws)]
+    return torch.bincount(draw(logits.expand(draws, -1), sequences), minlength=len(logits))
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_tokens_are_drawn_as_often_as_they_are_likely(name):
+    logits, params = DISTRIBUTIONS[name]
+    probs = reference(logits, params, ()).exp()
+    counts = counts_of(logits, params)
+    assert counts[probs == 0].sum() == 0
+    assert chi_square(counts, probs) < 3.5  # the counters are fixed
+    wrong = torch.where(torch.arange(len(probs)) % 2 == 0, 0.8, 1.2) * probs
+    assert chi_square(counts, wrong / wrong.sum()) > 10
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_other_random_numbers_would_draw_other_tokens(monkeypatch, wrong):
+    """The control: generators that are wrong on purpose."""
+    logits, params = DISTRIBUTIONS["three groups"]
+    right = sampling.exponentials
+    monkeypatch.setattr(sampling, "exponentials", lambda requests, num: WRONG[wrong](right(requests, num))[:, :num])
+    assert chi_square(counts_of(logits, params), reference(logits, params, ()).exp()) > 10
+
+
+# Equally likely tokens in four groups, so that both races decide.
+LIKELY = torch.arange(8) * GROUP_SIZE // 2 + 7
+AXES = ("seed", "id", "sample_index", "place")
+
+
+def pairs_of(axis, ignored=None):
+    """How often which tokens are drawn by neighbours along an axis: [8 * 8]."""
+    logits = torch.full((1, 4 * GROUP_SIZE), -torch.inf)
+    logits[0, LIKELY] = 0.0
+    sequences = []
+    for i in range(3000):
+        for side in range(2):
+            of = dict.fromkeys(AXES, 3) | {"id": 2 * (i // 30), "sample_index": 2 * (i % 30)}
+            of[axis] += side
+            if ignored:
+                of[ignored] = 0
+            params = SamplingParams(seed=of["seed"])
+            sequences.append(make_sequence(params, str(of["id"]), of["sample_index"], so_far=range(of["place"])))
+    left, right = torch.searchsorted(LIKELY, draw(logits.expand(len(sequences), -1), sequences)).reshape(-1, 2).T
+    return torch.bincount(8 * left + right, minlength=64)
+
+
+@pytest.mark.parametrize("axis", AXES)
+def test_tokens_of_neighbours_are_independent(axis):
+    alike = torch.full((64,), 1 / 64)
+    assert chi_square(pairs_of(axis), alike) < 3.5
+    assert chi_square(pairs_of(axis, ignored=axis), alike) > 10, "a generator that ignores it would be seen"
+
+
+@pytest.mark.parametrize("number", [2.0**-53, 1.0, 53 * math.log(2)])
+@pytest.mark.parametrize("dead", [[0, 1], [-1, -2], list(range(1, VOCAB - 1)), list(range(GROUP_SIZE + 2))])
+def test_a_token_without_probability_is_never_drawn_and_equal_ones_by_the_lowest_id(monkeypatch, number, dead):
+    """By the ends of the random numbers, too."""
+    monkeypatch.setattr(sampling, "exponentials", lambda requests, num: np.full((len(requests), num), number))
+    for vocab in (VOCAB, 2 * GROUP_SIZE + 1):
+        if len(dead) > vocab:
+            continue
+        logits = make_logits(5, vocab=vocab)
+        logits[0] = 0.0
+        logits[:, dead] = -torch.inf
+        tokens = sample_tokens(logits, [make_sequence()] * 5)
+        if vocab == VOCAB:
+            assert tokens[0].token_id == int(logits[0].isfinite().nonzero()[0])
+        for row, token in zip(logits, tokens, strict=True):
+            assert row[token.token_id] > -torch.inf
+            assert math.isfinite(token.logprob) and math.isfinite(token.processed_logprob)
+
+
+@pytest.mark.parametrize("token", [0, 5, GROUP_SIZE, 2 * GROUP_SIZE + 1, 3 * GROUP_SIZE - 1])
+def test_the_random_numbers_of_a_group_and_of_a_place_in_it_decide(monkeypatch, token):
+    """The control: with all tokens alive any of them may be drawn, and by which numbers is known."""
+    group, place = divmod(token, GROUP_SIZE)
+    numbers = np.full((1, GROUP_SIZE + 3), 30.0)
+    numbers[0, [place, GROUP_SIZE + group]] = 1e-9
+    monkeypatch.setattr(sampling, "exponentials", lambda requests, num: numbers)
+    assert draw(torch.zeros(1, 3 * GROUP_SIZE), [make_sequence()]).item() == token
+
+
+def test_unused_rows_at_the_end_of_a_vocabulary_do_not_change_what_is_drawn():
+    sequences = [make_sequence(id=str(i)) for i in range(50)]
+    for vocab in (VOCAB, GROUP_SIZE):
+        logits = make_logits(50, vocab=vocab)
+        longer = torch.nn.functional.pad(logits, (0, 3 * GROUP_SIZE - 5), value=-torch.inf)
+        assert torch.equal(draw(longer, sequences), draw(logits, sequences))
+
+
+def draw_by_inverse_cdf(logits, uniforms):
+    """What is not done: uniform numbers fall into the cumulative distribution, tokens in order of their ids."""
+    return torch.searchsorted(torch.softmax(logits, dim=-1).double().cumsum(dim=-1), uniforms, right=True)
+
+
+@pytest.mark.parametrize(
+    "dtype, noise, num_samples, most",
+    [(torch.float32, 2.4e-5, 200, 1e-4), (torch.bfloat16, 1e-2, 20, 0.02)],
+    ids=["float32", "bfloat16"],
+)
+def test_rounding_changes_few_tokens_and_many_by_the_inverse_cdf(dtype, noise, num_samples, most):
+    """As layouts differ in the last bits: 2.4e-5 is what logprobs of float32 were seen to differ by."""
+    chance = torch.Generator().manual_seed(0)
+    logits = torch.randn(100, 2048, generator=chance)
+    again = (logits + noise * torch.randn(logits.shape, generator=chance)).to(dtype).float()
+    logits = logits.to(dtype).float()
+    num_changed = 0
+    for sample in range(num_samples):
+        sequences = [make_sequence(id=str(i), sample_index=sample) for i in range(len(logits))]
+        num_changed += int((draw(logits, sequences) != draw(again, sequences)).sum())
+    assert num_changed <= most * len(logits) * num_samples
+    uniforms = torch.rand(len(logits), num_samples, generator=chance, dtype=torch.float64)
+    by_inverse_cdf = draw_by_inverse_cdf(logits, uniforms) != draw_by_inverse_cdf(again, uniforms)
+    assert int(by_inverse_cdf.sum()) >= 10 * max(num_changed, 1)
 
 
 def test_samples_of_one_prompt_differ():
