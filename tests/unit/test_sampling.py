@@ -283,7 +283,7 @@ def draw_by_inverse_cdf(logits, uniforms):
 
 @pytest.mark.parametrize(
     "dtype, noise, num_samples, most",
-    [(torch.float32, 2.4e-5, 200, 1e-4), (torch.bfloat16, 1e-2, 20, 0.02)],
+    [(torch.float32, 2.4e-5, 400, 1e-4), (torch.bfloat16, 1e-2, 20, 0.02)],
     ids=["float32", "bfloat16"],
 )
 def test_rounding_changes_few_tokens_and_many_by_the_inverse_cdf(dtype, noise, num_samples, most):
@@ -297,9 +297,9 @@ def test_rounding_changes_few_tokens_and_many_by_the_inverse_cdf(dtype, noise, n
         sequences = [make_sequence(id=str(i), sample_index=sample) for i in range(len(logits))]
         num_changed += int((draw(logits, sequences) != draw(again, sequences)).sum())
     assert num_changed <= most * len(logits) * num_samples
-    uniforms = torch.rand(len(logits), num_samples, generator=chance, dtype=torch.float64)
+    uniforms = torch.rand(len(logits), 10 * num_samples, generator=chance, dtype=torch.float64)
     by_inverse_cdf = draw_by_inverse_cdf(logits, uniforms) != draw_by_inverse_cdf(again, uniforms)
-    assert int(by_inverse_cdf.sum()) >= 10 * max(num_changed, 1)
+    assert int(by_inverse_cdf.sum()) / 10 >= 10 * max(num_changed, 1)  # of ten times as many
 
 
 def test_samples_of_one_prompt_differ():

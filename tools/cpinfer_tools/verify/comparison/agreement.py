@@ -10,8 +10,9 @@ likeliest, so within the tolerance both are equally likely, and neither can have
 >>> first_difference(a, b), is_greedy_near_tie(a, b, 1, tolerance=1e-4)
 (1, True)
 
-Sampled tokens differ when the random number falls between two cumulative distributions that are not quite equal. At
-each position that happens with a probability of at most the tolerance, so that share of differences is let pass.
+Sampled tokens are drawn by two races (`engine.sampling`), and differ where one of them is nearly a tie. Where logprobs
+differ by d, a race has another winner with probability E|d_i - d_j| / 2, i and j drawn by it: both together at most
+with the tolerance, so that share of differences is let pass.
 """
 
 from __future__ import annotations
