@@ -66,7 +66,7 @@ class SamplingParams(Checked):
     )
     max_new_tokens: int = _key("longest answer, in tokens", 128, within=_TOKENS)
     n: int = _key("samples per prompt", 1, within=Bounds(1, 2**16))
-    seed: int = _key("with it the text is a function of the prompt, the sample and the model alone", 0, within=_SEED)
+    seed: int = _key("with it the text is a function of prompt, sample and model alone, but for near-ties", 0, within=_SEED)
     stop: tuple[str, ...] = _key(
         "texts that end an answer; they are cut off `text`, not off `token_ids`", (), any_text=True
     )
