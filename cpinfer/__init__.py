@@ -20,7 +20,7 @@ from cpinfer.version import __version__ as __version__
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 if TYPE_CHECKING:
-    from cpinfer.colocate.mismatch import Mismatch
+    from cpinfer.colocate.mismatch import Mismatch, uncut_logprobs
     from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
     from cpinfer.colocate.training_logprobs import training_logprobs
     from cpinfer.comm.topology import Topology
@@ -75,6 +75,7 @@ _HOMES = {
     "parse_config": "cpinfer.config",
     "rollout_phase": "cpinfer.colocate.phase",
     "training_logprobs": "cpinfer.colocate.training_logprobs",
+    "uncut_logprobs": "cpinfer.colocate.mismatch",
 }
 
 __all__ = [
@@ -108,6 +109,7 @@ __all__ = [
     "parse_config",
     "rollout_phase",
     "training_logprobs",
+    "uncut_logprobs",
 ]
 
 

@@ -87,6 +87,10 @@ class SamplingParams(Checked):
         "the prompt is computed then, whatever is cached",
         False,
     )
+    kept_token_ids: bool = _key(
+        "report for each token the ids that top_k, top_p and min_p left to draw from; none where over 1024 are left",
+        False,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,12 +107,15 @@ class SamplingParams(Checked):
         return self.temperature == 0
 
     @property
+    def cut_by(self) -> tuple[str, ...]:
+        """What cuts the distribution of a token to a kept set, by key. Nothing does under greedy decoding."""
+        cuts = {"top_k": self.top_k > 0, "top_p": self.top_p < 1, "min_p": self.min_p > 0}
+        return () if self.greedy else tuple(key for key, does in cuts.items() if does)
+
+    @property
     def shaped_by(self) -> tuple[str, ...]:
-        """What beside the temperature shapes the distribution of a token, by key."""
+        """What beside temperature and cuts shapes the distribution of a token, by key."""
         shapes = {
-            "top_k": self.top_k > 0,
-            "top_p": self.top_p < 1,
-            "min_p": self.min_p > 0,
             "repetition_penalty": self.repetition_penalty != 1,
             "logit_bias": bool(self.logit_bias),
             "min_new_tokens": self.min_new_tokens > 0,
@@ -119,7 +126,7 @@ class SamplingParams(Checked):
     def distribution(self) -> tuple[object, ...]:
         """What shapes the distribution of a token: rows that agree in it are sampled in one pass."""
         shape = (self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        return (*shape, self.logit_bias, self.top_logprobs)
+        return (*shape, self.logit_bias, self.top_logprobs, self.kept_token_ids)
 
 
 @dataclass(frozen=True)

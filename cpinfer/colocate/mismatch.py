@@ -9,7 +9,8 @@ corrects for that, here it is measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -131,7 +132,7 @@ class Compared:
 
     @classmethod
     def of(cls, sampling: SamplingParams) -> Compared:
-        """Processed ones, unless something beside temperature shaped them: a forward knows nothing of it."""
+        """Processed ones, as they were before a cut, unless more than temperature shaped them, which a forward knows."""
         if sampling.greedy:
             return cls("logprobs", 1.0, "raw logprobs at temperature 1: greedy decoding leaves one token")
         if sampling.shaped_by:
@@ -139,7 +140,32 @@ class Compared:
             told = f"raw logprobs at temperature 1: {shapes} shaped the distribution that was sampled from"
             return cls("logprobs", 1.0, told)
         told = f"processed logprobs against the forward at temperature {sampling.temperature:g}"
+        if sampling.cut_by:
+            told += f", log of the kept mass added: {', '.join(sampling.cut_by)} cut the distribution"
         return cls("processed_logprobs", sampling.temperature, told)
+
+    def logprobs_of(self, sample: Mapping[str, Any]) -> tuple[float, ...]:
+        """Those of one sample, which is given by the fields of a result."""
+        logprobs = sample[self.field]
+        return tuple(logprobs) if self.field == "logprobs" else uncut_logprobs(logprobs, sample.get("kept_mass"))
+
+
+def uncut_logprobs(processed_logprobs: Sequence[float], kept_mass: Sequence[float] | None) -> tuple[float, ...]:
+    """Logprobs of sampled tokens before top_k, top_p and min_p cut: at the same temperature a training forward's.
+
+    Args:
+        processed_logprobs: of one sample, as its `RolloutResult` has them.
+        kept_mass: the same.
+
+    Returns:
+        `processed_logprobs + log(kept_mass)`; the former where there was no cut.
+
+    Raises:
+        ValueError: where the two are not as long as each other.
+    """
+    if kept_mass is None:
+        return tuple(processed_logprobs)
+    return tuple(p + math.log(mass) for p, mass in zip(processed_logprobs, kept_mass, strict=True))
 
 
 def _flat(samples: Sequence[Sequence[float]]) -> np.ndarray[Any, np.dtype[np.float64]]:

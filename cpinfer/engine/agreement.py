@@ -5,13 +5,14 @@ not, or where a rank cannot begin, all ranks raise the same error, which names r
 
 After a step, `agree_on_tokens`: every rank sends a record per row it computed; of the copies on tp ranks, the first is
 the authority. A rank whose logits are unusable, or whose consumer has stopped taking results, says so in the record,
-and all ranks raise the same error instead of drifting apart. What else a rank has to say (`Says`) travels along.
+and all ranks raise the same error instead of drifting apart. What else a rank has to say (`Says`) travels along. Where
+records say that tokens have kept ids, these follow in a second gather, of as many as there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntFlag
 from itertools import accumulate, chain, pairwise
 from typing import Generic, NoReturn, TypeVar
@@ -32,7 +33,7 @@ Number = TypeVar("Number", bound=np.generic)
 # What a rank says before a call: it can begin, its user made a mistake, something else went wrong.
 _READY, _USER_ERROR, _ERROR = range(3)
 # Columns of a record, int32; floats as their bits. Behind them num_top likeliest tokens, then their logprobs.
-_TOKEN, _STATUS, _LOGPROB, _PROCESSED, _TOP = range(5)
+_TOKEN, _STATUS, _LOGPROB, _PROCESSED, _KEPT_MASS, _NUM_KEPT, _TOP = range(7)
 
 
 class Says(IntFlag):
@@ -143,7 +144,8 @@ def agree_on_tokens(
     """The tokens of a step and what ranks say, the same on every rank; when it samples none, nobody is asked: None.
 
     `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where no token could be
-    chosen, as it is in what is returned. `num_top` bounds the `top` of every token of the step. EngineFaultError, on
+    chosen, as it is in what is returned. `num_top` bounds the `top` of every token of the step. One collective, and
+    another where any token has `kept_ids`. EngineFaultError, on
     every rank, when any says `FAULT`; StreamEndedError when one `LEAVES`.
     """
     if not places:  # as every rank knows: chunks of prompts that go on in another step
@@ -157,6 +159,7 @@ def agree_on_tokens(
             continue
         ints[row, _TOKEN] = token.token_id
         floats[row, _LOGPROB], floats[row, _PROCESSED] = token.logprob, token.processed_logprob
+        floats[row, _KEPT_MASS], ints[row, _NUM_KEPT] = token.kept_mass, len(token.kept_ids or ())
         ints[row, _TOP : _TOP + num_top] = -1
         for i, (token_id, logprob) in enumerate(token.top):
             ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
@@ -174,6 +177,15 @@ def agree_on_tokens(
     pcp_ranks, rows = np.array(places).T
     mine = gathered[pcp_ranks * tp_size, rows]
     tokens = [_decode(*row, num_top) for row in zip(mine.tolist(), mine.view(np.float32).tolist(), strict=True)]
+    num_kept = gathered[:, :, _NUM_KEPT].sum(axis=1)
+    if num_kept.any():
+        own_kept: list[Sequence[int]] = [(token and token.kept_ids) or () for token in own]
+        packed = pack_token_lists([*own_kept, *[()] * (num_rows - len(own))])
+        kept = gather_packed(replica, packed, (1 + num_rows + num_kept).tolist(), device)
+        tokens = [
+            token and replace(token, kept_ids=kept[pcp_rank * tp_size][row] or None)
+            for token, (pcp_rank, row) in zip(tokens, places, strict=True)
+        ]
     return tokens, Says(int(np.bitwise_or.reduce(said)) & ~_NO_TOKEN)
 
 
@@ -207,7 +219,7 @@ def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken 
         return None
     ids, logprobs = ints[_TOP : _TOP + num_top], floats[_TOP + num_top :]
     top = tuple((i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0)
-    return SampledToken(ints[_TOKEN], floats[_LOGPROB], floats[_PROCESSED], top)
+    return SampledToken(ints[_TOKEN], floats[_LOGPROB], floats[_PROCESSED], top, floats[_KEPT_MASS])
 
 
 def smallest(replica: AxisComm, value: int, device: torch.device) -> int:

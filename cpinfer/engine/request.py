@@ -45,12 +45,20 @@ class SampledToken:
         logprob: natural log, in the model's own distribution (temperature 1, nothing processed).
         processed_logprob: the same in the distribution that it was drawn from; 0 under greedy decoding.
         top: the likeliest tokens at its place and their raw logprobs, as many as its parameters ask for.
+        kept_mass: in (0, 1], the probability of all tokens that top_k, top_p and min_p kept, in the distribution that
+            they cut: temperature, penalty, bias and suppression applied. `processed_logprob + log(kept_mass)` is the
+            logprob there. 1 where nothing was cut, and under greedy decoding, which cuts no distribution: it has one
+            token.
+        kept_ids: those tokens, ascending; None unless its parameters ask for them, and where they are over 1024. Under
+            greedy decoding the token itself.
     """
 
     token_id: int
     logprob: float
     processed_logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    kept_mass: float = 1.0
+    kept_ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +266,8 @@ class SampledRequest(Request):
             top_logprobs=tuple(s.top for s in self.sampled) if has_top else None,
             prompt_logprobs=(None, *(s.logprob for s in self.scores)) if is_scored else None,
             prompt_top_logprobs=((), *(s.top for s in self.scores)) if is_scored and has_top else None,
+            kept_mass=tuple(s.kept_mass for s in self.sampled) if self.params.cut_by else None,
+            kept_token_ids=tuple(s.kept_ids for s in self.sampled) if self.params.kept_token_ids else None,
             sampling=self.prompt.sampling,
             weights_versions=spans if len(spans) > 1 else None,
         )
@@ -353,6 +363,11 @@ class RolloutResult:
             None (and no key) unless asked for.
         prompt_top_logprobs: for each token of the prompt the likeliest ones in its place, none for the first. None (and
             no key) unless both are asked for.
+        kept_mass: one per token, the probability of all tokens that top_k, top_p and min_p kept, in the distribution
+            that they cut: `processed_logprobs + log(kept_mass)` are logprobs of that distribution. None (and no key)
+            where none of the three is asked for, and under greedy decoding.
+        kept_token_ids: for each token those that were kept, ascending; None for a token where over 1024 were, one token
+            under greedy decoding. None (and no key) unless asked for.
         sampling: what the prompt said of its own sampling; None (and no key of an output line) where it said nothing.
         weights_versions: (weights_version, number of tokens) for each span of the answer; None (and no key) unless the
             weights changed within it.
@@ -373,5 +388,7 @@ class RolloutResult:
     top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     prompt_logprobs: tuple[float | None, ...] | None = None
     prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
+    kept_mass: tuple[float, ...] | None = None
+    kept_token_ids: tuple[tuple[int, ...] | None, ...] | None = None
     sampling: OwnSampling | None = None
     weights_versions: tuple[tuple[int, int], ...] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine.random_numbers import exponentials
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.stop_checker import StopChecker
-from cpinfer.models.logits import logits_processors
+from cpinfer.models.logits import logits_cuts, logits_processors
+
+# As many as `top_logprobs` may ask for: larger sets of kept ids are not reported.
+MAX_KEPT_IDS = 1024
 
 # About the square root of a vocabulary, and most vocabularies are a multiple of it.
 GROUP_SIZE = 128
@@ -52,21 +56,45 @@ def _sample_alike(
     params = requests[0].params
     scores = _process(logits, requests, params, suppressed)
     has_token = torch.ones(len(requests), dtype=torch.bool)
-    # Nothing else takes the last token away: logits are checked, and the other processors keep the likeliest.
+    # Nothing else takes the last token away: logits are checked, and the cuts keep the likeliest.
     if suppressed:
         has_token = scores.amax(dim=-1) > -torch.inf
         scores = scores.masked_fill(~has_token.unsqueeze(-1), 0.0)  # whatever is drawn there is not used
+    masses = [1.0] * len(requests)
+    kept: Sequence[tuple[int, ...] | None] = [None] * len(requests)
     if params.greedy:
         tokens = scores.argmax(dim=-1)
         processed = torch.zeros(len(requests))
+        if params.kept_token_ids:
+            kept = [(token,) for token in tokens.tolist()]
     else:
-        logprobs = torch.log_softmax(scores, dim=-1)
+        logprobs = torch.log_softmax(logits_cuts(params)(None, scores), dim=-1)
         tokens = _draw(logprobs, requests)
         processed = _pick(logprobs, tokens)
+        if params.cut_by:
+            masses = _kept_mass(torch.log_softmax(scores, dim=-1), logprobs).tolist()
+        if params.kept_token_ids:
+            kept = _kept_ids(logprobs)
     raw = torch.log_softmax(logits, dim=-1)
     top = _likeliest(raw, params.top_logprobs)
-    rows = zip(tokens.tolist(), _pick(raw, tokens).tolist(), processed.tolist(), top, strict=True)
+    rows = zip(tokens.tolist(), _pick(raw, tokens).tolist(), processed.tolist(), top, masses, kept, strict=True)
     return [SampledToken(*row) if has else None for row, has in zip(rows, has_token.tolist(), strict=True)]
+
+
+def _kept_mass(uncut: Tensor, logprobs: Tensor) -> Tensor:
+    """`[N]`: the probability under `uncut [N, vocab]` of what is possible under `logprobs`, its cut.
+
+    A cut divides by that mass, so one token tells it: the likeliest, which is always kept and nearest to 1.
+    """
+    return (uncut.amax(dim=-1) - logprobs.amax(dim=-1)).exp().clamp(max=1.0)
+
+
+def _kept_ids(logprobs: Tensor) -> list[tuple[int, ...] | None]:
+    """For each row its possible tokens, ascending; None for more than `MAX_KEPT_IDS`."""
+    is_kept = logprobs > -torch.inf
+    counts = is_kept.sum(dim=-1, keepdim=True)
+    ids = iter((is_kept & (counts <= MAX_KEPT_IDS)).nonzero()[:, 1].tolist())
+    return [tuple(islice(ids, n)) if n <= MAX_KEPT_IDS else None for n in counts.flatten().tolist()]
 
 
 def score_tokens(logits: Tensor, targets: Sequence[int], num_top: int = 0) -> list[TokenScore]:
@@ -86,6 +114,7 @@ def score_tokens(logits: Tensor, targets: Sequence[int], num_top: int = 0) -> li
 def _process(
     logits: Tensor, requests: list[SampledRequest], params: SamplingParams, suppressed: tuple[int, ...]
 ) -> Tensor:
+    """Logits as they are before a cut."""
     processors: Callable[[Tensor, Tensor], Tensor] = logits_processors(params, suppressed)
     if params.repetition_penalty == 1:
         # Nothing else looks at the text so far; one token stands in for it.

@@ -45,11 +45,14 @@ class CpinferRolloutBatch(RolloutBatch):
         logprobs: `[B, T]` as `input_ids`, float32: of each token of an answer, natural log, in the model's own
             distribution; 0 at prompts and padding. `logprobs[:, 1:]` lies beside `ResponseTokenBatch.target_ids`.
         processed_logprobs: the same in the distribution that was sampled from; 0 under greedy decoding.
+        kept_mass: beside them the mass that top_k, top_p and min_p kept; 1 where nothing was cut, prompts and padding
+            included.
         weights_version: the step that `sync_weights` was told of last.
     """
 
     logprobs: torch.Tensor
     processed_logprobs: torch.Tensor
+    kept_mass: torch.Tensor
     weights_version: int
 
 
@@ -209,6 +212,7 @@ class CpinferRolloutEngine(RolloutEngine):
             response_start_idx=torch.full((len(results),), prompts.shape[1], device=prompts.device),
             logprobs=beside_prompts(nothing, [r.logprobs for r in results], 0),
             processed_logprobs=beside_prompts(nothing, [r.processed_logprobs for r in results], 0),
+            kept_mass=beside_prompts(nothing + 1, [r.kept_mass or [1.0] * len(r.token_ids) for r in results], 1),
             weights_version=self._weights_version,
         )
 

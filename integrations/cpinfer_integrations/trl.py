@@ -74,7 +74,9 @@ class RolloutFunc:
             trainer: the `GRPOTrainer`.
 
         Returns:
-            `prompt_ids`, `completion_ids` and processed `logprobs`, in the order of the prompts.
+            `prompt_ids`, `completion_ids` and processed `logprobs`, in the order of the prompts. Where top_k, top_p or
+            min_p cut, also `kept_mass`, and where the config asks for them `kept_token_ids`: TRL hands both to reward
+            functions.
 
         Raises:
             UserError: for a prompt that can never run, and for what this path of TRL cannot serve.
@@ -88,6 +90,7 @@ class RolloutFunc:
             "prompt_ids": [r.prompt_ids for r in rollouts],
             "completion_ids": [r.completion_ids for r in rollouts],
             "logprobs": [r.processed_logprobs for r in rollouts],
+            **_kept(rollouts),
         }
 
     def close(self) -> None:
@@ -267,16 +270,17 @@ class _GRPOByCpinfer(_ByCpinfer):
         return tools if timeout_s is None else {name: bounded(timeout_s, tool) for name, tool in tools.items()}
 
 
+def _kept(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """What is known of kept sets, a list for each sample."""
+    names = ("kept_mass", "kept_token_ids")
+    columns = {name: [getattr(r, name) for r in rollouts] for name in names}
+    return {name: column for name, column in columns.items() if column and None not in column}
+
+
 def _rollout(turns: Sequence[RolloutResult], output: _LoopOutput) -> Rollout:
     """A sample of several turns. TRL has cut none of them: each was as long as it had room for."""
     [mask], _, [completion_ids], *_ = output
-    return Rollout(
-        list(turns[0].prompt_token_ids),
-        completion_ids,
-        mask,
-        [logprob for turn in turns for logprob in turn.logprobs],
-        [logprob for turn in turns for logprob in turn.processed_logprobs],
-    )
+    return Rollout.of_turns(turns, completion_ids, mask)
 
 
 def tokenize(prompts: Sequence[Any], trainer: Any) -> list[list[int]]:

@@ -51,6 +51,7 @@ class PhaseRecord:
         generate_s: of them the engine's, and those in which it waited for tools.
         mismatch_s: seconds to measure the mismatch, after the phase.
         cost: the other parts of `phase_s`.
+        kept_mass_mean: over the tokens of all samples; None where no distribution was cut.
     """
 
     weights_version: int
@@ -64,6 +65,7 @@ class PhaseRecord:
     generate_s: float = 0.0
     mismatch_s: float = 0.0
     cost: PhaseReport | None = None
+    kept_mass_mean: float | None = None
 
     def metrics(self) -> dict[str, float]:
         """Numbers to log, by name."""
@@ -79,6 +81,7 @@ class PhaseRecord:
             "tokens_per_s": self.num_generated_tokens / self.phase_s,
             **cost,
             **({} if self.mismatch is None else self.mismatch.as_dict()),
+            **({} if self.kept_mass_mean is None else {"kept_mass_mean": self.kept_mass_mean}),
         }
 
 
@@ -86,7 +89,8 @@ class PhaseRecord:
 class Rollout:
     """One sample as a trainer gets it: `completion_ids` are what was generated and, between turns, what tools said.
 
-    `tool_mask`: 1 for each generated token, 0 for others. Both kinds of logprobs are of generated tokens alone.
+    `tool_mask`: 1 for each generated token, 0 for others. Both kinds of logprobs, and what is known of kept
+    sets, as a result has it, are of generated tokens alone.
     """
 
     prompt_ids: list[int]
@@ -94,16 +98,26 @@ class Rollout:
     tool_mask: list[int]
     logprobs: list[float]
     processed_logprobs: list[float]
+    kept_mass: list[float] | None = None
+    kept_token_ids: list[tuple[int, ...] | None] | None = None
 
     @classmethod
     def of(cls, result: RolloutResult) -> Rollout:
         """Of a single turn."""
+        return cls.of_turns([result], list(result.token_ids), [1] * len(result.token_ids))
+
+    @classmethod
+    def of_turns(cls, turns: Sequence[RolloutResult], completion_ids: list[int], tool_mask: list[int]) -> Rollout:
+        """Of all turns of a sample."""
+        masses, kept = [turn.kept_mass for turn in turns], [turn.kept_token_ids for turn in turns]
         return cls(
-            list(result.prompt_token_ids),
-            list(result.token_ids),
-            [1] * len(result.token_ids),
-            list(result.logprobs),
-            list(result.processed_logprobs),
+            list(turns[0].prompt_token_ids),
+            completion_ids,
+            tool_mask,
+            [logprob for turn in turns for logprob in turn.logprobs],
+            [logprob for turn in turns for logprob in turn.processed_logprobs],
+            None if None in masses else [mass for turn in masses for mass in turn or ()],
+            None if None in kept else [ids for turn in kept for ids in turn or ()],
         )
 
 
@@ -171,6 +185,7 @@ class RolloutPhases:
             num_samples=len(rollouts),
             num_generated_tokens=sum(sum(r.tool_mask) for r in rollouts),
             mismatch=measured,
+            kept_mass_mean=_mean_kept_mass(rollouts) if sampling.cut_by else None,
             mode=mode,
             num_truncated_prompts=num_truncated,
             phase_s=prepare_s + lent_s,
@@ -283,12 +298,13 @@ def _lm_head_as_in_training(trainer: Any) -> Iterator[None]:
 def _mismatch(trainer: Any, rollouts: Sequence[Rollout], sampling: SamplingParams) -> Mismatch | None:
     """This rank's rollout logprobs against the training forward's, None where the two know no common distribution.
 
-    TRL's forward scales by the trainer's temperature and knows of nothing else that shaped a distribution.
+    TRL's forward scales by the trainer's temperature and knows of nothing else that shaped a distribution. What cut one
+    is undone by the kept mass.
     """
     compared = Compared.of(sampling)
     if compared.temperature != sampling.temperature:
         return None
-    return Mismatch.of([getattr(r, compared.field) for r in rollouts], _training_logprobs(trainer, rollouts))
+    return Mismatch.of([compared.logprobs_of(vars(r)) for r in rollouts], _training_logprobs(trainer, rollouts))
 
 
 def _training_logprobs(trainer: Any, rollouts: Sequence[Rollout]) -> list[list[float]]:
@@ -319,14 +335,22 @@ def _training_logprobs(trainer: Any, rollouts: Sequence[Rollout]) -> list[list[f
     return [list(compress(row, r.tool_mask)) for row, r in zip(logprobs.float().tolist(), rollouts, strict=True)]
 
 
+def _mean_kept_mass(rollouts: Sequence[Rollout]) -> float:
+    masses = [mass for r in rollouts for mass in r.kept_mass or ()]
+    return sum(masses) / len(masses) if masses else 1.0
+
+
 def _over_all_ranks(own: PhaseRecord, num_copies: int) -> PhaseRecord:
     """Counts and mismatch of the whole job; ranks that train on the same data count once. Collective."""
     gathered = all_gather_object(replace(own, cost=None))[::num_copies]
     measured = [record.mismatch for record in gathered if record.mismatch is not None]
+    num_tokens = sum(record.num_generated_tokens for record in gathered)
+    sums = [r.kept_mass_mean * r.num_generated_tokens for r in gathered if r.kept_mass_mean is not None]
     return replace(
         own,
         num_samples=sum(record.num_samples for record in gathered),
-        num_generated_tokens=sum(record.num_generated_tokens for record in gathered),
+        num_generated_tokens=num_tokens,
+        kept_mass_mean=sum(sums) / num_tokens if sums and num_tokens else None,
         num_truncated_prompts=sum(record.num_truncated_prompts for record in gathered),
         mismatch=Mismatch.merge(measured) if measured else None,
     )

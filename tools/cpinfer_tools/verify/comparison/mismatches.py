@@ -40,7 +40,7 @@ class Sampled:
                 tuple(line["prompt_index"] for line in lines),
                 tuple(tuple(line["prompt_token_ids"]) for line in lines),
                 tuple(tuple(line["token_ids"]) for line in lines),
-                tuple(tuple(line[compared.field]) for line in lines),
+                tuple(compared.logprobs_of(line) for line in lines),
             )
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{output} holds no rollouts that can be read ({error!r}).") from error
