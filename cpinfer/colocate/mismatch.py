@@ -165,6 +165,8 @@ def uncut_logprobs(processed_logprobs: Sequence[float], kept_mass: Sequence[floa
     """
     if kept_mass is None:
         return tuple(processed_logprobs)
+    if len(processed_logprobs) != len(kept_mass):
+        raise ValueError(f"a sample has {len(processed_logprobs)} processed logprobs and {len(kept_mass)} kept masses")
     return tuple(p + math.log(mass) for p, mass in zip(processed_logprobs, kept_mass, strict=True))
 
 

@@ -44,6 +44,7 @@ PARAMS = st.builds(
     min_new_tokens=st.integers(0, 4),
     logit_bias=st.dictionaries(TOKENS, st.sampled_from([-1e20, 1e20, 0.0]) | st.floats(-1e20, 1e20), max_size=3),
     top_logprobs=st.sampled_from([0, 1, VOCAB, 1024]),
+    kept_token_ids=st.booleans(),
 )
 LOGITS = st.lists(
     st.one_of(st.floats(-50, 50, width=32), st.sampled_from([0.0, -1e4, 1e4, 1e-30])), min_size=VOCAB, max_size=VOCAB
@@ -69,6 +70,10 @@ def check(rows):
         assert math.isfinite(token.logprob) and token.logprob <= 0
         assert math.isfinite(token.processed_logprob) and token.processed_logprob <= 1e-6
         assert len(token.top) == min(params.top_logprobs, VOCAB)
+        assert 0 < token.kept_mass <= 1 and (params.cut_by or token.kept_mass == 1)
+        assert (token.kept_ids is not None) == params.kept_token_ids
+        if token.kept_ids is not None:
+            assert token.token_id in token.kept_ids and token.kept_ids == tuple(sorted(set(token.kept_ids)))
         if len(sequence.sampled) < params.min_new_tokens:
             assert token.token_id not in stop_checker.stop_token_ids(params), "it may not end yet"
 

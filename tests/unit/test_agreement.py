@@ -2,6 +2,7 @@
 
 import dataclasses
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,6 +81,33 @@ def test_logprobs_arrive_bit_by_bit():
         for got, want in zip(result, tokens, strict=True):
             assert got.token_id == want.token_id
             assert struct.pack("<f", got.logprob) == struct.pack("<f", want.logprob)
+
+
+def test_kept_sets_arrive_at_their_tokens_on_every_rank_in_two_collectives():
+    """Of the rank that has the say, of any length, beside tokens without; a kept mass travels as its bits."""
+    kept = {(0, 0): (1, 5, 2**31 - 1), (0, 1): None, (1, 0): tuple(range(1024))}
+
+    def body(topology):
+        _, pcp_rank, tp_rank = topology.coords
+        replica = CountingComm(topology.replica)
+        own = [
+            replace(token(*place), kept_ids=kept[place], kept_mass=float32(0x3F000001 + place[1]))
+            for place in sorted(kept)
+            if place[0] == pcp_rank and tp_rank == 0
+        ]
+        return agree_on_tokens(replica, 2, PLACES, own, CPU)[0], replica.traffic.num_collectives
+
+    for tokens, num_collectives in run_ranks(GRID, body):
+        assert [t.kept_ids for t in tokens] == [kept[place] for place in PLACES]
+        assert [t.kept_mass for t in tokens] == [float32(0x3F000001 + row) for _, row in PLACES]
+        assert [t.token_id for t in tokens] == [token(*place).token_id for place in PLACES]
+        assert num_collectives == 2
+
+
+def test_a_row_without_a_token_stands_among_rows_with_kept_sets():
+    tokens = [replace(token(0, 0), kept_ids=(4, 7)), None, replace(token(0, 2), kept_ids=(9,))]
+    found, _ = agree_on_tokens(SoloComm(), 1, [(0, 0), (0, 1), (0, 2)], tokens, CPU)
+    assert [t and t.kept_ids for t in found] == [(4, 7), None, (9,)]
 
 
 def test_a_large_token_id_survives():

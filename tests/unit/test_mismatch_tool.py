@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cpinfer.colocate.mismatch import Compared, Mismatch
+from cpinfer.colocate.mismatch import Compared, Mismatch, uncut_logprobs
 from cpinfer.colocate.training_logprobs import training_logprobs
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt
@@ -40,9 +40,6 @@ def test_temperature_alone_leaves_processed_logprobs_comparable() -> None:
 @pytest.mark.parametrize(
     "words",
     [
-        {"top_k": 5},
-        {"top_p": 0.9},
-        {"min_p": 0.1},
         {"repetition_penalty": 1.1},
         {"logit_bias": ((3, 1.0),)},
         {"min_new_tokens": 1},
@@ -54,6 +51,20 @@ def test_whatever_shapes_the_distribution_leaves_raw_ones_and_says_so(words: dic
     assert (compared.field, compared.temperature) == ("logprobs", 1.0)
     assert next(iter(words)) in compared.why
     assert "greedy" in Compared.of(SamplingParams(temperature=0, **words)).why
+
+
+@pytest.mark.parametrize("words", [{"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}], ids=lambda words: next(iter(words)))
+def test_what_a_cut_kept_leads_back_to_what_the_forward_knows(words: dict[str, Any]) -> None:
+    compared = Compared.of(SamplingParams(temperature=0.7, **words))
+    assert (compared.field, compared.temperature) == ("processed_logprobs", 0.7)
+    assert "kept mass" in compared.why and next(iter(words)) in compared.why
+    line = {"logprobs": [-9.0, -9.0], "processed_logprobs": [-1.0, -2.0], "kept_mass": [0.5, 1.0]}
+    assert compared.logprobs_of(line) == pytest.approx([-1.0 + math.log(0.5), -2.0])
+    assert compared.logprobs_of({**line, "kept_mass": None}) == (-1.0, -2.0)
+    raw = Compared.of(SamplingParams(temperature=0.7, repetition_penalty=1.1, **words))
+    assert (raw.field, raw.temperature, raw.logprobs_of(line)) == ("logprobs", 1.0, (-9.0, -9.0))
+    with pytest.raises(ValueError, match="2 processed logprobs and 1 kept masses"):
+        uncut_logprobs([-1.0, -2.0], [0.5])
 
 
 # Limits

@@ -70,6 +70,20 @@ def test_a_result_says_what_was_sampled_and_how_long_it_took():
     assert result.top_logprobs == (((8, -1.0),), ((9, -1.0),), ((10, -1.0),))
 
 
+def test_a_result_has_kept_masses_where_a_cut_was_asked_for_and_kept_ids_where_these_were():
+    def result(**params):
+        request = sampled(8, 9, **params)
+        request.sampled = [SampledToken(8, -1.0, -0.5, (), 0.5, (3, 8)), SampledToken(9, -1.0, -0.5, (), 0.25)]
+        request.finish_reason, request.first_token_s, request.finished_s = "length", 3.0, 4.0
+        return request.result(None, 0)
+
+    for cut in ({"top_k": 4}, {"top_p": 0.8}, {"min_p": 0.1}):
+        assert result(**cut).kept_mass == (0.5, 0.25) and result(**cut).kept_token_ids is None
+        assert result(**cut, temperature=0).kept_mass is None
+        assert result(**cut, kept_token_ids=True).kept_token_ids == ((3, 8), None)
+    assert result(repetition_penalty=1.1).kept_mass is None and result().kept_mass is None
+
+
 def test_without_a_second_token_there_is_no_time_between_tokens():
     request = sampled(8)
     request.finish_reason, request.first_token_s, request.finished_s = "length", 3.0, 4.0

@@ -92,6 +92,100 @@ def test_the_reference_tells_parameters_apart():
             assert not torch.allclose(reference(logits, params, (3, 5, 7, 1)), plain, atol=1e-3)
 
 
+CUT = [params for params in PARAMS if params.cut_by]
+ROW_IDS = {"ids": lambda p: f"T{p.temperature}k{p.top_k}p{p.top_p}m{p.min_p}r{p.repetition_penalty}"}
+
+
+def uncut(params):
+    return replace(params, top_k=0, top_p=1.0, min_p=0.0)
+
+
+@pytest.mark.parametrize("params", CUT, **ROW_IDS)
+def test_the_kept_mass_leads_back_to_the_distribution_before_the_cut(params):
+    logits = make_logits(40)
+    params = replace(params, logit_bias=((9, 2.0),))
+    sequences = [make_sequence(params, sample_index=i, so_far=(7, 1)) for i in range(40)]
+    logits_biased = logits.clone()
+    logits_biased[:, 9] += 2.0
+    masses = []
+    for row, token in enumerate(sample_tokens(logits, sequences)):
+        before = reference(logits_biased[row], uncut(params), (3, 5, 7, 1))
+        kept = reference(logits_biased[row], params, (3, 5, 7, 1)) > -torch.inf
+        assert token.kept_mass == pytest.approx(float(before[kept].exp().sum()), abs=1e-6)
+        found = token.processed_logprob + math.log(token.kept_mass)
+        assert found == pytest.approx(float(before[token.token_id]), abs=1e-5)
+        assert 0 < token.kept_mass <= 1
+        masses.append(token.kept_mass)
+    # The control: the mass under the cut distribution, which is 1, leads nowhere, but where all tokens are kept.
+    assert (min(masses) < 0.99) == (params.top_k < VOCAB or params.top_p < 1 or params.min_p > 0)
+
+
+@pytest.mark.parametrize("temperature", [1e-5, 1e-3, 1.0, 1e30])
+def test_the_kept_mass_is_exact_at_every_temperature(temperature):
+    """At low ones, where logits are large, the sum of probabilities is lost in the rounding of a plain logsumexp."""
+    logits = make_logits(6)
+    logits[:, 4] = logits[:, 5] = logits.amax(dim=-1) + 1  # two alike
+    params = SamplingParams(temperature=temperature, top_k=2)
+    tokens = sample_tokens(logits, [make_sequence(params, sample_index=i) for i in range(6)])
+    for row, token in zip(logits.double() / temperature, tokens, strict=True):
+        want = torch.softmax(row, dim=-1)[[4, 5]].sum()
+        assert token.kept_mass == pytest.approx(float(want), rel=1e-6)
+    if temperature == 1e-5:
+        scaled = logits[0] / temperature
+        assert (scaled.logsumexp(-1) - scaled.max() - math.log(2)).abs() > 1e-3, "the control"
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(temperature=0, top_p=0.5), SamplingParams(top_k=10**6)], **ROW_IDS
+)
+def test_the_kept_mass_is_one_where_nothing_is_cut(params):
+    tokens = sample_tokens(make_logits(8), [make_sequence(params, sample_index=i) for i in range(8)])
+    assert {token.kept_mass for token in tokens} == {1.0} and {token.kept_ids for token in tokens} == {None}
+
+
+def test_suppressed_tokens_are_no_part_of_what_is_cut():
+    logits = torch.zeros(1, VOCAB)
+    logits[0, EOS] = 20.0
+    (token,) = sample_tokens(logits, [make_sequence(SamplingParams(top_k=2, min_new_tokens=3))])
+    (free,) = sample_tokens(logits, [make_sequence(SamplingParams(top_k=2))])
+    # All others are alike, and top_k keeps ties.
+    assert token.kept_mass == pytest.approx(1.0) and free.kept_mass == pytest.approx(1.0)
+    logits[0, [3, 4]] = 1.0
+    (token,) = sample_tokens(logits, [make_sequence(SamplingParams(top_k=2, min_new_tokens=3))])
+    assert token.kept_mass == pytest.approx(2 * math.e / (2 * math.e + VOCAB - 3), abs=1e-6)
+
+
+@pytest.mark.parametrize("params", CUT, **ROW_IDS)
+def test_kept_ids_are_the_tokens_that_may_be_drawn_ascending(params):
+    logits = make_logits(40)
+    sequences = [make_sequence(replace(params, kept_token_ids=True), sample_index=i, so_far=(7,)) for i in range(40)]
+    for row, token in enumerate(sample_tokens(logits, sequences)):
+        want = (reference(logits[row], params, (3, 5, 7)) > -torch.inf).nonzero().flatten().tolist()
+        assert list(token.kept_ids) == want and token.token_id in want
+
+
+def test_greedy_keeps_its_token_alone_and_sets_that_are_too_large_are_none():
+    logits = make_logits(1)
+    (token,) = sample_tokens(logits, [make_sequence(SamplingParams(temperature=0, kept_token_ids=True))])
+    assert token.kept_ids == (token.token_id,)
+    for num_kept in (1023, 1024, 1025):
+        logits = torch.full((2, 2000), -1.0)
+        logits[0, 7 : 7 + num_kept] = 1.0  # top_k keeps ties; the other row keeps all
+        params = SamplingParams(top_k=5, kept_token_ids=True)
+        first, second = sample_tokens(logits, [make_sequence(params), make_sequence(params, id="q")])
+        assert first.kept_ids == (tuple(range(7, 7 + num_kept)) if num_kept <= 1024 else None)
+        assert second.kept_ids is None and second.kept_mass == pytest.approx(1.0)
+
+
+def test_kept_ids_change_no_token():
+    logits, params = make_logits(8), SamplingParams(top_p=0.7)
+    asked = [make_sequence(replace(params, kept_token_ids=i % 2 == 0), sample_index=i) for i in range(8)]
+    plain = [make_sequence(params, sample_index=i) for i in range(8)]
+    with_ids, without = sample_tokens(logits, asked), sample_tokens(logits, plain)
+    assert [replace(token, kept_ids=None) for token in with_ids] == without
+    assert [token.kept_ids is None for token in with_ids] == [i % 2 == 1 for i in range(8)]
+
+
 def test_greedy_takes_the_likeliest_token_with_processed_logprob_zero():
     logits = make_logits(10)
     sampled = sample_tokens(logits, [make_sequence(SamplingParams(temperature=0, top_k=5, top_p=0.5))] * 10)
