@@ -67,6 +67,16 @@ REFUSALS: dict[str, Refusal] = {
         "adapters on kv_b_proj of latent attention (its weight is used without calling it)",
         "Merge the adapter into the weight, or leave this projection out of it.",
     ),
+    "deterministic_device": Refusal("deterministic mode on other devices than CPU", "Leave out deterministic."),
+    "invariant_latent": Refusal(
+        "invariant training of latent attention (rollouts attend to latents, training to what they are expanded to)",
+        "Leave invariant_training out for such models.",
+    ),
+    "deterministic_tp": Refusal(
+        "deterministic mode over more than two tensor-parallel ranks (an all-reduce of more adds them in an order that "
+        "depends on where in the message a number stands)",
+        "Use tp_size 1 or 2, and pcp and dcp for the other ranks.",
+    ),
     "flashinfer_device": Refusal("FlashInfer on other devices than CUDA", 'Set backend to "torch", or "auto".'),
     "flashinfer_dtype": Refusal(
         "FlashInfer in float32 (its kernels take half precision)", 'Set backend to "torch", or dtype to "bfloat16".'

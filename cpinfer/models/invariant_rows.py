@@ -1,0 +1,119 @@
+"""A model whose rows have the same bits whatever rows run beside them: the context in which its forward does so.
+
+It changes no module. It stands between the model's code and torch, and puts two kinds of functions in the place of
+torch's: products with weights, wherever they are called (projections, routers, experts, adapters, the head), and
+functions of single numbers that torch computes in vectors. Norms, softmax, sums over a row and top-k need nothing:
+torch takes a row by itself. `check_row_invariance` shows for a model that nothing else is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from cpinfer.ops.row_pointwise import pointwise_by_rows
+from cpinfer.ops.row_sizes import linear_by_rows
+
+
+def invariant_rows() -> AbstractContextManager[Any]:
+    """In its block, products with weights and functions of single numbers give a row the bits that it has alone.
+
+    Of the calling thread. A backward outside of the block is torch's own; with gradient checkpointing it computes the
+    forward again, and belongs into the block too.
+    """
+    return _InvariantRows()
+
+
+def as_torch_computes() -> AbstractContextManager[Any]:
+    """In its block inside `invariant_rows`, torch's own functions run: for code that takes care of its rows itself."""
+    return torch._C.DisableTorchFunction()
+
+
+class _InvariantRows(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        replacement = _REPLACEMENTS.get(func)
+        if replacement is None:
+            return func(*args, **(kwargs or {}))
+        return replacement(func, *args, **(kwargs or {}))
+
+
+def _linear(_: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return linear_by_rows(input, weight, bias)
+
+
+def _matmul(func: Any, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
+    """Products of rows with a matrix, as some experts are written; others (RoPE's, of one number each) as they are."""
+    out = kwargs.pop("out", None)
+    if kwargs or input.ndim < 2 or other.ndim != 2:
+        return func(input, other, **kwargs) if out is None else func(input, other, out=out, **kwargs)
+    found = linear_by_rows(input, other.t())
+    return found if out is None else out.copy_(found)
+
+
+def _addmm(func: Any, input: Tensor, mat1: Tensor, mat2: Tensor, **kwargs: Any) -> Any:
+    """As Conv1D calls it, a linear layer whose weight is `[K, N]`."""
+    return func(input, mat1, mat2, **kwargs) if kwargs else linear_by_rows(mat1, mat2.t(), input)
+
+
+def _einsum(func: Any, equation: Any, *operands: Any) -> Any:
+    """Products of each head's rows with its own matrix: `[T, H, K]` with `[H, K, N]` or `[H, N, K]`, to `[T, H, N]`."""
+    inputs, _, output = equation.partition("->") if isinstance(equation, str) else ("", "", "")
+    rows, _, weights = inputs.partition(",")
+    if len(operands) != 2 or len(rows) != 3 or rows[:2] != output[:2] or rows[1] != weights[:1]:
+        return func(equation, *operands)
+    x, w = operands
+    w = w if weights[1] == output[2] else w.transpose(1, 2)
+    return torch.stack([linear_by_rows(x[:, head], w[head]) for head in range(len(w))], dim=1)
+
+
+def _grouped_mm(func: Any, rows: Tensor, weights: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Any:
+    """Rows `[M, K]`, sorted by expert, with weights `[E, K, N]`; those of expert e end before `offs[e]`."""
+    others = [value for value in kwargs.values() if value is not None]
+    if others or offs is None or rows.ndim != 2 or weights.ndim != 3:
+        return func(rows, weights, offs=offs, **kwargs)
+    ends = offs.tolist()
+    bounds = zip([0, *ends], ends, range(len(ends)), strict=False)
+    parts = [linear_by_rows(rows[start:end], weights[e].t()) for start, end, e in bounds if end > start]
+    unrouted = rows.new_zeros(len(rows) - ends[-1], weights.shape[-1])
+    return torch.cat([*parts, unrouted])
+
+
+def _pointwise(func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if not input.is_floating_point() or kwargs.get("inplace") or "out" in kwargs:
+        return func(input, *args, **kwargs)
+    return pointwise_by_rows(func, input, *args, **kwargs)
+
+
+def _rsqrt(func: Any, input: Tensor, **kwargs: Any) -> Any:
+    """In float32 a vector of roots is rounded as one of them is; in half precision one is rounded twice."""
+    return func(input, **kwargs) if input.dtype == torch.float32 else _pointwise(func, input, **kwargs)
+
+
+def _pow(func: Any, input: Any, exponent: Any, **kwargs: Any) -> Any:
+    """Whole powers are products."""
+    if isinstance(exponent, float) and exponent != int(exponent) and isinstance(input, Tensor):
+        return _pointwise(func, input, exponent, **kwargs)
+    return func(input, exponent, **kwargs)
+
+
+_POINTWISE = ("sigmoid", "tanh", "exp", "exp2", "expm1", "log", "log1p", "erf", "sin", "cos")
+_ACTIVATIONS = (F.silu, F.gelu, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.mish, F.elu, F.selu, F.celu)
+_REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
+    F.linear: _linear,
+    **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
+    **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
+    torch._grouped_mm: _grouped_mm,
+    torch.einsum: _einsum,
+    **dict.fromkeys(_ACTIVATIONS, _pointwise),
+    **{getattr(home, name): _pointwise for home in (torch, Tensor) for name in _POINTWISE},
+    **dict.fromkeys((torch.rsqrt, Tensor.rsqrt), _rsqrt),
+    **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _pow),
+}
