@@ -22,7 +22,8 @@ class AttentionRows:
     sequence that its block table spells out. Under `causal` the last query sees all of them, the one before it one key
     less, and so on (aligned to the end of the row), of which a `window` leaves it the last so many. A row with
     `kv_lo == kv_hi` is empty: output 0, lse -inf. `v_is_prefix_of_k`: the values of the store are the first columns of
-    its keys, as of latents, and are not stored beside them.
+    its keys, as of latents, and are not stored beside them. `begins`: where the table of each row begins in the keys of
+    its sequence, or of this shard of it, which only those ask who count from there; None is 0 for all.
     """
 
     q_lens: Int32Array
@@ -34,6 +35,7 @@ class AttentionRows:
     causal: bool
     window: int | None = None
     v_is_prefix_of_k: bool = False
+    begins: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         n = len(self.q_lens)
@@ -61,6 +63,7 @@ class AttentionRows:
         *,
         block_size: int,
         causal: bool,
+        begins: NDArray[np.int64] | None = None,
     ) -> AttentionRows:
         """Rows that see the first `kv_hi` keys of their tables; each table is cut to the blocks it needs."""
         kv_lens = np.asarray(kv_hi, dtype=np.int32)
@@ -75,6 +78,7 @@ class AttentionRows:
             block_ids=_concatenate(tables, int(lens.sum())),
             block_size=block_size,
             causal=causal,
+            begins=begins,
         )
 
     def over(self, layout: KVLayout) -> AttentionRows:
@@ -100,7 +104,13 @@ class AttentionRows:
             kv_hi=np.where(has_keys, self.kv_hi - dropped * self.block_size, 0).astype(np.int32),
             block_indptr=np.concatenate([[0], np.cumsum(num_blocks - dropped)]).astype(np.int32),
             block_ids=np.concatenate([self.block_ids[:0], *(self.block_ids[a:b] for a, b in kept)]),
+            begins=self.places_of_tables + dropped.astype(np.int64) * self.block_size,
         )
+
+    @property
+    def places_of_tables(self) -> NDArray[np.int64]:
+        """`[rows]` where each table begins."""
+        return np.zeros(self.num_rows, dtype=np.int64) if self.begins is None else self.begins
 
     @property
     def num_rows(self) -> int:

@@ -60,7 +60,9 @@ def count_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
     These are gpt-oss's attention sinks. They belong after the last merge, on the row's owner, so that each counts once.
     Without keys the result is 0.
     """
-    return out * torch.sigmoid(lse - sinks.to(lse.dtype)).unsqueeze(-1).to(out.dtype)
+    # By exp, whose bits on CPU do not depend on where in its input a number stands; those of torch.sigmoid do.
+    share = 1 / (1 + torch.exp(sinks.to(lse.dtype) - lse))
+    return out * share.unsqueeze(-1).to(out.dtype)
 
 
 def pack_states(out: Tensor, lse: Tensor, wire_dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,86 @@
+"""Compiles the C++ files of this folder, each into a library of plain functions, and keeps what came of it.
+
+A library is named by what it was made from: source, compiler, flags, processor. So a folder of them may be shared by
+machines, and ranks that compile at once each put the same thing in place.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from cpinfer.errors import UserError
+
+# No flag lets the compiler change the order of a sum. It may fuse a product and a sum wherever it meets one.
+FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC", "-std=c++17")
+COMPILERS = ("c++", "g++", "clang++")
+WITHIN_S = 300.0
+
+
+@cache
+def compiled(name: str) -> ctypes.CDLL:
+    """The library of `name`.cpp. UserError where it cannot be made, with what the compiler said."""
+    source = Path(__file__).with_name(f"{name}.cpp")
+    compiler = _compiler()
+    made_from = "\n".join([source.read_text(encoding="utf-8"), _version(compiler), *FLAGS, _processor()])
+    library = _folder() / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
+    if not library.exists():
+        _compile(compiler, source, library)
+    return ctypes.CDLL(str(library))
+
+
+def _compile(compiler: str, source: Path, library: Path) -> None:
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = Path(folder) / library.name
+            command = [compiler, *FLAGS, str(source), "-o", str(made)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S)
+            if done.returncode:
+                raise UserError(
+                    f"{source.name} could not be compiled: {' '.join(command)} said\n{done.stderr.strip()[-2000:]}"
+                )
+            os.replace(made, library)  # whole, or not there: others may look for it now
+    except OSError as error:
+        raise UserError(
+            f"{source.name} could not be compiled in {library.parent}: {error}. "
+            "Name a folder that can be written to in CPINFER_KERNELS."
+        ) from error
+
+
+def _compiler() -> str:
+    for name in filter(None, (os.environ.get("CXX"), *COMPILERS)):
+        if (found := shutil.which(name)) is not None:
+            return found
+    raise UserError(
+        f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names); one was wanted, to compile cpinfer's "
+        "kernels for CPU. Install g++ (Debian: `apt install g++`)."
+    )
+
+
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+
+
+def _processor() -> str:
+    """What decides which instructions -march=native makes."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
+    return (
+        "\n".join({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+        or platform.processor()
+    )
+
+
+def _folder() -> Path:
+    """Where libraries are kept: CPINFER_KERNELS, else a folder of the user's cache."""
+    if named := os.environ.get("CPINFER_KERNELS"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cpinfer" / "kernels"

@@ -1,0 +1,363 @@
+// Attention in an order that nothing changes: what ordered_attention.py says of it, and calls.
+//
+// Of a query and a virtual shard the keys are taken 64 at a time, in order. A tile's logits are sums over the head dim,
+// one product after another; its weights are summed as a tree; the state (m, l, acc) takes tile after tile:
+//
+//     m' = max(m, max s)    l' = l exp(m - m') + sum exp(s - m')    acc' = acc exp(m - m') + sum exp(s - m') v
+//
+// No sum runs over queries, heads, rows or threads, and a key that a query does not see adds an exact zero, so that the
+// bits of a state are a function of the query and of the keys it sees, whatever is computed beside it.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr int TILE = 64, GROUPS = TILE / LANES;          // keys that enter a state together
+constexpr int COLUMNS = 64, PARTS = COLUMNS / LANES;     // values that are summed together: no bit depends on it
+constexpr float NONE = -std::numeric_limits<float>::infinity();
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef int32_t IntLanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+
+inline Lanes all(float x) {
+    Lanes lanes = {};
+    return lanes + x;
+}
+
+// exp of x <= 0, by 2^n times a polynomial (Cephes); 0 below -87, where float32 has no normal numbers left.
+inline Lanes exp_lanes(Lanes x) {
+    IntLanes is_zero = x < -87.0f;
+    x = is_zero ? all(-87.0f) : x;
+    Lanes shifted = x * 1.44269504088896341f + 12582912.0f;  // rounds to the nearest: no fraction is left so high
+    IntLanes power;
+    std::memcpy(&power, &shifted, sizeof power);
+    power -= 0x4B400000;
+    Lanes n = shifted - 12582912.0f;
+    x = x - n * 0.693359375f;
+    x = x + n * 2.12194440e-4f;
+    Lanes y = all(1.9875691500e-4f);
+    y = y * x + 1.3981999507e-3f;
+    y = y * x + 8.3334519073e-3f;
+    y = y * x + 4.1665795894e-2f;
+    y = y * x + 1.6666665459e-1f;
+    y = y * x + 5.0000001201e-1f;
+    Lanes square = x * x;
+    y = y * square + x;
+    y = y + 1.0f;
+    IntLanes bits = (power + 127) << 23;
+    Lanes scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    y = y * scale;
+    return is_zero ? all(0.0f) : y;
+}
+
+inline float exp_one(float x) { return exp_lanes(all(x))[0]; }
+
+inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
+
+inline float largest(Lanes x) {
+    float parts[LANES];
+    std::memcpy(parts, &x, sizeof x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
+    return parts[0];
+}
+
+inline float sum(Lanes x) {
+    float parts[LANES];
+    std::memcpy(parts, &x, sizeof x);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) parts[i] = parts[i] + parts[i + half];
+    return parts[0];
+}
+
+// What keys and values are stored in, as float32. Of eight bits the table says what each of the 256 means.
+inline float wide(float x, const float*) { return x; }
+inline float wide(_Float16 x, const float*) { return float(x); }
+inline float wide(uint8_t x, const float* meanings) { return meanings[x]; }
+inline float wide(uint16_t bfloat16, const float*) {
+    uint32_t bits = uint32_t(bfloat16) << 16;
+    float x;
+    std::memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+// Of NQ queries to a tile: logits[q][key] = sum over d of q[d] * k[d][key].
+template <int NQ>
+inline void products(const float* q, int64_t q_stride, const float* keys, int dim, int groups, Lanes (*logits)[GROUPS]) {
+    Lanes acc[NQ][GROUPS] = {};
+    for (int d = 0; d < dim; d++) {
+        const Lanes* row = reinterpret_cast<const Lanes*>(keys + int64_t(d) * TILE);
+        for (int i = 0; i < NQ; i++)
+            for (int g = 0; g < GROUPS; g++) acc[i][g] = acc[i][g] + row[g] * q[i * q_stride + d];
+    }
+    for (int i = 0; i < NQ; i++)
+        for (int g = 0; g < groups; g++) logits[i][g] = acc[i][g];
+}
+
+// acc[q][:] of COLUMNS columns += sum over keys of weights[q][key] * values[key][:], key after key.
+template <int NQ>
+inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_stride, int num_keys, float* acc, int64_t acc_stride) {
+    Lanes sums[NQ][PARTS];
+    for (int i = 0; i < NQ; i++) std::memcpy(sums[i], acc + i * acc_stride, sizeof sums[i]);
+    for (int key = 0; key < num_keys; key++) {
+        const Lanes* row = reinterpret_cast<const Lanes*>(values + key * v_stride);
+        for (int i = 0; i < NQ; i++)
+            for (int g = 0; g < PARTS; g++) sums[i][g] = sums[i][g] + row[g] * weights[i][key];
+    }
+    for (int i = 0; i < NQ; i++) std::memcpy(acc + i * acc_stride, sums[i], sizeof sums[i]);
+}
+
+// N states of one query and head as one, in their order; those without keys (lse -inf) add exact zeros.
+inline void merge(const float* outs, const float* lses, int64_t num, int64_t out_stride, int64_t lse_stride, int v_dim, float* out, float* lse) {
+    float peak = NONE;
+    for (int64_t i = 0; i < num; i++) peak = std::fmax(peak, lses[i * lse_stride]);
+    for (int c = 0; c < v_dim; c++) out[c] = 0.0f;
+    bool is_fault = false;
+    for (int64_t i = 0; i < num; i++) is_fault |= std::isnan(lses[i * lse_stride]);
+    if (is_fault) peak = std::numeric_limits<float>::quiet_NaN();
+    if (peak == NONE) {
+        *lse = NONE;
+        return;
+    }
+    float total = 0.0f;
+    for (int64_t i = 0; i < num; i++) total = total + exp_one(lses[i * lse_stride] - peak);
+    for (int64_t i = 0; i < num; i++) {
+        if (lses[i * lse_stride] == NONE) continue;
+        float share = exp_one(lses[i * lse_stride] - peak) / total;
+        for (int c = 0; c < v_dim; c++) out[c] = out[c] + share * outs[i * out_stride + c];
+    }
+    *lse = std::log(total) + peak;
+}
+
+}  // namespace
+
+extern "C" {
+
+// What AttentionRows says, and the tensors. Strides in elements; the last dim of each tensor is contiguous.
+struct Call {
+    int64_t num_rows;
+    const int32_t *q_indptr, *kv_lo, *kv_hi, *block_indptr, *block_ids;
+    const int64_t* first_place;  // of each row's first key, among those that are dealt to virtual shards
+    int64_t block_size, causal, window;  // window 0: none
+    int64_t num_shards, interleave;
+    int64_t num_q_heads, num_kv_heads, dim, v_dim;
+    const float* q;
+    const void *keys, *values;
+    const float* meanings;
+    int64_t stored_in;  // 0 float32, 1 bfloat16, 2 float16, 3 eight bits
+    int64_t q_row, q_head, k_slot, k_head, v_slot, v_head;
+    float scale, soft_cap;  // soft_cap 0: none
+    float *out, *lse;  // merged: [T, H, V], [T, H]; else [T, H, shards, V], [T, H, shards]
+    int64_t is_merged, queries_per_unit, num_threads;
+};
+
+}
+
+namespace {
+
+template <typename T>
+struct Unit {
+    const Call& call;
+    std::vector<float> queries, keys, values, acc, states, state_lses;
+    std::vector<float> m, l;
+
+    explicit Unit(const Call& call) : call(call) {}
+
+    static int64_t padded(int64_t dim) { return (dim + COLUMNS - 1) / COLUMNS * COLUMNS; }
+
+    // Queries [first, last) of a row, and the query heads of one KV head.
+    void run(int64_t row, int64_t first, int64_t last, int64_t head) {
+        const int64_t group = call.num_q_heads / call.num_kv_heads, num = (last - first) * group;
+        const int64_t dim = call.dim, v_dim = call.v_dim, v_wide = padded(v_dim), V = call.num_shards;
+        const int64_t q_begin = call.q_indptr[row], num_queries = call.q_indptr[row + 1] - q_begin;
+        queries.resize(num * dim);
+        for (int64_t i = 0; i < num; i++) {
+            const float* from = call.q + (q_begin + first + i / group) * call.q_row + (head * group + i % group) * call.q_head;
+            std::memcpy(&queries[i * dim], from, dim * sizeof(float));
+        }
+        keys.resize(dim * TILE);
+        values.resize(TILE * v_wide);
+        std::memset(values.data(), 0, values.size() * sizeof(float));
+        states.resize(num * V * v_dim);
+        state_lses.resize(num * V);
+        // Of each query the table indices that it sees are [lo, hi).
+        const int64_t kv_lo = call.kv_lo[row], kv_hi = call.kv_hi[row];
+        auto sees_from = [&](int64_t i) {
+            int64_t at = kv_hi - num_queries + first + i / group;
+            return call.window && at - call.window + 1 > kv_lo ? at - call.window + 1 : kv_lo;
+        };
+        auto sees_to = [&](int64_t i) { return call.causal ? kv_hi - num_queries + first + i / group + 1 : kv_hi; };
+        const int64_t begin = call.first_place[row];
+        const int64_t lo = begin + sees_from(0), hi = begin + (num ? sees_to(num - 1) : 0);
+        for (int64_t shard = 0; shard < V; shard++) {
+            m.assign(num, NONE);
+            l.assign(num, 0.0f);
+            acc.assign(num * v_wide, 0.0f);
+            const int64_t from = held(lo, shard), to = held(hi, shard);  // its own places of them
+            for (int64_t tile = from / TILE; tile * TILE < to; tile++) take(row, head, shard, tile, num, begin, lo, hi, sees_from, sees_to);
+            for (int64_t i = 0; i < num; i++) {
+                float* state = &states[(i * V + shard) * v_dim];
+                const bool is_empty = m[i] == NONE;
+                for (int64_t c = 0; c < v_dim; c++) state[c] = is_empty ? 0.0f : acc[i * v_wide + c] / l[i];
+                state_lses[i * V + shard] = is_empty ? NONE : std::log(l[i]) + m[i];
+            }
+        }
+        for (int64_t i = 0; i < num; i++) {
+            const int64_t at = (q_begin + first + i / group) * call.num_q_heads + head * group + i % group;
+            const float *outs = &states[i * V * v_dim], *lses = &state_lses[i * V];
+            if (call.is_merged) {
+                merge(outs, lses, V, v_dim, 1, int(v_dim), call.out + at * v_dim, call.lse + at);
+            } else {
+                std::memcpy(call.out + at * V * v_dim, outs, V * v_dim * sizeof(float));
+                std::memcpy(call.lse + at * V, lses, V * sizeof(float));
+            }
+        }
+    }
+
+    // How many of the places below `place` a virtual shard holds.
+    int64_t held(int64_t place, int64_t shard) const {
+        const int64_t deal = call.interleave * call.num_shards, rest = place % deal - shard * call.interleave;
+        return place / deal * call.interleave + (rest < 0 ? 0 : rest > call.interleave ? call.interleave : rest);
+    }
+
+    template <typename From, typename To>
+    void take(int64_t row, int64_t head, int64_t shard, int64_t tile, int64_t num, int64_t begin, int64_t lo, int64_t hi, From sees_from, To sees_to) {
+        const int64_t dim = call.dim, v_dim = call.v_dim, v_wide = padded(v_dim);
+        const T *all_keys = static_cast<const T*>(call.keys), *all_values = static_cast<const T*>(call.values);
+        const int32_t* table = call.block_ids + call.block_indptr[row];
+        int64_t places[TILE];
+        int num_keys = 0;
+        for (int key = 0; key < TILE; key++) {
+            const int64_t local = tile * TILE + key;
+            const int64_t place = (local / call.interleave * call.num_shards + shard) * call.interleave + local % call.interleave;
+            places[key] = place;
+            if (place >= hi) break;
+            num_keys = key + 1;
+            if (place < lo) {  // below every query's window, maybe not even in the table
+                for (int64_t d = 0; d < dim; d++) keys[d * TILE + key] = 0.0f;
+                std::memset(&values[key * v_wide], 0, v_dim * sizeof(float));
+                continue;
+            }
+            const int64_t index = place - begin;
+            const int64_t slot = int64_t(table[index / call.block_size]) * call.block_size + index % call.block_size;
+            const T *k = all_keys + slot * call.k_slot + head * call.k_head, *v = all_values + slot * call.v_slot + head * call.v_head;
+            for (int64_t d = 0; d < dim; d++) keys[d * TILE + key] = wide(k[d], call.meanings);
+            for (int64_t c = 0; c < v_dim; c++) values[key * v_wide + c] = wide(v[c], call.meanings);
+        }
+        const int groups = (num_keys + LANES - 1) / LANES;
+        for (int key = num_keys; key < groups * LANES; key++) {
+            for (int64_t d = 0; d < dim; d++) keys[d * TILE + key] = 0.0f;
+        }
+        for (int64_t at = 0; at < num;) {
+            Lanes logits[4][GROUPS];
+            float weights[4][TILE];
+            const int n = num - at >= 4 ? 4 : 1;
+            const float* q = &queries[at * dim];
+            if (n == 4) products<4>(q, dim, keys.data(), int(dim), groups, logits);
+            else products<1>(q, dim, keys.data(), int(dim), groups, logits);
+            bool any = false;
+            for (int i = 0; i < n; i++) any |= weigh_logits(logits[i], groups, num_keys, places, begin + sees_from(at + i), begin + sees_to(at + i), at + i, weights[i]);
+            if (any) {
+                for (int64_t c = 0; c < v_wide; c += COLUMNS) {
+                    float* sums = &acc[at * v_wide + c];
+                    if (n == 4) weigh<4>(weights, &values[c], v_wide, num_keys, sums, v_wide);
+                    else weigh<1>(weights, &values[c], v_wide, num_keys, sums, v_wide);
+                }
+            }
+            at += n;
+        }
+    }
+
+    // Logits of one query to weights, and its state made ready for them; false where it sees no key of the tile.
+    bool weigh_logits(const Lanes* logits, int groups, int num_keys, const int64_t* places, int64_t lo, int64_t hi, int64_t query, float* weights) {
+        int first = 0, last = num_keys;
+        while (first < last && places[first] < lo) first++;
+        while (last > first && places[last - 1] >= hi) last--;
+        if (first == last) {
+            std::memset(weights, 0, TILE * sizeof(float));
+            return false;
+        }
+        Lanes scaled[GROUPS], peaks = all(NONE);
+        IntLanes is_fault = {}, lane;
+        for (int i = 0; i < LANES; i++) lane[i] = i;
+        const bool is_full = first == 0 && last == groups * LANES;
+        for (int g = 0; g < groups; g++) {
+            Lanes x = logits[g] * call.scale;
+            if (call.soft_cap != 0.0f) {
+                for (int i = 0; i < LANES; i++) x[i] = call.soft_cap * std::tanh(x[i] / call.soft_cap);
+            }
+            if (!is_full) x = ((lane >= first - g * LANES) & (lane < last - g * LANES)) ? x : all(NONE);
+            is_fault |= x != x;
+            peaks = larger(x, peaks);
+            scaled[g] = x;
+        }
+        bool has_fault = false;
+        for (int i = 0; i < LANES; i++) has_fault |= is_fault[i] != 0;
+        const float peak = has_fault ? std::numeric_limits<float>::quiet_NaN() : largest(peaks);
+        const float before = m[query], now = before > peak ? before : peak;
+        const float kept = before == NONE ? 0.0f : before == now ? 1.0f : exp_one(before - now);
+        Lanes total[GROUPS] = {};
+        for (int g = 0; g < GROUPS; g++) {
+            if (g < groups) total[g] = exp_lanes(scaled[g] - now);
+            std::memcpy(weights + g * LANES, &total[g], sizeof total[g]);
+        }
+        l[query] = l[query] * kept;
+        for (int half = GROUPS / 2; half; half /= 2)
+            for (int g = 0; g < half; g++) total[g] = total[g] + total[g + half];
+        l[query] = l[query] + sum(total[0]);
+        m[query] = now;
+        if (kept == 1.0f) return true;
+        const int64_t v_wide = padded(call.v_dim);
+        for (int64_t c = 0; c < v_wide; c++) acc[query * v_wide + c] = acc[query * v_wide + c] * kept;
+        return true;
+    }
+};
+
+template <typename T>
+void run_all(const Call& call) {
+    std::vector<int64_t> rows, firsts;
+    for (int64_t row = 0; row < call.num_rows; row++) {
+        const int64_t num = call.q_indptr[row + 1] - call.q_indptr[row];
+        for (int64_t first = 0; first < num; first += call.queries_per_unit) {
+            rows.push_back(row);
+            firsts.push_back(first);
+        }
+    }
+    const int64_t num_units = int64_t(rows.size()) * call.num_kv_heads;
+#pragma omp parallel num_threads(int(call.num_threads)) if (call.num_threads > 1)
+    {
+        Unit<T> unit(call);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < num_units; i++) {
+            const int64_t at = i / call.num_kv_heads, row = rows[at], first = firsts[at];
+            const int64_t num = call.q_indptr[row + 1] - call.q_indptr[row], rest = num - first;
+            unit.run(row, first, first + (rest < call.queries_per_unit ? rest : call.queries_per_unit), i % call.num_kv_heads);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void cpinfer_ordered_attention(const Call* call) {
+    switch (call->stored_in) {
+        case 0: return run_all<float>(*call);
+        case 1: return run_all<uint16_t>(*call);
+        case 2: return run_all<_Float16>(*call);
+        default: return run_all<uint8_t>(*call);
+    }
+}
+
+// [num, count, V] states, with lse [num, count], merged in their order to [count, V], [count].
+void cpinfer_merge_ordered(const float* outs, const float* lses, int64_t num, int64_t count, int64_t v_dim, float* out, float* lse) {
+    for (int64_t i = 0; i < count; i++)
+        merge(outs + i * v_dim, lses + i, num, count * v_dim, count, int(v_dim), out + i * v_dim, lse + i);
+}
+
+}

@@ -1,0 +1,142 @@
+"""Attention whose bits are a function of each query and of the keys it sees: the same whatever is computed beside it.
+
+The keys of a sequence are dealt to *virtual shards*, `interleave` at a time, as they are to the shards that hold them,
+of which each holds the same number of virtual ones. A query's state over a virtual shard is computed tile by tile, and
+its states merge in the order of virtual shards. Which rank computes a state, beside which queries and in which step,
+changes nothing. In C++ (`cpu_kernels/ordered_attention.cpp`), compiled when first asked for; float32, on CPU.
+
+Letters: T queries, H query heads, K KV heads, D head dim, V head dim of values, S virtual shards.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.ops.cpu_kernels.compiling import compiled
+from cpinfer.ops.states import State
+
+# Queries of a row that share the keys that are laid out for them; more need more room, fewer lay them out more often.
+QUERIES_PER_UNIT = 64
+_STORED_IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e5m2: 3}
+
+
+class _Call(ctypes.Structure):
+    """`Call` of the C++ file, field by field."""
+
+    _fields_ = [
+        ("num_rows", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("q_indptr", "kv_lo", "kv_hi", "block_indptr", "block_ids", "begins")),
+        *((name, ctypes.c_int64) for name in ("block_size", "causal", "window", "num_shards", "interleave")),
+        *((name, ctypes.c_int64) for name in ("num_q_heads", "num_kv_heads", "dim", "v_dim")),
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "meanings")),
+        *((name, ctypes.c_int64) for name in ("stored_in", "q_row", "q_head", "k_slot", "k_head", "v_slot", "v_head")),
+        ("scale", ctypes.c_float),
+        ("soft_cap", ctypes.c_float),
+        ("out", ctypes.c_void_p),
+        ("lse", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("is_merged", "queries_per_unit", "num_threads")),
+    ]
+
+
+class OrderedAttention:
+    """Attention over the rows of one plan, whose keys are dealt to `num_shards` virtual shards."""
+
+    def __init__(self, rows: AttentionRows, num_shards: int, interleave: int) -> None:
+        self._rows = rows
+        self._num_shards = num_shards
+        self._interleave = interleave
+        self._q_indptr = np.concatenate([[0], np.cumsum(rows.q_lens)]).astype(np.int32)
+        self._begins = np.ascontiguousarray(rows.places_of_tables, dtype=np.int64)
+
+    def states(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None) -> State:
+        """`out [T, H, S, V]`, `lse [T, H, S]`, float32: a state for each virtual shard; without keys `(0, -inf)`.
+
+        q `[T, H, D]`, keys `[slots, K, D]`, values `[slots, K, V]`, last dim contiguous, otherwise of any strides.
+        """
+        T, H, _ = q.shape
+        S, V = self._num_shards, values.shape[-1]
+        state = q.new_empty(T, H, S, V, dtype=torch.float32), q.new_empty(T, H, S, dtype=torch.float32)
+        self._run(q, keys, values, scale, soft_cap, state, is_merged=False)
+        return state
+
+    def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None) -> State:
+        """`out [T, H, V]`, `lse [T, H]`, float32: those states merged in order."""
+        T, H, _ = q.shape
+        state = q.new_empty(T, H, values.shape[-1], dtype=torch.float32), q.new_empty(T, H, dtype=torch.float32)
+        self._run(q, keys, values, scale, soft_cap, state, is_merged=True)
+        return state
+
+    def _run(
+        self,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        scale: float,
+        soft_cap: float | None,
+        state: State,
+        *,
+        is_merged: bool,
+    ) -> None:
+        rows, (out, lse) = self._rows, state
+        q = q.float()
+        q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
+        arrays = (self._q_indptr, rows.kv_lo, rows.kv_hi, rows.block_indptr, rows.block_ids, self._begins)
+        call = _Call(
+            rows.num_rows,
+            *(_address(array) for array in arrays),
+            rows.block_size,
+            rows.causal,
+            rows.window or 0,
+            self._num_shards,
+            self._interleave,
+            q.shape[1],
+            keys.shape[1],
+            q.shape[2],
+            values.shape[2],
+            *(x.data_ptr() for x in (q, keys, values)),
+            _meanings(keys.dtype).data_ptr() if keys.dtype.itemsize == 1 else 0,
+            _STORED_IN[keys.dtype],
+            *q.stride()[:2],
+            *keys.stride()[:2],
+            *values.stride()[:2],
+            scale,
+            soft_cap or 0.0,
+            out.data_ptr(),
+            lse.data_ptr(),
+            is_merged,
+            QUERIES_PER_UNIT,
+            torch.get_num_threads(),
+        )
+        compiled("ordered_attention").cpinfer_ordered_attention(ctypes.byref(call))
+
+
+def merge_ordered(outs: Tensor, lses: Tensor) -> State:
+    """`out [..., V]`, `lse [...]` of N states, `outs [N, ..., V]`, `lses [N, ...]`, float32, merged in their order.
+
+    As `OrderedAttention.run` merges those of virtual shards.
+    """
+    outs, lses = outs.contiguous(), lses.contiguous()
+    out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
+    compiled("ordered_attention").cpinfer_merge_ordered(
+        *(ctypes.c_void_p(x.data_ptr()) for x in (outs, lses)),
+        *(ctypes.c_int64(n) for n in (len(outs), lse.numel(), outs.shape[-1])),
+        *(ctypes.c_void_p(x.data_ptr()) for x in (out, lse)),
+    )
+    return out, lse
+
+
+@cache
+def _meanings(dtype: torch.dtype) -> Tensor:
+    """`[256]` what each byte means."""
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+def _address(array: NDArray[np.generic]) -> int:
+    return int(array.ctypes.data)
