@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         UserError,
     )
     from cpinfer.layout.grid import RankGrid
+    from cpinfer.models.invariant_training import invariant_training
     from cpinfer.models.kv_expansion import expand_kv_heads
 
 _HOMES = {
@@ -71,6 +72,7 @@ _HOMES = {
     "UserError": "cpinfer.errors",
     "attach": "cpinfer.engine.attach",
     "expand_kv_heads": "cpinfer.models.kv_expansion",
+    "invariant_training": "cpinfer.models.invariant_training",
     "load_config": "cpinfer.config",
     "parse_config": "cpinfer.config",
     "rollout_phase": "cpinfer.colocate.phase",
@@ -105,6 +107,7 @@ __all__ = [
     "UserError",
     "attach",
     "expand_kv_heads",
+    "invariant_training",
     "load_config",
     "parse_config",
     "rollout_phase",

@@ -66,7 +66,9 @@ class SamplingParams(Checked):
     )
     max_new_tokens: int = _key("longest answer, in tokens", 128, within=_TOKENS)
     n: int = _key("samples per prompt", 1, within=Bounds(1, 2**16))
-    seed: int = _key("with it the text is a function of prompt, sample and model alone, but for near-ties", 0, within=_SEED)
+    seed: int = _key(
+        "with it the text is a function of prompt, sample and model alone, but for near-ties", 0, within=_SEED
+    )
     stop: tuple[str, ...] = _key(
         "texts that end an answer; they are cut off `text`, not off `token_ids`", (), any_text=True
     )
@@ -226,6 +228,15 @@ class EngineConfig(Checked):
     cuda_graphs: bool = _key(
         "replay decode steps from CUDA graphs, by number of sequences (FlashInfer, models without experts)", False
     )
+    deterministic: bool = _key(
+        "the same bits of every logit in every layout, batch and chunk, whatever is cached or computed again (CPU)",
+        False,
+    )
+    deterministic_kv_shards: int = _key(
+        "virtual KV shards whose order `deterministic` keeps: a multiple of every dcp that is to give the same bits",
+        8,
+        within=Bounds(1, 2**10),
+    )
     check_ranks: Literal["samples", "full"] = _key(
         "by what engines see, when they attach, that ranks hold equal weights: a few elements of each, or all",
         "samples",
@@ -239,8 +250,24 @@ class EngineConfig(Checked):
         require(
             ok, "cascade_attention", self.cascade_attention, '"auto" or "off" with cuda_graphs, whose rows are fixed'
         )
+        if self.deterministic:
+            self._check_deterministic()
         if self.backend == "flashinfer" and self.dtype == "float32":
             raise refuse("flashinfer_dtype", 'backend="flashinfer" with dtype="float32"')
+
+    def _check_deterministic(self) -> None:
+        """What the mode says of its own may not be said otherwise."""
+        kept = {
+            "backend": ("auto", "torch"),
+            "context_exchange": ("auto", "kv"),
+            "decode_exchange": ("a2a",),
+            "cascade_attention": ("auto", "off"),
+            "cp_wire_dtype": ("auto", "float32"),
+            "cuda_graphs": (False,),
+        }
+        for key, allowed in kept.items():
+            value = getattr(self, key)
+            require(value in allowed, key, value, f'{" or ".join(map(quoted, allowed))} with "deterministic"')
 
     @property
     def interleave(self) -> int:

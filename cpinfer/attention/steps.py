@@ -52,6 +52,9 @@ class PrefillStep:
     Where a DCP group mixes KV heads the gather runs over the group instead, to `[C, pcp * part_len, K, W]`: the cache
     stores the heads of all columns, attention reads this rank's own.
 
+    `absorbs`: queries attend to what is cached as it is, as decode has it, not expanded. (Of latents there are two ways
+    to the same numbers, but not to the same bits.)
+
     The buffers belong to the step and serve all its layers. A rank without tokens runs one dummy token, whose attention
     output is zero and which nobody reads.
     """
@@ -65,8 +68,11 @@ class PrefillStep:
         comm: AxisComm,
         heads: GroupHeads,
         context: ContextAttention | None = None,
-        window_contexts: Mapping[int, WindowContext] | None = None,
+        window_contexts: Mapping[int | None, WindowContext] | None = None,
+        *,
+        absorbs: bool = False,
     ) -> None:
+        self._absorbs = absorbs
         self.num_tokens = len(plan.positions)
         self._planned = {window: backend.plan(r) for window, r in rows.items()}
         self._cache = cache
@@ -89,11 +95,14 @@ class PrefillStep:
         rows = gathered[self._column]
         if layer.window in self._window_contexts:
             rows = self._window_contexts[layer.window].before(layer, rows)
-        keys, values = layer.expand(*self._cache.views(rows))
-        state = layer.run(self._planned[layer.window], q[:T], keys, values)
-        if self._context is not None and layer.window is None:
-            state = merge_states([self._context.attend(layer, q[:T]), state])
-        out = _output(layer, state, q.dtype)
+        planned, keys, values = self._planned[layer.window], *self._cache.views(rows)
+        if self._absorbs:
+            out = layer.project(_output(layer, layer.run(planned, layer.absorb(q[:T]), keys, values), q.dtype))
+        else:
+            state = layer.run(planned, q[:T], *layer.expand(keys, values))
+            if self._context is not None and layer.window is None:
+                state = merge_states([self._context.attend(layer, q[:T]), state])
+            out = _output(layer, state, q.dtype)
         return out if len(q) == T else q.new_zeros(len(q), *out.shape[1:])
 
     def _gather(self, k: Tensor, v: Tensor) -> Tensor:

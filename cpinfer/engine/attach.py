@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sized
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,14 @@ from cpinfer.config import (
     with_keys,
 )
 from cpinfer.engine.agreement import Prepared, begin_together
+from cpinfer.engine.deterministic import check_deterministic, deterministic_errors, prepare_deterministic
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.needs import RankNeeds, own_pool
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
+from cpinfer.models.invariant_rows import invariant_rows
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
@@ -94,8 +96,12 @@ def attach(
                 )
             spec = model_spec(model).with_max_model_len(wanted.max_model_len)
             check_layout(spec, wanted, topology.grid)
-            runner = stack.enter_context(attached(model, spec, topology.grid.tp_size, topology.coords.tp_rank))
+            around = invariant_rows if wanted.deterministic else nullcontext
+            tp_size, tp_rank = topology.grid.tp_size, topology.coords.tp_rank
+            runner = stack.enter_context(attached(model, spec, tp_size, tp_rank, around))
             _check_dtype(wanted, runner)
+            if wanted.deterministic:
+                prepare_deterministic(runner)
             pool = own_pool(runner, topology, wanted)
             return Prepared(
                 (wanted, runner, pool),
@@ -108,6 +114,8 @@ def attach(
             )
 
         (wanted, runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
+        if wanted.deterministic:
+            check_deterministic(runner, topology)
         # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
         needs = RankNeeds.of(runner, topology, wanted, PoolSize(min(num_blocks), own.sharding))
         engine = Engine(runner, topology, wanted, tokenizer, needs)
@@ -222,6 +230,8 @@ def _errors(spec: ModelSpec, config: EngineConfig, sizes: LayoutSizes, provider:
         errors.append(str(error))
     if sizes.tp_size > 1:
         errors += _tensor_parallel_errors(spec, sizes.tp_size, provider)
+    if config.deterministic:
+        errors += deterministic_errors(config, sizes)
     return errors
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from cpinfer.attention.exchanges.base import StateExchange
+from cpinfer.attention.exchanges.ordered import OrderedExchange
 from cpinfer.attention.exchanges.registry import context_exchange, decode_exchange
 from cpinfer.comm.axis import AxisComm
 from cpinfer.comm.topology import Topology
@@ -34,6 +35,8 @@ class Exchanges:
         grid = topology.grid
         wire_dtype = dtype if config.cp_wire_dtype == "auto" else getattr(torch, config.cp_wire_dtype)
         of_decode, of_context = decode_exchange(config.decode_exchange), context_exchange(config.decode_exchange)
+        if config.deterministic:
+            of_decode = OrderedExchange
         row_ranks = of_decode.row_ranks(grid)
         decode = of_decode(topology.dcp, pcp_size=row_ranks, wire_dtype=wire_dtype, kv_columns=heads.columns)
         context_comm = topology.pcp if grid.context_runs_over_pcp else topology.dcp

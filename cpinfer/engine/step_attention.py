@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cpinfer.attention.backends.base import AttentionBackend
+from cpinfer.attention.backends.ordered_backend import OrderedBackend
 from cpinfer.attention.cascade import plan_cascade
 from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
@@ -38,12 +39,20 @@ class StepAttention:
         self._config = config
         self._heads = heads
         self._exchanges = exchanges
-        self._backend = backend
+        self._backend = self._decode_backend = backend
         self._cache = cache
         # In a fixed order: every rank gathers for one window after the other.
-        self._windows = sorted({w for w in spec.windows if w is not None})
+        windows = sorted({w for w in spec.windows if w is not None})
         self._has_full_layers = spec.widest_window is None
-        self._min_saved_keys = {"auto": backend.min_saved_keys, "on": 0, "off": None}[config.cascade_attention]
+        self._gathered: list[int | None] = [*windows]
+        if config.deterministic:
+            # A tile may hold keys of the context and new ones, so all that a query sees is laid out behind each other.
+            self._gathered += [None] * self._has_full_layers
+            shards, dcp_size = config.deterministic_kv_shards, exchanges.decode.num_shards
+            self._backend = OrderedBackend(shards, config.interleave)
+            self._decode_backend = OrderedBackend(shards // dcp_size, config.interleave, keeps_states=True)
+        min_saved_keys = self._decode_backend.min_saved_keys
+        self._min_saved_keys = {"auto": min_saved_keys, "on": 0, "off": None}[config.cascade_attention]
 
     def prefill(self, planned: PrefillInput) -> PrefillStep:
         """The attention of a prefill step, with what earlier steps cached of its prompts."""
@@ -51,11 +60,11 @@ class StepAttention:
         rows: dict[int | None, AttentionRows] = {None: plan.rows} if self._has_full_layers else {}
         context, window_contexts = None, {}
         has_context = any(c.num_tokens for c in step.contexts)
-        if has_context and self._has_full_layers:
+        if has_context and self._has_full_layers and None not in self._gathered:
             context = self._full_context(step)
-        for window in self._windows:
+        for window in self._gathered:
             if not has_context:
-                rows[window] = plan.rows.within(window)
+                rows[window] = plan.rows if window is None else plan.rows.within(window)
                 continue
             exchange = plan_window_exchange(step, self._exchanges.context_comm.index, window)
             rows[window] = exchange.rows
@@ -69,6 +78,7 @@ class StepAttention:
             self._heads,
             context,
             window_contexts,
+            absorbs=self._config.deterministic,
         )
 
     def _full_context(self, step: StepContext) -> ContextAttention:
@@ -97,7 +107,7 @@ class StepAttention:
         if planned.plan is None:
             return IdleStep()
         kernels = {
-            window: plan_cascade(self._backend, r, self._min_saved_keys if window is None else None)
+            window: plan_cascade(self._decode_backend, r, self._min_saved_keys if window is None else None)
             for window, r in planned.rows.items()
         }
         return DecodeStep(planned.plan, kernels, self._cache, self._exchanges.decode, self._heads)

@@ -227,11 +227,11 @@ def plan_kv_exchange(step: StepContext, index: int, workspace_tokens: int) -> KV
     return KVExchange(tuple(windows))
 
 
-def plan_window_exchange(step: StepContext, index: int, window: int) -> WindowExchange:
-    """The end of every context, for layers with `window`, gathered for the rank at place `index`."""
+def plan_window_exchange(step: StepContext, index: int, window: int | None) -> WindowExchange:
+    """The end of every context, for layers with `window` (None: all of it), gathered for the rank at place `index`."""
     contexts, places, sharding = step.contexts, step.places, step.sharding
     ends = np.array([c.num_tokens for c in contexts], dtype=np.int64)
-    begins = np.maximum(0, ends - (window - 1))
+    begins = np.zeros_like(ends) if window is None else np.maximum(0, ends - (window - 1))
     # [places, prompts]: local indices [first, last) of the seen tokens that each place holds.
     here = np.array([[c.home == place.home for c in contexts] for place in places])
     first, last = (
@@ -262,5 +262,6 @@ def plan_window_exchange(step: StepContext, index: int, window: int) -> WindowEx
         [tables[piece.prompt] for piece in mine],
         block_size=1,
         causal=True,
+        begins=begins[[piece.prompt for piece in mine]],
     )
-    return WindowExchange(length, np.concatenate(slots), rows.within(window))
+    return WindowExchange(length, np.concatenate(slots), rows if window is None else rows.within(window))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -99,7 +99,9 @@ class ModelRunner:
         unpadded_moe: UnpaddedMoE,
         dtype: torch.dtype,
         cast: torch.dtype | None,
+        around: Callable[[], AbstractContextManager[Any]],
     ) -> None:
+        self._around = around
         self._attachment = attachment
         self._entry = entry
         self._model = model = attachment.model
@@ -141,6 +143,15 @@ class ModelRunner:
         """Whether weights are sharded, and gathered while the model runs."""
         return self._attachment.gathered_by_fsdp or any(map(is_dealt_out, self._model.parameters()))
 
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the table of token embeddings."""
+        return int(self._model.get_input_embeddings().num_embeddings)
+
+    def named_modules(self) -> Iterator[tuple[str, Any]]:
+        """The modules of the model as it is attached, by name."""
+        yield from self._model.named_modules()
+
     def weight_places(self) -> tuple[int, ...]:
         """Where the weights lie in memory: what was captured reads them there."""
         return tuple(local(weight).data_ptr() for weight in self._model.parameters())
@@ -157,7 +168,7 @@ class ModelRunner:
         if self._cast is not None:
             step, precision = CastStep(step, self._cast), torch.autocast(self.device.type, self._cast)
         layers = EveryLayerOnce(step, self.spec.windows)
-        with precision:
+        with precision, self._around():
             output = self._entry(
                 input_ids=token_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -172,12 +183,19 @@ class ModelRunner:
 
 
 @contextmanager
-def attached(outermost: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) -> Iterator[ModelRunner]:
+def attached(
+    outermost: Any,
+    spec: ModelSpec,
+    tp_size: int,
+    tp_rank: int = 0,
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> Iterator[ModelRunner]:
     """Put our attention into a model for the length of the block; on the way out everything is as it was.
 
-    `outermost` is the model, or what `unwrapped` knows around it. UserError, before anything is changed, when it is no
-    causal LM, is attached already, holds other heads than tensor parallelism of `tp_size` gives it, layers that do not
-    count themselves in order, or weights or adapters that cannot be in effect.
+    `outermost` is the model, or what `unwrapped` knows around it; forwards run in the context `around`. UserError,
+    before anything is changed, when it is no causal LM, is attached already, holds other heads than tensor parallelism
+    of `tp_size` gives it, layers that do not count themselves in order, or weights or adapters that cannot be in
+    effect.
     """
     outermost, model = without_replication(outermost), unwrapped(outermost)
     entry, gathered_by_fsdp = _entry(outermost, model), has_fsdp(outermost)
@@ -198,7 +216,8 @@ def attached(outermost: Any, spec: ModelSpec, tp_size: int, tp_rank: int = 0) ->
         attending = attending_by(model, ATTENTION_NAME, gathered_by_fsdp=gathered_by_fsdp)
         attachment = stack.enter_context(attending)
         dtype, cast = dtype_in_use(outermost, decoder_layers(model)[0]), autocast_dtype(outermost, model)
-        yield ModelRunner(attachment, entry, spec, spec.heads(tp_size).q_heads(tp_rank), unpadded_moe, dtype, cast)
+        q_heads = spec.heads(tp_size).q_heads(tp_rank)
+        yield ModelRunner(attachment, entry, spec, q_heads, unpadded_moe, dtype, cast, around)
 
 
 def _check_model(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:

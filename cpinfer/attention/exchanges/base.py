@@ -49,6 +49,11 @@ class StateExchange(ABC):
         self._wire_dtype = wire_dtype
         self._kv_columns = kv_columns
 
+    @property
+    def num_shards(self) -> int:
+        """S: shards that hold the keys of a row."""
+        return self._comm.size
+
     @classmethod
     def row_ranks(cls, grid: RankGrid) -> int:
         """Over how many pcp ranks of a home the rows of a decode step are dealt."""

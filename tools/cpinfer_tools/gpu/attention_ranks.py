@@ -230,7 +230,7 @@ def _run_rank(
         if case.window is not None:
             rows = {case.window: plan.rows.within(case.window)}
         context: ContextAttention | None = None
-        window_contexts: dict[int, WindowContext] = {}
+        window_contexts: dict[int | None, WindowContext] = {}
         if any(starts) and case.window is None:
             context = context_of(continued(split, starts, which))
         elif any(starts) and case.window is not None:

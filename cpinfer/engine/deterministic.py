@@ -1,0 +1,46 @@
+"""What the deterministic mode needs of a model, a layout and a machine, asked before anything is generated."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+
+from cpinfer.comm.topology import Topology
+from cpinfer.config import EngineConfig
+from cpinfer.layout.rules import LayoutSizes
+from cpinfer.models.row_invariance import MAX_TP_SIZE, check_row_invariance
+from cpinfer.models.runner import ModelRunner
+from cpinfer.ops.cpu_kernels.compiling import compiled
+from cpinfer.refusals import refuse
+
+
+def deterministic_errors(config: EngineConfig, sizes: LayoutSizes) -> list[str]:
+    """Sentences that say why a layout cannot keep the promise; empty when it can."""
+    errors = []
+    if sizes.tp_size > MAX_TP_SIZE:
+        errors.append(str(refuse("deterministic_tp", f"tp={sizes.tp_size}")))
+    if config.deterministic_kv_shards % sizes.dcp_size:
+        errors.append(
+            f"dcp={sizes.dcp_size} does not divide deterministic_kv_shards={config.deterministic_kv_shards}. "
+            "Set it to a multiple of every dcp that is to give the same bits."
+        )
+    return errors
+
+
+def prepare_deterministic(runner: ModelRunner) -> None:
+    """Compile the attention kernel, where nobody has. UserError where that fails, or on another device. Local."""
+    if runner.device.type != "cpu":
+        raise refuse("deterministic_device", f"device {runner.device}")
+    compiled("ordered_attention")
+
+
+def check_deterministic(runner: ModelRunner, topology: Topology) -> None:
+    """UserError, on every rank, where a row of the model depends on others. Collective over the replica."""
+    replica = topology.replica
+
+    def any_rank(is_so: bool) -> bool:
+        return bool(replica.all_gather(torch.tensor([is_so])).any())
+
+    # The runner's forwards are in the context of the mode already.
+    check_row_invariance(runner, topology.grid.tp_size, any_rank=any_rank, around=nullcontext)

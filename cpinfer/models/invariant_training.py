@@ -1,0 +1,208 @@
+"""A training forward whose logits are those of deterministic rollouts, bit for bit.
+
+The model runs as its trainer calls it, but for two things: attention in the order that the engine's deterministic mode
+keeps (`ops/ordered_attention.py`), and rows whose bits depend on no other row (`invariant_rows`). Batches, and padding
+on either side, change nothing then. Gradients are those of ordinary attention.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import flash_attention_mask
+
+from cpinfer.config import ConfigLike, job_config
+from cpinfer.errors import UserError
+from cpinfer.layout.rows import AttentionRows
+from cpinfer.models.attachment import attending_by, replaced
+from cpinfer.models.invariant_rows import invariant_rows
+from cpinfer.models.latent_attention import is_latent_attention
+from cpinfer.models.local_weights import has_fsdp
+from cpinfer.models.wrappers import unwrapped
+from cpinfer.ops.ordered_attention import OrderedAttention
+from cpinfer.ops.states import count_sinks
+from cpinfer.refusals import refuse
+
+
+@contextmanager
+def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
+    """In the block, forwards of `model` give the logits of rollouts with `deterministic`, bit for bit.
+
+    Also in batches, padded on either side. Around whatever calls the model: TRL's trainers, `training_logprobs`, a loop
+    of one's own. Local; nothing of the model is changed beyond the block. On CPU.
+
+    Args:
+        model: what is trained, or what wraps it (DDP, DeepSpeed's engine, PEFT).
+        config: of the engine whose rollouts are meant: `deterministic_kv_shards`, `block_size` and
+            `cp_kv_cache_interleave_size` count.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UserError: in the block, for positions that are not those of the tokens that the mask leaves.
+        UnsupportedError: for latent attention, or a device that is no CPU.
+    """
+    wanted, inner = job_config(config), unwrapped(model)
+    if any(map(is_latent_attention, inner.modules())):
+        raise refuse("invariant_latent", f"a {type(inner).__name__}")
+    device = next(inner.parameters()).device
+    if device.type != "cpu":
+        raise refuse("deterministic_device", f"device {device}")
+    shards, interleave = wanted.deterministic_kv_shards, wanted.interleave
+    name = f"cpinfer_ordered_{shards}_{interleave}"
+    AttentionInterface.register(name, partial(_attend, num_shards=shards, interleave=interleave))
+    AttentionMaskInterface.register(name, flash_attention_mask)  # which is that of padding alone
+    with ExitStack() as stack:
+        stack.enter_context(attending_by(inner, name, gathered_by_fsdp=has_fsdp(model)))
+        stack.enter_context(replaced(inner, "forward", _by_rows(inner.forward)))
+        yield
+
+
+def _by_rows(forward: Any) -> Any:
+    """The forward of a model, whose rows depend on no other, and whose positions count the tokens of the mask."""
+    signature = inspect.signature(forward)
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+        if mask is not None and mask.ndim == 2:
+            counted = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+            if positions is None:
+                kwargs["position_ids"] = counted
+            elif not torch.equal((positions * mask).expand_as(counted), counted * mask):
+                raise UserError(
+                    "position_ids are not those of the tokens that attention_mask leaves, which are 0, 1, 2, ... in "
+                    "every row: rollouts know no others. Leave them out."
+                )
+        with invariant_rows():
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    num_shards: int,
+    interleave: int,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention function: query `[B, H, T, D]`, key and value `[B, K, T, .]`, to `[B, T, H, V]`.
+
+    `attention_mask [B, T]` is of padding; None for none. Padding gets zeros.
+    """
+    if dropout:
+        raise UserError(
+            f"attention dropout is {dropout:g}, which rollouts know nothing of. Set attention_dropout to 0."
+        )
+    if query.shape[2] != key.shape[2]:
+        raise UserError("a cache of keys was given; training forwards are of whole sequences. Set use_cache to False.")
+    mask = query.new_ones(len(query), query.shape[2], dtype=torch.bool) if attention_mask is None else attention_mask
+    out = _OrderedTraining.apply(
+        query, key, value, s_aux, mask.bool(), (num_shards, interleave), scaling, sliding_window, softcap
+    )
+    return out, None
+
+
+class _OrderedTraining(torch.autograd.Function):
+    """Forward in order; backward through ordinary attention, computed again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        mask: Tensor,
+        order: tuple[int, int],
+        scale: float,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value, sinks, mask)
+        ctx.rest = scale, window, soft_cap
+        B, H, T, _ = query.shape
+        q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+        at = mask.flatten().nonzero().squeeze(-1)  # the tokens, row after row
+        rows = _rows_of(mask, at, window)
+        out, lse = OrderedAttention(rows, *order).run(q[at], k, v, scale=scale, soft_cap=soft_cap)
+        if sinks is not None:
+            out = count_sinks(out, lse, sinks)
+        found = query.new_zeros(B * T, H, v.shape[-1])
+        found[at] = out.to(query.dtype)
+        return found.view(B, T, H, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        *given, mask = ctx.saved_tensors
+        scale, window, soft_cap = ctx.rest
+        with torch.enable_grad():
+            again: list[Any] = [None if x is None else x.detach().requires_grad_() for x in given]
+            query, key, value, sinks = again
+            out = _ordinary(query, key, value, sinks, mask, scale, window, soft_cap)
+            found = iter(torch.autograd.grad(out, [x for x in again if x is not None], grads[0]))
+        return (*(None if x is None else next(found) for x in again), *[None] * 5)
+
+
+def _rows_of(mask: Tensor, at: Tensor, window: int | None) -> AttentionRows:
+    """A causal row for every sequence of a batch, over its tokens: those of `[B * T]` that `mask` leaves."""
+    lens = mask.sum(dim=-1).numpy().astype(np.int32)
+    bounds = np.concatenate([[0], np.cumsum(lens)])
+    slots = at.numpy()
+    tables = [slots[a:b] for a, b in pairwise(bounds.tolist())]
+    rows = AttentionRows.build(lens, lens, tables, block_size=1, causal=True)
+    return rows if window is None else rows.within(window)
+
+
+def _ordinary(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    mask: Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """`[B, T, H, V]` as the definition has it. Padding sees itself: a softmax over nothing has no gradient."""
+    T, group = query.shape[2], query.shape[1] // key.shape[1]
+    place = torch.arange(T)
+    sees = place[:, None] >= place
+    if window is not None:
+        sees = sees & (place[:, None] - place < window)
+    sees = (sees & mask[:, None, :]) | torch.eye(T, dtype=torch.bool)
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    if sinks is None and soft_cap is None:
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=sees[:, None], scale=scale)
+    else:
+        scores = (query @ key.transpose(-1, -2)).float() * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        scores = scores.masked_fill(~sees[:, None], -torch.inf)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+        weights = torch.softmax(scores, dim=-1)[..., :T]
+        out = weights.to(value.dtype) @ value
+    return (out * mask[:, None, :, None]).transpose(1, 2)
