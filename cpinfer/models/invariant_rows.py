@@ -8,26 +8,54 @@ torch takes a row by itself. `check_row_invariance` shows for a model that nothi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._nn import linear as torch_linear
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+from cpinfer.models.attachment import replaced
 from cpinfer.ops.row_pointwise import pointwise_by_rows
 from cpinfer.ops.row_sizes import linear_by_rows
+
+_CHECKPOINT = "_gradient_checkpointing_func"  # of Transformers' layers
 
 
 def invariant_rows() -> AbstractContextManager[Any]:
     """In its block, products with weights and functions of single numbers give a row the bits that it has alone.
 
-    Of the calling thread. A backward outside of the block is torch's own; with gradient checkpointing it computes the
-    forward again, and belongs into the block too.
+    Of the calling thread; inside another such block it does nothing. The backward is the ordinary one, wherever it
+    runs; of what it computes again of a forward takes care `invariant_checkpointing`.
     """
-    return _InvariantRows()
+    is_on = any(isinstance(mode, _InvariantRows) for mode in _get_current_function_mode_stack())
+    return nullcontext() if is_on else _InvariantRows()
+
+
+@contextmanager
+def invariant_checkpointing(model: Any) -> Iterator[None]:
+    """What forwards of `model` in its block checkpoint has the same bits when a backward computes it again.
+
+    torch takes a backward out of every block of the kind that `invariant_rows` is, so the function itself enters one.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            checkpoint = vars(module).get(_CHECKPOINT)
+            if checkpoint is not None:
+                stack.enter_context(replaced(module, _CHECKPOINT, partial(_checkpoint_invariantly, checkpoint)))
+        yield
+
+
+def _checkpoint_invariantly(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with invariant_rows():
+            return function(*args, **kwargs)
+
+    return checkpoint(run, *args, **kw)
 
 
 def as_torch_computes() -> AbstractContextManager[Any]:
@@ -107,7 +135,7 @@ def _pow(func: Any, input: Any, exponent: Any, **kwargs: Any) -> Any:
 _POINTWISE = ("sigmoid", "tanh", "exp", "exp2", "expm1", "log", "log1p", "erf", "sin", "cos")
 _ACTIVATIONS = (F.silu, F.gelu, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.mish, F.elu, F.selu, F.celu)
 _REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
-    F.linear: _linear,
+    torch_linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
     **dict.fromkeys((torch.addmm, Tensor.addmm), _addmm),
     torch._grouped_mm: _grouped_mm,

@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# DeepSpeed puts a function of its own in the place of the name in torch.nn.functional, for parameters that it gathers.
+from torch._C._nn import linear as torch_linear
 from torch.nn import functional as F
 
 CANDIDATES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -89,7 +92,7 @@ def linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     they round agree for no two numbers of rows in bfloat16. Gradients are those of `linear`, by whole products.
     """
     if not x.numel() or not weight.numel():  # no row, or nothing to add up: a shard may be empty
-        return F.linear(x, weight, bias)
+        return torch_linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -125,12 +128,12 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
         weight = weight.contiguous()
     cut = pieces(M, row_sizes(ProductKind.of(weight)))
     if len(cut) == 1:
-        return F.linear(_padded(rows, cut[0]), weight)[:M]
+        return torch_linear(_padded(rows, cut[0]), weight)[:M]
     out = rows.new_empty(M, len(weight))
     start = 0
     for size in cut:
         part = out[start : start + size]
-        part.copy_(F.linear(_padded(rows[start : start + size], size), weight)[: len(part)])
+        part.copy_(torch_linear(_padded(rows[start : start + size], size), weight)[: len(part)])
         start += size
     return out
 
@@ -184,12 +187,12 @@ def _outputs(base: Tensor, weight: Tensor, size: int) -> Tensor | None:
     first: Tensor | None = None
     for shift in (0, 1) if size <= SMALL else (1,):
         rows = _shifted(base[order], shift)
-        out = torch.cat([F.linear(rows[i : i + size], weight) for i in range(0, len(rows), size)])
+        out = torch.cat([torch_linear(rows[i : i + size], weight) for i in range(0, len(rows), size)])
         first = out[:_BASE_ROWS] if first is None else first
         if not torch.equal(out, first[order]):
             return None
     if size <= SMALL:
-        alone = F.linear(_padded(base[-1:], size), weight)[:1]
+        alone = torch_linear(_padded(base[-1:], size), weight)[:1]
         if first is None or not torch.equal(alone, first[-1:]):
             return None
     return first

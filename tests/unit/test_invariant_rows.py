@@ -1,6 +1,7 @@
 """In the context every way in which models write products and activations gives a row its own bits."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from cpinfer.models.invariant_rows import as_torch_computes, invariant_rows
+from cpinfer.models.invariant_rows import as_torch_computes, invariant_checkpointing, invariant_rows
 from cpinfer.ops.row_sizes import linear_by_rows
 from tiny_models import FAMILIES, make_model
 
@@ -64,6 +65,16 @@ def test_code_that_sees_to_its_rows_itself_may_step_out():
     assert torch.equal(outside, F.linear(x, weight)) and not torch.equal(outside, inside)
 
 
+def test_a_name_that_somebody_replaced_is_no_way_around_it(monkeypatch):
+    """As DeepSpeed does where it gathers parameters."""
+    layer, x = nn.Linear(64, 512), torch.randn(3, 64)
+    with invariant_rows():
+        wanted = layer(x)
+    monkeypatch.setattr(F, "linear", lambda input, weight, bias: input.matmul(weight.t()) + bias)
+    with invariant_rows():
+        assert torch.equal(layer(x), wanted)
+
+
 MOE = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"]
 
 
@@ -99,3 +110,32 @@ def test_a_training_forward_has_the_gradients_of_the_models_own(family):
     assert len(grads[0]) == len(grads[1])
     norms = [torch.cat([g.flatten() for g in side]) for side in grads]
     assert (norms[0] - norms[1]).norm() <= 1e-4 * norms[1].norm()
+
+
+def gradients(model, checkpointing):
+    tokens = torch.arange(38).view(2, 19)
+    with invariant_rows(), checkpointing:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_what_checkpointing_computes_again_has_the_same_bits():
+    plain, checkpointed = make_model(FAMILIES["llama"]).train(), make_model(FAMILIES["llama"]).train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    before = [vars(layer)["_gradient_checkpointing_func"] for layer in checkpointed.model.layers]
+    found = gradients(checkpointed, invariant_checkpointing(checkpointed))
+    assert torch.equal(found, gradients(plain, invariant_checkpointing(plain)))
+    assert before == [vars(layer)["_gradient_checkpointing_func"] for layer in checkpointed.model.layers]
+    with pytest.raises(torch.utils.checkpoint.CheckpointError, match="different metadata"):  # negative control
+        gradients(checkpointed, nullcontext())
+
+
+def test_a_block_inside_a_block_is_the_same_block():
+    x, layer = torch.randn(3, 64), nn.Linear(64, 512)
+    with invariant_rows():
+        once = layer(x)
+        with invariant_rows():
+            assert torch.equal(layer(x), once)
+        assert torch.equal(layer(x), once)
+    assert len(torch.overrides._get_current_function_mode_stack()) == 0
