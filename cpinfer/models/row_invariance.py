@@ -21,6 +21,8 @@ from cpinfer.refusals import refuse
 
 # A row alone, a few, an odd number, and more than most products take at once.
 PIECES = (1, 3, 17, 76)
+# Learned positions may be few, and rows may share one.
+POSITIONS = 32
 # Sums of more ranks are made in an order that depends on where in a message a number stands.
 MAX_TP_SIZE = 2
 
@@ -79,7 +81,7 @@ def check_row_invariance(
 
 @dataclass(frozen=True)
 class _Rows:
-    """Tokens to run, each at its own position."""
+    """Tokens to run, by themselves or some together."""
 
     runner: ModelRunner
     around: Callable[[], AbstractContextManager[Any]]
@@ -94,10 +96,10 @@ class _Rows:
 
     def logits(self, start: int, end: int) -> Tensor:
         """Those of rows [start, end), which run together."""
-        positions = torch.arange(start, end, device=self.token_ids.device)
+        kept = torch.arange(end - start, device=self.token_ids.device)
+        positions = (kept + start) % POSITIONS
         with self.around():
-            step = RowWiseStep(end - start)
-            return self.runner.forward(self.token_ids[start:end], positions, step, positions - start)
+            return self.runner.forward(self.token_ids[start:end], positions, RowWiseStep(end - start), kept)
 
 
 def _first_difference(runner: ModelRunner, rows: _Rows, start: int, end: int) -> str | None:

@@ -5,12 +5,13 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig
 
 from cpinfer.engine.attach import model_spec
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.models.row_invariance import check_row_invariance
 from cpinfer.models.runner import attached
-from tiny_models import FAMILIES, make_model
+from tiny_models import FAMILIES, TINY, make_model
 
 
 @contextmanager
@@ -41,6 +42,16 @@ def test_without_the_context_rows_differ(family):
     """Negative control."""
     with pytest.raises(UserError, match="deterministic logits cannot be kept"):
         check(make_model(FAMILIES[family]), around=nullcontext)
+
+
+def test_in_bfloat16_rows_of_a_wider_model_agree_with_the_context_alone():
+    """Of tiny ones they agree anyhow: half precision rounds the differences away."""
+    wide = {**TINY, "hidden_size": 512, "intermediate_size": 1376, "vocab_size": 1000}
+    model = make_model(LlamaConfig(**wide), torch.bfloat16)
+    with threads(1):
+        check(model)
+        with pytest.raises(UserError, match=r"weight \[\d+, \d+\]\) gives a row"):
+            check(model, around=nullcontext)
 
 
 class Planted(nn.Linear):
