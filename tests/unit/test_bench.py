@@ -4,11 +4,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import cascade
 import engine
+import same_text
 import scaling
 from cpinfer_tools.measuring.harness import Card, Timing, has_time_for_another, machine_name, rotated, slug, table
 from cpinfer_tools.measuring.workloads import (
@@ -261,6 +263,15 @@ def test_an_answer_that_is_too_short_is_no_near_tie():
 def test_launchers_local_rank_is_accepted():
     for tool in (engine, scaling):
         assert tool.parse_args(["--quick", "--local_rank=1"]).quick
+
+
+def test_answers_are_compared_up_to_the_token_that_differs():
+    one = SimpleNamespace(token_ids=(5, 6, 7), logprobs=(-1.0, -2.0, -3.0))
+    near = SimpleNamespace(token_ids=(5, 6, 7), logprobs=(-1.0, -2.0, -3.25))
+    other = SimpleNamespace(token_ids=(5, 9, 7), logprobs=(-1.5, -9.0, -3.0))
+    found = same_text.Compared().and_also(one, near)
+    assert found == same_text.Compared(1, 0, 3, 0.25)
+    assert found.and_also(one, other) == same_text.Compared(2, 1, 5, 0.5)
 
 
 @pytest.mark.slow
