@@ -132,7 +132,7 @@ class Compared:
 
     @classmethod
     def of(cls, sampling: SamplingParams) -> Compared:
-        """Processed ones, before any cut, unless more shaped them than temperature, which a forward knows."""
+        """Processed ones, as before a cut, unless more than temperature shaped them: a forward knows nothing of it."""
         if sampling.greedy:
             return cls("logprobs", 1.0, "raw logprobs at temperature 1: greedy decoding leaves one token")
         if sampling.shaped_by:

@@ -180,7 +180,9 @@ def test_rollouts_are_in_the_precision_of_the_training_forward_and_free_of_its_n
     [
         ({"temperature": 0.7}, True),
         ({"temperature": 1.0, "top_p": 0.8, "repetition_penalty": 1.3}, True),
-        ({"temperature": 0.7, "top_k": 5}, False),
+        ({"temperature": 0.7, "top_k": 5}, True),
+        ({"temperature": 0.7, "top_p": 0.8, "min_p": 0.05}, True),
+        ({"temperature": 0.7, "top_k": 5, "repetition_penalty": 1.3}, False),
     ],
 )
 def test_mismatch_is_measured_where_both_know_a_distribution_and_left_out_elsewhere(
@@ -192,6 +194,45 @@ def test_mismatch_is_measured_where_both_know_a_distribution_and_left_out_elsewh
     mismatch = rollouts.records[0].mismatch
     assert (mismatch is not None) == is_measured
     assert mismatch is None or (mismatch.num_tokens > 0 and mismatch.max_abs <= 1e-4)
+
+
+def test_a_kept_mass_that_is_none_is_seen_as_mismatch(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: the mass of the cut distribution, 1, in the place of that of the whole one."""
+    monkeypatch.setattr("cpinfer.engine.sampling._kept_mass", lambda uncut, logprobs: torch.ones(len(uncut)))
+    rollouts = make_rollout_func(CONFIG)
+    rollouts(TEXTS, make_trainer(tokenizer, tmp_path, rollouts, temperature=0.7, top_k=5))
+    mismatch = rollouts.records[0].mismatch
+    assert mismatch is not None and mismatch.max_abs > 0.1
+
+
+def test_reward_functions_and_logs_learn_what_a_cut_kept(tokenizer: Any, tmp_path: Path) -> None:
+    asked = {"dtype": "float32", "kv_cache_gib": 0.01, "sampling": {"seed": 3, "kept_token_ids": True}}
+    rollouts = make_rollout_func(asked)
+    trainer = make_trainer(tokenizer, tmp_path, rollouts, top_p=0.6, max_steps=1)
+    seen: list[Any] = []
+
+    def reward(completion_ids: Any, kept_mass: Any, kept_token_ids: Any, **_: Any) -> list[float]:
+        seen.extend(zip(completion_ids, kept_mass, kept_token_ids, strict=True))
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer.reward_funcs[0] = reward
+    trainer.train()
+    assert len(seen) == 8
+    for tokens, masses, kept in seen:
+        assert len(tokens) == len(masses) == len(kept)
+        assert all(token in ids for token, ids in zip(tokens, kept, strict=True))
+    masses = [mass for _, each, _ in seen for mass in each]
+    mean = rollouts.records[0].kept_mass_mean
+    assert mean == pytest.approx(sum(masses) / len(masses)) and 0.6 <= mean < 1
+    [logged] = [line for line in trainer.state.log_history if "reward" in line]
+    assert logged["rollout/kept_mass_mean"] == pytest.approx(mean)
+    # Without a cut there is none.
+    plain = make_rollout_func(CONFIG)
+    trainer = make_trainer(tokenizer, tmp_path, plain)
+    assert set(plain(TEXTS, trainer)) == {"prompt_ids", "completion_ids", "logprobs"}
+    assert plain.records[0].kept_mass_mean is None and "kept_mass_mean" not in plain.records[0].metrics()
 
 
 @pytest.mark.parametrize(

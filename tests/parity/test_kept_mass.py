@@ -85,9 +85,14 @@ def test_processed_logprob_and_kept_mass_give_the_logprob_before_the_cut(model: 
 
 
 def test_a_preempted_request_keeps_what_its_tokens_were_told(model: Any) -> None:
-    sampling = replace(BASE, top_p=0.8, max_new_tokens=12)
-    calm = generate(model, RankGrid(), sampling)
-    tight = generate(model, RankGrid(), sampling, max_num_seqs=2, max_num_batched_tokens=12)
+    prompts, sampling = prompts_of([9] * 6, vocab_size=128), replace(BASE, top_p=0.8, max_new_tokens=12)
+
+    def body(engine: Engine) -> tuple[list[RolloutResult], int]:
+        return engine.generate(prompts, sampling), engine.stats.num_preemptions
+
+    [(calm, never)] = on_ranks(model, RankGrid(), body, **CONFIG)
+    [(tight, times)] = on_ranks(model, RankGrid(), body, **{**CONFIG, "kv_cache_gib": 2**-16})
+    assert never == 0 < times
     for result, other in zip(calm, tight, strict=True):
         assert (result.token_ids, result.kept_token_ids) == (other.token_ids, other.kept_token_ids)
         assert result.kept_mass == pytest.approx(other.kept_mass, abs=TOLERANCE)

@@ -205,6 +205,29 @@ def test_a_layout_agrees_and_a_planted_difference_is_found(
     assert "OVER THE LIMIT: tp1" in captured.err
 
 
+def test_rollouts_that_were_cut_agree_by_their_kept_mass_and_by_another_do_not(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "--config",
+        str(config),
+        "--output",
+        str(tmp_path / "out"),
+        "--set",
+        "sampling.top_p=0.6",
+        "--overwrite",
+    ]
+    launch_here(monkeypatch)
+    assert mismatch.main(arguments) == 0
+    ours, peer = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert ours["mismatch_max_abs"] <= 1e-4 and peer["mismatch_max_abs"] <= 1e-4
+    assert "log of the kept mass added: top_p" in (tmp_path / "out" / "report.md").read_text()
+
+    monkeypatch.setattr("cpinfer.engine.sampling._kept_mass", lambda uncut, logprobs: torch.ones(len(uncut)))
+    assert mismatch.main(arguments) == 1
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["rows"][0]["mismatch_max_abs"] > 0.01
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [

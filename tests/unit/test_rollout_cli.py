@@ -237,6 +237,24 @@ def test_resuming_another_run_or_a_foreign_file_is_refused_before_loading(folder
     )
 
 
+def test_where_a_cut_is_asked_for_lines_say_what_it_kept_and_a_resumed_run_writes_the_same(folder):
+    cut = {**folder.data["sampling"], "temperature": 1, "top_p": 0.8, "kept_token_ids": True}
+    assert folder.run(sampling=cut)[0] == 0
+    whole = folder.lines()
+    for line in whole:
+        assert list(line) == [*RESULT_KEYS, "kept_mass", "kept_token_ids"]
+        assert len(line["kept_mass"]) == len(line["kept_token_ids"]) == 4
+        for token, mass, kept in zip(line["token_ids"], line["kept_mass"], line["kept_token_ids"], strict=True):
+            assert token in kept and kept == sorted(kept) and 0.8 <= mass <= 1
+    folder.output.write_text("".join(json.dumps(line) + "\n" for line in whole[:1]))
+    assert folder.run("--resume", sampling=cut)[0] == 0
+    by_id = {line["id"]: line for line in folder.lines()}
+    for line in whole:
+        for key in ("token_ids", "kept_token_ids"):
+            assert by_id[line["id"]][key] == line[key]
+        assert by_id[line["id"]]["kept_mass"] == pytest.approx(line["kept_mass"])
+
+
 def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):
     code, out, err = folder.run("--set", "sampling.n=2", "--local_rank=0")
     assert code == 0 and "Traceback" not in err

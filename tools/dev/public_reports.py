@@ -135,8 +135,8 @@ REPORTS: dict[str, tuple[Report, ...]] = {
         Report(
             _github("huggingface/trl/issues/6789"),
             "With top_p the engine's logprobs are of the tokens that were left, the trainer's of all.",
-            "The same two, and each is what its name says.",
-            _OWN + "test_logprobs_are_those_of_the_model_and_processed_ones_those_of_what_is_drawn_from",
+            "`kept_mass` is what lies between them, token by token; the kept ids come on request.",
+            "parity/test_kept_mass.py::test_processed_logprob_and_kept_mass_give_the_logprob_before_the_cut",
         ),
         Report(
             _github("vllm-project/vllm/issues/3251"),
