@@ -118,6 +118,7 @@ def check_greedy(rollouts: Rollouts, batch: CpinferRolloutBatch) -> dict[str, An
         and torch.equal(batch.attention_mask[:, :width], request.prompt_attention_mask),
         "answers_alone_have_logprobs": torch.equal(batch.logprobs != 0, is_answer)
         and not batch.processed_logprobs.any(),
+        "nothing_is_cut": torch.equal(batch.kept_mass, torch.ones(batch.input_ids.shape)),
         "as_wide_as_the_longest": batch.seq_len == width + longest,
         "padded": bool((behind == rollouts.tokenizer.eos_token_id).all()),
         "starts": batch.response_start_idx.tolist() == [width] * len(answers),
@@ -164,7 +165,10 @@ def check_sampling(rollouts: Rollouts) -> dict[str, Any]:
     repeated = again.generate(request_of(rollouts.prompts), SAMPLED)
     again.shutdown()
     rows = request_of(rollouts.prompts).prompt_ids.repeat_interleave(2, dim=0)
+    # At temperature 1 logprobs before the cut are those of the model.
+    uncut = first.processed_logprobs + first.kept_mass.log()
     return {
+        "uncut": bool((uncut - first.logprobs).abs().max() < 1e-4) and bool((first.kept_mass < 0.999).any()),
         "rows": torch.equal(first.input_ids[:, : rows.shape[1]], rows),
         "samples_differ": any(a != b for a, b in zip(*[iter(answers_of(first))] * 2, strict=True)),
         "calls_differ": answers_of(first) != answers_of(second),

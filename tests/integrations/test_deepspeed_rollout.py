@@ -54,6 +54,7 @@ def test_greedy_batches_are_transformers_answers_on_the_newest_weights(ranks: li
         for batch in (before, *after):
             assert all(batch["same_tokens"]) and batch["worst"] < 1e-4, batch
             assert batch["answers_alone_have_logprobs"] and batch["prompts_as_they_came"], batch
+            assert batch["nothing_is_cut"], batch
             assert batch["as_wide_as_the_longest"] and batch["padded"] and batch["starts"], batch
         assert len(after) == 3 and all(batch["new"] for batch in after), after
         assert found["version"] == 3 and found["changed"] == [], found

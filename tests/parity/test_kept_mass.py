@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +144,23 @@ def test_the_example_corrects_ratios_that_a_cut_puts_off(capsys: pytest.CaptureF
     assert figures["share_off_as_they_come"] > 0.3
     assert figures["share_off_by_kept_mass"] == figures["share_off_by_kept_set"] == 0
     assert figures["share_of_sets_reported"] == 1 and 0.8 <= figures["kept_mass_mean"] < 0.9
+
+
+def test_the_readmes_lines_give_a_ratio_of_one(model: Any) -> None:
+    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
+    section = readme.split("### Where top_p, top_k or min_p cut\n")[1].split("\n### ")[0]
+    [block] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    result = generate(model, RankGrid(), replace(BASE, temperature=1.0, top_p=0.7))[0]
+    prompts, answers, token = [result.prompt_token_ids], [result.token_ids], result.token_ids[0]
+    with torch.no_grad():
+        logits = model(torch.tensor(prompts)).logits[0, -1]
+    names = {**globals(), **locals()}
+    lines_of_each = block.split("\n\n")
+    assert len(lines_of_each) == 2
+    for lines in lines_of_each:
+        names.pop("log_ratio", None)
+        exec(lines, names)
+        assert abs(float(names["log_ratio"])) <= TOLERANCE
+    # The control: without either the ratio is the kept mass.
+    assert result.kept_mass is not None and result.kept_mass[0] < 0.9
+    assert names["full"][0][0] - result.processed_logprobs[0] == pytest.approx(math.log(result.kept_mass[0]), abs=1e-4)
