@@ -181,7 +181,7 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
         if i == 0:
             check(plan, step.running, sharding)
         timed("backend plan", partial(backend.plan, plan.rows))
-        tokens = timed("agree", partial(agree_on_tokens, replica, 1, places, sampled, CPU))
+        tokens, _ = timed("agree", partial(agree_on_tokens, replica, 1, places, sampled, CPU))
         timed("commit", partial(scheduler.commit, step, tokens, lambda sequence: False))
     return {stage: statistics.median(found) / num_sequences * 1e6 for stage, found in seconds.items()}
 
