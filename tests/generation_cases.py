@@ -145,6 +145,8 @@ def _options(r: random.Random, kind: str, prompt: Sequence[int], transformers_st
         options["top_logprobs"] = r.choice((1, 4, 500))
     if now_and_then(0.12):
         options["prompt_logprobs"] = True
+    if now_and_then(0.3):
+        options["kept_token_ids"] = True
     return options
 
 

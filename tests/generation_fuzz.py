@@ -348,6 +348,7 @@ def _differences(result: RolloutResult, params: SamplingParams, expected: Refere
         # Penalty and temperature make what is far farther.
         grown = max(params.repetition_penalty, 1 / params.repetition_penalty) / min(params.temperature, 1)
         yield from _far("processed logprobs", result.processed_logprobs[:num], processed, TOLERANCE * grown)
+    yield from _other_kept_sets(result, params, expected, num)
     raw_prompt = None if expected.prompt_logits is None else torch.log_softmax(expected.prompt_logits, dim=-1)
     if (result.prompt_logprobs is None) != (raw_prompt is None):
         yield f"prompt logprobs are {result.prompt_logprobs}"
@@ -358,6 +359,22 @@ def _differences(result: RolloutResult, params: SamplingParams, expected: Refere
         yield from _far("prompt logprobs", later, _picked(raw_prompt, result.prompt_token_ids[1:]))
     tops = None if result.prompt_top_logprobs is None else result.prompt_top_logprobs[1:]
     yield from _far_tops("prompt top logprobs", tops, raw_prompt if params.top_logprobs else None, params)
+
+
+def _other_kept_sets(result: RolloutResult, params: SamplingParams, expected: Reference, num: int) -> Iterator[str]:
+    """Of the first `num` places: the ids that Transformers' processors left, and the probability they had before."""
+    is_kept = expected.scores[:num] > -torch.inf
+    ids = None if result.kept_token_ids is None else result.kept_token_ids[:num]
+    wanted = [tuple(row.nonzero().flatten().tolist()) for row in is_kept]
+    if params.greedy:
+        wanted = [(token,) for token in result.token_ids[:num]]
+    if ids != (tuple(wanted) if params.kept_token_ids else None):
+        yield f"kept ids are {ids}, with Transformers {wanted}"
+    if (result.kept_mass is None) == bool(params.cut_by):
+        yield f"kept masses are {result.kept_mass}"
+    elif result.kept_mass is not None and not params.shaped_by:
+        uncut = torch.softmax(expected.logits[:num] / params.temperature, dim=-1)
+        yield from _far("kept masses", result.kept_mass[:num], torch.where(is_kept, uncut, 0).sum(dim=-1))
 
 
 def _picked(rows: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:

@@ -145,8 +145,8 @@ def agree_on_tokens(
 
     `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where no token could be
     chosen, as it is in what is returned. `num_top` bounds the `top` of every token of the step. One collective, and
-    another where any token has `kept_ids`. EngineFaultError, on
-    every rank, when any says `FAULT`; StreamEndedError when one `LEAVES`.
+    another where any token has `kept_ids`. EngineFaultError, on every rank, when any says `FAULT`; StreamEndedError
+    when one `LEAVES`.
     """
     if not places:  # as every rank knows: chunks of prompts that go on in another step
         return [], None
