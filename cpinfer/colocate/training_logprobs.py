@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpinfer.ops.trained_logprobs import trained_logprobs
+
 Tokens = Sequence[int]
 
 
@@ -49,7 +51,7 @@ def training_logprobs(
     pad_token_id: int,
     num_batches: int = 0,
 ) -> list[list[float]]:
-    """The logprob of every token of every completion, log_softmax(logits / temperature) in float32.
+    """The logprob of every token of every completion, log_softmax(logits / temperature) in float32, as TRL computes it.
 
     The model is called, hooks and all, `eval_no_grad`; no cache. Samples are batched by length and padded on the
     right. Only completions meet the vocabulary, as far as batches are alike.
@@ -107,9 +109,8 @@ def _of_batch(
     for row, (prompt, completion) in zip(logits, batch, strict=True):
         start = len(prompt) - 1 - first
         # Row by row: float32 of the whole batch would be as large as the logits again.
-        logprobs = torch.log_softmax(row[start : start + len(completion)].float() / temperature, dim=-1)
         tokens = torch.tensor(list(completion), dtype=torch.long, device=row.device)
-        yield logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+        yield trained_logprobs(row[start : start + len(completion)].float(), tokens, temperature)
 
 
 def _logits(model: Any, samples: Sequence[list[int]], num_kept: int, pad_token_id: int) -> Tensor:

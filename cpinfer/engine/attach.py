@@ -100,14 +100,14 @@ def attach(
             tp_size, tp_rank = topology.grid.tp_size, topology.coords.tp_rank
             runner = stack.enter_context(attached(model, spec, tp_size, tp_rank, around))
             _check_dtype(wanted, runner)
-            if wanted.deterministic:
-                prepare_deterministic(runner)
+            alike = prepare_deterministic(runner) if wanted.deterministic else {}
             pool = own_pool(runner, topology, wanted)
             return Prepared(
                 (wanted, runner, pool),
                 lambda: {
                     **what_runs(spec, topology.grid, wanted, tokenizer),
                     "model's config": config_identity(unwrapped(model)),
+                    **alike,
                 },
                 lambda: weight_identity(unwrapped(model), full=wanted.check_ranks == "full"),
                 number=pool.num_blocks,

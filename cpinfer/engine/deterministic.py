@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 
@@ -28,11 +30,16 @@ def deterministic_errors(config: EngineConfig, sizes: LayoutSizes) -> list[str]:
     return errors
 
 
-def prepare_deterministic(runner: ModelRunner) -> None:
-    """Compile the attention kernel, where nobody has. UserError where that fails, or on another device. Local."""
+def prepare_deterministic(runner: ModelRunner) -> Mapping[str, object]:
+    """Compile the attention kernel, where nobody has. What has to be equal on all ranks for equal bits. Local.
+
+    UserError where it cannot be compiled, or on another device.
+    """
     if runner.device.type != "cpu":
         raise refuse("deterministic_device", f"device {runner.device}")
-    compiled("ordered_attention")
+    # A library is named by the processor that it was compiled for, too.
+    kernel = Path(compiled("ordered_attention")._name).name
+    return {"attention kernel": kernel, "threads": torch.get_num_threads()}
 
 
 def check_deterministic(runner: ModelRunner, topology: Topology) -> None:

@@ -19,7 +19,10 @@ from cpinfer.errors import NoTokenError, quoted
 class LogitsReader:
     """Samples and scores on the ranks that are the authority for their rows, and agrees with the others."""
 
-    def __init__(self, topology: Topology, device: torch.device, stop_checker: StopChecker) -> None:
+    def __init__(
+        self, topology: Topology, device: torch.device, stop_checker: StopChecker, *, as_trained: bool = False
+    ) -> None:
+        self._as_trained = as_trained
         self._topology = topology
         self._device = device
         self._stop_checker = stop_checker
@@ -39,7 +42,7 @@ class LogitsReader:
         topology, is_fault = self._topology, not usable(logits)
         own: Sequence[SampledToken | None] = []
         if topology.coords.tp_rank == 0 and not is_fault:
-            own = sample_tokens(logits, requests, self._stop_checker)
+            own = sample_tokens(logits, requests, self._stop_checker, as_trained=self._as_trained)
         num_top = max((s.params.top_logprobs for s in samples), default=0)
         says |= Says.FAULT * is_fault
         agreed, heard = agree_on_tokens(

@@ -20,6 +20,7 @@ from cpinfer.engine.random_numbers import exponentials
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.models.logits import logits_cuts, logits_processors
+from cpinfer.ops.trained_logprobs import trained_logprobs
 
 # As many as `top_logprobs` may ask for: larger sets of kept ids are not reported.
 MAX_KEPT_IDS = 1024
@@ -29,12 +30,13 @@ GROUP_SIZE = 128
 
 
 def sample_tokens(
-    logits: Tensor, requests: Sequence[SampledRequest], stop_checker: StopChecker
+    logits: Tensor, requests: Sequence[SampledRequest], stop_checker: StopChecker, *, as_trained: bool = False
 ) -> list[SampledToken | None]:
     """One token for each row of `logits [N, vocab]`, float32, chosen as each row's request wants. Empty for N = 0.
 
     A row that may not end yet (`min_new_tokens`) does not choose a token that would end it. None for a row that is left
-    with no token to choose.
+    with no token to choose. `as_trained`: processed logprobs are computed as trainers do it, where nothing but the
+    temperature made them.
     """
     alike: dict[tuple[tuple[object, ...], tuple[int, ...]], list[int]] = {}
     for row, request in enumerate(requests):
@@ -44,13 +46,13 @@ def sample_tokens(
         alike.setdefault((params.distribution, suppressed), []).append(row)
     sampled: dict[int, SampledToken | None] = {}
     for (_, suppressed), rows in alike.items():
-        chosen = _sample_alike(logits[rows], [requests[row] for row in rows], suppressed)
+        chosen = _sample_alike(logits[rows], [requests[row] for row in rows], suppressed, as_trained=as_trained)
         sampled.update(zip(rows, chosen, strict=True))
     return [sampled[row] for row in range(len(requests))]
 
 
 def _sample_alike(
-    logits: Tensor, requests: list[SampledRequest], suppressed: tuple[int, ...]
+    logits: Tensor, requests: list[SampledRequest], suppressed: tuple[int, ...], *, as_trained: bool
 ) -> list[SampledToken | None]:
     """Sample rows whose requests share the shape of their distribution."""
     params = requests[0].params
@@ -70,7 +72,11 @@ def _sample_alike(
     else:
         logprobs = torch.log_softmax(logits_cuts(params)(None, scores), dim=-1)
         tokens = _draw(logprobs, requests)
-        processed = _pick(logprobs, tokens)
+        is_plain = not suppressed and not params.shaped_by and not params.cut_by
+        if as_trained and is_plain:
+            processed = trained_logprobs(logits, tokens, params.temperature)
+        else:
+            processed = _pick(logprobs, tokens)
         if params.cut_by:
             masses = _kept_mass(torch.log_softmax(scores, dim=-1), logprobs).tolist()
         if params.kept_token_ids:

@@ -75,4 +75,5 @@ def make_step_runner(
         kv_layout=cache.layout,
     )
     attention = StepAttention(spec, config, heads, exchanges, backend, cache)
-    return StepRunner(runner, cache, planner, attention, LogitsReader(topology, runner.device, stop_checker), graphs)
+    reader = LogitsReader(topology, runner.device, stop_checker, as_trained=config.deterministic)
+    return StepRunner(runner, cache, planner, attention, reader, graphs)

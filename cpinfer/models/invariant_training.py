@@ -25,7 +25,7 @@ from cpinfer.config import ConfigLike, job_config
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.models.attachment import attending_by, replaced
-from cpinfer.models.invariant_rows import invariant_rows
+from cpinfer.models.invariant_rows import invariant_checkpointing, invariant_rows
 from cpinfer.models.latent_attention import is_latent_attention
 from cpinfer.models.local_weights import has_fsdp
 from cpinfer.models.wrappers import unwrapped
@@ -66,6 +66,7 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(attending_by(inner, name, gathered_by_fsdp=has_fsdp(model)))
         stack.enter_context(replaced(inner, "forward", _by_rows(inner.forward)))
+        stack.enter_context(invariant_checkpointing(inner))
         yield
 
 

@@ -18,11 +18,12 @@ in float32 by both.
 Processed logprobs are compared, at the temperature of the config. Where something beside temperature shapes the
 distribution (top_k, top_p, a penalty, greedy decoding, ...), raw ones are, at temperature 1, and the report says so.
 
-Limits: in float32 the largest difference is at most 1e-4, in half precision the mean at most 1e-3. Exit 1 when a layout
-is over its limit, or fails; 2 for bad config, layout or prompts, found before anything is launched. OUTPUT/report.md,
-report.html and mismatch.json hold the result (the first as a card, with versions and config), OUTPUT/<layout>/ its
-rollouts, config and log. With `wandb` in the config the same goes to W&B, offline without an API key. A table goes to
-stderr, the last line of stdout is one JSON object.
+Limits: in float32 the largest difference is at most 1e-4, in half precision the mean at most 1e-3. With `deterministic`
+the forward is that of `cpinfer.invariant_training`, under the layout's own tensor parallelism, and the largest
+difference is 0: every bit agrees. Exit 1 when a layout is over its limit, or fails; 2 for bad config, layout or
+prompts, found before anything is launched. OUTPUT/report.md, report.html and mismatch.json hold the result (the first
+as a card, with versions and config), OUTPUT/<layout>/ its rollouts, config and log. With `wandb` in the config the same
+goes to W&B, offline without an API key. A table goes to stderr, the last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ from cpinfer.config import config_to_dict
 from cpinfer.engine.prompts import InputLine, check_prompt, naming, read_input
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
+from cpinfer.models.invariant_training import invariant_training
 from cpinfer.models.loading import load_model, load_tokenizer
 from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.launching import grid_for, launch_inference
@@ -202,17 +204,19 @@ def judge(job: Job, sampled: Mapping[str, Sampled], by_tp: Mapping[int, Mapping[
     assert job.config.model is not None, "prepare has refused that"
     with loading("mismatch", f"{job.config.model} in {job.config.dtype}", shown=True):
         model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(Launch().device)
-    dtype = job.config.dtype
+    dtype, config = job.config.dtype, job.config
+    is_exact = config.deterministic and not config.sampling.cut_by  # whose logarithm is added to what was sampled
     rows: list[Row] = []
     for layout in job.layouts:
         each, tp_size = sampled[layout.name], layout.sizes.tp_size
         print(f"mismatch: the whole forward over samples of {layout.name}", file=sys.stderr, flush=True)
-        whole = _forward(model, each, job.compared.temperature, job.args.batch_size)
+        whole = _forward(model, each, config, job.compared.temperature, job.args.batch_size)
         is_judged = tp_size == 1 or dtype == "float32"
-        rows.append(Row.of(layout.name, WHOLE, each, whole, dtype, is_judged=is_judged))
+        exact = is_exact and tp_size == 1
+        rows.append(Row.of(layout.name, WHOLE, each, whole, dtype, is_judged=is_judged, is_exact=exact))
         if tp_size > 1:
             own, under = by_tp[tp_size][layout.name], f"tp={tp_size}"
-            rows.append(Row.of(layout.name, under, each, own, dtype, is_judged=True))
+            rows.append(Row.of(layout.name, under, each, own, dtype, is_judged=True, is_exact=is_exact))
             rows.append(Row.of(f"{under} forward", WHOLE, replace(each, logprobs=own), whole, dtype, is_judged=False))
     generated = generate_samples(
         model,
@@ -222,7 +226,7 @@ def judge(job: Job, sampled: Mapping[str, Sampled], by_tp: Mapping[int, Mapping[
         temperature=job.compared.temperature,
         batch_size=job.args.batch_size,
     )
-    whole = _forward(model, generated, job.compared.temperature, job.args.batch_size)
+    whole = _forward(model, generated, config, job.compared.temperature, job.args.batch_size)
     return [*rows, Row.of(GENERATE, WHOLE, generated, whole, dtype, is_judged=False)]
 
 
@@ -263,7 +267,9 @@ def run_forward(task_file: Path) -> int:
         with loading("mismatch", f"{config.model} in {config.dtype}", shown=launched.rank == 0):
             model, topology = launch_inference(config, RankGrid(tp_size=launched.world_size), launched.device)
         found = {
-            name: _forward(model, Sampled.read(Path(output), compared), compared.temperature, task["batch_size"])
+            name: _forward(
+                model, Sampled.read(Path(output), compared), config, compared.temperature, task["batch_size"]
+            )
             for name, output in task["rollouts"].items()
         }
         if launched.rank == 0:
@@ -272,12 +278,14 @@ def run_forward(task_file: Path) -> int:
     return EXIT_DONE
 
 
-def _forward(model: Any, sampled: Sampled, temperature: float, batch_size: int) -> Logprobs:
+def _forward(model: Any, sampled: Sampled, config: RunConfig, temperature: float, batch_size: int) -> Logprobs:
     num_batches, shown = num_batches_of(len(sampled.prompts), batch_size), Launch.from_environ(os.environ).rank == 0
     with ExitStack() as stack:
         progress = stack.enter_context(Progress("mismatch", num_batches, "batch", shown=shown))
         counted = model.register_forward_hook(lambda *_: progress.update())
         stack.callback(counted.remove)
+        if config.deterministic:
+            stack.enter_context(invariant_training(model, config))
         return training_logprobs(
             model, sampled.prompts, sampled.completions, temperature=temperature, batch_size=batch_size, pad_token_id=0
         )

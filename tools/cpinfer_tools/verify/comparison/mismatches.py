@@ -19,6 +19,8 @@ Logprobs = Sequence[Sequence[float]]
 WHOLE = "whole"
 # By dtype: the figure that is judged, and the most it may be. Half precision rounds every token, float32 none that far.
 LIMITS = {"float32": ("max_abs", 1e-4), "bfloat16": ("mean_abs", 1e-3), "float16": ("mean_abs", 1e-3)}
+# Where every bit is to agree.
+EXACT = ("max_abs", 0.0)
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,19 @@ class Row:
     is_judged: bool
 
     @classmethod
-    def of(cls, name: str, forward: str, sampled: Sampled, training: Logprobs, dtype: str, *, is_judged: bool) -> Row:
-        """`training`: the logprobs that `forward` gives the samples' tokens."""
-        figure, limit = LIMITS[dtype]
+    def of(
+        cls,
+        name: str,
+        forward: str,
+        sampled: Sampled,
+        training: Logprobs,
+        dtype: str,
+        *,
+        is_judged: bool,
+        is_exact: bool = False,
+    ) -> Row:
+        """`training`: the logprobs that `forward` gives the samples' tokens. `is_exact`: they are to be those bits."""
+        figure, limit = EXACT if is_exact else LIMITS[dtype]
         mismatch = Mismatch.of(sampled.logprobs, training)
         furthest = _furthest(sampled, training)
         return cls(name, forward, len(sampled.prompts), mismatch, furthest, figure, limit, is_judged)
