@@ -65,13 +65,12 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     AttentionMaskInterface.register(name, flash_attention_mask)  # which is that of padding alone
     with ExitStack() as stack:
         stack.enter_context(attending_by(inner, name, gathered_by_fsdp=has_fsdp(model)))
-        stack.enter_context(replaced(inner, "forward", _by_rows(inner.forward)))
-        stack.enter_context(invariant_checkpointing(inner))
+        stack.enter_context(replaced(inner, "forward", _by_rows(inner, inner.forward)))
         yield
 
 
-def _by_rows(forward: Any) -> Any:
-    """The forward of a model, whose rows depend on no other, and whose positions count the tokens of the mask."""
+def _by_rows(model: Any, forward: Any) -> Any:
+    """`forward` of a model, whose rows depend on no other, and whose positions count the tokens of the mask."""
     signature = inspect.signature(forward)
 
     @wraps(forward)
@@ -87,7 +86,7 @@ def _by_rows(forward: Any) -> Any:
                     "position_ids are not those of the tokens that attention_mask leaves, which are 0, 1, 2, ... in "
                     "every row: rollouts know no others. Leave them out."
                 )
-        with invariant_rows():
+        with invariant_rows(), invariant_checkpointing(model):  # which a trainer may turn on in the block
             return forward(*args, **kwargs)
 
     return run

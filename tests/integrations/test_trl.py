@@ -7,6 +7,7 @@ import json
 import random
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -69,7 +70,7 @@ def make_trainer(
     }
     trainer = GRPOTrainer(
         model=make_model(AutoConfig.from_pretrained(TINY, **changed)),
-        reward_funcs=[lambda completion_ids, **_: [float(len(set(ids))) for ids in completion_ids]],
+        reward_funcs=[lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids]],
         args=GRPOConfig(**{**arguments, **options}),
         train_dataset=Dataset.from_dict({"prompt": TEXTS}),
         eval_dataset=Dataset.from_dict({"prompt": TEXTS[:2]}),
@@ -99,6 +100,31 @@ def test_every_optimiser_step_has_new_weights_and_every_token_the_training_forwa
     assert all(line["rollout/mismatch_max_abs"] <= 1e-4 for line in logged)
     assert trainer.model.training and trainer.model.config._attn_implementation != "cpinfer"
     rollouts.close()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch_size", "temperature"), [("float32", 8, 0.7), ("bfloat16", 4, 1.0), ("bfloat16", 8, 1.3)]
+)
+def test_deterministic_rollouts_have_every_bit_of_trls_own_forward(
+    tokenizer: Any, tmp_path: Path, dtype: str, batch_size: int, temperature: float
+) -> None:
+    """Also with gradient checkpointing, which TRL has by default, and in batches that TRL pads on the left."""
+    config = replace(CONFIG, dtype=dtype, deterministic=True)
+    records = {}
+    for is_invariant in (True, False):
+        rollouts = make_rollout_func(config)
+        options = {"temperature": temperature, "per_device_train_batch_size": batch_size}
+        trainer = make_trainer(tokenizer, tmp_path, rollouts, gradient_checkpointing=True, **options)
+        trainer.model.to(getattr(torch, dtype))
+        before = trainer.model.lm_head.weight.detach().clone()
+        with cpinfer.invariant_training(trainer.model, config) if is_invariant else nullcontext():
+            trainer.train()
+        assert not torch.equal(before, trainer.model.lm_head.weight)
+        records[is_invariant] = rollouts.records
+        rollouts.close()
+    assert len(records[True]) == 3
+    assert all(record.mismatch is not None and record.mismatch.max_abs == 0.0 for record in records[True])
+    assert any(record.mismatch is not None and record.mismatch.max_abs > 0.0 for record in records[False])
 
 
 def test_a_training_forward_of_other_weights_shows_as_mismatch(
