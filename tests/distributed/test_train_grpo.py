@@ -45,6 +45,29 @@ def test_deepspeed_trains_on_rollouts_that_its_own_forward_agrees_with(tmp_path:
     assert [line["weights_version"] for line in lines(tmp_path)] == [0, 1, 2]
 
 
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize(
+    ("stage", "dtype", "lora_rank"),
+    [
+        (2, "float32", 0),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(2, "bfloat16", 0), (0, "bfloat16", 8), (3, "float32", 0)]
+        ),
+    ],
+)
+def test_deterministic_rollouts_are_trained_by_a_forward_of_the_same_bits(
+    stage: int, dtype: str, lora_rank: int, tmp_path: Path
+) -> None:
+    """On two processes, each prompt prefilled by both: pcp=2, dcp=2."""
+    settings = ["training.num_steps=3", "deterministic=true", f"training.zero_stage={stage}", f"dtype={dtype}"]
+    settings += [f"training.lora_rank={lora_rank}"] if lora_rank else []
+    summary = run(tmp_path, *(word for setting in settings for word in ("--set", setting)), timeout_s=300)
+    assert summary["layout"]["pcp"] == 2 and summary["mismatch_num_tokens"] > 0
+    assert summary["mismatch_max_abs"] == 0.0
+    assert all(line["mismatch_max_abs"] == 0.0 for line in lines(tmp_path))
+
+
 def end_of(tmp_path: Path, command: list[str]) -> Finished:
     finished = launch(command, timeout_s=ALL_END_WITHIN_S + 60)
     assert finished.returncode != 0, finished

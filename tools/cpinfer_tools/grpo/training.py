@@ -7,7 +7,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from cpinfer.colocate.mismatch import Mismatch
 from cpinfer.comm.bootstrap import Launch
+from cpinfer.models.invariant_training import invariant_training
 from cpinfer.models.loading import fresh_model, load_model
 from cpinfer_integrations.trl import PhaseRecord, make_rollout_func
 from cpinfer_tools.grpo.rewards import Reward
@@ -108,8 +109,11 @@ def train(
 
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_OnLog(on_log))
+    # What is sampled deterministically is trained by a forward of the same bits.
+    is_exact = config.deterministic and rollouts is not None
     try:
-        trainer.train()
+        with invariant_training(trainer.model, config) if is_exact else nullcontext():
+            trainer.train()
     finally:
         if rollouts is not None:
             rollouts.close()
