@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -48,6 +49,25 @@ def test_two_layouts_agree_and_a_planted_difference_is_found_where_it_lies(tmp_p
     [found] = planted.summary["disagreements"]
     wanted = {"layout": "pcp2", "pass": "greedy", "position": 1, "sample_index": lines[-1]["sample_index"]}
     assert {key: found[key] for key in wanted} == wanted
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_bit_by_bit_layouts_are_equal_and_a_single_bit_is_found(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    finished = compare(output, "--bitwise", "--no-wandb")
+    assert finished.returncode == 0 and finished.summary["ok"], finished
+    assert all(
+        a["share_identical"] == 1 and a["max_abs_logprob_difference"] == 0 for a in finished.summary["agreement"]
+    )
+
+    path = output / "pcp2" / "sampled.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[0]["logprobs"][1] = math.nextafter(lines[0]["logprobs"][1], 0)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    planted = compare(output, "--reuse", "--bitwise", "--no-wandb")
+    assert planted.returncode == 1 and planted.stderr.count(": kept") == 4, planted
+    assert [found["position"] for found in planted.summary["disagreements"]] == [1]
 
 
 @pytest.mark.slow

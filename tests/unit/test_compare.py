@@ -106,6 +106,16 @@ def test_a_near_tie_is_two_tokens_that_are_both_the_likeliest(ours: float, their
     assert (found.num_near_ties, bool(found.disagreements)) == (int(is_tie), not is_tie)
 
 
+def test_without_a_tolerance_no_tokens_are_a_near_tie() -> None:
+    same, other = (
+        line(logprobs=[-0.25, math.log(0.5), -0.1]),
+        line(token_ids=[5, 9, 7], logprobs=[-0.25, math.log(0.5), -0.1]),
+    )
+    assert not agree(run([same]), run([same], "pcp2"), 0.0).disagreements
+    assert agree(run([same]), run([other], "pcp2"), 0.0).disagreements
+    assert not agree(run([same]), run([other], "pcp2"), TOLERANCE).disagreements
+
+
 def test_an_answer_that_ends_early_is_no_near_tie() -> None:
     found = agree(run([line()]), run([line(token_ids=[5, 6], logprobs=[-0.25, -0.5])], "pcp2"), TOLERANCE)
     [disagreement] = found.disagreements
@@ -532,6 +542,9 @@ def test_a_layout_that_fails_ends_the_comparison_and_shows_its_log(
         (["--set", "comparison.layout=1"], 'nearest known key is "comparison.layouts"'),
         (["--set", "comparison.tolerance=-1"], "tolerance"),
         (["--tolerance", "nan"], "must be at least 0"),
+        (["--bitwise", "--tolerance", "0.1"], "not allowed with"),
+        (["--bitwise", "--layouts", "tp1", "tp2"], "--bitwise is for layouts of one tp size"),
+        (["--bitwise", "--layouts", "pcp1", "pcp3_dcp3"], "does not divide deterministic_kv_shards=8"),
         (["--timeout-s", "0"], "above 0"),
         (["--launcher", "mpi"], "--launcher"),
         (["--reuse", "--overwrite"], "not allowed with"),

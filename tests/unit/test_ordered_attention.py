@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,13 @@ class TestCompiling:
         monkeypatch.setattr(compiling, "FLAGS", (*compiling.FLAGS, "-g0"))
         compiling.compiled("ordered_attention")
         assert len(list(folder.iterdir())) == 2, "other flags are another library"
+
+    def test_by_one_name_in_every_process(self, folder: Path) -> None:
+        code = "from cpinfer.ops.cpu_kernels.compiling import compiled; compiled('ordered_attention')"
+        for seed in range(3):  # by which sets have another order
+            environ = {**os.environ, "PYTHONHASHSEED": str(seed)}
+            subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=100)
+        assert len(list(folder.iterdir())) == 1
 
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")

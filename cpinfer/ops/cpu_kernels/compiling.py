@@ -70,13 +70,11 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What decides which instructions -march=native makes."""
+    """What decides which instructions -march=native makes: the same text in every process of a machine."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    return (
-        "\n".join({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-        or platform.processor()
-    )
+    kinds = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
+    return "\n".join(sorted(kinds)) or platform.processor()
 
 
 def _folder() -> Path:

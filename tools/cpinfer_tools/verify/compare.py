@@ -12,8 +12,8 @@ OUTPUT/report.html (one file, pictures inside), report.md, comparison.json and p
 the samples, configs and logs of its runs. With `wandb` in the config the same goes to W&B, offline without an API key.
 
 A layout disagrees when greedy tokens differ other than at near-ties, or when a logprob is further from the reference's
-than the tolerance: exit 1, and where. Exit 2: bad config or layout, found before anything runs. The last line of stdout
-is one JSON object.
+than the tolerance: exit 1, and where. With --bitwise all run with `deterministic`, and nothing may differ at all.
+Exit 2: bad config or layout, found before anything runs. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations
@@ -92,7 +92,11 @@ def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.
         help="names such as tp4_pcp2_dcp4, or configs; the first is the reference",
     )
     add_launch_flags(parser, each="each run of a layout")
-    parser.add_argument("--tolerance", type=float, metavar="NATS", help="largest logprob difference that passes")
+    limit = parser.add_mutually_exclusive_group()
+    limit.add_argument("--tolerance", type=float, metavar="NATS", help="largest logprob difference that passes")
+    limit.add_argument(
+        "--bitwise", action="store_true", help="run deterministically, and let no token and no bit of a logprob differ"
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument(
         "--reuse", action="store_true", help="keep complete runs of the same config, model and tasks, run the others"
@@ -126,16 +130,20 @@ def prepare(args: argparse.Namespace) -> Job:
     check_can_launch(
         os.environ, args.launcher, output, args.timeout_s, may_exist=args.reuse or args.overwrite, instead=instead
     )
-    config, base = load_comparison(args.config, args.set)
+    config, base = load_comparison(args.config, [*args.set, *["deterministic=true"] * args.bitwise])
     spec = needed_spec(config, args.config)
     asked = settled(config, spec.max_positions)
     wanted = args.layouts or config.comparison.layouts
     layouts = resolve_layouts(wanted, base, Path(args.config).parent, spec)
+    if args.bitwise and len({layout.sizes.tp_size for layout in layouts}) > 1:
+        names = ", ".join(layout.name for layout in layouts)
+        raise UserError(f"--bitwise is for layouts of one tp size, which are the same sums; found {names}.")
     wandb = None if args.no_wandb else config.wandb
     for layout in layouts:
         check_extras(replace(layout.config, wandb=wandb), args.config)
     needed_weights(config)  # the same for all runs
     wanted_tolerance = args.tolerance if args.tolerance is not None else config.comparison.tolerance
+    wanted_tolerance = 0.0 if args.bitwise else wanted_tolerance
     tolerance = TOLERANCE[config.dtype] if wanted_tolerance is None else wanted_tolerance
     if not 0 <= tolerance < float("inf"):
         raise UserError(f"--tolerance {tolerance} must be at least 0 and finite.")

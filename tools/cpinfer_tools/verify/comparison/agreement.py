@@ -153,8 +153,11 @@ def logprob_differences(a: Sample, b: Sample, end: int | None) -> list[float]:
 
 
 def is_greedy_near_tie(a: Sample, b: Sample, position: int, tolerance: float) -> bool:
-    """Whether rounding explains that greedy answers part here (head of this module). An answer that ends does not."""
-    if position >= min(len(a.token_ids), len(b.token_ids)):
+    """Whether rounding explains that greedy answers part here (head of this module). An answer that ends does not.
+
+    Without a tolerance nothing was rounded, and nothing explains it.
+    """
+    if tolerance == 0 or position >= min(len(a.token_ids), len(b.token_ids)):
         return False
     x, y = a.logprobs[position], b.logprobs[position]
     return abs(x - y) <= tolerance and max(x, y) <= math.log(0.5) + tolerance
