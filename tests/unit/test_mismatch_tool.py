@@ -90,6 +90,18 @@ def test_float32_is_judged_by_the_largest_and_half_precision_by_the_mean(
     assert ("OVER THE LIMIT: pcp2" in verdict([found, row(EXACT)])) is not found.ok
 
 
+def test_where_every_bit_is_to_agree_the_last_one_is_over_the_limit_and_each_limit_is_told() -> None:
+    def exact(training: list[list[float]]) -> Row:
+        return Row.of("pcp2", WHOLE, SAMPLED, training, "bfloat16", is_judged=True, is_exact=True)
+
+    assert exact(EXACT).ok and not exact([*EXACT[:2], [math.nextafter(-3.0, 0)]]).ok
+    near = row([*EXACT[:2], [-3.0 + 2**-20]])
+    assert verdict([exact(EXACT), near]) == (
+        "Every layout is within the limit: the largest max is 0, 0 is allowed; the largest max is 9.5e-07, 0.0001 is "
+        "allowed."
+    )
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_nan_is_over_every_limit_and_null_in_json(dtype: str) -> None:
     found = row([EXACT[0], [math.nan], EXACT[2]], dtype)

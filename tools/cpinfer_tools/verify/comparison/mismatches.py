@@ -151,11 +151,16 @@ def verdict(rows: Sequence[Row]) -> str:
     """One sentence."""
     over = [row for row in rows if not row.ok]
     if not over:
-        judged = [row for row in rows if row.is_judged]
-        figure = judged[0].figure
-        worst = max(getattr(row.mismatch, figure) for row in judged)
-        name = figure.removesuffix("_abs")
-        return f"Every layout is within the limit: the largest {name} is {worst:.2g}, {judged[0].limit:g} is allowed."
+        worst: dict[tuple[str, float], float] = {}
+        for row in rows:
+            if row.is_judged:
+                kind = row.figure, row.limit
+                worst[kind] = max(worst.get(kind, 0.0), getattr(row.mismatch, row.figure))
+        told = (
+            f"the largest {figure.removesuffix('_abs')} is {value:.2g}, {limit:g} is allowed"
+            for (figure, limit), value in worst.items()
+        )
+        return f"Every layout is within the limit: {'; '.join(told)}."
     far, at = over[0], over[0].furthest
     names = ", ".join(dict.fromkeys(row.name for row in over))
     return (
