@@ -284,3 +284,12 @@ def test_quick_runs_and_ends_with_one_json_object(tool, tmp_path):
     assert summary.get("tokens_agree", summary.get("answers_agree")) is True
     assert Path(summary["card"]).read_text(encoding="utf-8").startswith("# ")
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.timeout(120)
+def test_the_bench_of_step_costs_runs_on_the_engine_as_it_is():
+    done = subprocess.run(
+        [sys.executable, str(BENCH / "step_cost.py"), "--quick"], capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["sampling_us"].keys() >= {"greedy", "temperature 1"}

@@ -265,10 +265,10 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
     ):
         results = engine.generate(prompts, sampling)
     assert all(len(result.token_ids) == num_steps for result in results), "answers have other lengths than they were to"
-    # The first step prefills, the last finishes all, and behind it one finds nothing to do.
-    steps = [end - start for start, end in pairwise(starts)][1:-1]
+    # The first step prefills, and behind the last none begins, to end it by.
+    steps = [end - start for start, end in pairwise(starts)][1:]
     assert len(steps) == num_steps - 2, "all sequences decode together"
-    step_s, scheduler_s = statistics.median(steps), statistics.median(spent[1:-2])
+    step_s, scheduler_s = statistics.median(steps), statistics.median(spent[1:-1])
     return {
         "sequences": num_sequences,
         "step_ms": step_s * 1e3,
