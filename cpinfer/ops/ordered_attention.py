@@ -22,8 +22,9 @@ from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.cpu_kernels.compiling import compiled
 from cpinfer.ops.states import State
 
-# Queries of a row that share the keys that are laid out for them; more need more room, fewer lay them out more often.
-QUERIES_PER_UNIT = 64
+# Queries, times the heads that share a KV head, for which keys are laid out once: more need more room, with fewer they
+# are laid out more often.
+ROWS_PER_UNIT = 256
 _STORED_IN = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3, torch.float8_e5m2: 3}
 
 
@@ -111,7 +112,7 @@ class OrderedAttention:
             out.data_ptr(),
             lse.data_ptr(),
             is_merged,
-            QUERIES_PER_UNIT,
+            max(1, ROWS_PER_UNIT * keys.shape[1] // q.shape[1]),
             torch.get_num_threads(),
         )
         compiled("ordered_attention").cpinfer_ordered_attention(ctypes.byref(call))

@@ -57,22 +57,52 @@ inline Lanes exp_lanes(Lanes x) {
 
 inline float exp_one(float x) { return exp_lanes(all(x))[0]; }
 
+// Lane i and lane i + HALF, for every i: half the lanes of a tree.
+template <int HALF>
+inline Lanes other_half(Lanes x) {
+    IntLanes places;
+    for (int i = 0; i < LANES; i++) places[i] = i ^ HALF;
+    return __builtin_shuffle(x, places);
+}
+
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 inline float largest(Lanes x) {
-    float parts[LANES];
-    std::memcpy(parts, &x, sizeof x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
-    return parts[0];
+    x = larger(x, other_half<8>(x));
+    x = larger(x, other_half<4>(x));
+    x = larger(x, other_half<2>(x));
+    return larger(x, other_half<1>(x))[0];
 }
 
+// As a tree: ((x0 + x8) + (x4 + x12)) + ... ; adding commutes, so both lanes of a pair hold the same bits.
 inline float sum(Lanes x) {
-    float parts[LANES];
-    std::memcpy(parts, &x, sizeof x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) parts[i] = parts[i] + parts[i + half];
-    return parts[0];
+    x = x + other_half<8>(x);
+    x = x + other_half<4>(x);
+    x = x + other_half<2>(x);
+    return (x + other_half<1>(x))[0];
+}
+
+// 16 rows of 16 numbers become 16 columns: blocks of 8, 4, 2 and 1 change places.
+template <int SIZE>
+inline void swap_blocks(Lanes* rows) {
+    IntLanes upper, lower;
+    for (int i = 0; i < LANES; i++) {
+        upper[i] = i & SIZE ? LANES + i - SIZE : i;
+        lower[i] = i & SIZE ? LANES + i : i + SIZE;
+    }
+    for (int i = 0; i < LANES; i++) {
+        if (i & SIZE) continue;
+        const Lanes a = rows[i], b = rows[i + SIZE];
+        rows[i] = __builtin_shuffle(a, b, upper);
+        rows[i + SIZE] = __builtin_shuffle(a, b, lower);
+    }
+}
+
+inline void transpose(Lanes* rows) {
+    swap_blocks<8>(rows);
+    swap_blocks<4>(rows);
+    swap_blocks<2>(rows);
+    swap_blocks<1>(rows);
 }
 
 // What keys and values are stored in, as float32. Of eight bits the table says what each of the 256 means.
@@ -88,7 +118,8 @@ inline float wide(uint16_t bfloat16, const float*) {
 
 // Of NQ queries to a tile: logits[q][key] = sum over d of q[d] * k[d][key].
 template <int NQ>
-inline void products(const float* q, int64_t q_stride, const float* keys, int dim, int groups, Lanes (*logits)[GROUPS]) {
+inline void products(const float* q, int64_t q_stride, const float* keys, int dim, int groups,
+                     Lanes (*logits)[GROUPS]) {
     Lanes acc[NQ][GROUPS] = {};
     for (int d = 0; d < dim; d++) {
         const Lanes* row = reinterpret_cast<const Lanes*>(keys + int64_t(d) * TILE);
@@ -101,7 +132,8 @@ inline void products(const float* q, int64_t q_stride, const float* keys, int di
 
 // acc[q][:] of COLUMNS columns += sum over keys of weights[q][key] * values[key][:], key after key.
 template <int NQ>
-inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_stride, int num_keys, float* acc, int64_t acc_stride) {
+inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_stride, int num_keys, float* acc,
+                  int64_t acc_stride) {
     Lanes sums[NQ][PARTS];
     for (int i = 0; i < NQ; i++) std::memcpy(sums[i], acc + i * acc_stride, sizeof sums[i]);
     for (int key = 0; key < num_keys; key++) {
@@ -113,7 +145,8 @@ inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_s
 }
 
 // N states of one query and head as one, in their order; those without keys (lse -inf) add exact zeros.
-inline void merge(const float* outs, const float* lses, int64_t num, int64_t out_stride, int64_t lse_stride, int v_dim, float* out, float* lse) {
+inline void merge(const float* outs, const float* lses, int64_t num, int64_t out_stride, int64_t lse_stride, int v_dim,
+                  float* out, float* lse) {
     float peak = NONE;
     for (int64_t i = 0; i < num; i++) peak = std::fmax(peak, lses[i * lse_stride]);
     for (int c = 0; c < v_dim; c++) out[c] = 0.0f;
@@ -136,8 +169,6 @@ inline void merge(const float* outs, const float* lses, int64_t num, int64_t out
 
 }  // namespace
 
-extern "C" {
-
 // What AttentionRows says, and the tensors. Strides in elements; the last dim of each tensor is contiguous.
 struct Call {
     int64_t num_rows;
@@ -155,8 +186,6 @@ struct Call {
     float *out, *lse;  // merged: [T, H, V], [T, H]; else [T, H, shards, V], [T, H, shards]
     int64_t is_merged, queries_per_unit, num_threads;
 };
-
-}
 
 namespace {
 
@@ -177,7 +206,8 @@ struct Unit {
         const int64_t q_begin = call.q_indptr[row], num_queries = call.q_indptr[row + 1] - q_begin;
         queries.resize(num * dim);
         for (int64_t i = 0; i < num; i++) {
-            const float* from = call.q + (q_begin + first + i / group) * call.q_row + (head * group + i % group) * call.q_head;
+            const int64_t query = q_begin + first + i / group, query_head = head * group + i % group;
+            const float* from = call.q + query * call.q_row + query_head * call.q_head;
             std::memcpy(&queries[i * dim], from, dim * sizeof(float));
         }
         keys.resize(dim * TILE);
@@ -199,10 +229,11 @@ struct Unit {
             l.assign(num, 0.0f);
             acc.assign(num * v_wide, 0.0f);
             const int64_t from = held(lo, shard), to = held(hi, shard);  // its own places of them
-            for (int64_t tile = from / TILE; tile * TILE < to; tile++) take(row, head, shard, tile, num, begin, lo, hi, sees_from, sees_to);
+            for (int64_t tile = from / TILE; tile * TILE < to; tile++)
+                take(row, head, shard, tile, num, begin, lo, hi, sees_from, sees_to);
             for (int64_t i = 0; i < num; i++) {
                 float* state = &states[(i * V + shard) * v_dim];
-                const bool is_empty = m[i] == NONE;
+                const bool is_empty = l[i] == 0.0f;
                 for (int64_t c = 0; c < v_dim; c++) state[c] = is_empty ? 0.0f : acc[i * v_wide + c] / l[i];
                 state_lses[i * V + shard] = is_empty ? NONE : std::log(l[i]) + m[i];
             }
@@ -226,32 +257,32 @@ struct Unit {
     }
 
     template <typename From, typename To>
-    void take(int64_t row, int64_t head, int64_t shard, int64_t tile, int64_t num, int64_t begin, int64_t lo, int64_t hi, From sees_from, To sees_to) {
+    void take(int64_t row, int64_t head, int64_t shard, int64_t tile, int64_t num, int64_t begin, int64_t lo,
+              int64_t hi, From sees_from, To sees_to) {
         const int64_t dim = call.dim, v_dim = call.v_dim, v_wide = padded(v_dim);
-        const T *all_keys = static_cast<const T*>(call.keys), *all_values = static_cast<const T*>(call.values);
+        const T* all_keys = static_cast<const T*>(call.keys);
+        const T* all_values = static_cast<const T*>(call.values);
         const int32_t* table = call.block_ids + call.block_indptr[row];
         int64_t places[TILE];
+        const T *key_rows[TILE] = {}, *value_rows[TILE] = {};  // none of what nobody sees: it may not be in the table
         int num_keys = 0;
         for (int key = 0; key < TILE; key++) {
-            const int64_t local = tile * TILE + key;
-            const int64_t place = (local / call.interleave * call.num_shards + shard) * call.interleave + local % call.interleave;
-            places[key] = place;
-            if (place >= hi) break;
+            const int64_t local = tile * TILE + key, round = local / call.interleave;
+            places[key] = (round * call.num_shards + shard) * call.interleave + local % call.interleave;
+            if (places[key] >= hi) break;
             num_keys = key + 1;
-            if (place < lo) {  // below every query's window, maybe not even in the table
-                for (int64_t d = 0; d < dim; d++) keys[d * TILE + key] = 0.0f;
-                std::memset(&values[key * v_wide], 0, v_dim * sizeof(float));
-                continue;
-            }
-            const int64_t index = place - begin;
-            const int64_t slot = int64_t(table[index / call.block_size]) * call.block_size + index % call.block_size;
-            const T *k = all_keys + slot * call.k_slot + head * call.k_head, *v = all_values + slot * call.v_slot + head * call.v_head;
-            for (int64_t d = 0; d < dim; d++) keys[d * TILE + key] = wide(k[d], call.meanings);
-            for (int64_t c = 0; c < v_dim; c++) values[key * v_wide + c] = wide(v[c], call.meanings);
+            if (places[key] < lo) continue;
+            const int64_t index = places[key] - begin, block = table[index / call.block_size];
+            const int64_t slot = block * call.block_size + index % call.block_size;
+            key_rows[key] = all_keys + slot * call.k_slot + head * call.k_head;
+            value_rows[key] = all_values + slot * call.v_slot + head * call.v_head;
         }
         const int groups = (num_keys + LANES - 1) / LANES;
-        for (int key = num_keys; key < groups * LANES; key++) {
-            for (int64_t d = 0; d < dim; d++) keys[d * TILE + key] = 0.0f;
+        for (int g = 0; g < groups; g++) lay_out(key_rows + g * LANES, g);
+        for (int key = 0; key < num_keys; key++) {
+            float* row = &values[key * v_wide];
+            const T* from = value_rows[key];
+            for (int64_t c = 0; c < v_dim; c++) row[c] = from ? wide(from[c], call.meanings) : 0.0f;
         }
         for (int64_t at = 0; at < num;) {
             Lanes logits[4][GROUPS];
@@ -261,7 +292,10 @@ struct Unit {
             if (n == 4) products<4>(q, dim, keys.data(), int(dim), groups, logits);
             else products<1>(q, dim, keys.data(), int(dim), groups, logits);
             bool any = false;
-            for (int i = 0; i < n; i++) any |= weigh_logits(logits[i], groups, num_keys, places, begin + sees_from(at + i), begin + sees_to(at + i), at + i, weights[i]);
+            for (int i = 0; i < n; i++) {
+                const int64_t from = begin + sees_from(at + i), to = begin + sees_to(at + i);
+                any |= weigh_logits(logits[i], groups, num_keys, places, from, to, at + i, weights[i]);
+            }
             if (any) {
                 for (int64_t c = 0; c < v_wide; c += COLUMNS) {
                     float* sums = &acc[at * v_wide + c];
@@ -273,8 +307,29 @@ struct Unit {
         }
     }
 
+    // Keys of a group side by side: keys[d][key] for 16 rows of numbers, zeros where there is no row.
+    void lay_out(const T* const* rows, int group) {
+        const int64_t dim = call.dim, whole = dim / LANES * LANES;
+        for (int64_t d = 0; d < whole; d += LANES) {
+            Lanes block[LANES];
+            for (int key = 0; key < LANES; key++) {
+                float numbers[LANES] = {};
+                if (rows[key])
+                    for (int i = 0; i < LANES; i++) numbers[i] = wide(rows[key][d + i], call.meanings);
+                std::memcpy(&block[key], numbers, sizeof numbers);
+            }
+            transpose(block);
+            for (int i = 0; i < LANES; i++)
+                std::memcpy(&keys[(d + i) * TILE + group * LANES], &block[i], sizeof block[i]);
+        }
+        for (int64_t d = whole; d < dim; d++)
+            for (int key = 0; key < LANES; key++)
+                keys[d * TILE + group * LANES + key] = rows[key] ? wide(rows[key][d], call.meanings) : 0.0f;
+    }
+
     // Logits of one query to weights, and its state made ready for them; false where it sees no key of the tile.
-    bool weigh_logits(const Lanes* logits, int groups, int num_keys, const int64_t* places, int64_t lo, int64_t hi, int64_t query, float* weights) {
+    bool weigh_logits(const Lanes* logits, int groups, int num_keys, const int64_t* places, int64_t lo, int64_t hi,
+                      int64_t query, float* weights) {
         int first = 0, last = num_keys;
         while (first < last && places[first] < lo) first++;
         while (last > first && places[last - 1] >= hi) last--;
@@ -283,7 +338,7 @@ struct Unit {
             return false;
         }
         Lanes scaled[GROUPS], peaks = all(NONE);
-        IntLanes is_fault = {}, lane;
+        IntLanes lane;
         for (int i = 0; i < LANES; i++) lane[i] = i;
         const bool is_full = first == 0 && last == groups * LANES;
         for (int g = 0; g < groups; g++) {
@@ -292,13 +347,11 @@ struct Unit {
                 for (int i = 0; i < LANES; i++) x[i] = call.soft_cap * std::tanh(x[i] / call.soft_cap);
             }
             if (!is_full) x = ((lane >= first - g * LANES) & (lane < last - g * LANES)) ? x : all(NONE);
-            is_fault |= x != x;
             peaks = larger(x, peaks);
             scaled[g] = x;
         }
-        bool has_fault = false;
-        for (int i = 0; i < LANES; i++) has_fault |= is_fault[i] != 0;
-        const float peak = has_fault ? std::numeric_limits<float>::quiet_NaN() : largest(peaks);
+        // A NaN is no peak, but its weight is one, and so are the sum of weights and all that is made of it.
+        const float peak = largest(peaks);
         const float before = m[query], now = before > peak ? before : peak;
         const float kept = before == NONE ? 0.0f : before == now ? 1.0f : exp_one(before - now);
         Lanes total[GROUPS] = {};
@@ -335,8 +388,9 @@ void run_all(const Call& call) {
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < num_units; i++) {
             const int64_t at = i / call.num_kv_heads, row = rows[at], first = firsts[at];
-            const int64_t num = call.q_indptr[row + 1] - call.q_indptr[row], rest = num - first;
-            unit.run(row, first, first + (rest < call.queries_per_unit ? rest : call.queries_per_unit), i % call.num_kv_heads);
+            const int64_t rest = call.q_indptr[row + 1] - call.q_indptr[row] - first;
+            const int64_t num = rest < call.queries_per_unit ? rest : call.queries_per_unit;
+            unit.run(row, first, first + num, i % call.num_kv_heads);
         }
     }
 }
@@ -355,7 +409,8 @@ void cpinfer_ordered_attention(const Call* call) {
 }
 
 // [num, count, V] states, with lse [num, count], merged in their order to [count, V], [count].
-void cpinfer_merge_ordered(const float* outs, const float* lses, int64_t num, int64_t count, int64_t v_dim, float* out, float* lse) {
+void cpinfer_merge_ordered(const float* outs, const float* lses, int64_t num, int64_t count, int64_t v_dim, float* out,
+                           float* lse) {
     for (int64_t i = 0; i < count; i++)
         merge(outs + i * v_dim, lses + i, num, count * v_dim, count, int(v_dim), out + i * v_dim, lse + i);
 }
