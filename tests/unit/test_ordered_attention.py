@@ -210,13 +210,6 @@ class TestCompiling:
         compiling.compiled("ordered_attention")
         assert len(list(folder.iterdir())) == 2, "other flags are another library"
 
-    def test_by_one_name_in_every_process(self, folder: Path) -> None:
-        code = "from cpinfer.ops.cpu_kernels.compiling import compiled; compiled('ordered_attention')"
-        for seed in range(3):  # by which sets have another order
-            environ = {**os.environ, "PYTHONHASHSEED": str(seed)}
-            subprocess.run([sys.executable, "-c", code], env=environ, check=True, timeout=100)
-        assert len(list(folder.iterdir())) == 1
-
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
         monkeypatch.delenv("CXX", raising=False)
@@ -234,3 +227,33 @@ class TestCompiling:
         monkeypatch.setenv("CPINFER_KERNELS", str(tmp_path / "file"))
         with pytest.raises(UserError, match="CPINFER_KERNELS"):
             compiling.compiled("ordered_attention")
+
+    def test_a_folder_that_may_not_be_looked_into(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def may_not(path: Path) -> bool:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(Path, "exists", may_not)
+        monkeypatch.setattr(compiling, "_processor", lambda: "any")
+        with pytest.raises(UserError, match=r"Permission denied: .*CPINFER_KERNELS"):
+            compiling.compiled("ordered_attention")
+
+    def test_a_library_that_cannot_be_loaded(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        folder.mkdir()
+        monkeypatch.setattr(compiling, "_compile", lambda _compiler, _source, library: library.write_bytes(b""))
+        with pytest.raises(UserError, match=r"not loaded from there: .*CPINFER_KERNELS"):
+            compiling.compiled("ordered_attention")
+
+    def test_a_user_without_a_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in ("CPINFER_KERNELS", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is where nobody knows of a home
+        with pytest.raises(UserError, match=r"has no home.* CPINFER_KERNELS"):
+            compiling.compiled("ordered_attention")
+
+    def test_every_process_names_a_library_alike(self) -> None:
+        told = "from cpinfer.ops.cpu_kernels import compiling; print(compiling._processor())"
+        found = set()
+        for seed in range(8):  # of the order in which a process goes through a set
+            env = {**os.environ, "PYTHONHASHSEED": str(seed)}
+            found.add(subprocess.run([sys.executable, "-c", told], env=env, capture_output=True, check=True).stdout)
+        assert len(found) == 1

@@ -31,28 +31,28 @@ def compiled(name: str) -> ctypes.CDLL:
     compiler = _compiler()
     made_from = "\n".join([source.read_text(encoding="utf-8"), _version(compiler), *FLAGS, _processor()])
     library = _folder() / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
-    if not library.exists():
-        _compile(compiler, source, library)
-    return ctypes.CDLL(str(library))
+    try:
+        if not library.exists():  # an error, too, in a folder that may not be looked into
+            _compile(compiler, source, library)
+        return ctypes.CDLL(str(library))
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(
+            f"{source.name} could not be compiled in {library.parent}, or not loaded from there: {error}. "
+            "Name a folder that can be written to, and code run from, in CPINFER_KERNELS."
+        ) from error
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            made = Path(folder) / library.name
-            command = [compiler, *FLAGS, str(source), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S)
-            if done.returncode:
-                raise UserError(
-                    f"{source.name} could not be compiled: {' '.join(command)} said\n{done.stderr.strip()[-2000:]}"
-                )
-            os.replace(made, library)  # whole, or not there: others may look for it now
-    except OSError as error:
-        raise UserError(
-            f"{source.name} could not be compiled in {library.parent}: {error}. "
-            "Name a folder that can be written to in CPINFER_KERNELS."
-        ) from error
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        command = [compiler, *FLAGS, str(source), "-o", str(made)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=WITHIN_S)
+        if done.returncode:
+            raise UserError(
+                f"{source.name} could not be compiled: {' '.join(command)} said\n{done.stderr.strip()[-2000:]}"
+            )
+        os.replace(made, library)  # whole, or not there: others may look for it now
 
 
 def _compiler() -> str:
@@ -70,15 +70,19 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What decides which instructions -march=native makes: the same text in every process of a machine."""
+    """What decides which instructions -march=native makes."""
     told = Path("/proc/cpuinfo")
     lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    kinds = {line for line in lines if line.startswith(("flags", "Features", "model name"))}
-    return "\n".join(sorted(kinds)) or platform.processor()
+    # In order: that of a set is another in every process, and ranks compare the names of their libraries.
+    told_once = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
+    return "\n".join(told_once) or platform.processor()
 
 
 def _folder() -> Path:
     """Where libraries are kept: CPINFER_KERNELS, else a folder of the user's cache."""
     if named := os.environ.get("CPINFER_KERNELS"):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cpinfer" / "kernels"
+    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(cache_home):
+        raise UserError("the user has no home, where kernels would be kept. Name a folder for them in CPINFER_KERNELS.")
+    return Path(cache_home) / "cpinfer" / "kernels"
