@@ -72,7 +72,8 @@ def _sample_alike(
     else:
         logprobs = torch.log_softmax(logits_cuts(params)(None, scores), dim=-1)
         tokens = _draw(logprobs, requests)
-        is_plain = not suppressed and not params.shaped_by and not params.cut_by
+        # Of what these rows have in common: of others' `min_new_tokens` no row knows.
+        is_plain = not (suppressed or params.cut_by or params.logit_bias or params.repetition_penalty != 1)
         if as_trained and is_plain:
             processed = trained_logprobs(logits, tokens, params.temperature)
         else:

@@ -238,6 +238,18 @@ def test_a_row_is_sampled_alike_in_any_company(vocab):
             assert a.processed_logprob == pytest.approx(b.processed_logprob, abs=1e-6)
 
 
+def test_logprobs_as_trained_are_alike_beside_rows_that_may_not_end_yet():
+    logits, plain = make_logits(300, vocab=131), SamplingParams(temperature=3.0)
+    minimum = replace(plain, min_new_tokens=1)
+
+    def processed(params):
+        rows = [make_sequence(params if i == 0 else plain, id=f"p{i}", so_far=(5,)) for i in range(300)]
+        found = sampling.sample_tokens(logits, rows, StopChecker((EOS,), None), as_trained=True)
+        return [token.processed_logprob for token in found]
+
+    assert processed(minimum) == processed(plain)
+
+
 def test_rows_of_different_parameters_get_each_its_own():
     logits = make_logits(1).expand(3, VOCAB)
     greedy, top1, hot = SamplingParams(temperature=0), SamplingParams(top_k=1), SamplingParams(temperature=1e6)
