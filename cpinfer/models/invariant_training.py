@@ -50,7 +50,8 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
         Nothing.
 
     Raises:
-        UserError: in the block, for positions that are not those of the tokens that the mask leaves.
+        UserError: in the block, for positions that are not those of the tokens that the mask leaves, and masks of other
+            things than padding.
         UnsupportedError: for latent attention, or a device that is no CPU.
     """
     wanted, inner = job_config(config), unwrapped(model)
@@ -65,26 +66,37 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     AttentionMaskInterface.register(name, flash_attention_mask)  # which is that of padding alone
     with ExitStack() as stack:
         stack.enter_context(attending_by(inner, name, gathered_by_fsdp=has_fsdp(model)))
-        stack.enter_context(replaced(inner, "forward", _by_rows(inner, inner.forward)))
+        stack.enter_context(replaced(inner, "forward", _by_rows(inner, inner.forward, name)))
         yield
 
 
-def _by_rows(model: Any, forward: Any) -> Any:
+def _by_rows(model: Any, forward: Any, implementation: str) -> Any:
     """`forward` of a model, whose rows depend on no other, and whose positions count the tokens of the mask."""
     signature = inspect.signature(forward)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        if model.config._attn_implementation != implementation:  # an engine that is attached in the block runs it
+            return forward(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        given = {**kwargs, **bound.arguments}
         mask, positions = given.get("attention_mask"), given.get("position_ids")
-        if mask is not None and mask.ndim == 2:
+        if mask is not None and getattr(mask, "ndim", 0) != 2:
+            raise UserError(
+                "attention_mask is not [batch, tokens], of padding: rollouts attend to all tokens before, or to those "
+                "in a layer's window. Give the mask that the tokenizer gives."
+            )
+        if mask is None and positions is not None:
+            mask = torch.ones_like(positions)
+        if mask is not None:
             counted = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
             if positions is None:
-                kwargs["position_ids"] = counted
+                bound.arguments.pop("position_ids", None)  # None that was given by its place
+                args, kwargs = bound.args, {**bound.kwargs, "position_ids": counted}
             elif not torch.equal((positions * mask).expand_as(counted), counted * mask):
                 raise UserError(
                     "position_ids are not those of the tokens that attention_mask leaves, which are 0, 1, 2, ... in "
-                    "every row: rollouts know no others. Leave them out."
+                    "every row: rollouts know no others, and of sequences packed into a row one each. Leave them out."
                 )
         with invariant_rows(), invariant_checkpointing(model):  # which a trainer may turn on in the block
             return forward(*args, **kwargs)
@@ -118,6 +130,9 @@ def _attend(
         )
     if query.shape[2] != key.shape[2]:
         raise UserError("a cache of keys was given; training forwards are of whole sequences. Set use_cache to False.")
+    if torch.is_autocast_enabled(query.device.type):  # which left them in several dtypes; rollouts cast them, too
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (x.to(dtype) for x in (query, key, value))
     mask = query.new_ones(len(query), query.shape[2], dtype=torch.bool) if attention_mask is None else attention_mask
     out = _OrderedTraining.apply(
         query, key, value, s_aux, mask.bool(), (num_shards, interleave), scaling, sliding_window, softcap

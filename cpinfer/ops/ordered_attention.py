@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.cpu_kernels.compiling import compiled
 from cpinfer.ops.states import State
@@ -86,6 +87,13 @@ class OrderedAttention:
         is_merged: bool,
     ) -> None:
         rows, (out, lse) = self._rows, state
+        if keys.dtype != values.dtype or keys.dtype not in _STORED_IN:  # which would be read beyond their ends
+            raise UserError(
+                f"keys are {keys.dtype} and values {values.dtype}; the deterministic mode attends to both in one of "
+                "float32, bfloat16 and float16."
+            )
+        if len(q) != self._q_indptr[-1] or len(keys) != len(values):
+            raise ValueError(f"{len(q)} queries, {len(keys)} keys and {len(values)} values do not fit the planned rows")
         q = q.float()
         q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
         arrays = (self._q_indptr, rows.kv_lo, rows.kv_hi, rows.block_indptr, rows.block_ids, self._begins)

@@ -107,6 +107,19 @@ def test_gradients_are_those_of_ordinary_attention(family: str) -> None:
             assert apart <= 2e-5 * expected[name].abs().max(), (name, apart)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gpt_oss"])
+def test_autocast_over_float32_weights_is_trained_as_it_is_sampled(family: str) -> None:
+    """Autocast leaves keys in float32 and values in bfloat16."""
+    model = make_model(FAMILIES[family])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with cpinfer.attach(model, config=CONFIG) as engine:  # of this thread, as autocast is
+            results = engine.generate(PROMPTS, SAMPLING)
+        with cpinfer.invariant_training(model, CONFIG):
+            assert trained(model, results, 3) == [list(r.processed_logprobs) for r in results]
+            loss_of(model).backward()
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
 def test_adapters_are_trained_as_they_are_sampled() -> None:
     adapted = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     model = get_peft_model(make_model(FAMILIES["qwen2"]), adapted)
@@ -122,6 +135,12 @@ def test_what_rollouts_know_nothing_of_is_refused() -> None:
         with pytest.raises(UserError, match="position_ids are not those of the tokens"):
             model(ids, attention_mask=mask, position_ids=torch.tensor([[0, 1, 2]]))
         model(ids, attention_mask=mask, position_ids=torch.tensor([[5, 0, 1]]))
+        with pytest.raises(UserError, match="of sequences packed into a row"):
+            model(ids, position_ids=torch.tensor([[0, 0, 1]]))
+        for other in (torch.ones(1, 1, 3, 3).bool(), {"full_attention": None}):
+            with pytest.raises(UserError, match=r"attention_mask is not \[batch, tokens\]"):
+                model(ids, attention_mask=other)
+        assert torch.equal(model(ids, mask, None).logits, model(ids, mask).logits)
         cached = model(ids, use_cache=True).past_key_values
         with pytest.raises(UserError, match="Set use_cache to False"):
             model(ids, past_key_values=cached)
@@ -135,6 +154,12 @@ def test_what_rollouts_know_nothing_of_is_refused() -> None:
         cpinfer.invariant_training(make_model(FAMILIES["deepseek_v2"])),
     ):
         raise AssertionError("it was not refused")
+
+
+def test_other_dtypes_are_refused() -> None:
+    model = make_model(FAMILIES["qwen2"]).double()
+    with cpinfer.invariant_training(model), pytest.raises(UserError, match=r"keys are torch\.float64 and values"):
+        model(torch.tensor([[1, 2, 3]]))
 
 
 def test_another_order_is_other_bits() -> None:
