@@ -17,6 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 import cpinfer
 from cpinfer.config import JobConfig, SamplingParams, config_to_dict, parse_config
+from cpinfer.engine.request import RolloutResult
 from cpinfer_tools.measuring.workloads import ModelShape, Workload
 
 Tokens = list[list[int]]
@@ -56,6 +57,7 @@ class Cpinfer:
     backend: str = "torch"
     step_tokens: int = STEP_TOKENS
     cuda_graphs: bool = False
+    deterministic: bool = False
 
     def config(self, workload: Workload) -> JobConfig:
         """A pool that holds all samples at once."""
@@ -72,17 +74,21 @@ class Cpinfer:
                 "kv_cache_gib": (workload.kv_blocks(BLOCK_SIZE) + 1) * per_block / 2**30,
                 "max_num_batched_tokens": self.step_tokens,
                 "cuda_graphs": self.cuda_graphs,
+                "deterministic": self.deterministic,
             }
         )
 
     def run(self, workload: Workload) -> Tokens:
+        with cpinfer.attach(self.model, self.topology, self.config(workload)) as engine:
+            return [list(result.token_ids) for result in self.results(engine, workload)]
+
+    def results(self, engine: cpinfer.Engine, workload: Workload) -> list[RolloutResult]:
+        """What an attached engine makes of a workload."""
         sampling = [
             SamplingParams(temperature=0, max_new_tokens=n, n=workload.num_samples, ignore_eos=True)
             for n in workload.max_new_tokens
         ]
-        with cpinfer.attach(self.model, self.topology, self.config(workload)) as engine:
-            results = engine.generate([list(p) for p in workload.prompts], sampling)
-        return [list(result.token_ids) for result in results]
+        return engine.generate([list(p) for p in workload.prompts], sampling)
 
     def given(self, workload: Workload) -> str:
         config = config_to_dict(self.config(workload))
