@@ -1,14 +1,17 @@
 """The benchmarks' own arithmetic, and (slow) that both tools run from end to end on tiny models."""
 
 import json
+import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 import cascade
+import deterministic
 import engine
 import same_text
 import scaling
@@ -274,8 +277,47 @@ def test_answers_are_compared_up_to_the_token_that_differs():
     assert found.and_also(one, other) == same_text.Compared(2, 1, 5, 0.5)
 
 
+def a_run(logprob):
+    return deterministic.Run(1.0, 0.0, ((5,),), ((logprob,),))
+
+
+def test_a_round_of_the_deterministic_mode_that_differs_in_one_bit_is_told():
+    same, other = a_run(-1.0), a_run(math.nextafter(-1.0, 0))
+    assert deterministic.unequal_rounds("w", [same, same]) == []
+    (told,) = deterministic.unequal_rounds("w", [same, same, other])
+    assert told.startswith("w: round 3 ")
+
+
+def test_costs_of_the_deterministic_mode_are_withheld_when_answers_disagree():
+    runs = {"w": {"default": [a_run(-1.0)], "deterministic": [replace(a_run(-1.0), seconds=2.0)]}}
+    told = deterministic.describe(runs, 0)
+    assert "| 2.00 | 1.35: **over** |" in told
+    assert deterministic.summarize({"float32": runs}, [], None)["float32"]["w"]["ratio"] == 2.0
+    withheld = deterministic.summarize({"float32": runs}, ["something"], None)
+    assert (withheld["answers_agree"], withheld["float32"]["w"]["ratio"]) == (False, None)
+
+
+@pytest.fixture(scope="module")
+def bench_of_deterministic():
+    return deterministic.Bench(QUICK_SHAPE, "float32", deterministic.QUICK_LENGTHS)
+
+
+def test_logits_of_a_batch_are_those_of_its_sequences_only_with_the_training_forward(bench_of_deterministic):
+    assert bench_of_deterministic.logits_are_those_of_sequences_alone()
+    assert not bench_of_deterministic.logits_are_those_of_sequences_alone("default")
+
+
+def test_shares_of_time_are_of_all_of_it_and_only_the_mode_cuts_rows(bench_of_deterministic):
+    group = engine_workloads(QUICK_SHAPE, quick=True)[0]
+    for shares in (bench_of_deterministic.shares(group), bench_of_deterministic.shares_of_training()):
+        for mode, seconds in shares.items():
+            assert min(seconds.values()) >= 0
+            assert (seconds[deterministic.CUTTING] > 0) == (mode == "deterministic")
+            assert seconds["attention"] > 0 and seconds[deterministic.PRODUCTS] > 0
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["cascade", "engine", "scaling"])
+@pytest.mark.parametrize("tool", ["cascade", "deterministic", "engine", "scaling"])
 def test_quick_runs_and_ends_with_one_json_object(tool, tmp_path):
     command = [sys.executable, str(BENCH / f"{tool}.py"), "--quick", "--results", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
