@@ -7,8 +7,8 @@ The workloads of engine.py (a GRPO group, a ragged batch, one long prompt) and a
 bfloat16, in one process of one thread. Both modes take turns within a round; rounds repeat until --budget-s is spent.
 Before any time is printed, the deterministic answers of all rounds must be the same in every bit of their logprobs, the
 default mode may part from them at near-ties alone, and the logits of the training forward must be those of each
-sequence by itself. Exit 1 when they are not. Ratios are medians of deterministic over default: below 1, the mode is
-faster.
+sequence by itself. Exit 1 when they are not. Seconds are those of the processor: one thread computes, and what others
+take of the machine is not in them. Ratios are medians of deterministic over default: below 1, the mode is faster.
 
 A table goes to stderr, the last stdout line is one JSON object.
 """
@@ -71,7 +71,7 @@ QUICK_LENGTHS = (9, 9, 9, 9, 12)
 
 @dataclass(frozen=True)
 class Run:
-    """One turn of one mode: its seconds, of which `attach_s` before the first step, and its answers."""
+    """One turn of one mode: its seconds of processor time, of which `attach_s` before the first step, and its answers."""
 
     seconds: float
     attach_s: float = 0.0
@@ -158,20 +158,20 @@ class Bench:
 
     def _roll_out(self, workload: Workload, mode: str, profiler: cProfile.Profile | None = None) -> Run:
         engine_of = self._engines[mode]
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         with cpinfer.attach(self._model, engine_of.topology, engine_of.config(workload)) as engine:
-            attach_s = time.perf_counter() - start_s
+            attach_s = time.process_time() - start_s
             with profiler or nullcontext():
                 results = engine_of.results(engine, workload)
-        seconds = time.perf_counter() - start_s
+        seconds = time.process_time() - start_s
         tokens = tuple(tuple(r.token_ids) for r in results)
         return Run(seconds, attach_s, tokens, tuple(tuple(r.logprobs) for r in results))
 
     def _train(self, mode: str) -> Run:
-        start_s = time.perf_counter()
+        start_s = time.process_time()
         for _ in range(STEPS_PER_TURN):
             self._step(mode)
-        return Run((time.perf_counter() - start_s) / STEPS_PER_TURN)
+        return Run((time.process_time() - start_s) / STEPS_PER_TURN)
 
     def _step(self, mode: str) -> None:
         ids, mask = padded(self._sequences)
@@ -217,7 +217,7 @@ class Bench:
         """Of one more run in each mode, as `shares_of` has them."""
         found = {}
         for mode in MODES:
-            profiler = cProfile.Profile()
+            profiler = cProfile.Profile(time.process_time)
             self._roll_out(workload, mode, profiler)
             found[mode] = shares_of(profiler)
         return found
@@ -226,7 +226,7 @@ class Bench:
         """Of one more step in each mode."""
         found = {}
         for mode in MODES:
-            with cProfile.Profile() as profiler:
+            with cProfile.Profile(time.process_time) as profiler:
                 self._step(mode)
             found[mode] = shares_of(profiler)
         return found
@@ -303,7 +303,7 @@ def describe(runs: Runs, num_near_ties: int) -> str:
         rows.append([name, *map(str, timings.values()), told, f"{ratio:.2f}", verdict])
     header = ["workload", *MODES, "of it attaching", "ratio", "bound"]
     return table(header, rows) + (
-        "\n\nSeconds are medians (min..max), attaching the engine included. Every round of the deterministic mode gave "
+        "\n\nSeconds are medians (min..max) of processor time, attaching the engine included. Every round of the deterministic mode gave "
         f"the same tokens and the same bits of every logprob; {num_near_ties} samples of the default mode parted from "
         "them at a near-tie, none otherwise. Logits of the training forward were those of each sequence alone, bit for "
         "bit."
