@@ -71,7 +71,7 @@ QUICK_LENGTHS = (9, 9, 9, 9, 12)
 
 @dataclass(frozen=True)
 class Run:
-    """One turn of one mode: its seconds of processor time, of which `attach_s` before the first step, and its answers."""
+    """One turn of one mode: seconds of processor time, of them `attach_s` before the first step, and the answers."""
 
     seconds: float
     attach_s: float = 0.0
@@ -303,7 +303,8 @@ def describe(runs: Runs, num_near_ties: int) -> str:
         rows.append([name, *map(str, timings.values()), told, f"{ratio:.2f}", verdict])
     header = ["workload", *MODES, "of it attaching", "ratio", "bound"]
     return table(header, rows) + (
-        "\n\nSeconds are medians (min..max) of processor time, attaching the engine included. Every round of the deterministic mode gave "
+        "\n\nSeconds are medians (min..max) of processor time, attaching the engine included. Every round of the "
+        "deterministic mode gave "
         f"the same tokens and the same bits of every logprob; {num_near_ties} samples of the default mode parted from "
         "them at a near-tie, none otherwise. Logits of the training forward were those of each sequence alone, bit for "
         "bit."
