@@ -256,6 +256,20 @@ struct Unit {
         return place / deal * call.interleave + (rest < 0 ? 0 : rest > call.interleave ? call.interleave : rest);
     }
 
+    // Of the keys of a tile. Counted on, not divided: divisions for every key take longer than their products.
+    void place_keys(int64_t shard, int64_t tile, int64_t* places) const {
+        const int64_t local = tile * TILE;
+        int64_t in_deal = local % call.interleave;
+        int64_t place = (local / call.interleave * call.num_shards + shard) * call.interleave + in_deal;
+        for (int key = 0; key < TILE; key++) {
+            places[key] = place++;
+            if (++in_deal == call.interleave) {
+                in_deal = 0;
+                place += call.interleave * (call.num_shards - 1);
+            }
+        }
+    }
+
     template <typename From, typename To>
     void take(int64_t row, int64_t head, int64_t shard, int64_t tile, int64_t num, int64_t begin, int64_t lo,
               int64_t hi, From sees_from, To sees_to) {
@@ -264,16 +278,21 @@ struct Unit {
         const T* all_values = static_cast<const T*>(call.values);
         const int32_t* table = call.block_ids + call.block_indptr[row];
         int64_t places[TILE];
+        place_keys(shard, tile, places);
         const T *key_rows[TILE] = {}, *value_rows[TILE] = {};  // none of what nobody sees: it may not be in the table
         int num_keys = 0;
+        int64_t slot = 0, left = 0;  // left: so many keys follow in the block of the last one
         for (int key = 0; key < TILE; key++) {
-            const int64_t local = tile * TILE + key, round = local / call.interleave;
-            places[key] = (round * call.num_shards + shard) * call.interleave + local % call.interleave;
             if (places[key] >= hi) break;
             num_keys = key + 1;
             if (places[key] < lo) continue;
-            const int64_t index = places[key] - begin, block = table[index / call.block_size];
-            const int64_t slot = block * call.block_size + index % call.block_size;
+            if (left > 0 && places[key] == places[key - 1] + 1) {
+                slot++, left--;
+            } else {
+                const int64_t index = places[key] - begin, offset = index % call.block_size;
+                slot = int64_t(table[index / call.block_size]) * call.block_size + offset;
+                left = call.block_size - 1 - offset;
+            }
             key_rows[key] = all_keys + slot * call.k_slot + head * call.k_head;
             value_rows[key] = all_values + slot * call.v_slot + head * call.v_head;
         }
