@@ -100,7 +100,7 @@ def attach(
             tp_size, tp_rank = topology.grid.tp_size, topology.coords.tp_rank
             runner = stack.enter_context(attached(model, spec, tp_size, tp_rank, around))
             _check_dtype(wanted, runner)
-            alike = prepare_deterministic(runner) if wanted.deterministic else {}
+            alike = prepare_deterministic(runner.device) if wanted.deterministic else {}
             pool = own_pool(runner, topology, wanted)
             return Prepared(
                 (wanted, runner, pool),

@@ -30,13 +30,13 @@ def deterministic_errors(config: EngineConfig, sizes: LayoutSizes) -> list[str]:
     return errors
 
 
-def prepare_deterministic(runner: ModelRunner) -> Mapping[str, object]:
+def prepare_deterministic(device: torch.device) -> Mapping[str, object]:
     """Compile the attention kernel, where nobody has. What has to be equal on all ranks for equal bits. Local.
 
     UserError where it cannot be compiled, or on another device.
     """
-    if runner.device.type != "cpu":
-        raise refuse("deterministic_device", f"device {runner.device}")
+    if device.type != "cpu":
+        raise refuse("deterministic_device", f"device {device}")
     # A library is named by the processor that it was compiled for, too.
     kernel = Path(compiled("ordered_attention")._name).name
     return {"attention kernel": kernel, "threads": torch.get_num_threads()}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import tool_folder
 from cpinfer.layout.grid import RankGrid
+from cpinfer.ops.cpu_kernels.compiling import compiled
 from cpinfer_tools import job, opening, rollout
 from cpinfer_tools.results import output as output_module
 from cpinfer_tools.results.output_lock import locked
@@ -121,12 +122,24 @@ SAMPLING = {"temperature": 0, "max_new_tokens": 4}
         ({"output": "in.jsonl/out.jsonl"}, ["in.jsonl/out.jsonl cannot be written"]),
         ({"output": "."}, ["is a folder; a file was wanted"]),
         ({"kv_cache_gib": 1e-9}, ["buys no block", "Raise kv_cache_gib"]),
+        ({"deterministic": True, "decode_exchange": "ag_rs"}, ['"decode_exchange" is "ag_rs"', 'with "deterministic"']),
+        (
+            {"deterministic": True, "tensor_parallel": {"tp_size": 4}},
+            ["deterministic mode over more than two tensor-parallel ranks"],
+        ),
     ],
     ids=lambda x: json.dumps(x) if isinstance(x, dict) else "",
 )
 def test_a_bad_config_is_refused_before_loading(folder, no_loading, config, words):
     assert_refused(folder.run(**config), *words)
     assert not folder.output.exists()
+
+
+def test_without_a_compiler_the_deterministic_mode_is_refused_before_loading(folder, no_loading, monkeypatch):
+    compiled.cache_clear()
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CXX", raising=False)
+    assert_refused(folder.run(deterministic=True), "run.json", "no C++ compiler was found", "Install g++")
 
 
 @pytest.mark.parametrize(

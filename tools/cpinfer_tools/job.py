@@ -39,6 +39,7 @@ from cpinfer.comm.bootstrap import (
 )
 from cpinfer.config import ParallelConfig, config_to_dict
 from cpinfer.engine.attach import config_errors
+from cpinfer.engine.deterministic import prepare_deterministic
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.needs import affordable_pool, attention_needs
 from cpinfer.engine.prompts import check_sampling
@@ -333,6 +334,8 @@ def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path
     try:
         dtypes = (getattr(torch, config.dtype), getattr(torch, config.cache_dtype(config.dtype)))
         check_choice(config.backend, launch.device, attention_needs(spec, heads, *dtypes))
+        if config.deterministic:
+            prepare_deterministic(launch.device)
     except UserError as error:
         raise type(error)(f"config {config_path}: {error}") from error
     return grid
