@@ -130,6 +130,11 @@ def _attend(
         )
     if query.shape[2] != key.shape[2]:
         raise UserError("a cache of keys was given; training forwards are of whole sequences. Set use_cache to False.")
+    if s_aux is not None and len(s_aux) != query.shape[1]:
+        raise UserError(
+            f"a layer has {len(s_aux)} attention sinks and {query.shape[1]} query heads on this rank: its heads are "
+            "sharded, its sinks are not. Train such models in this block without tensor parallelism."
+        )
     if torch.is_autocast_enabled(query.device.type):  # which left them in several dtypes; rollouts cast them, too
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (x.to(dtype) for x in (query, key, value))

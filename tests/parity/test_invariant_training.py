@@ -162,6 +162,14 @@ def test_other_dtypes_are_refused() -> None:
         model(torch.tensor([[1, 2, 3]]))
 
 
+def test_sinks_of_other_heads_are_refused() -> None:
+    model = make_model(FAMILIES["gpt_oss"])
+    attention = model.model.layers[0].self_attn
+    attention.sinks = torch.nn.Parameter(torch.cat([attention.sinks.detach()] * 2))
+    with cpinfer.invariant_training(model), pytest.raises(UserError, match="its heads are sharded, its sinks are not"):
+        model(torch.tensor([[1, 2, 3]]))
+
+
 def test_another_order_is_other_bits() -> None:
     model = make_model(FAMILIES["qwen2"])
     results = rollouts(model)
