@@ -250,24 +250,8 @@ class EngineConfig(Checked):
         require(
             ok, "cascade_attention", self.cascade_attention, '"auto" or "off" with cuda_graphs, whose rows are fixed'
         )
-        if self.deterministic:
-            self._check_deterministic()
         if self.backend == "flashinfer" and self.dtype == "float32":
             raise refuse("flashinfer_dtype", 'backend="flashinfer" with dtype="float32"')
-
-    def _check_deterministic(self) -> None:
-        """What the mode says of its own may not be said otherwise."""
-        kept = {
-            "backend": ("auto", "torch"),
-            "context_exchange": ("auto", "kv"),
-            "decode_exchange": ("a2a",),
-            "cascade_attention": ("auto", "off"),
-            "cp_wire_dtype": ("auto", "float32"),
-            "cuda_graphs": (False,),
-        }
-        for key, allowed in kept.items():
-            value = getattr(self, key)
-            require(value in allowed, key, value, f'{" or ".join(map(quoted, allowed))} with "deterministic"')
 
     @property
     def interleave(self) -> int:

@@ -5,21 +5,39 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
+from cpinfer.errors import quoted
 from cpinfer.layout.rules import LayoutSizes
 from cpinfer.models.row_invariance import MAX_TP_SIZE, check_row_invariance
 from cpinfer.models.runner import ModelRunner
 from cpinfer.ops.cpu_kernels.compiling import compiled
 from cpinfer.refusals import refuse
 
+# What the mode decides itself may not be said otherwise.
+KEPT: Mapping[str, tuple[object, ...]] = MappingProxyType(
+    {
+        "backend": ("auto", "torch"),
+        "context_exchange": ("auto", "kv"),
+        "decode_exchange": ("a2a",),
+        "cascade_attention": ("auto", "off"),
+        "cp_wire_dtype": ("auto", "float32"),
+        "cuda_graphs": (False,),
+    }
+)
+
 
 def deterministic_errors(config: EngineConfig, sizes: LayoutSizes) -> list[str]:
     """Sentences that say why a layout cannot keep the promise; empty when it can."""
-    errors = []
+    errors = [
+        f'"{key}" is {quoted(getattr(config, key))}; it must be {" or ".join(map(quoted, kept))} with "deterministic".'
+        for key, kept in KEPT.items()
+        if getattr(config, key) not in kept
+    ]
     if sizes.tp_size > MAX_TP_SIZE:
         errors.append(str(refuse("deterministic_tp", f"tp={sizes.tp_size}")))
     if config.deterministic_kv_shards % sizes.dcp_size:

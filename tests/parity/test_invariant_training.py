@@ -89,7 +89,7 @@ def loss_of(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("family", TRAINABLE)
 def test_gradients_are_those_of_ordinary_attention(family: str) -> None:
-    model = make_model(FAMILIES[family])  # in eval mode: rollouts know no dropout
+    model = make_model(copy.deepcopy(FAMILIES[family]))  # in eval mode: rollouts know no dropout
     model.set_attn_implementation("eager")  # that of sdpa leaves soft caps out
     loss = loss_of(model)
     loss.backward()

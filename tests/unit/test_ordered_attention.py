@@ -193,9 +193,9 @@ class TestCompiling:
 
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-        monkeypatch.setenv("CPINFER_KERNELS", str(tmp_path / "kernels"))
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path))
         compiling.compiled.cache_clear()
-        yield tmp_path / "kernels"
+        yield tmp_path / "cpinfer_kernels"
         compiling.compiled.cache_clear()
 
     def test_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,7 +212,6 @@ class TestCompiling:
 
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
-        monkeypatch.delenv("CXX", raising=False)
         with pytest.raises(UserError, match=r"no C\+\+ compiler was found .* Install g\+\+"):
             compiling.compiled("ordered_attention")
 
@@ -224,8 +223,8 @@ class TestCompiling:
 
     def test_a_folder_that_cannot_be(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")
-        monkeypatch.setenv("CPINFER_KERNELS", str(tmp_path / "file"))
-        with pytest.raises(UserError, match="CPINFER_KERNELS"):
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+        with pytest.raises(UserError, match="TORCH_HOME"):
             compiling.compiled("ordered_attention")
 
     def test_a_folder_that_may_not_be_looked_into(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,20 +233,20 @@ class TestCompiling:
 
         monkeypatch.setattr(Path, "exists", may_not)
         monkeypatch.setattr(compiling, "_processor", lambda: "any")
-        with pytest.raises(UserError, match=r"Permission denied: .*CPINFER_KERNELS"):
+        with pytest.raises(UserError, match=r"Permission denied: .*TORCH_HOME"):
             compiling.compiled("ordered_attention")
 
     def test_a_library_that_cannot_be_loaded(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         folder.mkdir()
         monkeypatch.setattr(compiling, "_compile", lambda _compiler, _source, library: library.write_bytes(b""))
-        with pytest.raises(UserError, match=r"not loaded from there: .*CPINFER_KERNELS"):
+        with pytest.raises(UserError, match=r"not loaded from there: .*TORCH_HOME"):
             compiling.compiled("ordered_attention")
 
     def test_a_user_without_a_home(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in ("CPINFER_KERNELS", "XDG_CACHE_HOME"):
+        for name in ("TORCH_HOME", "XDG_CACHE_HOME"):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as it is where nobody knows of a home
-        with pytest.raises(UserError, match=r"has no home.* CPINFER_KERNELS"):
+        with pytest.raises(UserError, match=r"has no home.* TORCH_HOME"):
             compiling.compiled("ordered_attention")
 
     def test_every_process_names_a_library_alike(self) -> None:

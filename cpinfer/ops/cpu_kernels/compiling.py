@@ -16,6 +16,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from cpinfer.errors import UserError
 
 # No flag lets the compiler change the order of a sum. It may fuse a product and a sum wherever it meets one.
@@ -38,7 +40,7 @@ def compiled(name: str) -> ctypes.CDLL:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
             f"{source.name} could not be compiled in {library.parent}, or not loaded from there: {error}. "
-            "Name a folder that can be written to, and code run from, in CPINFER_KERNELS."
+            "Name a folder that can be written to, and code run from, in TORCH_HOME."
         ) from error
 
 
@@ -56,11 +58,11 @@ def _compile(compiler: str, source: Path, library: Path) -> None:
 
 
 def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CXX"), *COMPILERS)):
+    for name in COMPILERS:
         if (found := shutil.which(name)) is not None:
             return found
     raise UserError(
-        f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names); one was wanted, to compile cpinfer's "
+        f"no C++ compiler was found ({', '.join(COMPILERS)}); one was wanted, to compile cpinfer's "
         "kernels for CPU. Install g++ (Debian: `apt install g++`)."
     )
 
@@ -79,10 +81,8 @@ def _processor() -> str:
 
 
 def _folder() -> Path:
-    """Where libraries are kept: CPINFER_KERNELS, else a folder of the user's cache."""
-    if named := os.environ.get("CPINFER_KERNELS"):
-        return Path(named)
-    cache_home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    if not os.path.isabs(cache_home):
-        raise UserError("the user has no home, where kernels would be kept. Name a folder for them in CPINFER_KERNELS.")
-    return Path(cache_home) / "cpinfer" / "kernels"
+    """Where libraries are kept: beside what torch keeps of a user's, in TORCH_HOME or the cache of the home."""
+    folder = Path(torch.hub.get_dir()).parent / "cpinfer_kernels"
+    if not folder.is_absolute():
+        raise UserError("the user has no home, where kernels would be kept. Name a folder for them in TORCH_HOME.")
+    return folder
