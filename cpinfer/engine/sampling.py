@@ -72,8 +72,8 @@ def _sample_alike(
     else:
         logprobs = torch.log_softmax(logits_cuts(params)(None, scores), dim=-1)
         tokens = _draw(logprobs, requests)
-        # Of what these rows have in common: of others' `min_new_tokens` no row knows.
-        is_plain = not (suppressed or params.cut_by or params.logit_bias or params.repetition_penalty != 1)
+        # What `min_new_tokens` does is in `suppressed`: of the key itself these rows may have different values.
+        is_plain = not (suppressed or params.cut_by or {*params.shaped_by} - {"min_new_tokens"})
         if as_trained and is_plain:
             processed = trained_logprobs(logits, tokens, params.temperature)
         else:

@@ -58,11 +58,6 @@ def _checkpoint_invariantly(checkpoint: Callable[..., Any], function: Callable[.
     return checkpoint(run, *args, **kw)
 
 
-def as_torch_computes() -> AbstractContextManager[Any]:
-    """In its block inside `invariant_rows`, torch's own functions run: for code that takes care of its rows itself."""
-    return torch._C.DisableTorchFunction()
-
-
 class _InvariantRows(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: Any = (), kwargs: Mapping[str, Any] | None = None

@@ -36,7 +36,7 @@ class _Run:
     token_ids: Sequence[int]
     params: SamplingParams
     only_whole: bool
-    began_s: float
+    began_s: float = 0.0
     outputs: list[RequestOutput] = field(default_factory=list)
     readers: list[tuple[Answers, int]] = field(default_factory=list)
     num_ended: int = 0
@@ -152,28 +152,21 @@ class Bridge:
         try:
             for place, token_ids in enumerate(prompts):
                 request_id = _id_of(token_ids, params) if is_seeded else f"request-{secrets.token_hex(16)}"
-                # Who comes later may want a stream of a seeded one.
-                await self._join(answers, place, request_id, token_ids, params, not (in_pieces or is_seeded))
+                only_whole = not (in_pieces or is_seeded)  # who comes later may want a stream of a seeded one
+                await self._join(answers, place, _Run(request_id, token_ids, params, only_whole))
         except BaseException:
             answers.leave()
             raise
         return answers
 
-    async def _join(
-        self,
-        answers: Answers,
-        place: int,
-        request_id: str,
-        token_ids: Sequence[int],
-        params: SamplingParams,
-        only_whole: bool,
-    ) -> None:
-        while (run := self._runs.get(request_id)) is not None and not run.readers:
+    async def _join(self, answers: Answers, place: int, wanted: _Run) -> None:
+        """Wait for a run like the `wanted` one: that which is under way by its name, else itself."""
+        while (run := self._runs.get(wanted.id)) is not None and not run.readers:
             await run.ended.wait()  # it is being aborted, and its name not free yet
         if self._refusal is not None:
             raise self._refusal
         if run is None:
-            run = self._begin(_Run(request_id, token_ids, params, only_whole, time.perf_counter()))
+            run = self._begin(wanted)
         for output in run.outputs:
             answers.put(place, output)
         run.readers.append((answers, place))
@@ -189,6 +182,7 @@ class Bridge:
                 kind="rate_limit_error",
                 headers={"Retry-After": "1"},
             )
+        run.began_s = time.perf_counter()
         self._runs[run.id] = run  # before the engine has it: an output may come at once
         try:
             if self._held is None:

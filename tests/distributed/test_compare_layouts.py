@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -31,6 +33,14 @@ def compare(output: Path, *arguments: str) -> Finished:
     return launch([*COMMAND, *overrides, "--output", str(output), *arguments], timeout_s=300)
 
 
+def alter(results: Path, sample: int, change: Callable[[float], float]) -> dict[str, Any]:
+    """A sample of results that were written, in which the second logprob is made another."""
+    lines: list[dict[str, Any]] = [json.loads(line) for line in results.read_text().splitlines()]
+    lines[sample]["logprobs"][1] = change(lines[sample]["logprobs"][1])
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines[sample]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(700)
 def test_two_layouts_agree_and_a_planted_difference_is_found_where_it_lies(tmp_path: Path) -> None:
@@ -41,13 +51,11 @@ def test_two_layouts_agree_and_a_planted_difference_is_found_where_it_lies(tmp_p
     assert (output / "report.html").stat().st_size > 10_000
     assert len(list((output / "wandb").glob("offline-run-*"))) == 2
 
-    lines = [json.loads(line) for line in (output / "pcp2" / "greedy.jsonl").read_text().splitlines()]
-    lines[-1]["logprobs"][1] -= 0.01
-    (output / "pcp2" / "greedy.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    altered = alter(output / "pcp2" / "greedy.jsonl", -1, lambda logprob: logprob - 0.01)
     planted = compare(output, "--reuse", "--no-wandb")
     assert planted.returncode == 1 and planted.stderr.count(": kept") == 4, planted
     [found] = planted.summary["disagreements"]
-    wanted = {"layout": "pcp2", "pass": "greedy", "position": 1, "sample_index": lines[-1]["sample_index"]}
+    wanted = {"layout": "pcp2", "pass": "greedy", "position": 1, "sample_index": altered["sample_index"]}
     assert {key: found[key] for key in wanted} == wanted
 
 
@@ -61,10 +69,7 @@ def test_bit_by_bit_layouts_are_equal_and_a_single_bit_is_found(tmp_path: Path) 
         a["share_identical"] == 1 and a["max_abs_logprob_difference"] == 0 for a in finished.summary["agreement"]
     )
 
-    path = output / "pcp2" / "sampled.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[0]["logprobs"][1] = math.nextafter(lines[0]["logprobs"][1], 0)
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alter(output / "pcp2" / "sampled.jsonl", 0, lambda logprob: math.nextafter(logprob, 0))
     planted = compare(output, "--reuse", "--bitwise", "--no-wandb")
     assert planted.returncode == 1 and planted.stderr.count(": kept") == 4, planted
     assert [found["position"] for found in planted.summary["disagreements"]] == [1]

@@ -22,6 +22,7 @@ from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.cpu_kernels import compiling
 from cpinfer.ops.ordered_attention import OrderedAttention, merge_ordered
 from cpinfer.ops.states import State
+from torch_threads import torch_threads
 
 SCALE = 0.1
 SHARDS, INTERLEAVE = 8, 4
@@ -143,13 +144,10 @@ def test_shards_hold_virtual_shards_whose_states_are_those_of_the_whole(dcp_size
 
 def test_threads_change_nothing() -> None:
     q, k, v = tensors(200, 500, 4, 2, 32, 32)
-    before, found = torch.get_num_threads(), []
-    try:
-        for num_threads in (1, 2, 3):
-            torch.set_num_threads(num_threads)
+    found = []
+    for num_threads in (1, 2, 3):
+        with torch_threads(num_threads):
             found.append(attend(causal(200, 500), q, k, v))
-    finally:
-        torch.set_num_threads(before)
     assert same(found[0], found[1]) and same(found[0], found[2])
 
 

@@ -1,6 +1,6 @@
 """Logits of a model have the same bits whatever rows run beside a row, and a module that breaks this is named."""
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,16 +12,7 @@ from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.models.row_invariance import check_row_invariance
 from cpinfer.models.runner import attached
 from tiny_models import FAMILIES, TINY, make_model
-
-
-@contextmanager
-def threads(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+from torch_threads import torch_threads
 
 
 def check(model, **words):
@@ -33,7 +24,7 @@ def check(model, **words):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_every_family_have_the_same_bits_alone_and_beside_others(family, dtype, num_threads):
-    with threads(num_threads):
+    with torch_threads(num_threads):
         check(make_model(FAMILIES[family], dtype))
 
 
@@ -48,7 +39,7 @@ def test_in_bfloat16_rows_of_a_wider_model_agree_with_the_context_alone():
     """Of tiny ones they agree anyhow: half precision rounds the differences away."""
     wide = {**TINY, "hidden_size": 512, "intermediate_size": 1376, "vocab_size": 1000}
     model = make_model(LlamaConfig(**wide), torch.bfloat16)
-    with threads(1):
+    with torch_threads(1):
         check(model)
         with pytest.raises(UserError, match=r"weight \[\d+, \d+\]\) gives a row"):
             check(model, around=nullcontext)

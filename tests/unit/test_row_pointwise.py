@@ -5,16 +5,15 @@ import torch
 from torch.nn import functional as F
 
 from cpinfer.ops.row_pointwise import pointwise_by_rows
+from torch_threads import torch_threads
 
 FUNCTIONS = [F.silu, F.gelu, torch.sigmoid, torch.tanh, torch.exp, F.softplus, torch.cos, torch.rsqrt]
 
 
 @pytest.fixture(params=[1, 2, 3])
 def num_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def differing(function, dtype):

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from cpinfer.ops import row_sizes as module
 from cpinfer.ops.row_sizes import CANDIDATES, ProductKind, linear_by_rows, pieces, row_sizes
+from torch_threads import torch_threads
 
 SHAPES = [(512, 512), (8, 64), (96, 50), (512, 1376), (1376, 512)]
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -26,10 +27,8 @@ def a_weight(shape, dtype, is_transposed=False):
 
 @pytest.fixture(params=[1, 2])
 def num_threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    with torch_threads(request.param):
+        yield request.param
 
 
 def differing(product, rows):

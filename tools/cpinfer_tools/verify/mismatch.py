@@ -15,8 +15,9 @@ under tp=2, no more of cpinfer in it. In half precision the sums of tensor paral
 (the row "tp=2 forward" has that forward against the whole one), so such a layout is judged by its own forward there,
 in float32 by both.
 
-Processed logprobs are compared, at the temperature of the config. Where something beside temperature shapes the
-distribution (top_k, top_p, a penalty, greedy decoding, ...), raw ones are, at temperature 1, and the report says so.
+Processed logprobs are compared, at the temperature of the config; where top_k, top_p or min_p cut, the log of the kept
+mass is added. Where more shapes the distribution (a penalty, a bias, greedy decoding, ...), raw ones are, at
+temperature 1, and the report says so.
 
 Limits: in float32 the largest difference is at most 1e-4, in half precision the mean at most 1e-3. With `deterministic`
 the forward is that of `cpinfer.invariant_training`, under the layout's own tensor parallelism, and the largest
