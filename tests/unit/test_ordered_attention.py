@@ -96,6 +96,22 @@ def test_a_query_has_the_same_bits_alone_and_in_any_company() -> None:
     assert same(attend(rows, q[at], k, v), (whole[0][at], whole[1][at]))
 
 
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("window", [None, 5])
+def test_faults_of_keys_reach_the_queries_that_see_them_alone(window: int | None, group: int) -> None:
+    q, k, v = tensors(70, 70, 2, group, 32, 32)
+    out, lse = attend(causal(70, 70, window), q, k, v)
+    sound_k, at = k.clone(), 50
+    k[at], v[at] = torch.nan, torch.inf
+    faulty_out, faulty_lse = attend(causal(70, 70, window), q, k, v)
+    sees = torch.arange(70) >= at if window is None else (torch.arange(70) >= at) & (torch.arange(70) < at + window)
+    assert same((faulty_out[~sees], faulty_lse[~sees]), (out[~sees], lse[~sees]))
+    assert faulty_out[sees].isnan().all() and faulty_lse[sees].isnan().all()
+    only_values = attend(causal(70, 70, window), q, sound_k, v)
+    assert same((only_values[0][~sees], only_values[1]), (out[~sees], lse))
+    assert not torch.isfinite(only_values[0][sees]).any()
+
+
 @pytest.mark.parametrize("window", [1, 5, 64, 100])
 def test_a_window_leaves_the_same_bits_wherever_the_table_begins(window: int) -> None:
     q, k, v = tensors(300, 300, 1, 2, 32, 32)

@@ -5,9 +5,11 @@
 //
 //     m' = max(m, max s)    l' = l exp(m - m') + sum exp(s - m')    acc' = acc exp(m - m') + sum exp(s - m') v
 //
-// No sum runs over queries, heads, rows or threads, and a key that a query does not see adds an exact zero, so that the
-// bits of a state are a function of the query and of the keys it sees, whatever is computed beside it.
+// No sum runs over queries, heads, rows or threads; a key that a query does not see adds an exact zero to its sum of
+// weights, and its values are not taken at all: zero times what is no number is none. So the bits of a state are a
+// function of the query and of the keys it sees, whatever is computed beside it.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -130,13 +132,18 @@ inline void products(const float* q, int64_t q_stride, const float* keys, int di
         for (int g = 0; g < groups; g++) logits[i][g] = acc[i][g];
 }
 
+// Keys [first, last) of a tile: those that a query sees.
+struct Seen {
+    int first, last;
+};
+
 // acc[q][:] of COLUMNS columns += sum over keys of weights[q][key] * values[key][:], key after key.
 template <int NQ>
-inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_stride, int num_keys, float* acc,
+inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_stride, Seen seen, float* acc,
                   int64_t acc_stride) {
     Lanes sums[NQ][PARTS];
     for (int i = 0; i < NQ; i++) std::memcpy(sums[i], acc + i * acc_stride, sizeof sums[i]);
-    for (int key = 0; key < num_keys; key++) {
+    for (int key = seen.first; key < seen.last; key++) {
         const Lanes* row = reinterpret_cast<const Lanes*>(values + key * v_stride);
         for (int i = 0; i < NQ; i++)
             for (int g = 0; g < PARTS; g++) sums[i][g] = sums[i][g] + row[g] * weights[i][key];
@@ -310,17 +317,22 @@ struct Unit {
             const float* q = &queries[at * dim];
             if (n == 4) products<4>(q, dim, keys.data(), int(dim), groups, logits);
             else products<1>(q, dim, keys.data(), int(dim), groups, logits);
-            bool any = false;
+            Seen seen[4], shared = {0, num_keys};
             for (int i = 0; i < n; i++) {
                 const int64_t from = begin + sees_from(at + i), to = begin + sees_to(at + i);
-                any |= weigh_logits(logits[i], groups, num_keys, places, from, to, at + i, weights[i]);
+                seen[i] = weigh_logits(logits[i], groups, num_keys, places, from, to, at + i, weights[i]);
+                shared = {std::max(shared.first, seen[i].first), std::min(shared.last, seen[i].last)};
             }
-            if (any) {
-                for (int64_t c = 0; c < v_wide; c += COLUMNS) {
-                    float* sums = &acc[at * v_wide + c];
-                    if (n == 4) weigh<4>(weights, &values[c], v_wide, num_keys, sums, v_wide);
-                    else weigh<1>(weights, &values[c], v_wide, num_keys, sums, v_wide);
-                }
+            if (n == 1 || shared.first >= shared.last) shared = {num_keys, num_keys};  // each takes its own
+            for (int64_t c = 0; c < v_wide; c += COLUMNS) {
+                float* sums = &acc[at * v_wide + c];
+                auto alone = [&](int i, Seen keys) {
+                    if (keys.first < keys.last)
+                        weigh<1>(weights + i, &values[c], v_wide, keys, sums + i * v_wide, v_wide);
+                };
+                for (int i = 0; i < n; i++) alone(i, {seen[i].first, std::min(seen[i].last, shared.first)});
+                if (shared.first < shared.last) weigh<4>(weights, &values[c], v_wide, shared, sums, v_wide);
+                for (int i = 0; i < n; i++) alone(i, {shared.last, seen[i].last});
             }
             at += n;
         }
@@ -346,16 +358,14 @@ struct Unit {
                 keys[d * TILE + group * LANES + key] = rows[key] ? wide(rows[key][d], call.meanings) : 0.0f;
     }
 
-    // Logits of one query to weights, and its state made ready for them; false where it sees no key of the tile.
-    bool weigh_logits(const Lanes* logits, int groups, int num_keys, const int64_t* places, int64_t lo, int64_t hi,
+    // Logits of one query to weights, and its state made ready for them; of the keys that it sees.
+    Seen weigh_logits(const Lanes* logits, int groups, int num_keys, const int64_t* places, int64_t lo, int64_t hi,
                       int64_t query, float* weights) {
         int first = 0, last = num_keys;
         while (first < last && places[first] < lo) first++;
         while (last > first && places[last - 1] >= hi) last--;
-        if (first == last) {
-            std::memset(weights, 0, TILE * sizeof(float));
-            return false;
-        }
+        const Seen seen = {first, last};
+        if (first == last) return seen;
         Lanes scaled[GROUPS], peaks = all(NONE);
         IntLanes lane;
         for (int i = 0; i < LANES; i++) lane[i] = i;
@@ -383,10 +393,10 @@ struct Unit {
             for (int g = 0; g < half; g++) total[g] = total[g] + total[g + half];
         l[query] = l[query] + sum(total[0]);
         m[query] = now;
-        if (kept == 1.0f) return true;
+        if (kept == 1.0f) return seen;
         const int64_t v_wide = padded(call.v_dim);
         for (int64_t c = 0; c < v_wide; c++) acc[query * v_wide + c] = acc[query * v_wide + c] * kept;
-        return true;
+        return seen;
     }
 };
 
