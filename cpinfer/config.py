@@ -182,7 +182,7 @@ class EngineConfig(Checked):
         "auto",
     )
     # What there is to choose from is in registries, which check it before anything loads.
-    backend: str = _key("attention kernels: `flashinfer`, `torch`, or `auto`, the fastest that can", "auto")
+    backend: str = _key("attention kernels: `flashinfer`, `cpu`, `torch`, or `auto`, the fastest that can", "auto")
     cp_kv_cache_interleave_size: int | None = _key(
         "tokens dealt to a KV shard at a time; default: block_size", None, within=_TOKENS
     )

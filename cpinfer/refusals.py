@@ -77,6 +77,12 @@ REFUSALS: dict[str, Refusal] = {
         "depends on where in the message a number stands)",
         "Use tp_size 1 or 2, and pcp and dcp for the other ranks.",
     ),
+    "cpu_backend_device": Refusal(
+        "the CPU kernel on other devices", 'Set backend to "auto": it takes what is made for the device.'
+    ),
+    "cpu_backend_dtype": Refusal(
+        "the CPU kernel in float64 (it sums in float32)", 'Set backend to "torch", or dtype to "float32".'
+    ),
     "flashinfer_device": Refusal("FlashInfer on other devices than CUDA", 'Set backend to "torch", or "auto".'),
     "flashinfer_dtype": Refusal(
         "FlashInfer in float32 (its kernels take half precision)", 'Set backend to "torch", or dtype to "bfloat16".'

@@ -21,7 +21,7 @@ from cpinfer.refusals import refuse
 # What the mode decides itself may not be said otherwise.
 KEPT: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
-        "backend": ("auto", "torch"),
+        "backend": ("auto", "cpu", "torch"),
         "context_exchange": ("auto", "kv"),
         "decode_exchange": ("a2a",),
         "cascade_attention": ("auto", "off"),

@@ -89,8 +89,8 @@ class OrderedAttention:
         rows, (out, lse) = self._rows, state
         if keys.dtype != values.dtype or keys.dtype not in _STORED_IN:  # which would be read beyond their ends
             raise UserError(
-                f"keys are {keys.dtype} and values {values.dtype}; the deterministic mode attends to both in one of "
-                "float32, bfloat16 and float16."
+                f"keys are {keys.dtype} and values {values.dtype}; the kernel attends to both in one of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _STORED_IN)}."
             )
         if len(q) != self._q_indptr[-1] or len(keys) != len(values):
             raise ValueError(f"{len(q)} queries, {len(keys)} keys and {len(values)} values do not fit the planned rows")

@@ -183,7 +183,7 @@ class TestControls:
         ({"cascade_attention": "on"}, '"cascade_attention" is "on"; it must be "auto" or "off" with "deterministic"'),
         ({"context_exchange": "queries"}, '"context_exchange" is "queries"; it must be "auto" or "kv"'),
         ({"cp_wire_dtype": "bfloat16"}, '"cp_wire_dtype" is "bfloat16"; it must be "auto" or "float32"'),
-        ({"backend": "flashinfer"}, '"backend" is "flashinfer"; it must be "auto" or "torch"'),
+        ({"backend": "flashinfer"}, '"backend" is "flashinfer"; it must be "auto" or "cpu" or "torch"'),
     ],
     ids=lambda value: str(value)[:40],
 )

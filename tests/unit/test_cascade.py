@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from cpinfer.attention.backends import cpu_backend
 from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.cpu_backend import CpuBackend
 from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
 from cpinfer.attention.backends.torch_backend import MIN_SAVED_KEYS, TorchBackend
 from cpinfer.attention.cascade import CascadePlan, plan_cascade
@@ -35,7 +37,8 @@ def inputs(H: int, K: int, D: int, latent: bool = False) -> tuple[torch.Tensor, 
 
 def backends() -> list[Any]:
     flashinfer = FlashInferBackend(CPU, AttentionNeeds(torch.float32, ()), fake_flashinfer())
-    return [pytest.param(TorchBackend(CPU), id="torch"), pytest.param(flashinfer, id="flashinfer")]
+    ours = [TorchBackend(CPU), CpuBackend(None)]
+    return [pytest.param(backend, id=backend.name) for backend in (*ours, flashinfer)]
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -95,6 +98,7 @@ def test_it_is_for_prefixes_that_save_enough() -> None:
 
 def test_by_itself_it_is_done_only_where_it_has_been_measured() -> None:
     assert TorchBackend(CPU).min_saved_keys == MIN_SAVED_KEYS
+    assert CpuBackend(None).min_saved_keys == cpu_backend.MIN_SAVED_KEYS
     assert TorchBackend(torch.device("cuda")).min_saved_keys is None
     assert FlashInferBackend(CPU, AttentionNeeds(torch.float32, ()), fake_flashinfer()).min_saved_keys is None
 

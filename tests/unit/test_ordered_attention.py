@@ -6,7 +6,9 @@ import ctypes
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -214,15 +216,31 @@ class TestCompiling:
 
     def test_once(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         compiling.compiled("ordered_attention")
-        (made,) = folder.iterdir()
+        (made,) = folder.glob("*.so")
         before = made.stat().st_mtime_ns
         compiling.compiled.cache_clear()
         compiling.compiled("ordered_attention")
-        assert [made] == list(folder.iterdir()) and made.stat().st_mtime_ns == before
+        assert [made] == list(folder.glob("*.so")) and made.stat().st_mtime_ns == before
         compiling.compiled.cache_clear()
         monkeypatch.setattr(compiling, "FLAGS", (*compiling.FLAGS, "-g0"))
         compiling.compiled("ordered_attention")
-        assert len(list(folder.iterdir())) == 2, "other flags are another library"
+        assert len(list(folder.glob("*.so"))) == 2, "other flags are another library"
+
+    def test_of_many_at_once_one_compiles(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        compile_it, made = compiling._compile, []
+
+        def slowly(*given: Any) -> None:
+            made.append(given)
+            time.sleep(0.5)
+            compile_it(*given)
+
+        monkeypatch.setattr(compiling, "_compile", slowly)
+        threads = [Thread(target=compiling.compiled.__wrapped__, args=("ordered_attention",)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=100)
+        assert len(made) == 1
 
     def test_no_compiler(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("PATH", "/nowhere")
@@ -233,7 +251,7 @@ class TestCompiling:
         monkeypatch.setattr(compiling, "FLAGS", (*compiling.FLAGS, "-fno-such-flag"))
         with pytest.raises(UserError, match=r"(?s)ordered_attention.cpp could not be compiled: .*no-such-flag"):
             compiling.compiled("ordered_attention")
-        assert list(folder.iterdir()) == []
+        assert list(folder.glob("*.so")) == []
 
     def test_a_folder_that_cannot_be(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("")

@@ -53,10 +53,10 @@ def test_a_row_is_all_that_a_new_backend_takes(with_trial: Any) -> None:
 
 def test_auto_passes_over_what_cannot_and_says_why_where_it_is_made_for_the_device(with_trial: Any) -> None:
     unfit = UserError("it lacks a kernel.")
-    with pytest.warns(UserWarning, match="torch alone, which is slow on CPU: it lacks a kernel"):
-        assert make_backend("auto", CPU, NEEDS, with_trial(unfit)).name == "torch"
+    with pytest.warns(UserWarning, match="runs on cpu, which is slower on CPU: it lacks a kernel"):
+        assert make_backend("auto", CPU, NEEDS, with_trial(unfit)).name == "cpu"
     # Nobody who is on another device wants to hear of it.
-    assert make_backend("auto", CPU, NEEDS, with_trial(unfit, frozenset({"cuda"}))).name == "torch"
+    assert make_backend("auto", CPU, NEEDS, with_trial(unfit, frozenset({"cuda"}))).name == "cpu"
     with pytest.raises(UserError, match="it lacks a kernel"):
         check_choice("trial", CPU, NEEDS, with_trial(unfit))
 

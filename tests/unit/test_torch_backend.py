@@ -368,11 +368,12 @@ def test_of_a_store_in_fp8_no_more_is_cast_than_a_call_takes(monkeypatch):
     assert 0 < max(cast) <= 12 * K * D
 
 
-def test_auto_and_torch_name_this_backend_on_cpu_and_nothing_else_does():
-    needs = AttentionNeeds(torch.float32, ())
-    assert make_backend("auto", CPU, needs).name == make_backend("torch", CPU, needs).name == "torch"
+def test_torch_names_this_backend_and_auto_where_no_other_can():
+    assert make_backend("torch", CPU, AttentionNeeds(torch.float32, ())).name == "torch"
+    with pytest.warns(UserWarning, match="sums in float32"):
+        assert make_backend("auto", CPU, AttentionNeeds(torch.float64, ())).name == "torch"
     with pytest.raises(UserError, match='unknown backend "cudnn"'):
-        make_backend("cudnn", CPU, needs)
+        make_backend("cudnn", CPU, AttentionNeeds(torch.float32, ()))
 
 
 def of_latents(rows):

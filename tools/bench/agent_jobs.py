@@ -148,7 +148,6 @@ class Sessions:
         blocks = job.num_samples * (-(-longest // BLOCK_SIZE)) + 1
         config = {
             "dtype": "float32",
-            "backend": "torch",
             "block_size": BLOCK_SIZE,
             "kv_cache_gib": blocks * BLOCK_SIZE * self._shape.kv_bytes_per_token / 2**30,
             "max_num_batched_tokens": STEP_TOKENS,

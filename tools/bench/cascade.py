@@ -205,7 +205,7 @@ def describe(runs: dict[str, dict[str, list[Run]]], workloads: Sequence[Workload
 
 
 def _min_saved_keys() -> int:
-    from cpinfer.attention.backends.torch_backend import MIN_SAVED_KEYS
+    from cpinfer.attention.backends.cpu_backend import MIN_SAVED_KEYS
 
     return MIN_SAVED_KEYS
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 import cpinfer
-from cpinfer.attention.backends.torch_backend import TorchBackend
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.registry import make_backend
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.step import Step
@@ -44,9 +45,8 @@ class DecodeSteps:
                 shape = (2, context_tokens, layout.num_heads, layout.k_dim)
                 k, v = torch.randn(shape, generator=generator)[:, positions]
                 cache.write(layer, slots, (k, v))
-        self._steps = make_step_runner(
-            runner, topology, config, sharding, TorchBackend(runner.device), cache, StopChecker((), None)
-        )
+        backend = make_backend("auto", runner.device, AttentionNeeds(runner.dtype, ()))
+        self._steps = make_step_runner(runner, topology, config, sharding, backend, cache, StopChecker((), None))
         params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
         sequences = []
         for i, block_table in enumerate(tables):

@@ -252,7 +252,7 @@ def unequal_rounds(name: str, runs: Sequence[Run]) -> list[str]:
 # Functions that do not call each other but where a part's own do, by file and name, each with all that it calls.
 WITHIN = {
     "attention": {
-        ("torch_backend.py", "run"),
+        ("cpu_backend.py", "run"),
         ("ordered_attention.py", "run"),
         ("ordered_attention.py", "states"),
         ("ordered_attention.py", "merge_ordered"),

@@ -92,7 +92,6 @@ def waiting_step_us(shape: ModelShape, num_waiting: int, num_running: int, num_s
     per_request = -(-(PROMPT_LEN + num_steps + 8) // BLOCK_SIZE)
     config = {
         "dtype": "float32",
-        "backend": "torch",
         "block_size": BLOCK_SIZE,
         "kv_cache_gib": (num_running + 1) * per_request * BLOCK_SIZE * shape.kv_bytes_per_token / 2**30,
         "max_num_seqs": num_running,

@@ -34,7 +34,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import cpinfer
-from cpinfer.attention.backends.torch_backend import TorchBackend
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.registry import make_backend
 from cpinfer.comm.axis import SoloComm
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import agree_on_tokens
@@ -165,7 +166,7 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
     assert first is not None
     scheduler.commit(first, sampled, lambda sequence: False)
 
-    backend, replica = TorchBackend(CPU), SoloComm()
+    backend, replica = make_backend("auto", CPU, AttentionNeeds(torch.float32, ())), SoloComm()
     places = [(0, i) for i in range(num_sequences)]
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
 

@@ -24,7 +24,7 @@ class BackendModule(Protocol):
     """What the module of a row has."""
 
     def unfit(self, device: torch.device, needs: AttentionNeeds) -> UserError | None:
-        """Why the backend cannot do what is `needed` on `device`; None when it can. Loads no kernels."""
+        """Why the backend cannot do what is `needed` on `device`; None when it can. Runs nothing there."""
         ...
 
     def make(self, device: torch.device, needs: AttentionNeeds) -> AttentionBackend:
@@ -50,6 +50,7 @@ class BackendRow:
 # In the order in which `auto` asks them: the fastest first, and last the one that can always.
 BACKENDS: Mapping[str, BackendRow] = {
     "flashinfer": BackendRow("cpinfer.attention.backends.flashinfer.backend", frozenset({"cuda"})),
+    "cpu": BackendRow("cpinfer.attention.backends.cpu_backend", frozenset({"cpu"})),
     "torch": BackendRow("cpinfer.attention.backends.torch_backend"),
 }
 
@@ -87,7 +88,7 @@ def make_backend(
             if passed_over:
                 why = " ".join(map(str, passed_over))
                 warnings.warn(
-                    f"attention runs on {other} alone, which is slow on {device.type.upper()}: {why}", stacklevel=2
+                    f"attention runs on {other}, which is slower on {device.type.upper()}: {why}", stacklevel=2
                 )
             return row.code.make(device, needs)
         passed_over.append(error)

@@ -1,18 +1,21 @@
 """Compiles the C++ files of this folder, each into a library of plain functions, and keeps what came of it.
 
 A library is named by what it was made from: source, compiler, flags, processor. So a folder of them may be shared by
-machines, and ranks that compile at once each put the same thing in place.
+machines. Of the ranks of a machine one compiles, and the others wait for what it puts in place.
 """
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -35,7 +38,10 @@ def compiled(name: str) -> ctypes.CDLL:
     library = _folder() / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():  # an error, too, in a folder that may not be looked into
-            _compile(compiler, source, library)
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(library.parent):
+                if not library.exists():
+                    _compile(compiler, source, library)
         return ctypes.CDLL(str(library))
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
@@ -44,8 +50,19 @@ def compiled(name: str) -> ctypes.CDLL:
         ) from error
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """A block that one process at a time is in; a lock goes with the process that holds it, however it ends.
+
+    File systems that have no locks let all in: each then puts the same thing in place.
+    """
+    with (folder / "compiling.lock").open("w") as lock:
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def _compile(compiler: str, source: Path, library: Path) -> None:
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
         command = [compiler, *FLAGS, str(source), "-o", str(made)]

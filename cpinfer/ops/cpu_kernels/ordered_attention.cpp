@@ -57,6 +57,20 @@ inline Lanes exp_lanes(Lanes x) {
     return is_zero ? all(0.0f) : y;
 }
 
+// tanh by a polynomial near 0 (Cephes), where the quotient behind it would lose what is left of small numbers.
+inline Lanes tanh_lanes(Lanes x) {
+    const Lanes size = x < 0.0f ? -x : x, square = x * x;
+    Lanes y = all(-5.70498872745e-3f);
+    y = y * square + 2.06390887954e-2f;
+    y = y * square - 5.37397155531e-2f;
+    y = y * square + 1.33314422036e-1f;
+    y = y * square - 3.33332819422e-1f;
+    y = y * square * x + x;
+    const Lanes t = exp_lanes(size * -2.0f);
+    const Lanes far = (1.0f - t) / (1.0f + t);
+    return size < 0.625f ? y : x < 0.0f ? -far : far;
+}
+
 inline float exp_one(float x) { return exp_lanes(all(x))[0]; }
 
 // Lane i and lane i + HALF, for every i: half the lanes of a tree.
@@ -372,9 +386,7 @@ struct Unit {
         const bool is_full = first == 0 && last == groups * LANES;
         for (int g = 0; g < groups; g++) {
             Lanes x = logits[g] * call.scale;
-            if (call.soft_cap != 0.0f) {
-                for (int i = 0; i < LANES; i++) x[i] = call.soft_cap * std::tanh(x[i] / call.soft_cap);
-            }
+            if (call.soft_cap != 0.0f) x = tanh_lanes(x / call.soft_cap) * call.soft_cap;
             if (!is_full) x = ((lane >= first - g * LANES) & (lane < last - g * LANES)) ? x : all(NONE);
             peaks = larger(x, peaks);
             scaled[g] = x;

@@ -54,7 +54,7 @@ class Cpinfer:
     shape: ModelShape
     name: str = "cpinfer"
     dtype: str = "float32"
-    backend: str = "torch"
+    backend: str = "auto"
     step_tokens: int = STEP_TOKENS
     cuda_graphs: bool = False
     deterministic: bool = False
