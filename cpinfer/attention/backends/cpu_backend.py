@@ -9,7 +9,9 @@ The kernel is `ops/ordered_attention.py`, over one virtual shard. It is compiled
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,7 +56,7 @@ def make(device: torch.device, needs: AttentionNeeds) -> CpuBackend:
 
 def _torch_multiplies_faster() -> bool:
     """Whether torch's products of large matrices are faster here than loops that a compiler makes."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older torch
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # unknown to older torch
     return "AMD" not in str(capabilities.get("cpu_name", ""))
 
 
