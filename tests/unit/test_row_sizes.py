@@ -50,7 +50,7 @@ def test_a_row_has_the_same_bits_in_any_number_of_rows_at_any_place(shape, dtype
 @BOTH
 def test_the_products_of_torch_differ(dtype):
     """Negative control."""
-    weight = a_weight((512, 512), dtype)
+    weight = a_weight((512, 1376), dtype)
     assert differing(lambda x: F.linear(x, weight), cancelling(300, weight))
 
 
@@ -60,6 +60,18 @@ def test_sizes_that_do_not_agree_would_show(dtype, monkeypatch):
     monkeypatch.setattr(module, "row_sizes", lambda kind: (1, *CANDIDATES))
     weight = a_weight((512, 1376), dtype)
     assert differing(lambda x: linear_by_rows(x, weight), cancelling(300, weight))
+
+
+@pytest.mark.parametrize("shape", [(11, 30), (3, 30), (1, 7)], ids=str)
+def test_rows_that_no_vector_fits_have_the_same_bits_wherever_they_begin(shape):
+    """Of few outputs some libraries add the numbers apart that lie before a place where a vector may begin."""
+    weight = a_weight(shape, torch.float32)
+    rows = cancelling(300, weight)
+    assert differing(lambda x: linear_by_rows(x, weight), rows) == []
+    wanted = linear_by_rows(rows, weight)
+    for by in (1, 2, 3, 5):
+        moved = torch.zeros(rows.numel() + by)[by:].view(rows.shape).copy_(rows)
+        assert torch.equal(linear_by_rows(moved, weight), wanted)
 
 
 @BOTH
