@@ -29,7 +29,7 @@ from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
-from cpinfer.engine.scheduler import SchedulerStats
+from cpinfer.engine.scheduler_stats import SchedulerStats
 from cpinfer.layout.shards import KVSharding
 from generation_cases import Case
 from small_tokenizers import VOCAB_SIZE, tokenizer_of

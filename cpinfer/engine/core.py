@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from cpinfer.engine.agreement import Says
 from cpinfer.engine.request import Request, SampledRequest
-from cpinfer.engine.scheduler import Scheduler, SchedulerStats
+from cpinfer.engine.scheduler import Scheduler
+from cpinfer.engine.scheduler_stats import SchedulerStats
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker

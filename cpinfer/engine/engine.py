@@ -17,7 +17,7 @@ from cpinfer.engine.needs import RankNeeds
 from cpinfer.engine.open_requests import OpenRequests, RequestOutput
 from cpinfer.engine.prompts import PromptLike, PromptsLike, longest_prompt
 from cpinfer.engine.request import Request, RolloutResult, SampledRequest, ScoreResult, in_waves
-from cpinfer.engine.scheduler import SchedulerStats
+from cpinfer.engine.scheduler_stats import SchedulerStats
 from cpinfer.engine.sessions import Session
 from cpinfer.engine.step_factory import make_scheduler, make_steps
 from cpinfer.engine.step_runner import StepRunner

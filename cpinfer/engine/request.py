@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal
 
 from cpinfer.config import SamplingParams
+from cpinfer.kv_cache.prefix_cache import Key
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -92,6 +93,8 @@ class Request(ABC):
     blocks: list[int] = field(default_factory=list)
     # Blocks at the front that it gave back, because no layer sees their tokens any more; their numbers are gone.
     num_dropped: int = 0
+    # Of the whole units of its tokens, as far as they have been asked for: tokens are appended, never changed.
+    prefix_keys: list[Key] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     finished_s: float | None = None
 
@@ -99,6 +102,11 @@ class Request(ABC):
     @abstractmethod
     def all_token_ids(self) -> tuple[int, ...]:
         """What a prefill computes for it now."""
+
+    @property
+    @abstractmethod
+    def num_tokens(self) -> int:
+        """How many those are."""
 
     @property
     @abstractmethod
@@ -182,6 +190,10 @@ class SampledRequest(Request):
     def all_token_ids(self) -> tuple[int, ...]:
         """Prompt and answer so far."""
         return (*self.prompt.token_ids, *self.token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.token_ids) + len(self.sampled)
 
     @property
     def last_token_id(self) -> int:
@@ -286,6 +298,10 @@ class ScoredRequest(Request):
     @property
     def all_token_ids(self) -> tuple[int, ...]:
         return (*self.prompt.token_ids, *self.targets[:-1])
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt.token_ids) + len(self.targets[:-1])
 
     @property
     def max_length(self) -> int:

@@ -12,48 +12,24 @@ order, no randomised hash.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
 from cpinfer.engine.kept_requests import KeptRequests
+from cpinfer.engine.known_prefixes import KnownPrefixes
 from cpinfer.engine.request import FinishReason, Request, SampledRequest, SampledToken, TokenScore
+from cpinfer.engine.scheduler_stats import HomeLoad, SchedulerStats
 from cpinfer.engine.step import Chunk, Prefill, Step, StepDraft
 from cpinfer.engine.waiting_queue import WaitingQueue
 from cpinfer.errors import EngineFaultError
 from cpinfer.kv_cache.home import KVHome
+from cpinfer.kv_cache.prefix_cache import Key
 from cpinfer.layout.shards import KVSharding
 
 # Places of given answers that one step scores at most, so that logits stay small: 0.6 GB with 150k words.
 MAX_SCORED_POSITIONS = 1024
-
-
-@dataclass
-class SchedulerStats:
-    """What happened, counted: tokens that prefills computed (again after a preemption), found cached, and sampled."""
-
-    num_preemptions: int = 0
-    num_computed_prefill_tokens: int = 0
-    num_cached_prefill_tokens: int = 0
-    num_generated_tokens: int = 0
-
-    def __sub__(self, before: SchedulerStats) -> SchedulerStats:
-        """What was counted since `before`."""
-        return SchedulerStats(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
-
-
-@dataclass
-class HomeLoad:
-    """What is under way in one home: the samples that are prefilled or run, and the blocks that forks will take."""
-
-    num_active: int = 0
-    num_reserved_blocks: int = 0
-
-
-def sum_stats(parts: Sequence[SchedulerStats]) -> SchedulerStats:
-    """The counts of several schedulers together."""
-    fields = [astuple(part) for part in parts]
-    return SchedulerStats(*map(sum, zip(*fields, strict=True)))
 
 
 @dataclass
@@ -84,6 +60,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._load = [HomeLoad() for _ in self.homes]
+        self._prefixes = KnownPrefixes(self.homes, self.sharding)
         self._kept = KeptRequests(len(self.homes), self.max_kept_tokens)
         # A decode step computes one token per request, so the token budget bounds the requests too.
         self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
@@ -144,15 +121,19 @@ class Scheduler:
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
             if self.window is not None:
                 self._drop_dead_of_leaders(chunk.prefill)
+            elif self._waiting and not chunk.is_last:  # somebody may wait for what they have in common
+                self._prefixes.remember(chunk.prefill)
             found = list(islice(next_scores, len(chunk.scored_positions)))
             for request in chunk.prefill.requests:  # samples of one prompt share its scores
                 request.scores += found
             if chunk.is_last:
-                self._remember(chunk.prefill)
+                self._prefixes.remember(chunk.prefill)
                 started += self._fork(chunk.prefill)
                 finished += self._end_scored(chunk.prefill)
         if step.chunks:
             self._prefilling = [p for p in self._prefilling if p.num_computed_tokens < len(p.token_ids)]
+            for ended in (chunk.prefill for chunk in step.chunks if chunk.is_last):
+                self._prefixes.withdraw(ended, ended.leaders)
         self._running += started
         for request in started if step.chunks else step.running:
             request.sampled.append(token_of[id(request)])
@@ -207,7 +188,7 @@ class Scheduler:
     def _leave_prefill(self, prefill: Prefill, leaving: Set[int]) -> None:
         """Take requests out of a prefill under way; where a leader leaves, another one gets its blocks."""
         if prefill.num_computed_tokens:
-            self._remember(prefill)
+            self._prefixes.remember(prefill)
         mutable = self._num_mutable_blocks(len(prefill.token_ids))
         for index, leader in list(prefill.leaders.items()):
             here = [r for r in prefill.requests if r.home == index]
@@ -216,6 +197,7 @@ class Scheduler:
             load.num_active -= len(here) - len(staying)
             load.num_reserved_blocks -= (len(here) - max(1, len(staying))) * mutable
             if not staying:
+                self._prefixes.withdraw(prefill, [index])
                 self.homes[index].release(leader.take_blocks())
                 del prefill.leaders[index]
             elif id(leader) in leaving:
@@ -255,7 +237,8 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Every block is free, remembered, or held by an unfinished request. ValueError names a leak."""
         for index, home in enumerate(self.homes):
-            home.check_integrity(b for s in self._holders() if s.home == index for b in s.held_blocks)
+            announced = Counter(key for p in self._prefilling if index in p.leaders for key in p.prefix_keys)
+            home.check_integrity((b for s in self._holders() if s.home == index for b in s.held_blocks), announced)
         counted = self._counted_load()
         if counted != self._load:
             raise ValueError(f"scheduler is inconsistent: it knows of {self._load}, under way are {counted}")
@@ -298,9 +281,12 @@ class Scheduler:
         if first.continues is not None and first.continues in self._kept:
             return self._continue(first, first.continues)
         group = [first, *takewhile(first.shares_prefill_with, islice(waiting, places - 1))]
-        token_ids = first.all_token_ids
+        # Whose logits are read is computed.
+        keys = self._prefixes.keys(first, first.first_logits_place)
         members = self._assign_to_homes(group)
-        while not self._make_room_for(len(token_ids), members):
+        if self._prefixes.are_worth_waiting_for(first, keys, _places(members)):
+            return None
+        while not self._make_room_for(first, keys, members):
             if len(group) == 1:
                 return None
             members[group.pop().home] -= 1
@@ -309,8 +295,8 @@ class Scheduler:
             request.continues = None  # its KV is not kept; what is remembered of it is found like any prefix
         for load, num_samples in zip(self._load, members, strict=True):
             load.num_active += num_samples
-            load.num_reserved_blocks += max(0, num_samples - 1) * self._num_mutable_blocks(len(token_ids))
-        return self._start(token_ids, group)
+            load.num_reserved_blocks += max(0, num_samples - 1) * self._num_mutable_blocks(first.num_tokens)
+        return self._start(keys, group)
 
     def _assign_to_homes(self, group: list[Request]) -> list[int]:
         """Each sample to the home with the fewest active ones, or of what it continues. How many each home got."""
@@ -321,29 +307,31 @@ class Scheduler:
             after[request.home] += 1
         return [now - then for now, then in zip(after, before, strict=True)]
 
-    def _make_room_for(self, length: int, members: list[int]) -> bool:
+    def _make_room_for(self, request: Request, keys: Sequence[Key], members: Sequence[int]) -> bool:
         """Whether every home has the blocks of its leader, and of what its other `members` cannot share with it.
 
         What the samples of prefills under way will take when they fork is spoken for. Remembered prefixes of this very
-        prompt are not counted in: that they are here does not make them free.
+        prompt need no room, and give none.
         """
-        whole, mutable = self.sharding.num_blocks(length), self._num_mutable_blocks(length)
+        homes, mutable = _places(members), self._num_mutable_blocks(request.num_tokens)
+        known = self._prefixes.remembered(keys, homes)
+        new = self.sharding.num_blocks(request.num_tokens)
+        new -= self.sharding.num_blocks(self._prefixes.num_tokens(known))
         return all(
-            self._make_room(index, whole + (num_samples - 1) * mutable + load.num_reserved_blocks)
-            for index, (load, num_samples) in enumerate(zip(self._load, members, strict=True))
-            if num_samples
+            self._make_room(index, new + (members[index] - 1) * mutable + self._load[index].num_reserved_blocks, known)
+            for index in homes
         )
 
-    def _make_room(self, index: int, num_blocks: int) -> bool:
-        """Whether a home has so many blocks; those of kept requests are given up for it where that is enough."""
+    def _make_room(self, index: int, num_blocks: int, beside: Sequence[Key] = ()) -> bool:
+        """Whether a home has so many blocks; those of kept requests are given up for it where that may be enough."""
         home = self.homes[index]
-        if home.has(num_blocks):
+        if home.has(num_blocks, beside):
             return True
-        if not home.has(num_blocks - self._kept.num_blocks[index]):
+        if not home.has(num_blocks - self._kept.num_blocks[index], beside):
             return False
         while (oldest := self._kept.oldest(index)) is not None:
             self._put_back(oldest)
-            if home.has(num_blocks):
+            if home.has(num_blocks, beside):
                 return True
         return False
 
@@ -351,29 +339,31 @@ class Scheduler:
         """Blocks of a sequence of `length` tokens that samples cannot share when they fork: each takes its own."""
         return self.sharding.num_blocks(length) - self.sharding.num_immutable_blocks(length)
 
-    def _start(self, token_ids: tuple[int, ...], group: list[Request]) -> Prefill:
+    def _start(self, keys: Sequence[Key], group: list[Request]) -> Prefill:
         """Find what is remembered of the tokens, and take blocks for the rest."""
         leaders: dict[int, Request] = {}
         for request in group:
             leaders.setdefault(request.home, request)
-        # Whose logits are read is computed; and every home starts where the poorest does.
-        known = {h: self.homes[h].prefixes.match(token_ids, group[0].first_logits_place) for h in leaders}
-        shortest = min(map(len, known.values()))
-        total = self.sharding.num_blocks(len(token_ids))
+        known = self._prefixes.remembered(keys, leaders)
+        total = self.sharding.num_blocks(group[0].num_tokens)
         for index, leader in leaders.items():
-            home = self.homes[index]
-            home.release(known[index][shortest:])
-            blocks = known[index][:shortest]
-            room = self.sharding.num_blocks(leader.max_cached_tokens) - shortest
-            leader.blocks = blocks + home.take(total - shortest, room=room)
-        num_computed_tokens = self.homes[group[0].home].prefixes.tokens_of(known[group[0].home][:shortest])
-        self.stats.num_cached_prefill_tokens += num_computed_tokens
-        return Prefill(token_ids, tuple(group), leaders, num_computed_tokens)
+            blocks = self.homes[index].prefixes.match(known)
+            room = self.sharding.num_blocks(leader.max_cached_tokens) - len(blocks)
+            leader.blocks = blocks + self.homes[index].take(total - len(blocks), room=room)
+        return self._prefill(group, leaders, self._prefixes.num_tokens(known))
+
+    def _prefill(self, group: Sequence[Request], leaders: dict[int, Request], num_cached: int) -> Prefill:
+        """A prefill that is under way, of whose tokens so many are cached."""
+        self.stats.num_cached_prefill_tokens += num_cached
+        keys = self._prefixes.keys(group[0], group[0].num_tokens)
+        prefill = Prefill(group[0].all_token_ids, tuple(group), leaders, num_cached, keys)
+        self._prefixes.announce(prefill)
+        return prefill
 
     def _continue(self, request: Request, before: SampledRequest) -> Prefill | None:
         """Start a request on the blocks of the one that it continues; None when it has to wait."""
-        token_ids, load = request.all_token_ids, self._load[before.home]
-        missing = self.sharding.num_blocks(len(token_ids)) - len(before.blocks)
+        load = self._load[before.home]
+        missing = self.sharding.num_blocks(request.num_tokens) - len(before.blocks)
         self._kept.remove(before)  # not to make room for itself
         if not self._make_room(before.home, missing + load.num_reserved_blocks):
             self._kept.add(before)
@@ -384,8 +374,7 @@ class Scheduler:
         request.blocks = before.blocks + self.homes[before.home].take(missing, after=after)
         before.blocks, before.num_dropped = [], 0
         load.num_active += 1
-        self.stats.num_cached_prefill_tokens += before.next_position
-        return Prefill(token_ids, (request,), {request.home: request}, before.next_position)
+        return self._prefill([request], {request.home: request}, before.next_position)
 
     def _fork(self, prefill: Prefill) -> list[SampledRequest]:
         """End a prefill: samples share their leader's blocks, but for those that they will write to.
@@ -407,6 +396,7 @@ class Scheduler:
                 room = self.sharding.num_blocks(request.max_cached_tokens) - num_shared
                 copied = home.take(len(own), room=room)
                 request.blocks = leader.blocks[:num_shared] + copied
+                request.prefix_keys = list(leader.prefix_keys)
                 request.num_dropped = leader.num_dropped
                 if own:
                     self.blocks_to_copy.setdefault(request.home, []).extend(zip(own, copied, strict=True))
@@ -474,17 +464,12 @@ class Scheduler:
         self._give_up(kept)
 
     def _give_up(self, request: SampledRequest) -> None:
-        computed = request.all_token_ids[: request.next_position]
-        self.homes[request.home].prefixes.insert(computed, request.blocks)
+        keys = self._prefixes.keys(request, request.next_position)
+        self.homes[request.home].prefixes.insert(keys, request.blocks)
         self.homes[request.home].release(request.take_blocks())
 
-    def _remember(self, prefill: Prefill) -> None:
-        """A prompt that is sampled again or continued is worth remembering, as far as it is computed."""
-        for index, leader in prefill.leaders.items():
-            self.homes[index].prefixes.insert(prefill.token_ids[: prefill.num_computed_tokens], leader.blocks)
-
     def _drop_dead_of_leaders(self, prefill: Prefill) -> None:
-        self._remember(prefill)  # answers are not hashed block by block
+        self._prefixes.remember(prefill)  # answers are not hashed block by block
         for leader in prefill.leaders.values():
             self._drop_dead(leader, prefill.num_computed_tokens)
 
@@ -494,3 +479,8 @@ class Scheduler:
         num_dead = self.sharding.num_dead_blocks(num_cached, self.window)
         if num_dead > request.num_dropped:
             self.homes[request.home].release(request.drop_blocks(num_dead))
+
+
+def _places(members: Sequence[int]) -> list[int]:
+    """Homes that got any."""
+    return [index for index, num in enumerate(members) if num]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cpinfer.engine.request import Request, SampledRequest, ScoredRequest
+from cpinfer.kv_cache.prefix_cache import Key
 
 
 @dataclass(eq=False)
@@ -12,13 +14,14 @@ class Prefill:
     """Tokens being computed for all `requests` that continue them: n samples of a prompt, or one request alone.
 
     In each home with requests one of them is the leader, which owns the blocks until the others fork off.
-    `num_computed_tokens` tokens have KV in the home of every leader.
+    `num_computed_tokens` tokens have KV in the home of every leader. `prefix_keys` are those of all its whole units.
     """
 
     token_ids: tuple[int, ...]
     requests: tuple[Request, ...]
     leaders: dict[int, Request]
     num_computed_tokens: int
+    prefix_keys: Sequence[Key]
 
     @property
     def samples(self) -> tuple[SampledRequest, ...]:

@@ -8,14 +8,18 @@ The cache holds a reference of its own to each block of a unit; a block that nob
 that have one are evicted, least recently used first; a use counts for the units before it too, so those that follow go
 before them. Which blocks are idle is known at any time and never looked for: `note_release` is told of all that
 sequences give back.
+
+Units that are being computed are known too, to whom it is worth to wait for them: `announce` and `withdraw`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from itertools import takewhile
 
 import numpy as np
 
@@ -23,6 +27,15 @@ from cpinfer.kv_cache.block_pool import BlockPool
 from cpinfer.layout.shards import KVSharding
 
 Key = bytes
+
+
+def extend_keys(keys: list[Key], token_ids: Sequence[int], unit: int) -> None:
+    """Append the keys of the whole units of `token_ids` that are not there: the first ones are, as far as they go."""
+    key = keys[-1] if keys else b""
+    for end in range((len(keys) + 1) * unit, len(token_ids) + 1, unit):
+        tokens = np.asarray(token_ids[end - unit : end], dtype=np.int64)
+        key = hashlib.blake2b(key + tokens.tobytes(), digest_size=16).digest()
+        keys.append(key)
 
 
 @dataclass
@@ -35,14 +48,18 @@ class _Unit:
 
 
 class PrefixCache:
-    """Units of one home's pool, by key. `enabled=False` finds nothing and keeps nothing."""
+    """Units of one home's pool, by key. `keys` of a sequence are those of its whole units, as `extend_keys` has them.
 
-    def __init__(self, pool: BlockPool, sharding: KVSharding, *, enabled: bool = True) -> None:
+    `is_enabled=False` finds nothing and keeps nothing.
+    """
+
+    def __init__(self, pool: BlockPool, sharding: KVSharding, *, is_enabled: bool = True) -> None:
         self._pool = pool
         self._unit = sharding.prefix_unit
         self._blocks_per_unit = sharding.prefix_unit // (sharding.num_shards * sharding.block_size)
-        self._enabled = enabled
+        self.is_enabled = is_enabled
         self._units: dict[Key, _Unit] = {}
+        self._announced: Counter[Key] = Counter()
         self._num_uses = 0
         self.num_evicted_units = 0
         # Samples share blocks of a prompt up to the last whole block, not the last whole unit: units that begin alike
@@ -56,19 +73,35 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._units)
 
-    def match(self, token_ids: Sequence[int], max_tokens: int) -> list[int]:
-        """Blocks of the longest known prefix of whole units within `max_tokens`, with a reference for the caller."""
-        found: list[Key] = []
-        if self._units:
-            for key in self._keys(token_ids[:max_tokens]):
-                if key not in self._units:
-                    break
-                found.append(key)
+    def num_known(self, keys: Sequence[Key]) -> int:
+        """How many of the first units are here."""
+        return sum(1 for _ in takewhile(self._units.__contains__, keys))
+
+    def num_coming(self, keys: Sequence[Key]) -> int:
+        """How many of the first units are being computed."""
+        return sum(1 for _ in takewhile(self._announced.__contains__, keys))
+
+    def match(self, keys: Sequence[Key]) -> list[int]:
+        """Blocks of the first units as far as they are here, with a reference for the caller."""
+        found = list(takewhile(self._units.__contains__, keys))
         blocks = [block for key in found for block in self._units[key].blocks]
         self._pool.share(blocks)
         self._idle_blocks.difference_update(blocks)
         self._touch(found)
         return blocks
+
+    def announce(self, keys: Sequence[Key]) -> None:
+        """Somebody computes these units now."""
+        if self.is_enabled:
+            self._announced.update(keys)
+
+    def withdraw(self, keys: Sequence[Key]) -> None:
+        """Somebody who computed these units does no longer: all are remembered, or never will be."""
+        if self.is_enabled:
+            self._announced.subtract(keys)
+            for key in keys:
+                if not self._announced[key]:
+                    del self._announced[key]
 
     def note_release(self, blocks: Sequence[int]) -> None:
         """Take note that sequences have given `blocks` back to the pool."""
@@ -79,19 +112,15 @@ class PrefixCache:
                 for key in keys:
                     self._enqueue(key)
 
-    def tokens_of(self, blocks: Sequence[int]) -> int:
-        """Tokens that the blocks of whole units hold."""
-        return len(blocks) // self._blocks_per_unit * self._unit
-
-    def insert(self, token_ids: Sequence[int], blocks: Sequence[int]) -> None:
-        """Remember the whole units of computed `token_ids`, which lie in the first of `blocks`.
+    def insert(self, keys: Sequence[Key], blocks: Sequence[int]) -> None:
+        """Remember computed units, which lie in the first of `blocks`.
 
         Negative numbers stand for blocks that were given back: a unit that had one ends what can be remembered.
         """
-        if not self._enabled:
+        if not self.is_enabled:
             return
-        keys = []
-        for i, key in enumerate(self._keys(token_ids)):
+        known = []
+        for i, key in enumerate(keys):
             if key not in self._units:
                 unit = list(blocks[i * self._blocks_per_unit : (i + 1) * self._blocks_per_unit])
                 if min(unit) < 0:
@@ -100,8 +129,8 @@ class PrefixCache:
                 self._units[key] = _Unit(unit)
                 for block in unit:
                     self._units_of[block] = (*self._units_of.get(block, ()), key)
-            keys.append(key)
-        self._touch(keys)
+            known.append(key)
+        self._touch(known)
 
     def evict(self, num_blocks: int) -> None:
         """Give up units until `num_blocks` blocks are free in the pool, or no block is left that could be."""
@@ -115,12 +144,21 @@ class PrefixCache:
                     self._forget(key)
                     self.num_evicted_units += 1
 
-    def can_evict(self, num_blocks: int) -> bool:
-        """Whether `evict` could free so many blocks: whether there are so many that no sequence reads."""
-        return len(self._idle_blocks) >= num_blocks
+    def can_evict(self, num_blocks: int, beside: Sequence[Key] = ()) -> bool:
+        """Whether `evict` could free so many blocks: whether so many are idle, those of units `beside` not counted."""
+        missing = num_blocks - len(self._idle_blocks)
+        if missing > 0 or not beside:
+            return missing <= 0
+        theirs = (block for key in beside for block in self._units[key].blocks)
+        return missing + len(self._idle_blocks.intersection(theirs)) <= 0
 
-    def check_integrity(self) -> None:
-        """What is known to be idle is what is idle. ValueError names the blocks where it is not."""
+    def check_integrity(self, announced: Mapping[Key, int]) -> None:
+        """What is known to be idle is idle, and to be coming is coming: ValueError says where not.
+
+        `announced`: by how many each unit is computed now.
+        """
+        if self.is_enabled and announced != self._announced:
+            raise ValueError(f"prefix cache is inconsistent: {len(self._announced)} units are waited for in vain")
         idle = {block for block, keys in self._units_of.items() if self._pool.refs(block) == len(keys)}
         if idle != self._idle_blocks:
             raise ValueError(
@@ -164,11 +202,3 @@ class PrefixCache:
         if len(self._queue) > 2 * len(self._units):  # most of it is old
             self._queue = [(u.last_use, k) for k, u in self._units.items() if u.queued_use == u.last_use]
             heapify(self._queue)
-
-    def _keys(self, token_ids: Sequence[int]) -> Iterator[Key]:
-        """The key of each whole unit."""
-        key = b""
-        for end in range(self._unit, len(token_ids) + 1, self._unit):
-            tokens = np.asarray(token_ids[end - self._unit : end], dtype=np.int64)
-            key = hashlib.blake2b(key + tokens.tobytes(), digest_size=16).digest()
-            yield key

@@ -33,7 +33,7 @@ from cpinfer.attention.steps import DecodeStep, PrefillStep
 from cpinfer.config import SamplingParams
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
-from cpinfer.engine.scheduler import SchedulerStats
+from cpinfer.engine.scheduler_stats import SchedulerStats
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.models import latent_attention

@@ -5,11 +5,12 @@ from itertools import count
 import pytest
 
 from cpinfer.kv_cache.block_pool import BlockPool
-from cpinfer.kv_cache.prefix_cache import PrefixCache
+from cpinfer.kv_cache.prefix_cache import PrefixCache, extend_keys
 from cpinfer.layout.shards import KVSharding
 from line_count import lines_run
 
 SHARDING = KVSharding(num_shards=1, interleave=4, block_size=4)
+FORKED = KVSharding(1, 6, 2)
 A, B = list(range(100, 140)), list(range(200, 240))
 
 
@@ -21,18 +22,24 @@ def release(pool, cache, blocks):
     """As a sequence gives its blocks back."""
     pool.release(blocks)
     cache.note_release(blocks)
-    cache.check_integrity()
+    cache.check_integrity({})
 
 
 def make_cache(num_blocks=20, sharding=SHARDING, enabled=True):
     pool = BlockPool(num_blocks)
-    return pool, PrefixCache(pool, sharding, enabled=enabled)
+    return pool, PrefixCache(pool, sharding, is_enabled=enabled)
+
+
+def keys_of(tokens, sharding=SHARDING):
+    keys = []
+    extend_keys(keys, list(tokens), sharding.prefix_unit)
+    return keys
 
 
 def compute(pool, cache, tokens, sharding=SHARDING):
     """Blocks of a sequence that computed all of `tokens`, which are then remembered."""
     blocks = pool.allocate(sharding.num_blocks(len(tokens)))
-    cache.insert(tokens, blocks)
+    cache.insert(keys_of(tokens, sharding), blocks)
     return blocks
 
 
@@ -43,9 +50,9 @@ def remember(pool, cache, tokens, sharding=SHARDING):
     return blocks
 
 
-def match(pool, cache, tokens, max_tokens=10**6):
+def match(pool, cache, tokens, max_tokens=10**6, sharding=SHARDING):
     """What matches, without keeping the reference."""
-    blocks = cache.match(tokens, max_tokens)
+    blocks = cache.match(keys_of(tokens[:max_tokens], sharding))
     release(pool, cache, blocks)
     return blocks
 
@@ -74,9 +81,8 @@ def test_whole_units_of_lcm_of_interleave_and_block_times_shards_are_remembered(
     blocks = compute(pool, cache, tokens, sharding)
     assert len(cache) == 3
     for length in range(len(tokens) + 1):
-        found = match(pool, cache, tokens[:length])
+        found = match(pool, cache, tokens[:length], sharding=sharding)
         assert found == blocks[: length // unit * blocks_per_unit]
-        assert cache.tokens_of(found) == length // unit * unit
     check(pool, cache, blocks)
 
 
@@ -86,7 +92,7 @@ def test_what_is_found_lies_where_the_sharding_says():
         n = 2 * sharding.prefix_unit
         pool, cache = make_cache(40, sharding)
         remember(pool, cache, list(range(n + 1)), sharding)
-        found = match(pool, cache, list(range(n)))
+        found = match(pool, cache, list(range(n)), sharding=sharding)
         assert sharding.num_blocks(n) == sharding.num_immutable_blocks(n) == len(found)
 
 
@@ -129,7 +135,7 @@ def test_a_match_is_a_reference_for_the_caller_and_the_cache_keeps_its_own():
     pool, cache = make_cache()
     blocks = compute(pool, cache, A[:8])
     assert [pool.refs(block) for block in blocks] == [2, 2]
-    found = cache.match(A, 4)
+    found = cache.match(keys_of(A[:4]))
     assert [pool.refs(block) for block in blocks] == [3, 2]
     check(pool, cache, blocks, found)
     release(pool, cache, blocks)
@@ -206,12 +212,12 @@ def test_a_short_match_leaves_what_follows_to_go_first():
 def test_branches_share_their_stem_which_goes_last():
     pool, cache = make_cache(num_blocks=8)
     stem = remember(pool, cache, A[:4])
-    left = cache.match(A, 4)
+    left = cache.match(keys_of(A[:4]))
     left += pool.allocate(1)
-    cache.insert(A[:8], left)
-    right = cache.match(A, 4)
+    cache.insert(keys_of(A[:8]), left)
+    right = cache.match(keys_of(A[:4]))
     right += pool.allocate(1)
-    cache.insert(A[:4] + B[:4], right)
+    cache.insert(keys_of(A[:4] + B[:4]), right)
     assert len(cache) == 3 and left[0] == right[0] == stem[0]
     release(pool, cache, left)
     release(pool, cache, right)
@@ -225,12 +231,12 @@ def forked_units():
 
     They share the two blocks of their prompt, and each goes on in a block of its own.
     """
-    sharding = KVSharding(1, 6, 2)
+    sharding = FORKED
     pool, cache = make_cache(6, sharding)
     first = compute(pool, cache, A[:6], sharding)
     pool.share(first[:2])
     second = first[:2] + pool.allocate(1)
-    cache.insert(A[:4] + B[:2], second)
+    cache.insert(keys_of(A[:4] + B[:2], sharding), second)
     assert len(cache) == 2 and [pool.refs(block) for block in (*first, second[2])] == [4, 4, 2, 2]
     return pool, cache, first, second
 
@@ -244,7 +250,7 @@ def test_units_with_blocks_in_common_can_all_be_evicted_once_nobody_uses_them():
     assert num_evictable(cache) == 4
     cache.evict(3)
     assert len(cache) == 1 and pool.num_free == 3  # the first to go frees the block that is its alone
-    assert match(pool, cache, A[:4] + B[:2]) == second and match(pool, cache, A) == []
+    assert match(pool, cache, A[:4] + B[:2], sharding=FORKED) == second and match(pool, cache, A, sharding=FORKED) == []
     cache.evict(6)
     assert len(cache) == 0 and pool.num_free == 6
     check(pool, cache)
@@ -257,7 +263,7 @@ def test_of_units_with_blocks_in_common_one_in_use_keeps_what_they_share_and_no_
     assert num_evictable(cache) == 1
     cache.evict(6)
     assert pool.num_free == 3 and second[2] not in cache.references()
-    assert (match(pool, cache, A), match(pool, cache, A[:4] + B[:2])) == (first, [])
+    assert (match(pool, cache, A, sharding=FORKED), match(pool, cache, A[:4] + B[:2], sharding=FORKED)) == (first, [])
     check(pool, cache, first)
 
 
@@ -277,11 +283,11 @@ def test_two_caches_fed_alike_decide_alike():
         pool, cache = make_cache(num_blocks=8)
         seen = []
         for tokens in (A[:12], B[:8], A[:4] + B[:8], B[:12]):
-            known = cache.match(tokens, len(tokens) - 1)
+            known = cache.match(keys_of(tokens[:-1]))
             missing = len(tokens) // 4 - len(known)
             cache.evict(missing)
             blocks = known + pool.allocate(missing)
-            cache.insert(tokens, blocks)
+            cache.insert(keys_of(tokens), blocks)
             release(pool, cache, blocks)
             seen.append((tuple(blocks), sorted(cache.references()), pool.num_free))
         return seen, list(cache._units)
@@ -316,11 +322,39 @@ def test_the_queue_does_not_grow_with_uses_that_evict_nothing():
 def test_integrity_check_finds_what_is_idle_and_not_known_to_be():
     pool, cache = make_cache()
     blocks = compute(pool, cache, A[:8])
-    cache.check_integrity()
+    cache.check_integrity({})
     pool.release(blocks)  # and nobody says so
     with pytest.raises(ValueError, match=r"blocks \[0, 1\] are counted wrongly"):
-        cache.check_integrity()
+        cache.check_integrity({})
     cache.note_release(blocks)
     cache._queue.clear()
     with pytest.raises(ValueError, match="2 units would never be evicted"):
-        cache.check_integrity()
+        cache.check_integrity({})
+
+
+def test_what_is_announced_is_coming_until_all_who_compute_it_have_withdrawn():
+    _, cache = make_cache()
+    keys = keys_of(A[:12])
+    assert cache.num_coming(keys) == 0
+    cache.announce(keys)
+    cache.announce(keys[:2])
+    assert (cache.num_coming(keys), cache.num_coming(keys_of(A[:8] + B[:8])), cache.num_coming(keys_of(B))) == (3, 2, 0)
+    with pytest.raises(ValueError, match="3 units are waited for in vain"):
+        cache.check_integrity({})
+    cache.withdraw(keys)
+    assert cache.num_coming(keys) == 2
+    cache.withdraw(keys[:2])
+    assert cache.num_coming(keys) == 0
+    cache.check_integrity({})
+
+
+def test_what_is_to_be_matched_makes_no_room():
+    pool, cache = make_cache()
+    remember(pool, cache, A[:8])
+    compute(pool, cache, B[:8])
+    a, b = keys_of(A[:8]), keys_of(B[:8])
+    assert (cache.num_known(keys_of(A[:12])), cache.num_known(b), cache.num_known(keys_of(A[4:8]))) == (2, 2, 0)
+    assert [cache.can_evict(n) for n in (0, 2, 3)] == [True, True, False]
+    assert [cache.can_evict(n, a[:1]) for n in (0, 1, 2)] == [True, True, False]
+    assert [cache.can_evict(n, a) for n in (0, 1)] == [True, False]
+    assert cache.can_evict(2, b), "a sequence reads them, so they were no room before"

@@ -24,7 +24,7 @@ from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import SamplingParams
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input, sampling_of
 from cpinfer.engine.request import Prompt
-from cpinfer.engine.scheduler import SchedulerStats, sum_stats
+from cpinfer.engine.scheduler_stats import SchedulerStats, sum_stats
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_tokenizer
 from cpinfer.models.model_files import model_hashes
