@@ -86,7 +86,7 @@ def generate(engine: Engine) -> list[tuple[int, ...]]:
 def check_nothing_is_lost(engine: Engine) -> None:
     """Between calls a block is free or remembered."""
     for home in engine._core.homes:
-        home.check_integrity([])
+        home.check_integrity([], {})
         assert home.pool.num_free + len(set(home.prefixes.references())) == home.pool.num_blocks
 
 
