@@ -78,7 +78,7 @@ def served(
                     started.set_result(Served(server.url, engine, end))
                     run(server, end)
                 for home in engine._core.homes:
-                    home.check_integrity(())  # no block is held by anyone but the prefix cache
+                    home.check_integrity((), {})  # no block is held by anyone but the prefix cache
             outcome.set_result(None)
         except BaseException as error:
             if not started.done():
