@@ -11,10 +11,10 @@ records say that tokens have kept ids, these follow in a second gather, of as ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import IntFlag
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, repeat
 from typing import Generic, NoReturn, TypeVar
 
 import numpy as np
@@ -153,16 +153,16 @@ def agree_on_tokens(
     num_rows = max(row for _, row in places) + 1
     ints = np.zeros((num_rows, _TOP + 2 * num_top), dtype=np.int32)
     floats = ints.view(np.float32)  # the same bits
-    for row, token in enumerate(own):
-        if token is None:
-            ints[row, _STATUS] = _NO_TOKEN
-            continue
-        ints[row, _TOKEN] = token.token_id
-        floats[row, _LOGPROB], floats[row, _PROCESSED] = token.logprob, token.processed_logprob
-        floats[row, _KEPT_MASS], ints[row, _NUM_KEPT] = token.kept_mass, len(token.kept_ids or ())
-        ints[row, _TOP : _TOP + num_top] = -1
-        for i, (token_id, logprob) in enumerate(token.top):
-            ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
+    rows = [row for row, token in enumerate(own) if token is not None]
+    ints[: len(own), _STATUS] = _NO_TOKEN
+    ints[rows, _STATUS] = 0
+    if rows:  # column by column: numbers that are written one by one cost as much as all of a column
+        token_ids, logprobs, processed, tops, masses, kept_ids = zip(*filter(None, own), strict=True)
+        ints[rows, _TOKEN] = token_ids
+        floats[rows, _LOGPROB], floats[rows, _PROCESSED], floats[rows, _KEPT_MASS] = logprobs, processed, masses
+        ints[rows, _NUM_KEPT] = [len(ids or ()) for ids in kept_ids]
+        if num_top:
+            _write_top(ints, rows, tops, num_top)
     ints[0, _STATUS] |= says
     gathered = replica.all_gather(torch.from_numpy(ints).to(device)).cpu().numpy()
     said = gathered[:, 0, _STATUS]
@@ -174,16 +174,15 @@ def agree_on_tokens(
             f"logits are not finite on rank(s) {faults} of the replica (NaN, +inf, or -inf for every token); check the "
             "model's weights and dtype, and hooks that mask its logits"
         )
-    pcp_ranks, rows = np.array(places).T
-    mine = gathered[pcp_ranks * tp_size, rows]
-    tokens = [_decode(*row, num_top) for row in zip(mine.tolist(), mine.view(np.float32).tolist(), strict=True)]
+    pcp_ranks, places_there = np.array(places).T
+    tokens = _decode(gathered[pcp_ranks * tp_size, places_there], num_top)
     num_kept = gathered[:, :, _NUM_KEPT].sum(axis=1)
     if num_kept.any():
         own_kept: list[Sequence[int]] = [(token and token.kept_ids) or () for token in own]
         packed = pack_token_lists([*own_kept, *[()] * (num_rows - len(own))])
         kept = gather_packed(replica, packed, (1 + num_rows + num_kept).tolist(), device)
         tokens = [
-            token and replace(token, kept_ids=kept[pcp_rank * tp_size][row] or None)
+            token and token._replace(kept_ids=kept[pcp_rank * tp_size][row] or None)
             for token, (pcp_rank, row) in zip(tokens, places, strict=True)
         ]
     return tokens, Says(int(np.bitwise_or.reduce(said)) & ~_NO_TOKEN)
@@ -214,12 +213,30 @@ def agree_on_scores(
     return [TokenScore(token.logprob, bool(token.token_id), token.top) for token in agreed if token is not None], heard
 
 
-def _decode(ints: list[int], floats: list[float], num_top: int) -> SampledToken | None:
-    if ints[_STATUS] & _NO_TOKEN:
-        return None
-    ids, logprobs = ints[_TOP : _TOP + num_top], floats[_TOP + num_top :]
-    top = tuple((i, p) for i, p in zip(ids, logprobs, strict=True) if i >= 0)
-    return SampledToken(ints[_TOKEN], floats[_LOGPROB], floats[_PROCESSED], top, floats[_KEPT_MASS])
+def _write_top(
+    ints: NDArray[np.int32], rows: Sequence[int], tops: Sequence[Sequence[tuple[int, float]]], num_top: int
+) -> None:
+    floats = ints.view(np.float32)
+    ints[rows, _TOP : _TOP + num_top] = -1
+    for row, top in zip(rows, tops, strict=True):
+        for i, (token_id, logprob) in enumerate(top):
+            ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
+
+
+def _decode(ints: NDArray[np.int32], num_top: int) -> list[SampledToken | None]:
+    """What records say, None where no token could be chosen."""
+    floats = ints.view(np.float32)
+    tops: Iterable[tuple[tuple[int, float], ...]] = repeat(())
+    if num_top:
+        listed = zip(ints[:, _TOP : _TOP + num_top].tolist(), floats[:, _TOP + num_top :].tolist(), strict=True)
+        tops = [tuple((i, p) for i, p in zip(*pair, strict=True) if i >= 0) for pair in listed]
+    numbers = (ints[:, _TOKEN], floats[:, _LOGPROB], floats[:, _PROCESSED])
+    tokens: list[SampledToken | None] = list(
+        map(SampledToken, *(column.tolist() for column in numbers), tops, floats[:, _KEPT_MASS].tolist())
+    )
+    for row in np.flatnonzero(ints[:, _STATUS] & _NO_TOKEN).tolist():
+        tokens[row] = None
+    return tokens
 
 
 def smallest(replica: AxisComm, value: int, device: torch.device) -> int:

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from cpinfer.config import SamplingParams
 from cpinfer.kv_cache.prefix_cache import Key
@@ -37,8 +37,7 @@ class Prompt:
     sampling: OwnSampling | None = None
 
 
-@dataclass(frozen=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """One token of an answer.
 
     Attributes:

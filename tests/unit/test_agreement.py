@@ -2,7 +2,6 @@
 
 import dataclasses
 import struct
-from dataclasses import replace
 
 import pytest
 import torch
@@ -91,7 +90,7 @@ def test_kept_sets_arrive_at_their_tokens_on_every_rank_in_two_collectives():
         _, pcp_rank, tp_rank = topology.coords
         replica = CountingComm(topology.replica)
         own = [
-            replace(token(*place), kept_ids=kept[place], kept_mass=float32(0x3F000001 + place[1]))
+            token(*place)._replace(kept_ids=kept[place], kept_mass=float32(0x3F000001 + place[1]))
             for place in sorted(kept)
             if place[0] == pcp_rank and tp_rank == 0
         ]
@@ -105,7 +104,7 @@ def test_kept_sets_arrive_at_their_tokens_on_every_rank_in_two_collectives():
 
 
 def test_a_row_without_a_token_stands_among_rows_with_kept_sets():
-    tokens = [replace(token(0, 0), kept_ids=(4, 7)), None, replace(token(0, 2), kept_ids=(9,))]
+    tokens = [token(0, 0)._replace(kept_ids=(4, 7)), None, token(0, 2)._replace(kept_ids=(9,))]
     found, _ = agree_on_tokens(SoloComm(), 1, [(0, 0), (0, 1), (0, 2)], tokens, CPU)
     assert [t and t.kept_ids for t in found] == [(4, 7), None, (9,)]
 

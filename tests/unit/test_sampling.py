@@ -182,7 +182,7 @@ def test_kept_ids_change_no_token():
     asked = [make_sequence(replace(params, kept_token_ids=i % 2 == 0), sample_index=i) for i in range(8)]
     plain = [make_sequence(params, sample_index=i) for i in range(8)]
     with_ids, without = sample_tokens(logits, asked), sample_tokens(logits, plain)
-    assert [replace(token, kept_ids=None) for token in with_ids] == without
+    assert [token._replace(kept_ids=None) for token in with_ids] == without
     assert [token.kept_ids is None for token in with_ids] == [i % 2 == 1 for i in range(8)]
 
 
