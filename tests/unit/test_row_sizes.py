@@ -8,7 +8,7 @@ from cpinfer.ops import row_sizes as module
 from cpinfer.ops.row_sizes import CANDIDATES, ProductKind, linear_by_rows, pieces, row_sizes
 from torch_threads import torch_threads
 
-SHAPES = [(512, 512), (8, 64), (96, 50), (512, 1376), (1376, 512)]
+SHAPES = [(512, 512), (8, 64), (11, 30), (1, 55), (96, 50), (512, 1376), (1376, 512)]
 BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
@@ -49,9 +49,9 @@ def test_a_row_has_the_same_bits_in_any_number_of_rows_at_any_place(shape, dtype
 
 @BOTH
 def test_the_products_of_torch_differ(dtype):
-    """Negative control."""
-    weight = a_weight((512, 1376), dtype)
-    assert differing(lambda x: F.linear(x, weight), cancelling(300, weight))
+    """Negative control. Of which shapes depends on the processor."""
+    weights = [a_weight(shape, dtype) for shape in SHAPES]
+    assert any(differing(lambda x, w=w: F.linear(x, w), cancelling(300, w)) for w in weights)
 
 
 @BOTH
@@ -64,10 +64,8 @@ def test_sizes_that_do_not_agree_would_show(dtype, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(11, 30), (3, 30), (1, 7)], ids=str)
 def test_rows_that_no_vector_fits_have_the_same_bits_wherever_they_begin(shape):
-    """Of few outputs some libraries add the numbers apart that lie before a place where a vector may begin."""
     weight = a_weight(shape, torch.float32)
     rows = cancelling(300, weight)
-    assert differing(lambda x: linear_by_rows(x, weight), rows) == []
     wanted = linear_by_rows(rows, weight)
     for by in (1, 2, 3, 5):
         moved = torch.zeros(rows.numel() + by)[by:].view(rows.shape).copy_(rows)
