@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds, StepBackends
+from cpinfer.attention.backends.ordered_backend import OrderedBackend
 from cpinfer.attention.backends.registry import make_backend
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
@@ -63,9 +64,16 @@ class RankNeeds:
             store_dtype=self.attention.cache_dtype,
         )
 
-    def make_backend(self, name: str, device: torch.device) -> AttentionBackend:
+    def make_backends(self, config: EngineConfig, device: torch.device) -> StepBackends:
         """The attention kernels, and what they work in."""
-        return make_backend(name, device, self.attention)
+        if not config.deterministic:
+            backend = make_backend(config.backend, device, self.attention)
+            return StepBackends(backend, backend)
+        num_shards, sharding = config.deterministic_kv_shards, self.pool_size.sharding
+        return StepBackends(
+            OrderedBackend(num_shards, sharding.interleave),
+            OrderedBackend(num_shards // sharding.num_shards, sharding.interleave, keeps_states=True),
+        )
 
     def empty_homes(self, num_homes: int, *, enable_prefix_caching: bool) -> list[KVHome]:
         """The blocks of the pool in each home, all of them free."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from cpinfer.attention.backends.base import AttentionBackend
-from cpinfer.attention.backends.ordered_backend import OrderedBackend
+from cpinfer.attention.backends.base import StepBackends
 from cpinfer.attention.cascade import plan_cascade
 from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
@@ -32,14 +31,14 @@ class StepAttention:
         config: EngineConfig,
         heads: GroupHeads,
         exchanges: Exchanges,
-        backend: AttentionBackend,
+        backends: StepBackends,
         cache: PagedKVCache,
     ) -> None:
         self._spec = spec
         self._config = config
         self._heads = heads
         self._exchanges = exchanges
-        self._backend = self._decode_backend = backend
+        self._backend, self._decode_backend = backends
         self._cache = cache
         # In a fixed order: every rank gathers for one window after the other.
         windows = sorted({w for w in spec.windows if w is not None})
@@ -48,11 +47,13 @@ class StepAttention:
         if config.deterministic:
             # A tile may hold keys of the context and new ones, so all that a query sees is laid out behind each other.
             self._gathered += [None] * self._has_full_layers
-            shards, dcp_size = config.deterministic_kv_shards, exchanges.decode.num_shards
-            self._backend = OrderedBackend(shards, config.interleave)
-            self._decode_backend = OrderedBackend(shards // dcp_size, config.interleave, keeps_states=True)
         min_saved_keys = self._decode_backend.min_saved_keys
         self._min_saved_keys = {"auto": min_saved_keys, "on": 0, "off": None}[config.cascade_attention]
+
+    @property
+    def may_cascade(self) -> bool:
+        """Whether rows that begin alike may attend to that beginning together."""
+        return self._min_saved_keys is not None
 
     def prefill(self, planned: PrefillInput) -> PrefillStep:
         """The attention of a prefill step, with what earlier steps cached of its prompts."""

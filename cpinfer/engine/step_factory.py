@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cpinfer.attention.backends.base import AttentionBackend
+from cpinfer.attention.backends.base import StepBackends
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
 from cpinfer.engine.decode_cuda_graphs import make_decode_graphs
@@ -34,10 +34,10 @@ def make_scheduler(runner: ModelRunner, topology: Topology, config: EngineConfig
 def make_steps(
     runner: ModelRunner, topology: Topology, config: EngineConfig, needs: RankNeeds, stop_checker: StopChecker
 ) -> StepRunner:
-    """A step runner with a KV pool and a backend of its own, as the config asks for them."""
+    """A step runner with a KV pool and backends of its own, as the config asks for them."""
     cache = needs.make_cache(runner, has_padding_block=config.cuda_graphs)
-    backend = needs.make_backend(config.backend, runner.device)
-    return make_step_runner(runner, topology, config, needs.pool_size.sharding, backend, cache, stop_checker)
+    backends = needs.make_backends(config, runner.device)
+    return make_step_runner(runner, topology, config, needs.pool_size.sharding, backends, cache, stop_checker)
 
 
 def make_step_runner(
@@ -45,7 +45,7 @@ def make_step_runner(
     topology: Topology,
     config: EngineConfig,
     sharding: KVSharding,
-    backend: AttentionBackend,
+    backends: StepBackends,
     cache: PagedKVCache,
     stop_checker: StopChecker,
 ) -> StepRunner:
@@ -57,11 +57,14 @@ def make_step_runner(
     if config.cuda_graphs:
         max_rows = -(-config.max_num_seqs // exchanges.row_ranks)
         graphs = make_decode_graphs(
-            runner, topology.replica, backend, cache, exchanges.decode, heads, sharding, max_rows
+            runner, topology.replica, backends.decode, cache, exchanges.decode, heads, sharding, max_rows
         )
+    attention = StepAttention(spec, config, heads, exchanges, backends, cache)
+    ordered = f"deterministic, {config.deterministic_kv_shards} virtual KV shards"
     topology.logger(__name__).shared(
-        "attention by %s (backend is %r, device %s), cascade_attention %s, CUDA graphs %s",
-        backend.name, config.backend, runner.device, config.cascade_attention, "off" if graphs is None else "on",
+        "attention by %s (%s, device %s), cascade_attention %s, CUDA graphs %s",
+        backends.prefill.name, ordered if config.deterministic else f"backend is {config.backend!r}", runner.device,
+        config.cascade_attention if attention.may_cascade else "off", "off" if graphs is None else "on",
     )  # fmt: skip
     planner = StepPlanner(
         grid,
@@ -74,6 +77,5 @@ def make_step_runner(
         pairs_per_token=spec.pairs_per_token,
         kv_layout=cache.layout,
     )
-    attention = StepAttention(spec, config, heads, exchanges, backend, cache)
     reader = LogitsReader(topology, runner.device, stop_checker, as_trained=config.deterministic)
     return StepRunner(runner, cache, planner, attention, reader, graphs)

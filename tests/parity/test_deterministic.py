@@ -198,3 +198,18 @@ def test_what_cannot_be_kept_is_refused_before_anything_runs(config: dict[str, A
             raise AssertionError("it was not refused")
 
     run_ranks(RankGrid(pcp_size=2, dcp_size=2), body)
+
+
+def test_no_other_kernels_are_made_and_the_log_names_those_that_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none_wanted(*_: Any) -> None:
+        raise AssertionError("these kernels never run")
+
+    monkeypatch.setattr("cpinfer.engine.needs.make_backend", none_wanted)
+    with caplog.at_level("INFO", "cpinfer"), cpinfer.attach(model_of("qwen2", "float32"), config=CONFIG) as engine:
+        engine.generate([[1, 2, 3]], SamplingParams(max_new_tokens=2))
+    said = (
+        "attention by ordered (deterministic, 8 virtual KV shards, device cpu), cascade_attention off, CUDA graphs off"
+    )
+    assert said in caplog.text

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import cpinfer
-from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds, StepBackends
 from cpinfer.attention.backends.registry import make_backend
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
@@ -46,7 +46,8 @@ class DecodeSteps:
                 k, v = torch.randn(shape, generator=generator)[:, positions]
                 cache.write(layer, slots, (k, v))
         backend = make_backend("auto", runner.device, AttentionNeeds(runner.dtype, ()))
-        self._steps = make_step_runner(runner, topology, config, sharding, backend, cache, StopChecker((), None))
+        backends = StepBackends(backend, backend)
+        self._steps = make_step_runner(runner, topology, config, sharding, backends, cache, StopChecker((), None))
         params = SamplingParams(temperature=0, max_new_tokens=2, ignore_eos=True)
         sequences = []
         for i, block_table in enumerate(tables):

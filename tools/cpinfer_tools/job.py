@@ -332,10 +332,11 @@ def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path
     grid = grid_for(config, launch.world_size)
     heads = spec.heads(grid.tp_size).in_group(grid, grid.coords(launch.rank).tp_rank)
     try:
-        dtypes = (getattr(torch, config.dtype), getattr(torch, config.cache_dtype(config.dtype)))
-        check_choice(config.backend, launch.device, attention_needs(spec, heads, *dtypes))
         if config.deterministic:
             prepare_deterministic(launch.device)
+        else:
+            dtypes = (getattr(torch, config.dtype), getattr(torch, config.cache_dtype(config.dtype)))
+            check_choice(config.backend, launch.device, attention_needs(spec, heads, *dtypes))
     except UserError as error:
         raise type(error)(f"config {config_path}: {error}") from error
     return grid

@@ -40,6 +40,13 @@ class AttentionBackend(Protocol):
         ...
 
 
+class StepBackends(NamedTuple):
+    """The kernels of both kinds of steps: as a rule the same."""
+
+    prefill: AttentionBackend
+    decode: AttentionBackend
+
+
 class FixedSize(NamedTuple):
     """The most rows and pages of plans that are replayed: their arrays keep their place in memory."""
 
