@@ -33,6 +33,9 @@ from cpinfer.ops.ordered_attention import OrderedAttention
 from cpinfer.ops.states import count_sinks
 from cpinfer.refusals import refuse
 
+# What the attention of each order is registered under begins so.
+_NAME = "cpinfer_ordered"
+
 
 @contextmanager
 def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
@@ -61,13 +64,18 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     if device.type != "cpu":
         raise refuse("deterministic_device", f"device {device}")
     shards, interleave = wanted.deterministic_kv_shards, wanted.interleave
-    name = f"cpinfer_ordered_{shards}_{interleave}"
+    name = f"{_NAME}_{shards}_{interleave}"
     AttentionInterface.register(name, partial(_attend, num_shards=shards, interleave=interleave))
     AttentionMaskInterface.register(name, flash_attention_mask)  # which is that of padding alone
     with ExitStack() as stack:
         stack.enter_context(attending_by(inner, name, gathered_by_fsdp=has_fsdp(model)))
         stack.enter_context(replaced(inner, "forward", _by_rows(inner, inner.forward, name)))
         yield
+
+
+def trains_invariantly(model: Any) -> bool:
+    """Whether this is inside of a block of `invariant_training` of `model`, or of what it wraps."""
+    return str(getattr(unwrapped(model).config, "_attn_implementation", "")).startswith(_NAME)
 
 
 def _by_rows(model: Any, forward: Any, implementation: str) -> Any:

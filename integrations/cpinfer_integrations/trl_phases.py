@@ -25,6 +25,7 @@ from cpinfer.config import ConfigLike, JobConfig, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
+from cpinfer.models.invariant_training import trains_invariantly
 from cpinfer_integrations.job_ranks import all_gather_object
 from cpinfer_integrations.lending import lend
 from cpinfer_integrations.trl_settings import ends_unknown_to_trl, sampling_of
@@ -227,6 +228,11 @@ class RolloutPhases:
                 "TRL counts answers that end by %s as clipped (completions/clipped_ratio); their tokens and rewards "
                 "are those of any other",
                 ends,
+            )
+        if self.config.deterministic and not trains_invariantly(trainer.model):
+            logger.warning(
+                'rollouts are "deterministic", the forward that trains is not: their logprobs will differ by rounding. '
+                "For equal bits call trainer.train() inside `with cpinfer.invariant_training(trainer.model, config):`"
             )
 
     def _name_of_phase(self, trainer: Any, mode: str, step: int) -> str:

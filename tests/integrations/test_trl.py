@@ -106,7 +106,12 @@ def test_every_optimiser_step_has_new_weights_and_every_token_the_training_forwa
     ("dtype", "batch_size", "temperature"), [("float32", 8, 0.7), ("bfloat16", 4, 1.0), ("bfloat16", 8, 1.3)]
 )
 def test_deterministic_rollouts_have_every_bit_of_trls_own_forward(
-    tokenizer: Any, tmp_path: Path, dtype: str, batch_size: int, temperature: float
+    tokenizer: Any,
+    tmp_path: Path,
+    dtype: str,
+    batch_size: int,
+    temperature: float,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Also with gradient checkpointing, which TRL has by default, and in batches that TRL pads on the left."""
     config = replace(CONFIG, dtype=dtype, deterministic=True)
@@ -117,8 +122,10 @@ def test_deterministic_rollouts_have_every_bit_of_trls_own_forward(
         trainer = make_trainer(tokenizer, tmp_path, rollouts, gradient_checkpointing=True, **options)
         trainer.model.to(getattr(torch, dtype))
         before = trainer.model.lm_head.weight.detach().clone()
+        caplog.clear()
         with cpinfer.invariant_training(trainer.model, config) if is_invariant else nullcontext():
             trainer.train()
+        assert caplog.text.count("the forward that trains is not") == (not is_invariant), "said once, where it helps"
         assert not torch.equal(before, trainer.model.lm_head.weight)
         records[is_invariant] = rollouts.records
         rollouts.close()
