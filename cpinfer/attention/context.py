@@ -7,6 +7,7 @@ Letters: T new tokens of this rank, H query heads and K KV heads of this rank, W
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -77,18 +78,30 @@ class KVContext:
 
 
 class WindowContext:
-    """The end of every context, for layers that see no more of it: it goes in front of the new tokens."""
+    """The end of every context, for layers that see no more of it: it goes in front of the new tokens.
 
-    def __init__(self, plan: WindowExchange, cache: PagedKVCache, comm: AxisComm, heads: GroupHeads) -> None:
-        self._gather = CachedRowsGather(cache, comm, heads, plan.length)
-        self._slots = cache.index(plan.slots)
-        self._length = plan.length
+    Of some prompts after others, where `plans` are several.
+    """
 
-    def before(self, layer: AttentionLayer, new_rows: Tensor) -> Tensor:
-        """`[places * length + N, K, W]`: what was cached, and behind it `new_rows [N, K, W]`."""
-        if self._length == 0:
-            return new_rows
-        return torch.cat([self._gather(layer.index, self._slots, self._length), new_rows])
+    def __init__(
+        self,
+        plans: Sequence[WindowExchange],
+        backend: AttentionBackend,
+        cache: PagedKVCache,
+        comm: AxisComm,
+        heads: GroupHeads,
+    ) -> None:
+        self._parts = [(backend.plan(p.rows), p.queries, cache.index(p.slots), p.length) for p in plans]
+        self._gather = CachedRowsGather(cache, comm, heads, max(p.length for p in plans))
+
+    def before(self, layer: AttentionLayer, new_rows: Tensor) -> Iterator[tuple[PlannedAttention, slice, Tensor]]:
+        """Kernels, which of the queries they are for, and `[places * length + N, K, W]` what those may see.
+
+        That is what was cached, and behind it `new_rows [N, K, W]`. A gather for each.
+        """
+        for planned, queries, slots, length in self._parts:
+            cached = [self._gather(layer.index, slots, length)] if length else []
+            yield planned, queries, torch.cat([*cached, new_rows]) if cached else new_rows
 
 
 class CachedRowsGather:

@@ -92,18 +92,32 @@ class PrefillStep:
         T = self.num_tokens
         gathered = self._gather(*self._cache.rounded(k[:T], v[:T]))
         self._write(layer.index, gathered)
-        rows = gathered[self._column]
-        if layer.window in self._window_contexts:
-            rows = self._window_contexts[layer.window].before(layer, rows)
-        planned, keys, values = self._planned[layer.window], *self._cache.views(rows)
+        new_rows = gathered[self._column]
         if self._absorbs:
-            out = layer.project(_output(layer, layer.run(planned, layer.absorb(q[:T]), keys, values), q.dtype))
+            out = layer.project(_output(layer, self._attend(layer, layer.absorb(q[:T]), new_rows), q.dtype))
         else:
-            state = layer.run(planned, q[:T], *layer.expand(keys, values))
+            state = self._attend(layer, q[:T], new_rows)
             if self._context is not None and layer.window is None:
                 state = merge_states([self._context.attend(layer, q[:T]), state])
             out = _output(layer, state, q.dtype)
         return out if len(q) == T else q.new_zeros(len(q), *out.shape[1:])
+
+    def _attend(self, layer: AttentionLayer, q: Tensor, new_rows: Tensor) -> State:
+        """To the new tokens, and to what stands before them."""
+        context, states = self._window_contexts.get(layer.window), []
+        parts = (
+            [(self._planned[layer.window], slice(len(q)), new_rows)]
+            if context is None
+            else context.before(layer, new_rows)
+        )
+        for planned, queries, rows in parts:
+            keys, values = self._cache.views(rows)
+            keys, values = (keys, values) if self._absorbs else layer.expand(keys, values)
+            states.append(layer.run(planned, q[queries], keys, values))
+        if len(states) == 1:
+            return states[0]
+        outs, lses = zip(*states, strict=True)
+        return torch.cat(outs), torch.cat(lses)
 
     def _gather(self, k: Tensor, v: Tensor) -> Tensor:
         """K and V of all ranks' tokens, `[C, pcp * part_len, K, W]`."""

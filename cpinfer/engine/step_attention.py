@@ -15,7 +15,7 @@ from cpinfer.layout.context import (
     choose_exchange,
     plan_kv_exchange,
     plan_query_exchange,
-    plan_window_exchange,
+    plan_window_exchanges,
 )
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.rows import AttentionRows
@@ -67,9 +67,10 @@ class StepAttention:
             if not has_context:
                 rows[window] = plan.rows if window is None else plan.rows.within(window)
                 continue
-            exchange = plan_window_exchange(step, self._exchanges.context_comm.index, window)
-            rows[window] = exchange.rows
-            window_contexts[window] = WindowContext(exchange, self._cache, self._exchanges.context_comm, self._heads)
+            comm = self._exchanges.context_comm
+            plans = plan_window_exchanges(step, comm.index, window, self._config.context_workspace_tokens)
+            rows.pop(window, None)
+            window_contexts[window] = WindowContext(plans, self._backend, self._cache, comm, self._heads)
         return PrefillStep(
             plan,
             rows,

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -114,12 +115,19 @@ class KVExchange:
 class WindowExchange:
     """What layers with a window see of the context: this rank sends `slots` of its cache, padded to `length`.
 
-    `rows` index the gathered `[places * length]` with the step's new tokens behind it, in pages of one token.
+    `rows` index the gathered `[places * length]` with the step's new tokens behind it, in pages of one token. Their
+    queries are those of this rank from `first_query` on: all of them, or of some prompts.
     """
 
     length: int
     slots: IntArray
     rows: AttentionRows
+    first_query: int = 0
+
+    @property
+    def queries(self) -> slice:
+        """Which of this rank's packed queries `rows` are about."""
+        return slice(self.first_query, self.first_query + self.rows.num_queries)
 
 
 def exchange_places(grid: RankGrid, rank: int) -> tuple[Place, ...]:
@@ -227,13 +235,37 @@ def plan_kv_exchange(step: StepContext, index: int, workspace_tokens: int) -> KV
     return KVExchange(tuple(windows))
 
 
-def plan_window_exchange(step: StepContext, index: int, window: int | None) -> WindowExchange:
-    """The end of every context, for layers with `window` (None: all of it), gathered for the rank at place `index`."""
+def plan_window_exchanges(
+    step: StepContext, index: int, window: int | None, workspace_tokens: int
+) -> tuple[WindowExchange, ...]:
+    """The end of every context, as `plan_window_exchange` has it, of some prompts after others.
+
+    So many at a time that at most `workspace_tokens` are seen of their contexts, or one. On all ranks alike.
+    """
+    bounds, num_seen = [0], 0
+    for prompt, context in enumerate(step.contexts):
+        seen = context.num_tokens if window is None else min(context.num_tokens, window - 1)
+        if num_seen + seen > workspace_tokens and prompt > bounds[-1]:
+            bounds.append(prompt)
+            num_seen = 0
+        num_seen += seen
+    bounds.append(len(step.contexts))
+    return tuple(plan_window_exchange(step, index, window, range(*pair)) for pair in pairwise(bounds))
+
+
+def plan_window_exchange(
+    step: StepContext, index: int, window: int | None, prompts: range | None = None
+) -> WindowExchange:
+    """The end of every context, for layers with `window` (None: all of it), gathered for the rank at place `index`.
+
+    Of `prompts` that follow each other, where not all are meant.
+    """
     contexts, places, sharding = step.contexts, step.places, step.sharding
+    prompts = range(len(contexts)) if prompts is None else prompts
     ends = np.array([c.num_tokens for c in contexts], dtype=np.int64)
     begins = np.zeros_like(ends) if window is None else np.maximum(0, ends - (window - 1))
     # [places, prompts]: local indices [first, last) of the seen tokens that each place holds.
-    here = np.array([[c.home == place.home for c in contexts] for place in places])
+    here = np.array([[c.home == place.home and i in prompts for i, c in enumerate(contexts)] for place in places])
     first, last = (
         np.where(here, np.stack([sharding.local_len(at, place.shard) for place in places]), 0) for at in (begins, ends)
     )
@@ -243,9 +275,9 @@ def plan_window_exchange(step: StepContext, index: int, window: int | None) -> W
     spans = zip(first[index], last[index], strict=True)
     slots = [step.slots(prompt, np.arange(lo, hi)) for prompt, (lo, hi) in enumerate(spans)]
     new_begin = len(places) * length
-    tables = []
-    for prompt, context in enumerate(contexts):
-        position = np.arange(begins[prompt], ends[prompt])
+    tables = {}
+    for prompt in prompts:
+        context, position = contexts[prompt], np.arange(begins[prompt], ends[prompt])
         # The place that holds each token: of the home's places, the one with its shard.
         place_of_shard = np.zeros(sharding.num_shards, dtype=np.int64)
         for i, place in enumerate(places):
@@ -253,8 +285,9 @@ def plan_window_exchange(step: StepContext, index: int, window: int | None) -> W
                 place_of_shard[place.shard] = i
         holder = place_of_shard[sharding.owner(position)]
         row = holder * length + line_starts[holder, prompt] + sharding.local_index(position) - first[holder, prompt]
-        tables.append(np.concatenate([row, new_begin + gathered_rows(step.split, prompt)]))
-    mine = step.pieces(index)
+        tables[prompt] = np.concatenate([row, new_begin + gathered_rows(step.split, prompt)])
+    pieces = step.pieces(index)  # in order of prompts
+    mine = [piece for piece in pieces if piece.prompt in prompts]
     seen = ends - begins
     rows = AttentionRows.build(
         [piece.num_tokens for piece in mine],
@@ -262,6 +295,7 @@ def plan_window_exchange(step: StepContext, index: int, window: int | None) -> W
         [tables[piece.prompt] for piece in mine],
         block_size=1,
         causal=True,
-        begins=begins[[piece.prompt for piece in mine]],
+        begins=begins[np.array([piece.prompt for piece in mine], dtype=np.int64)],
     )
-    return WindowExchange(length, np.concatenate(slots), rows if window is None else rows.within(window))
+    first_query = sum(piece.num_tokens for piece in pieces if piece.prompt < prompts.start)
+    return WindowExchange(length, np.concatenate(slots), rows if window is None else rows.within(window), first_query)

@@ -40,6 +40,7 @@ WAYS: dict[str, tuple[RankGrid, dict[str, Any]]] = {
     "pcp8 dcp8": (RankGrid(pcp_size=8, dcp_size=8), {}),
     "whole prompts": (ONE, {"max_num_batched_tokens": 4096}),
     "chunks of 16": (ONE, {"max_num_batched_tokens": 16}),
+    "context of a prompt at a time": (RankGrid(pcp_size=2, dcp_size=2), {"context_workspace_tokens": 1}),
     "one at a time": (ONE, {"max_num_seqs": 1}),
     "no prefix cache": (ONE, {"enable_prefix_caching": False}),
 }

@@ -107,6 +107,7 @@ def differences(seed: int, *, deterministic: bool = True) -> list[Any]:
             **common,
             "block_size": chance.choice(blocks),
             "max_num_batched_tokens": chance.choice((16, 17, 33, 64, 100)),
+            "context_workspace_tokens": chance.choice((1, 90, 65536)),
             "max_num_seqs": chance.choice((1, 2, 256)),
             "enable_prefix_caching": chance.random() < 0.7,
         }

@@ -20,6 +20,7 @@ from cpinfer.layout.context import (
     plan_kv_exchange,
     plan_query_exchange,
     plan_window_exchange,
+    plan_window_exchanges,
 )
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
 from cpinfer.layout.prefill import gathered_rows, zigzag_split
@@ -324,10 +325,30 @@ def test_homes_share_their_axis_with_ranks_that_hold_nothing_of_a_prompt():
 # --- layers with a window: the end of every context travels, in sequence order ---
 
 
-def window_exchange_sees(split, contexts, sharding, places, store, window):
+def window_exchange_sees(split, contexts, sharding, places, store, window, workspace_tokens=10**6):
     """For each place, (prompt, position) of a query -> the (prompt, position) of the keys it sees, in their order."""
     step = StepContext(split, contexts, sharding, places)
-    plans = [plan_window_exchange(step, index, window) for index in range(len(places))]
+    by_place = [plan_window_exchanges(step, index, window, workspace_tokens) for index in range(len(places))]
+    seen_of = [min(c.num_tokens, window - 1) for c in contexts]
+    found, next_query, next_prompt = [{} for _ in places], [0] * len(places), 0
+    for parts in zip(*by_place, strict=True):  # every rank takes part in the same gathers
+        # Some prompts after others, as many as there is room for.
+        last_prompt = next_prompt + 1
+        while last_prompt < len(contexts) and sum(seen_of[next_prompt : last_prompt + 1]) <= workspace_tokens:
+            last_prompt += 1
+        prompts = range(next_prompt, last_prompt)
+        for i, part in enumerate(parts):
+            assert part.queries.start == next_query[i]
+            next_query[i] = part.queries.stop
+        sees = part_of_window_exchange_sees(split, contexts, sharding, places, store, window, parts, prompts)
+        for all_seen, seen in zip(found, sees, strict=True):
+            all_seen |= seen
+        next_prompt = last_prompt
+    assert next_prompt == len(contexts)
+    return found
+
+
+def part_of_window_exchange_sees(split, contexts, sharding, places, store, window, plans, prompts):
     (length,) = {plan.length for plan in plans}  # every rank takes part in the same gather
     sent = np.full((len(places), length, 2), -1)
     for plan, place, room in zip(plans, places, sent, strict=True):
@@ -337,6 +358,7 @@ def window_exchange_sees(split, contexts, sharding, places, store, window):
         assert [tuple(key) for key in room[: len(plan.slots)].tolist()] == [
             (prompt, x)
             for prompt, c in enumerate(contexts)
+            if prompt in prompts
             for x in range(max(0, c.num_tokens - window + 1), c.num_tokens)
             if c.home == place.home and sharding.owner(np.array(x)) == place.shard
         ]
@@ -348,7 +370,7 @@ def window_exchange_sees(split, contexts, sharding, places, store, window):
     gathered = np.concatenate([sent.reshape(-1, 2), new])
     by_place = []
     for plan, place in zip(plans, places, strict=True):
-        pieces = split.part(place.pcp_rank)
+        pieces = [piece for piece in split.part(place.pcp_rank) if piece.prompt in prompts]
         assert plan.rows.q_lens.tolist() == [piece.num_tokens for piece in pieces]
         assert plan.rows.causal and plan.rows.window == window and plan.rows.block_size == 1
         seen = {}
@@ -383,7 +405,8 @@ def test_in_a_window_every_query_sees_exactly_the_last_positions_of_its_prompt_i
     dead = [sharding.num_dead_blocks(c.num_tokens, window) for c in contexts]
     sparse = [replace(c, block_table=[-1] * n + list(c.block_table[n:])) for c, n in zip(contexts, dead, strict=True)]
     places = exchange_places(grid, data.draw(st.integers(0, grid.world_size - 1)))
-    by_place = window_exchange_sees(split, sparse, sharding, places, store, window)
+    workspace_tokens = data.draw(st.sampled_from([1, 10, 60, 10**6]))
+    by_place = window_exchange_sees(split, sparse, sharding, places, store, window, workspace_tokens)
     assert by_place == [wanted_in_window(split, contexts, place, window) for place in places]
 
 

@@ -173,8 +173,11 @@ def test_the_end_of_the_context_stands_before_the_new_tokens(length):
         cache, place = PagedKVCache(layout, 1, 3, 4, torch.float32, CPU), topology.pcp.index
         cache.write(0, torch.arange(12), cache.views(content[place]))
         heads = HeadPlacement(2, 1, tp_size=1).in_group(topology.grid, 0)
-        context = WindowContext(WindowExchange(length, slots[place], rows), cache, topology.pcp, heads)
-        return context.before(AttentionLayer(0, SCALE, window=3), new)
+        plan = WindowExchange(length, slots[place], rows)
+        context = WindowContext([plan], TorchBackend(CPU), cache, topology.pcp, heads)
+        ((_, queries, seen),) = context.before(AttentionLayer(0, SCALE, window=3), new)
+        assert queries == slice(0, 1)
+        return seen
 
     for got in run_ranks(RankGrid(1, 2, 2), body):
         assert got.shape == (2 * length + 5, 1, layout.width)

@@ -235,8 +235,8 @@ def _run_rank(
             context = context_of(continued(split, starts, which))
         elif any(starts) and case.window is not None:
             seen = plan_window_exchange(continued(split, starts, which), context_comm.index, case.window)
-            rows = {case.window: seen.rows}
-            window_contexts[case.window] = WindowContext(seen, cache, context_comm, stored)
+            rows = {}
+            window_contexts[case.window] = WindowContext([seen], backend, cache, context_comm, stored)
         prefill = PrefillStep(plan, rows, backend, cache, prefill_comm, stored, context, window_contexts)
         spans = [(which[p.prompt], starts[p.prompt] + p.start, starts[p.prompt] + p.end) for p in plan.pieces]
         out = prefill.attend(layer, *pack(spans))
