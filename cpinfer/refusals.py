@@ -68,10 +68,6 @@ REFUSALS: dict[str, Refusal] = {
         "Merge the adapter into the weight, or leave this projection out of it.",
     ),
     "deterministic_device": Refusal("deterministic mode on other devices than CPU", "Leave out deterministic."),
-    "invariant_latent": Refusal(
-        "invariant training of latent attention (rollouts attend to latents, training to what they are expanded to)",
-        "Leave invariant_training out for such models.",
-    ),
     "deterministic_tp": Refusal(
         "deterministic mode over more than two tensor-parallel ranks (an all-reduce of more adds them in an order that "
         "depends on where in the message a number stands)",

@@ -2,7 +2,8 @@
 
 The model runs as its trainer calls it, but for two things: attention in the order that the engine's deterministic mode
 keeps (`ops/ordered_attention.py`), and rows whose bits depend on no other row (`invariant_rows`). Batches, and padding
-on either side, change nothing then. Gradients are those of ordinary attention.
+on either side, change nothing then. Gradients are those of ordinary attention. Latent attention attends to its latents
+as they are, as rollouts do: what they are expanded to would be rounded otherwise.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
+from cpinfer.attention.layer import AttentionLayer
+from cpinfer.attention.steps import AttentionStep
 from cpinfer.config import ConfigLike, job_config
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.models.attachment import attending_by, replaced
+from cpinfer.models.autocast import CastStep
 from cpinfer.models.invariant_rows import invariant_checkpointing, invariant_rows
-from cpinfer.models.latent_attention import is_latent_attention
+from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
 from cpinfer.models.local_weights import has_fsdp
 from cpinfer.models.wrappers import unwrapped
 from cpinfer.ops.ordered_attention import OrderedAttention
@@ -55,11 +59,10 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     Raises:
         UserError: in the block, for positions that are not those of the tokens that the mask leaves, and masks of other
             things than padding.
-        UnsupportedError: for latent attention, or a device that is no CPU.
+        UnsupportedError: for a device that is no CPU, or adapters on `kv_b_proj` of latent attention.
     """
     wanted, inner = job_config(config), unwrapped(model)
-    if any(map(is_latent_attention, inner.modules())):
-        raise refuse("invariant_latent", f"a {type(inner).__name__}")
+    check_latent_projections(inner)
     device = next(inner.parameters()).device
     if device.type != "cpu":
         raise refuse("deterministic_device", f"device {device}")
@@ -70,6 +73,8 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(attending_by(inner, name, gathered_by_fsdp=has_fsdp(model)))
         stack.enter_context(replaced(inner, "forward", _by_rows(inner, inner.forward, name)))
+        for module in filter(is_latent_attention, inner.modules()):
+            stack.enter_context(replaced(module, "forward", partial(_latent_forward, module, (shards, interleave))))
         yield
 
 
@@ -132,12 +137,8 @@ def _attend(
 
     `attention_mask [B, T]` is of padding; None for none. Padding gets zeros.
     """
-    if dropout:
-        raise UserError(
-            f"attention dropout is {dropout:g}, which rollouts know nothing of. Set attention_dropout to 0."
-        )
-    if query.shape[2] != key.shape[2]:
-        raise UserError("a cache of keys was given; training forwards are of whole sequences. Set use_cache to False.")
+    _refuse_dropout(dropout)
+    _refuse_cached(query.shape[2], key.shape[2])
     if s_aux is not None and len(s_aux) != query.shape[1]:
         raise UserError(
             f"a layer has {len(s_aux)} attention sinks and {query.shape[1]} query heads on this rank: its heads are "
@@ -151,6 +152,63 @@ def _attend(
         query, key, value, s_aux, mask.bool(), (num_shards, interleave), scaling, sliding_window, softcap
     )
     return out, None
+
+
+def _latent_forward(
+    module: Any,
+    order: tuple[int, int],
+    hidden_states: Tensor,
+    position_embeddings: Any = None,
+    attention_mask: Tensor | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """The forward of a module of latent attention, `[B, T, hidden]` to the same."""
+    _refuse_dropout(module.attention_dropout * module.training)
+    B, T, _ = hidden_states.shape
+
+    def flat(x: Tensor) -> Tensor:
+        """`[1, B * T, .]` of RoPE's numbers `[B or 1, T, .]`."""
+        return x.expand(B, T, -1).reshape(1, B * T, -1)
+
+    embeddings = position_embeddings
+    embeddings = flat(embeddings) if isinstance(embeddings, Tensor) else tuple(map(flat, embeddings))
+    mask = hidden_states.new_ones(B, T, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    step: AttentionStep = _LatentTraining(mask, order, others.get("cache", others.get("past_key_values")))
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        step = CastStep(step, torch.get_autocast_dtype(hidden_states.device.type))
+    out, _ = latent_attention(module, hidden_states.reshape(1, B * T, -1), embeddings, step)
+    return out.view(B, T, -1), None
+
+
+class _LatentTraining:
+    """The step of a batch whose padding `mask [B, T]` leaves out, over latents that nobody cached."""
+
+    def __init__(self, mask: Tensor, order: tuple[int, int], cache: Any) -> None:
+        self.num_tokens = mask.numel()
+        self._mask = mask
+        self._order = order
+        self._cache = cache
+
+    def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[B * T, H, V]` for q `[B * T, H, N + R]` and latents k `[B * T, 1, C + R]`, of which v are the first C."""
+        query, key = (x.unflatten(0, self._mask.shape).transpose(1, 2) for x in (layer.absorb(q), k))
+        latents, rotated = key.split([v.shape[-1], key.shape[-1] - v.shape[-1]], dim=-1)
+        if self._cache is not None:  # which the model made, or the caller has filled
+            _refuse_cached(query.shape[2], self._cache.update(latents, rotated, layer.index)[0].shape[2])
+        out = _OrderedTraining.apply(query, key, latents, None, self._mask, self._order, layer.scale, None, None)
+        return layer.project(out.flatten(0, 1))
+
+
+def _refuse_dropout(dropout: float) -> None:
+    if dropout:
+        raise UserError(
+            f"attention dropout is {dropout:g}, which rollouts know nothing of. Set attention_dropout to 0."
+        )
+
+
+def _refuse_cached(num_queries: int, num_keys: int) -> None:
+    if num_queries != num_keys:
+        raise UserError("a cache of keys was given; training forwards are of whole sequences. Set use_cache to False.")
 
 
 class _OrderedTraining(torch.autograd.Function):

@@ -15,11 +15,22 @@ from torch import Tensor
 from cpinfer.attention.layer import LatentLayer
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.models.local_weights import local
+from cpinfer.refusals import refuse
 
 
 def is_latent_attention(module: Any) -> bool:
     """Whether the projections are the module's own: wrappers answer for what they wrap, which is met on its own."""
     return {"kv_a_proj_with_mqa", "kv_b_proj"} <= module._modules.keys()
+
+
+def check_latent_projections(model: Any) -> None:
+    """UnsupportedError where latents are projected by more than a weight.
+
+    Attention to latents takes the weight of `kv_b_proj` apart, so what wraps that module would be passed over.
+    """
+    for name, module in model.named_modules():
+        if is_latent_attention(module) and any(True for _ in module.kv_b_proj.children()):
+            raise refuse("latent_adapter", f"{name}.kv_b_proj is a {type(module.kv_b_proj).__name__}")
 
 
 def latent_attention(

@@ -20,7 +20,7 @@ from cpinfer.models.attachment import Attachment, attending_by, claimed, replace
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.decoder_layers import check_layers, decoder_layers
 from cpinfer.models.hooks import hooks_disabled
-from cpinfer.models.latent_attention import is_latent_attention, latent_attention
+from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
 from cpinfer.models.layer_order import EveryLayerOnce
 from cpinfer.models.local_weights import (
     dtype_in_use,
@@ -227,7 +227,7 @@ def _check_model(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bo
         refuse_adapters_under_tp(model)
     check_layers(model, spec.windows)
     _check_heads(model, spec, tp_size, gathered_by_fsdp)
-    _check_latent_projections(model)
+    check_latent_projections(model)
 
 
 def _entry(outermost: Any, model: Any) -> Any:
@@ -263,13 +263,6 @@ def _latent_forward(
     **_: Any,
 ) -> tuple[Tensor, None]:
     return latent_attention(module, hidden_states, position_embeddings, _wanted(cp_step).step)
-
-
-def _check_latent_projections(model: Any) -> None:
-    """Decode on latents takes the weight of `kv_b_proj` apart, so what wraps that module would be passed over."""
-    for name, module in model.named_modules():
-        if is_latent_attention(module) and any(True for _ in module.kv_b_proj.children()):
-            raise refuse("latent_adapter", f"{name}.kv_b_proj is a {type(module.kv_b_proj).__name__}")
 
 
 def _check_heads(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:

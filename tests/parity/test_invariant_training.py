@@ -19,8 +19,6 @@ from cpinfer.layout.grid import RankGrid
 from tiny_models import FAMILIES, make_model, prompts_of
 
 DTYPES = ["float32", "bfloat16"]
-LATENT = ("deepseek_v2", "deepseek_v3")
-TRAINABLE = [family for family in FAMILIES if family not in LATENT]
 PROMPTS = prompts_of((5, 40, 17, 133, 8), vocab_size=128)
 CONFIG = parse_config({"kv_cache_gib": 2**-7, "max_num_batched_tokens": 50, "block_size": 4, "deterministic": True})
 SAMPLING = SamplingParams(temperature=0.7, seed=5, n=2, max_new_tokens=9)
@@ -49,7 +47,7 @@ def trained(model: Any, results: Sequence[Any], batch_size: int) -> list[list[fl
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_rollouts_and_training_agree_in_every_bit(family: str, dtype: str) -> None:
     model = make_model(FAMILIES[family]).to(getattr(torch, dtype))
     results = rollouts(model)
@@ -87,7 +85,7 @@ def loss_of(model: Any) -> Tensor:
     return torch.log_softmax(logits[:, :-1], dim=-1).gather(-1, ids[:, 1:, None])[told].mean()
 
 
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_ordinary_attention(family: str) -> None:
     model = make_model(copy.deepcopy(FAMILIES[family]))  # in eval mode: rollouts know no dropout
     model.set_attn_implementation("eager")  # that of sdpa leaves soft caps out
@@ -107,7 +105,7 @@ def test_gradients_are_those_of_ordinary_attention(family: str) -> None:
             assert apart <= 2e-5 * expected[name].abs().max(), (name, apart)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen2", "gpt_oss", "deepseek_v2"])
 def test_autocast_over_float32_weights_is_trained_as_it_is_sampled(family: str) -> None:
     """Autocast leaves keys in float32 and values in bfloat16."""
     model = make_model(FAMILIES[family])
@@ -120,16 +118,43 @@ def test_autocast_over_float32_weights_is_trained_as_it_is_sampled(family: str) 
     assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
 
 
-def test_adapters_are_trained_as_they_are_sampled() -> None:
-    adapted = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-    model = get_peft_model(make_model(FAMILIES["qwen2"]), adapted)
+@pytest.mark.parametrize("family", ["qwen2", "deepseek_v2"])
+def test_adapters_are_trained_as_they_are_sampled(family: str) -> None:
+    adapted = LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "kv_a_proj_with_mqa", "down_proj"], init_lora_weights=False
+    )
+    model = get_peft_model(make_model(FAMILIES[family]), adapted)
     results = rollouts(model)
     with cpinfer.invariant_training(model, CONFIG):
         assert trained(model, results, 3) == [list(r.processed_logprobs) for r in results]
 
 
-def test_what_rollouts_know_nothing_of_is_refused() -> None:
-    model = make_model(FAMILIES["qwen2"])
+def test_adapters_on_what_expands_latents_are_refused() -> None:
+    model = get_peft_model(make_model(FAMILIES["deepseek_v3"]), LoraConfig(r=4, target_modules=["kv_b_proj"]))
+    with (
+        pytest.raises(UnsupportedError, match="adapters on kv_b_proj of latent attention"),
+        cpinfer.invariant_training(model, CONFIG),
+    ):
+        raise AssertionError("it was not refused")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "deepseek_v2"])
+def test_checkpointed_layers_are_computed_again_in_the_same_bits(family: str) -> None:
+    """A backward of other bits would raise nothing: gradients of both ways are compared."""
+    found = []
+    for is_checkpointed in (False, True):
+        model = make_model(FAMILIES[family]).train()
+        if is_checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        with cpinfer.invariant_training(model, CONFIG):
+            loss_of(model).backward()
+        found.append([weight.grad for weight in model.parameters()])
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "deepseek_v2"])
+def test_what_rollouts_know_nothing_of_is_refused(family: str) -> None:
+    model = make_model(FAMILIES[family])
     ids, mask = torch.tensor([[1, 2, 3]]), torch.tensor([[0, 1, 1]])
     with cpinfer.invariant_training(model, CONFIG):
         with pytest.raises(UserError, match="position_ids are not those of the tokens"):
@@ -144,16 +169,11 @@ def test_what_rollouts_know_nothing_of_is_refused() -> None:
         cached = model(ids, use_cache=True).past_key_values
         with pytest.raises(UserError, match="Set use_cache to False"):
             model(ids, past_key_values=cached)
-    dropping = copy.deepcopy(FAMILIES["qwen2"])
+    dropping = copy.deepcopy(FAMILIES[family])
     dropping.attention_dropout = 0.1
     model = make_model(dropping).train()
     with cpinfer.invariant_training(model), pytest.raises(UserError, match=r"attention dropout is 0\.1"):
         model(ids)
-    with (
-        pytest.raises(UnsupportedError, match="invariant training of latent attention"),
-        cpinfer.invariant_training(make_model(FAMILIES["deepseek_v2"])),
-    ):
-        raise AssertionError("it was not refused")
 
 
 def test_other_dtypes_are_refused() -> None:
