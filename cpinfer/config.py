@@ -83,7 +83,6 @@ class SamplingParams(Checked):
     top_logprobs: int = _key(
         "report so many of the likeliest tokens at each place, with raw logprobs", 0, within=Bounds(0, 1024)
     )
-
     prompt_logprobs: bool = _key(
         "report raw logprobs of the prompt's tokens, with `top_logprobs` also the likeliest in their places; all of "
         "the prompt is computed then, whatever is cached",
@@ -93,6 +92,7 @@ class SamplingParams(Checked):
         "report for each token the ids that top_k, top_p and min_p left to draw from; none where over 1024 are left",
         False,
     )
+    routed_experts: bool = _key("report which experts each token that was run went through", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -79,6 +79,10 @@ REFUSALS: dict[str, Refusal] = {
     "cpu_backend_dtype": Refusal(
         "the CPU kernel in float64 (it sums in float32)", 'Set backend to "torch", or dtype to "float32".'
     ),
+    "routed_experts": Refusal(
+        "sampling.routed_experts of models whose experts are not called with the numbers of those that rows go through",
+        "Leave routed_experts out.",
+    ),
     "flashinfer_device": Refusal("FlashInfer on other devices than CUDA", 'Set backend to "torch", or "auto".'),
     "flashinfer_dtype": Refusal(
         "FlashInfer in float32 (its kernels take half precision)", 'Set backend to "torch", or dtype to "bfloat16".'

@@ -42,15 +42,15 @@ class Engine:
     def __init__(
         self, runner: ModelRunner, topology: Topology, config: EngineConfig, tokenizer: Any | None, needs: RankNeeds
     ) -> None:
-        self._runner = runner
+        self._runner, self._config = runner, config
         self.topology, self.tokenizer = topology, tokenizer
-        self._config = config
         self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
-        self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, topology.logger(__name__))
+        log, unseen = topology.logger(__name__), runner.expert_layers.unseen
+        self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, log, unseen)
         self._needs, self.weights_dtype = needs, runner.weights_dtype
         scheduler = make_scheduler(runner, topology, config, needs)
         home, replica = topology.grid.home(topology.rank), topology.replica
-        self._core = EngineCore(scheduler, self._stop_checker, home, replica.size, topology.logger(__name__))
+        self._core = EngineCore(scheduler, self._stop_checker, home, replica.size, log)
         self._open = OpenRequests(self._core, self._inputs, self._stop_checker, topology, runner.device)
         self._steps: StepRunner | None = None
         # Whether ranks have exchanged arrivals, and whether they do so before the next step.

@@ -38,19 +38,29 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.logs import RankLogger
 from cpinfer.models.spec import ModelSpec
+from cpinfer.refusals import refuse
 
 
 class InputProcessor:
     """Makes requests for a model and a pool. What it prepares names what the ranks of a replica must have in common.
 
-    What can run and is hardly meant is said to the log, of each kind the first.
+    What can run and is hardly meant is said to the log, of each kind the first. `unseen_experts`: of the model those
+    whose choice cannot be seen, in words.
     """
 
-    def __init__(self, spec: ModelSpec, pool_size: PoolSize, tokenizer: Any | None, log: RankLogger) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        pool_size: PoolSize,
+        tokenizer: Any | None,
+        log: RankLogger,
+        unseen_experts: str | None = None,
+    ) -> None:
         self._spec = spec
         self._pool_size = pool_size
         self._tokenizer = tokenizer
         self._log = log
+        self._unseen_experts = unseen_experts
         self._special = SpecialTokens.of(spec, tokenizer)
         self._said: set[str] = set()
 
@@ -68,7 +78,7 @@ class InputProcessor:
         """
         given = as_prompts(prompts)
         each = as_sampling(sampling, len(given))
-        self._refuse_unread_stops(each)
+        self._refuse_unknowable(each)
         wanted = []
         for index, prompt in enumerate(given):
             with naming("prompt", index):
@@ -111,7 +121,7 @@ class InputProcessor:
 
     def _readable(self, sampling: Any) -> SamplingParams:
         [params] = as_sampling(sampling, 1)
-        self._refuse_unread_stops([params])
+        self._refuse_unknowable([params])
         return params
 
     def requests(self, prompt: Prompt, sampling: SamplingParams) -> list[SampledRequest]:
@@ -144,7 +154,7 @@ class InputProcessor:
         params = sampling or SamplingParams()
         if not isinstance(params, SamplingParams):
             raise UserError(f"found a {type(params).__name__} for sampling; SamplingParams were wanted.")
-        self._refuse_unread_stops([params])
+        self._refuse_unknowable([params])
         if type(num_copies) is not int or num_copies < 1 or num_ranks % num_copies:
             raise UserError(f"num_copies is {num_copies!r}; a divisor of the replica's {num_ranks} rank(s) was wanted.")
         own = as_token_lists(own_prompts, self._tokenizer)
@@ -186,13 +196,16 @@ class InputProcessor:
         prompt = as_prompt(given, index, self._tokenizer, default_id)
         if prompt.sampling:
             params = sampling_of(prompt, params)
-            self._refuse_unread_stops([params])
+            self._refuse_unknowable([params])
         check_prompt(prompt, params, self._spec, self._pool_size)
         return prompt, params
 
-    def _refuse_unread_stops(self, sampling: Sequence[SamplingParams]) -> None:
+    def _refuse_unknowable(self, sampling: Sequence[SamplingParams]) -> None:
         if self._tokenizer is None and any(params.stop for params in sampling):
             raise UserError("stop strings need a tokenizer: give one to attach, or use stop_token_ids.")
+        has_experts = self._spec.experts_per_token is not None  # else the keys are refused together
+        if has_experts and self._unseen_experts and any(params.routed_experts for params in sampling):
+            raise refuse("routed_experts", self._unseen_experts)
 
     def _suspect(self, prompts: Sequence[TokenIds], sampling: Sequence[SamplingParams]) -> None:
         """Tell the log of what is hardly meant, once of each kind; the first rank does for its replica."""

@@ -331,7 +331,9 @@ class OpenRequests:
         assert len(prompt.token_ids) == new.num_before + len(new.prompt.token_ids), "ranks know the same of a session"
         requests = self._inputs.requests(prompt, new.params)
         for request in requests:
-            request.priority, request.keeps_kv, request.continues = new.priority, session is not None, before
+            request.priority, request.keeps_kv = new.priority, session is not None
+            if before is not None and not request.continue_from(before):
+                self._core.let_go(before)
             if key[0] == self._place:
                 request.submitted_s = self._own[key[1]].added_s
         batch = _OpenBatch(requests, finished=self._ended, key=key, session=session)

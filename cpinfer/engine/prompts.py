@@ -257,6 +257,10 @@ def check_sampling(params: SamplingParams, spec: ModelSpec) -> None:
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else spec.eos_token_ids)}
     if params.min_new_tokens > 0 and len(ends) == spec.vocab_size:
         raise UserError('"stop_token_ids" are all tokens there are; with "min_new_tokens" none is left to begin with.')
+    if params.routed_experts and spec.experts_per_token is None:
+        raise UserError(
+            f'"routed_experts" asks which experts tokens go through; model_type "{spec.family}" has none. Leave it out.'
+        )
 
 
 def read_input(

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from cpinfer.config import SamplingParams
 from cpinfer.kv_cache.prefix_cache import Key
+from cpinfer.engine.expert_record import ExpertRecord, Experts
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -167,7 +168,8 @@ class SampledRequest(Request):
     """One sample of one prompt: after its prefill it runs, and gets a token in every step until it ends.
 
     Where it `keeps_kv` its KV stays when it has ended, for one that continues it. `earlier_weights`: (version, number
-    of tokens) of those that were sampled before the weights changed.
+    of tokens) of those that were sampled before the weights changed. `experts`: of the tokens that were run, where
+    they are asked for.
     """
 
     sample_index: int
@@ -177,6 +179,7 @@ class SampledRequest(Request):
     keeps_kv: bool = False
     earlier_weights: list[tuple[int, int]] = field(default_factory=list)
     sampled: list[SampledToken] = field(default_factory=list)
+    experts: ExpertRecord = field(default_factory=ExpertRecord)
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
 
@@ -209,8 +212,12 @@ class SampledRequest(Request):
 
     @property
     def first_logits_place(self) -> int:
-        """The newest token: the next is drawn from its logits. With a prompt that is to be scored, the first."""
-        return 0 if self._num_unscored else len(self.prompt.token_ids) + len(self.sampled) - 1
+        """The newest token: the next is drawn from its logits. With a prompt that is to be scored, the first.
+
+        Where experts are asked for, at most the first whose experts are not known: to know them it has to be run.
+        """
+        newest = 0 if self._num_unscored else len(self.prompt.token_ids) + len(self.sampled) - 1
+        return min(newest, self.experts.num_tokens) if self.params.routed_experts else newest
 
     @property
     def _num_unscored(self) -> int:
@@ -227,6 +234,20 @@ class SampledRequest(Request):
         if self._num_unscored:
             super().restart(version)
         self.earlier_weights = list(self._spans(version))
+        if not self.sampled:  # nothing was drawn by what ran
+            self.experts = ExpertRecord()
+
+    def continue_from(self, before: SampledRequest) -> bool:
+        """Begin with all tokens of `before`, which has ended. Whether what is kept of it is of use.
+
+        It is of none to who asks for the experts of tokens that ran when nobody asked.
+        """
+        if self.params.routed_experts and before.held_blocks:  # what is gone is run again
+            if before.experts.num_tokens < before.next_position:
+                return False
+            self.experts = before.experts.copy()
+        self.continues = before
+        return True
 
     @property
     def num_top(self) -> int:
@@ -247,6 +268,8 @@ class SampledRequest(Request):
             and not (self.sampled or other.sampled or self.continues or other.continues)
             and len(self.scores) == len(other.scores)
             and (self.params.prompt_logprobs, self.num_top) == (other.params.prompt_logprobs, other.num_top)
+            and self.params.routed_experts == other.params.routed_experts
+            and self.experts.num_tokens == other.experts.num_tokens
             and (self.prompt is other.prompt or self.prompt.token_ids == other.prompt.token_ids)
         )
 
@@ -279,6 +302,7 @@ class SampledRequest(Request):
             prompt_top_logprobs=((), *(s.top for s in self.scores)) if is_scored and has_top else None,
             kept_mass=tuple(s.kept_mass for s in self.sampled) if self.params.cut_by else None,
             kept_token_ids=tuple(s.kept_ids for s in self.sampled) if self.params.kept_token_ids else None,
+            routed_experts=self.experts.array() if self.params.routed_experts else None,
             sampling=self.prompt.sampling,
             weights_versions=spans if len(spans) > 1 else None,
         )
@@ -383,6 +407,10 @@ class RolloutResult:
             where none of the three is asked for, and under greedy decoding.
         kept_token_ids: for each token those that were kept, ascending; None for a token where over 1024 were, one token
             under greedy decoding. None (and no key) unless asked for.
+        routed_experts: `[tokens run, layers with experts, experts of a token]` int16, read-only: the experts that each
+            token went through, in the order of the model's layers, and of its router. Row t is of the token at position
+            t of prompt and answer; the last token of the answer was drawn and not run, so it has none. Counts for
+            nothing in comparisons of results. None (and no key) unless asked for.
         sampling: what the prompt said of its own sampling; None (and no key of an output line) where it said nothing.
         weights_versions: (weights_version, number of tokens) for each span of the answer; None (and no key) unless the
             weights changed within it.
@@ -405,5 +433,6 @@ class RolloutResult:
     prompt_top_logprobs: tuple[tuple[tuple[int, float], ...], ...] | None = None
     kept_mass: tuple[float, ...] | None = None
     kept_token_ids: tuple[tuple[int, ...] | None, ...] | None = None
+    routed_experts: Experts | None = field(default=None, compare=False)
     sampling: OwnSampling | None = None
     weights_versions: tuple[tuple[int, int], ...] | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from cpinfer.engine.request import Request, SampledRequest, ScoredRequest
@@ -52,6 +52,11 @@ class Chunk:
         return self.prefill.samples if self.is_last else ()
 
     @property
+    def wants_experts(self) -> bool:
+        """Whether its samples, which share a prefill, ask which experts its tokens went through."""
+        return any(r.params.routed_experts for r in self.prefill.samples)
+
+    @property
     def scored_positions(self) -> range:
         """Places in the sequence whose logits score a given token: of the prompt, or of an answer. The same for all."""
         return self.prefill.requests[0].scored_positions(self.start, self.end)
@@ -68,6 +73,16 @@ class Step:
     def samples(self) -> tuple[SampledRequest, ...]:
         """The requests that get a token, in the order in which `commit` wants them."""
         return tuple(s for chunk in self.chunks for s in chunk.samples) if self.chunks else self.running
+
+    @property
+    def told_of_experts(self) -> Iterator[tuple[Sequence[SampledRequest], int, int]]:
+        """Requests that ask for experts, and the tokens `[start, end)` of each that the step runs, in its order."""
+        for chunk in self.chunks:
+            if chunk.wants_experts:
+                yield chunk.prefill.samples, chunk.start, chunk.end
+        for request in self.running:
+            if request.params.routed_experts:
+                yield (request,), request.next_position, request.next_position + 1
 
 
 @dataclass

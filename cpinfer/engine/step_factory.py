@@ -7,6 +7,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
 from cpinfer.engine.decode_cuda_graphs import make_decode_graphs
 from cpinfer.engine.exchanges import Exchanges
+from cpinfer.engine.experts_reader import ExpertsReader
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.needs import RankNeeds
 from cpinfer.engine.scheduler import Scheduler
@@ -78,4 +79,4 @@ def make_step_runner(
         kv_layout=cache.layout,
     )
     reader = LogitsReader(topology, runner.device, stop_checker, as_trained=config.deterministic)
-    return StepRunner(runner, cache, planner, attention, reader, graphs)
+    return StepRunner(runner, cache, planner, attention, reader, ExpertsReader(topology, runner), graphs)

@@ -27,6 +27,7 @@ from cpinfer.layout.prefill import (
 )
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
+from cpinfer.layout.told_rows import ToldRows
 
 # Who computed a token: its pcp rank, and the row of that rank's record.
 TokenPlace = tuple[int, int]
@@ -37,7 +38,8 @@ class PrefillInput:
     """A prefill step on one rank: `token_ids` at `plan.positions`, behind what `context` says is cached.
 
     `sampled_rows` of the model's rows are sampled from, request i of `requests` from the `drawn[i]`-th of them; and
-    those of `scored` are asked for `targets`. `places` are those of all tokens that the step samples, on any rank.
+    those of `scored` are asked for `targets`. `places` are those of all tokens that the step samples, on any rank,
+    `told` all whose experts are asked for, None where none are.
     """
 
     plan: PrefillPlan
@@ -49,6 +51,7 @@ class PrefillInput:
     places: list[TokenPlace]
     scored: ScoredRows
     targets: list[int]
+    told: ToldRows | None
 
     @property
     def kept_rows(self) -> list[int]:
@@ -60,13 +63,15 @@ class PrefillInput:
 class DecodeInput:
     """A decode step on one rank: the newest tokens of its `requests`, and keys for the layers of every window.
 
-    Without a plan its home has no request. `places` are those of all tokens that the step samples, on any rank.
+    Without a plan its home has no request. `places` are those of all tokens that the step samples, on any rank, `told`
+    all whose experts are asked for, None where none are.
     """
 
     plan: DecodePlan | None
     rows: Mapping[int | None, AttentionRows]
     requests: list[SampledRequest]
     places: list[TokenPlace]
+    told: ToldRows | None
 
     @property
     def token_ids(self) -> list[int]:
@@ -130,6 +135,7 @@ class StepPlanner:
         ]
         last = [i for i, chunk in enumerate(chunks) if chunk.samples]
         mine = [i for i in last if plan.sample_rows[i] >= 0]
+        asking = [i for i, chunk in enumerate(chunks) if chunk.wants_experts]
         scored = plan_scored_rows(plan, [chunk.scored_positions for chunk in chunks], starts)
         # Samples that share a prefill are all drawn from the logits of its last token.
         drawn = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
@@ -145,6 +151,7 @@ class StepPlanner:
             places=[(owner, next(rows[owner])) for owner in owners],
             scored=scored,
             targets=[chunks[i].prefill.requests[0].target_at(place) for i, place in scored.own],
+            told=ToldRows.of_prompts(split, asking) if asking else None,
         )
 
     def decode(self, running: Sequence[SampledRequest]) -> DecodeInput:
@@ -153,8 +160,10 @@ class StepPlanner:
         here = by_home[self._home]
         place_of = self._decode_places(by_home)
         places = [place_of[id(r)] for r in running]
+        asking = [place for place, r in zip(places, running, strict=True) if r.params.routed_experts]
+        told = ToldRows.of_places(asking) if asking else None
         if not here:
-            return DecodeInput(None, {}, [], places)
+            return DecodeInput(None, {}, [], places, told)
         positions = [r.next_position for r in here]
         plan = plan_decode(
             positions,
@@ -172,7 +181,7 @@ class StepPlanner:
             for window in self._windows
         }
         rows = {window: r.over(self._kv_layout) for window, r in rows.items()}
-        return DecodeInput(plan, rows, [here[i] for i in plan.own if i >= 0], places)
+        return DecodeInput(plan, rows, [here[i] for i in plan.own if i >= 0], places, told)
 
     def _decode_places(self, by_home: Sequence[Sequence[SampledRequest]]) -> dict[int, TokenPlace]:
         """Who computes each running request, by `id`."""

@@ -13,6 +13,8 @@ from torch import Tensor
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.engine.agreement import Says
 from cpinfer.engine.decode_cuda_graphs import DecodeCudaGraphs
+from cpinfer.engine.expert_record import Experts
+from cpinfer.engine.experts_reader import ExpertsReader
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.step import Step
@@ -26,12 +28,14 @@ from cpinfer.models.runner import ModelRunner
 class StepOutput:
     """The tokens of `step.samples`, and the scores of its chunks' `scored_positions`, one after another.
 
-    `heard`: what ranks said, as `agree_on_tokens` has it.
+    `heard`: what ranks said, as `agree_on_tokens` has it. `experts`: those of the tokens of `step.told_of_experts`, one
+    after another; None where there are none.
     """
 
     sampled: list[SampledToken]
     scores: Sequence[TokenScore] = ()
     heard: Says | None = None
+    experts: Experts | None = None
 
 
 class StepRunner:
@@ -44,6 +48,7 @@ class StepRunner:
         planner: StepPlanner,
         attention: StepAttention,
         reader: LogitsReader,
+        experts: ExpertsReader,
         graphs: DecodeCudaGraphs | None,
     ) -> None:
         self._runner = runner
@@ -51,6 +56,7 @@ class StepRunner:
         self._planner = planner
         self._attention = attention
         self._reader = reader
+        self._experts = experts
         self._graphs = graphs
 
     def begin(self) -> None:
@@ -79,29 +85,32 @@ class StepRunner:
     def _prefill(self, step: Step, says: Says) -> StepOutput:
         planned = self._planner.prefill(step.chunks)
         attention = self._attention.prefill(planned)
-        logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows)
+        with self._experts.watching(planned.told) as watched:
+            logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows)
         scored = logits[len(planned.sampled_rows) :]
         num_top = max((c.prefill.requests[0].num_top for c in step.chunks if c.scored_positions), default=0)
         sampled, heard = self._reader.sample(
             logits[planned.drawn], planned.requests, step.samples, planned.places, says
         )
         scores, heard_again = self._reader.score(scored, planned.targets, planned.scored.places, num_top, says)
-        return StepOutput(sampled, scores, heard_again if heard is None else heard)
+        experts = self._experts.agree(planned.told, watched, len(planned.token_ids))
+        return StepOutput(sampled, scores, heard_again if heard is None else heard, experts)
 
     def _decode(self, running: Sequence[SampledRequest], says: Says) -> StepOutput:
         planned = self._planner.decode(running)
         tokens, plan = planned.token_ids, planned.plan
-        if plan is None:
-            logits = self._forward([], [], self._attention.decode(planned), [])
-        elif self._graphs is not None:
-            logits = self._graphs.forward(plan, planned.rows, tokens)
-        else:
-            padding = [0] * (len(plan.own) - len(tokens))
-            logits = self._forward(
-                tokens + padding, plan.positions, self._attention.decode(planned), range(len(tokens))
-            )
+        with self._experts.watching(planned.told) as watched:
+            if plan is None:
+                logits = self._forward([], [], self._attention.decode(planned), [])
+            elif self._graphs is not None:  # of models without experts
+                logits = self._graphs.forward(plan, planned.rows, tokens)
+            else:
+                padding = [0] * (len(plan.own) - len(tokens))
+                logits = self._forward(
+                    tokens + padding, plan.positions, self._attention.decode(planned), range(len(tokens))
+                )
         sampled, heard = self._reader.sample(logits, planned.requests, running, planned.places, says)
-        return StepOutput(sampled, heard=heard)
+        return StepOutput(sampled, heard=heard, experts=self._experts.agree(planned.told, watched, len(tokens)))
 
     def _forward(self, token_ids: Any, positions: Any, attention: AttentionStep, keep: Any) -> Tensor:
         """`[len(keep), vocab]` logits. Models crash on zero rows, so where there is none a dummy is computed."""

@@ -31,6 +31,7 @@ from cpinfer.models.local_weights import (
     refuse_unusable_weights,
     shape_in_use,
 )
+from cpinfer.models.routed_experts import ExpertLayers
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.unpadded_moe import UnpaddedMoE, is_moe_block
 from cpinfer.models.wrappers import refuse_all_but_causal_lms, unwrapped, without_replication
@@ -109,6 +110,7 @@ class ModelRunner:
         self._adapters = adapter_state(model)
         self._q_heads = q_heads
         self._real_rows = unpadded_moe
+        self.expert_layers = ExpertLayers.of(model)
         self.spec = spec
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.weights_dtype: torch.dtype = dtype

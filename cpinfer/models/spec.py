@@ -48,7 +48,7 @@ class ModelSpec:
     `head_dim` is that of queries and keys. `mlp_size` is the width of the MLP that a token passes, all its experts
     together. `windows`: for each layer how many of the last tokens a query sees, its own included, None for all.
     `latent` is None where K and V are cached as they are. `max_positions` bounds prompt and answer together,
-    `positions` says how many there could be.
+    `positions` says how many there could be. `experts_per_token`: those that a router chooses; None without a mixture.
     """
 
     family: str
@@ -64,6 +64,7 @@ class ModelSpec:
     windows: tuple[int | None, ...]
     positions: Positions
     latent: LatentDims | None = None
+    experts_per_token: int | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -99,6 +100,7 @@ class ModelSpec:
             windows=_windows(config),
             positions=positions,
             latent=latent,
+            experts_per_token=config.get("num_experts_per_tok"),
         )
 
     def with_max_model_len(self, max_model_len: int | None) -> ModelSpec:

@@ -43,19 +43,20 @@ CLASSES = {
     "deepseek_v3": ("DeepseekV3Config", {**ROUTED, **LATENT, "n_shared_experts": 1}),
     "gpt_bigcode": ("GPTBigCodeConfig", {"bos_token_id": 0}),
 }
+ABSORBED = {"num_kv_heads": 1, "head_dim": 16, "latent": LatentDims(24, 4, 12, 6)}
 # Of Llama's shape, and what is its own in each family.
 SPECS = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
     "mistral": {},
-    "mixtral": {"mlp_size": 2 * 96},
-    "qwen3_moe": {"mlp_size": 4 * 32},
+    "mixtral": {"mlp_size": 2 * 96, "experts_per_token": 2},
+    "qwen3_moe": {"mlp_size": 4 * 32, "experts_per_token": 4},
     "gemma2": {"windows": (128, None, 128)},
     "gemma3_text": {"windows": (128, 128, 128)},
-    "gpt_oss": {"mlp_size": 4 * 96, "windows": (128, None, 128)},
-    "deepseek_v2": {"num_kv_heads": 1, "head_dim": 16, "mlp_size": 6 * 32, "latent": LatentDims(24, 4, 12, 6)},
-    "deepseek_v3": {"num_kv_heads": 1, "head_dim": 16, "mlp_size": 5 * 32, "latent": LatentDims(24, 4, 12, 6)},
+    "gpt_oss": {"mlp_size": 4 * 96, "windows": (128, None, 128), "experts_per_token": 4},
+    "deepseek_v2": {**ABSORBED, "mlp_size": 6 * 32, "experts_per_token": 4},
+    "deepseek_v3": {**ABSORBED, "mlp_size": 5 * 32, "experts_per_token": 4},
     "gpt_bigcode": {"num_kv_heads": 1, "head_dim": 8, "positions": Positions(512, "table")},
 }
 # Families whose configs name a head_dim; the others have hidden_size / num_attention_heads, or parts of it.
@@ -93,6 +94,7 @@ def test_a_supported_config_is_read_whole(family):
         "windows": (None,) * 3,
         "positions": Positions(512),
         "latent": None,
+        "experts_per_token": None,
     }
     assert spec == ModelSpec(**{"family": family, **llama, **SPECS[family]})
 

@@ -223,6 +223,8 @@ class ResultWriter:
                 del line[field.name]
         if result.sampling is not None:
             line["sampling"] = dict(result.sampling)
+        if result.routed_experts is not None:
+            line["routed_experts"] = result.routed_experts.tolist()
         if result.prompt_logprobs is not None:  # a token that the model rules out: JSON has no -inf
             line["prompt_logprobs"] = [None if p == -math.inf else p for p in result.prompt_logprobs]
         self.write_line(line)
