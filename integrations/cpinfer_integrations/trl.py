@@ -75,8 +75,8 @@ class RolloutFunc:
 
         Returns:
             `prompt_ids`, `completion_ids` and processed `logprobs`, in the order of the prompts. Where top_k, top_p or
-            min_p cut, also `kept_mass`, and where the config asks for them `kept_token_ids`: TRL hands both to reward
-            functions.
+            min_p cut, also `kept_mass`, and where the config asks for them `kept_token_ids` and `routed_experts`: TRL
+            hands them to reward functions.
 
         Raises:
             UserError: for a prompt that can never run, and for what this path of TRL cannot serve.
@@ -90,7 +90,7 @@ class RolloutFunc:
             "prompt_ids": [r.prompt_ids for r in rollouts],
             "completion_ids": [r.completion_ids for r in rollouts],
             "logprobs": [r.processed_logprobs for r in rollouts],
-            **_kept(rollouts),
+            **_extra_fields(rollouts),
         }
 
     def close(self) -> None:
@@ -104,6 +104,8 @@ def with_cpinfer(trainer_class: type[Any], config: ConfigLike = None) -> type[An
     As with `make_rollout_func`, and from the same `config`; without tools the samples are the same. With them all turns
     of all samples are one rollout phase, in which the KV of a sample stays from turn to turn. `rollout.tool_loop` says
     whether its tools run while other samples decode (the default), `rollout.tool_timeout_s` how long a call may take.
+    Reward functions get the same fields; what they say of kept sets is beside `completion_ids`, in which a token that a
+    tool said has a mass of 1 and no ids.
 
     Args:
         trainer_class: TRL's, or a class derived from it.
@@ -147,13 +149,14 @@ class _ByCpinfer(_Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rollouts = RolloutPhases(self._config_of_rollouts)
+        self._rollouts_of_phase: list[Rollout] = []
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         return on_all_ranks(lambda: super(_ByCpinfer, self)._tokenize_prompts(prompts), "tokenize its prompts")
 
     def _phase(self, prompt_ids: list[list[int]], draw: Callable[[Phase], list[Rollout]]) -> list[Rollout]:
         check_settings(self, self.rollouts.config.sampling)
-        rollouts = self.rollouts.run(self, lambda: prompt_ids, draw)
+        self._rollouts_of_phase = rollouts = self.rollouts.run(self, lambda: prompt_ids, draw)
         prompt_ids[:] = [r.prompt_ids for r in rollouts]  # TRL goes on with this list, and some may have been cut
         return rollouts
 
@@ -163,6 +166,14 @@ class _RLOOByCpinfer(_ByCpinfer):
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any) -> list[list[int]]:
         return [r.completion_ids for r in self._phase(prompt_ids, Phase.pooled)]
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *generated: Any) -> Any:
+        # RLOO has no place for fields of a rollout, but hands all columns of its inputs to reward functions.
+        fields = _extra_fields(self._rollouts_of_phase)
+        columns = [dict(zip(fields, row, strict=True)) for row in zip(*fields.values(), strict=True)]
+        if columns:
+            inputs = [{**example, **more} for example, more in zip(inputs, columns, strict=True)]
+        return super()._calculate_rewards(inputs, *generated)
 
 
 class _LoopOutput(NamedTuple):
@@ -197,7 +208,8 @@ class _GRPOByCpinfer(_ByCpinfer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         self._prompts_of_phase = prompts  # TRL hands them to its tool loop, but not to the first turn
-        return super()._generate(prompts)
+        *generated, extra_fields, images, tool_images = super()._generate(prompts)
+        return (*generated, {**extra_fields, **_extra_fields(self._rollouts_of_phase)}, images, tool_images)
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> Any:
         if not self.tools:
@@ -270,11 +282,10 @@ class _GRPOByCpinfer(_ByCpinfer):
         return tools if timeout_s is None else {name: bounded(timeout_s, tool) for name, tool in tools.items()}
 
 
-def _kept(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
-    """What is known of kept sets, a list for each sample."""
-    names = ("kept_mass", "kept_token_ids")
-    columns = {name: [getattr(r, name) for r in rollouts] for name in names}
-    return {name: column for name, column in columns.items() if column and None not in column}
+def _extra_fields(rollouts: Sequence[Rollout]) -> dict[str, list[Any]]:
+    """What reward functions may read of samples beside their tokens, by name: all samples have the same fields."""
+    rows = [rollout.extra_fields() for rollout in rollouts]
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
 def _rollout(turns: Sequence[RolloutResult], output: _LoopOutput) -> Rollout:

@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import compress, pairwise
 from typing import Any, TypeVar
 
@@ -23,6 +23,7 @@ from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.colocate.training_logprobs import eval_no_grad
 from cpinfer.config import ConfigLike, JobConfig, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
+from cpinfer.engine.expert_record import Experts
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
 from cpinfer.models.invariant_training import trains_invariantly
@@ -91,7 +92,7 @@ class Rollout:
     """One sample as a trainer gets it: `completion_ids` are what was generated and, between turns, what tools said.
 
     `tool_mask`: 1 for each generated token, 0 for others. Both kinds of logprobs, and what is known of kept
-    sets, as a result has it, are of generated tokens alone.
+    sets, as a result has it, are of generated tokens alone; experts of all tokens that were run, from the first.
     """
 
     prompt_ids: list[int]
@@ -101,6 +102,7 @@ class Rollout:
     processed_logprobs: list[float]
     kept_mass: list[float] | None = None
     kept_token_ids: list[tuple[int, ...] | None] | None = None
+    routed_experts: Experts | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, result: RolloutResult) -> Rollout:
@@ -119,7 +121,20 @@ class Rollout:
             [logprob for turn in turns for logprob in turn.processed_logprobs],
             None if None in masses else [mass for turn in masses for mass in turn or ()],
             None if None in kept else [ids for turn in kept for ids in turn or ()],
+            turns[-1].routed_experts,  # of the whole sequence up to there
         )
+
+    def extra_fields(self) -> dict[str, Any]:
+        """What reward functions may read of it beside tokens, by name: of what was asked for.
+
+        What is known of kept sets is beside `completion_ids`, for tokens of tools a mass of 1 and no ids.
+        """
+        fields: dict[str, Any] = {"routed_experts": self.routed_experts}
+        for name, of_tool in (("kept_mass", 1.0), ("kept_token_ids", None)):
+            values = getattr(self, name)
+            generated = iter(values or ())
+            fields[name] = values and [next(generated) if is_own else of_tool for is_own in self.tool_mask]
+        return {name: value for name, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)

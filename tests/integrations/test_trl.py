@@ -18,13 +18,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer, PrinterCallback
+from transformers import AutoConfig, AutoTokenizer, MixtralConfig, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 import cpinfer
 from cpinfer.config import JobConfig, RolloutConfig, SamplingParams, config_to_dict, parse_config
 from cpinfer_integrations.trl import RolloutFunc, make_rollout_func, tokenize
 from cpinfer_integrations.trl_settings import sampling_of
+from tiny_models import TINY as TINY_SHAPE
 from tiny_models import make_model
 
 TINY = Path(__file__).parents[2] / "configs" / "grpo-tiny"
@@ -49,10 +50,11 @@ def make_trainer(
     rollout_func: Any,
     *,
     changed: Mapping[str, Any] = MappingProxyType({}),
+    config: Any = None,
     peft_config: Any = None,
     **options: Any,
 ) -> GRPOTrainer:
-    """Three steps of eight samples: two prompts, four samples each. `changed`: of the model's config."""
+    """Three steps of eight samples: two prompts, four samples each. `changed`: of the model's config, or another."""
     arguments: dict[str, Any] = {
         "output_dir": str(folder),
         "use_cpu": True,
@@ -69,7 +71,7 @@ def make_trainer(
         "disable_tqdm": True,
     }
     trainer = GRPOTrainer(
-        model=make_model(AutoConfig.from_pretrained(TINY, **changed)),
+        model=make_model(config or AutoConfig.from_pretrained(TINY, **changed)),
         reward_funcs=[lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids]],
         args=GRPOConfig(**{**arguments, **options}),
         train_dataset=Dataset.from_dict({"prompt": TEXTS}),
@@ -266,6 +268,28 @@ def test_reward_functions_and_logs_learn_what_a_cut_kept(tokenizer: Any, tmp_pat
     trainer = make_trainer(tokenizer, tmp_path, plain)
     assert set(plain(TEXTS, trainer)) == {"prompt_ids", "completion_ids", "logprobs"}
     assert plain.records[0].kept_mass_mean is None and "kept_mass_mean" not in plain.records[0].metrics()
+
+
+def test_reward_functions_get_the_experts_of_the_policy_in_training(tokenizer: Any, tmp_path: Path) -> None:
+    asked = {"dtype": "float32", "kv_cache_gib": 0.01, "sampling": {"seed": 3, "routed_experts": True}}
+    config = MixtralConfig(**{**TINY_SHAPE, "vocab_size": len(tokenizer)}, num_local_experts=4)
+    trainer = make_trainer(tokenizer, tmp_path, make_rollout_func(asked), max_steps=1, config=config)
+    num_seen = []
+
+    def reward(prompts: Any, completion_ids: Any, routed_experts: Any, **_: Any) -> list[float]:
+        prompt_ids = tokenizer(text=prompts)["input_ids"]
+        for before, answer, experts in zip(prompt_ids, completion_ids, routed_experts, strict=True):
+            run = torch.tensor([[*before, *answer][:-1]])
+            with torch.no_grad():
+                logits = trainer.model(run, output_router_logits=True).router_logits
+            chosen = torch.stack([layer.topk(2).indices for layer in logits], dim=1).numpy()
+            assert experts.dtype == np.int16 and np.array_equal(experts, chosen)
+            num_seen.append(len(chosen))
+        return [float(len(ids)) for ids in completion_ids]
+
+    trainer.reward_funcs[0] = reward
+    trainer.train()
+    assert num_seen == [3 + 5 - 1] * 8
 
 
 @pytest.mark.parametrize(

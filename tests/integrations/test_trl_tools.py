@@ -445,6 +445,43 @@ def test_an_rloo_trainer_generates_with_cpinfer_what_it_would_with_transformers(
     assert all(record.mismatch.max_abs <= 1e-4 for record in trainer.rollouts.records)
 
 
+@pytest.mark.parametrize(
+    ("trainer_class", "tools"), [(GRPOTrainer, (follow,)), (GRPOTrainer, None), (RLOOTrainer, None)]
+)
+def test_reward_functions_learn_what_a_cut_kept_beside_every_token(
+    tmp_path: Path, trainer_class: type[Any], tools: Any
+) -> None:
+    seen: list[Any] = []
+
+    def reward(completion_ids: Any, kept_mass: Any, kept_token_ids: Any, **_: Any) -> list[float]:
+        seen.extend(zip(completion_ids, kept_mass, kept_token_ids, strict=True))
+        return [float(len(ids)) for ids in completion_ids]
+
+    asked = with_cpinfer(trainer_class, {**CONFIG, "sampling": {"seed": 3, "kept_token_ids": True}})
+    options = {"top_p": 0.6, "max_steps": 1, "max_completion_length": 120}
+    trainer = make_trainer(asked, tmp_path, tools=tools, reward=reward, **options)
+    trainer.train()
+    assert len(seen) == 4
+    of_tools = 0
+    for tokens, masses, kept in seen:
+        assert len(tokens) == len(masses) == len(kept)
+        assert all(token in ids for token, ids in zip(tokens, kept, strict=True) if ids is not None)
+        assert all(mass == 1 for mass, ids in zip(masses, kept, strict=True) if ids is None)
+        of_tools += sum(ids is None for ids in kept)
+    assert (of_tools > 0) == (tools is not None)
+    assert trainer.rollouts.records[0].num_generated_tokens == sum(len(kept) for *_, kept in seen) - of_tools
+    # Nobody asks for anything: nothing is handed over.
+    plain = with_cpinfer(trainer_class, CONFIG)
+    names: set[str] = set()
+
+    def read(completion_ids: Any, **columns: Any) -> list[float]:
+        names.update(columns)
+        return [float(len(ids)) for ids in completion_ids]
+
+    make_trainer(plain, tmp_path, tools=None, reward=read, max_steps=1, max_completion_length=6).train()
+    assert names and names.isdisjoint({"kept_mass", "kept_token_ids", "routed_experts"})
+
+
 def test_an_overlong_prompt_is_cut_for_trl_too_where_that_was_asked_for(tmp_path: Path) -> None:
     config = {**CONFIG, "rollout": {"overlong_prompts": "truncate_left"}}
     trainer = make_trainer(
