@@ -207,7 +207,7 @@ class EngineCore:
             assert output.experts is not None, "those of all tokens that ask are there"
             experts = output.experts[begin : (begin := begin + end - start)]
             for request in requests:
-                request.experts.add(start, experts)
+                request.note_experts(start, experts)
         finished = self._scheduler.commit(step, output.sampled, self._stop_checker.stops, output.scores)
         steps.copy_blocks(self._scheduler.take_blocks_to_copy(self._home))
         for request in step.samples:

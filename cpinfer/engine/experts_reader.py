@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from cpinfer.comm.topology import Topology
-from cpinfer.engine.expert_record import Experts
+from cpinfer.kv_cache.expert_record import Experts
 from cpinfer.layout.told_rows import ToldRows
 from cpinfer.models.routed_experts import WatchedExperts
 from cpinfer.models.runner import ModelRunner

@@ -28,9 +28,9 @@ class KnownPrefixes:
             extend_keys(request.prefix_keys, request.all_token_ids, unit)
         return request.prefix_keys[: num_tokens // unit]
 
-    def remembered(self, keys: Sequence[Key], homes: Collection[int]) -> Sequence[Key]:
-        """The first of `keys`, as far as all of `homes` remember their units."""
-        return keys[: min(self.homes[index].prefixes.num_known(keys) for index in homes)]
+    def remembered(self, request: Request, keys: Sequence[Key], homes: Collection[int]) -> Sequence[Key]:
+        """The first of a request's `keys`, as far as all of `homes` remember all that it wants of their units."""
+        return keys[: min(self.homes[index].prefixes.num_known(keys, request.experts) for index in homes)]
 
     def num_tokens(self, keys: Sequence[Key]) -> int:
         return len(keys) * self.sharding.prefix_unit
@@ -40,7 +40,9 @@ class KnownPrefixes:
 
         To wait for less does not pay: until then a step is less full.
         """
-        known = self.remembered(keys, homes)
+        if request.experts is not None:  # whose prefills are told of theirs, nobody knows before they end
+            return False
+        known = self.remembered(request, keys, homes)
         num_coming = min(self.homes[index].prefixes.num_coming(keys[len(known) :]) for index in homes)
         to_compute = request.num_tokens - self.num_tokens(known)
         return num_coming > 0 and 2 * num_coming * self.sharding.prefix_unit >= to_compute
@@ -59,4 +61,4 @@ class KnownPrefixes:
         """A prompt that is sampled again or continued is worth remembering, as far as it is computed."""
         keys = prefill.prefix_keys[: prefill.num_computed_tokens // self.sharding.prefix_unit]
         for index, leader in prefill.leaders.items():
-            self.homes[index].prefixes.insert(keys, leader.blocks)
+            self.homes[index].prefixes.insert(keys, leader.blocks, leader.experts)

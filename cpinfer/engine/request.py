@@ -9,8 +9,8 @@ from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from cpinfer.config import SamplingParams
+from cpinfer.kv_cache.expert_record import ExpertRecord, Experts
 from cpinfer.kv_cache.prefix_cache import Key
-from cpinfer.engine.expert_record import ExpertRecord, Experts
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -79,7 +79,8 @@ class Request(ABC):
     """What the scheduler has to know of anything that runs: its tokens, and the KV blocks that it holds.
 
     What becomes of its logits, its type says: a `SampledRequest` draws tokens from them, a `ScoredRequest` reads off
-    how likely a given answer is. `scores` are of tokens that it was given, as far as they are known. Of those that wait
+    how likely a given answer is. `scores` are of tokens that it was given, as far as they are known, `experts` of those
+    that were run, where it asks. Of those that wait
     the lowest `priority` goes first. One that `continues` another begins with all tokens of it, and computes only what
     is new while the other's KV is kept.
     """
@@ -96,6 +97,7 @@ class Request(ABC):
     # Of the whole units of its tokens, as far as they have been asked for: tokens are appended, never changed.
     prefix_keys: list[Key] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
+    experts: ExpertRecord | None = None
     finished_s: float | None = None
 
     @property
@@ -130,6 +132,11 @@ class Request(ABC):
     def num_top(self) -> int:
         """How many of the likeliest tokens it wants to know at each place."""
         return 0
+
+    def note_experts(self, start: int, experts: Experts) -> None:
+        """Take note of the experts of tokens from `start` on, if it asks for them."""
+        if self.experts is not None:
+            self.experts.add(start, experts)
 
     @abstractmethod
     def shares_prefill_with(self, other: Request) -> bool:
@@ -168,8 +175,7 @@ class SampledRequest(Request):
     """One sample of one prompt: after its prefill it runs, and gets a token in every step until it ends.
 
     Where it `keeps_kv` its KV stays when it has ended, for one that continues it. `earlier_weights`: (version, number
-    of tokens) of those that were sampled before the weights changed. `experts`: of the tokens that were run, where
-    they are asked for.
+    of tokens) of those that were sampled before the weights changed.
     """
 
     sample_index: int
@@ -179,9 +185,12 @@ class SampledRequest(Request):
     keeps_kv: bool = False
     earlier_weights: list[tuple[int, int]] = field(default_factory=list)
     sampled: list[SampledToken] = field(default_factory=list)
-    experts: ExpertRecord = field(default_factory=ExpertRecord)
     finish_reason: FinishReason | None = None
     first_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.routed_experts:
+            self.experts = ExpertRecord()
 
     @property
     def token_ids(self) -> list[int]:
@@ -212,12 +221,8 @@ class SampledRequest(Request):
 
     @property
     def first_logits_place(self) -> int:
-        """The newest token: the next is drawn from its logits. With a prompt that is to be scored, the first.
-
-        Where experts are asked for, at most the first whose experts are not known: to know them it has to be run.
-        """
-        newest = 0 if self._num_unscored else len(self.prompt.token_ids) + len(self.sampled) - 1
-        return min(newest, self.experts.num_tokens) if self.params.routed_experts else newest
+        """The newest token: the next is drawn from its logits. With a prompt that is to be scored, the first."""
+        return 0 if self._num_unscored else len(self.prompt.token_ids) + len(self.sampled) - 1
 
     @property
     def _num_unscored(self) -> int:
@@ -234,7 +239,7 @@ class SampledRequest(Request):
         if self._num_unscored:
             super().restart(version)
         self.earlier_weights = list(self._spans(version))
-        if not self.sampled:  # nothing was drawn by what ran
+        if self.experts is not None and not self.sampled:  # nothing was drawn by what ran
             self.experts = ExpertRecord()
 
     def continue_from(self, before: SampledRequest) -> bool:
@@ -242,8 +247,8 @@ class SampledRequest(Request):
 
         It is of none to who asks for the experts of tokens that ran when nobody asked.
         """
-        if self.params.routed_experts and before.held_blocks:  # what is gone is run again
-            if before.experts.num_tokens < before.next_position:
+        if self.experts is not None and before.held_blocks:  # what is gone is run again, or found with its experts
+            if before.experts is None:
                 return False
             self.experts = before.experts.copy()
         self.continues = before
@@ -268,8 +273,7 @@ class SampledRequest(Request):
             and not (self.sampled or other.sampled or self.continues or other.continues)
             and len(self.scores) == len(other.scores)
             and (self.params.prompt_logprobs, self.num_top) == (other.params.prompt_logprobs, other.num_top)
-            and self.params.routed_experts == other.params.routed_experts
-            and self.experts.num_tokens == other.experts.num_tokens
+            and ExpertRecord.are_alike(self.experts, other.experts)
             and (self.prompt is other.prompt or self.prompt.token_ids == other.prompt.token_ids)
         )
 
@@ -302,7 +306,7 @@ class SampledRequest(Request):
             prompt_top_logprobs=((), *(s.top for s in self.scores)) if is_scored and has_top else None,
             kept_mass=tuple(s.kept_mass for s in self.sampled) if self.params.cut_by else None,
             kept_token_ids=tuple(s.kept_ids for s in self.sampled) if self.params.kept_token_ids else None,
-            routed_experts=self.experts.array() if self.params.routed_experts else None,
+            routed_experts=None if self.experts is None else self.experts.array(),
             sampling=self.prompt.sampling,
             weights_versions=spans if len(spans) > 1 else None,
         )

@@ -314,7 +314,7 @@ class Scheduler:
         prompt need no room, and give none.
         """
         homes, mutable = _places(members), self._num_mutable_blocks(request.num_tokens)
-        known = self._prefixes.remembered(keys, homes)
+        known = self._prefixes.remembered(request, keys, homes)
         new = self.sharding.num_blocks(request.num_tokens)
         new -= self.sharding.num_blocks(self._prefixes.num_tokens(known))
         return all(
@@ -344,12 +344,14 @@ class Scheduler:
         leaders: dict[int, Request] = {}
         for request in group:
             leaders.setdefault(request.home, request)
-        known = self._prefixes.remembered(keys, leaders)
+        known = self._prefixes.remembered(group[0], keys, leaders)
         total = self.sharding.num_blocks(group[0].num_tokens)
         for index, leader in leaders.items():
             blocks = self.homes[index].prefixes.match(known)
             room = self.sharding.num_blocks(leader.max_cached_tokens) - len(blocks)
             leader.blocks = blocks + self.homes[index].take(total - len(blocks), room=room)
+        for request in group:
+            self.homes[request.home].prefixes.recall(known, request.experts)
         return self._prefill(group, leaders, self._prefixes.num_tokens(known))
 
     def _prefill(self, group: Sequence[Request], leaders: dict[int, Request], num_cached: int) -> Prefill:
@@ -465,7 +467,7 @@ class Scheduler:
 
     def _give_up(self, request: SampledRequest) -> None:
         keys = self._prefixes.keys(request, request.next_position)
-        self.homes[request.home].prefixes.insert(keys, request.blocks)
+        self.homes[request.home].prefixes.insert(keys, request.blocks, request.experts)
         self.homes[request.home].release(request.take_blocks())
 
     def _drop_dead_of_leaders(self, prefill: Prefill) -> None:

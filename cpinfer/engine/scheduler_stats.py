@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from operator import add, sub
 
 
 @dataclass
@@ -17,7 +17,11 @@ class SchedulerStats:
 
     def __sub__(self, before: SchedulerStats) -> SchedulerStats:
         """What was counted since `before`."""
-        return SchedulerStats(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
+        return SchedulerStats(*map(sub, astuple(self), astuple(before)))
+
+    def __add__(self, other: SchedulerStats) -> SchedulerStats:
+        """The counts of two schedulers together."""
+        return SchedulerStats(*map(add, astuple(self), astuple(other)))
 
 
 @dataclass
@@ -26,9 +30,3 @@ class HomeLoad:
 
     num_active: int = 0
     num_reserved_blocks: int = 0
-
-
-def sum_stats(parts: Sequence[SchedulerStats]) -> SchedulerStats:
-    """The counts of several schedulers together."""
-    fields = [astuple(part) for part in parts]
-    return SchedulerStats(*map(sum, zip(*fields, strict=True)))

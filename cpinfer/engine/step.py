@@ -54,7 +54,7 @@ class Chunk:
     @property
     def wants_experts(self) -> bool:
         """Whether its samples, which share a prefill, ask which experts its tokens went through."""
-        return any(r.params.routed_experts for r in self.prefill.samples)
+        return any(r.experts is not None for r in self.prefill.samples)
 
     @property
     def scored_positions(self) -> range:
@@ -81,7 +81,7 @@ class Step:
             if chunk.wants_experts:
                 yield chunk.prefill.samples, chunk.start, chunk.end
         for request in self.running:
-            if request.params.routed_experts:
+            if request.experts is not None:
                 yield (request,), request.next_position, request.next_position + 1
 
 

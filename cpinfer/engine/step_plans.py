@@ -160,7 +160,7 @@ class StepPlanner:
         here = by_home[self._home]
         place_of = self._decode_places(by_home)
         places = [place_of[id(r)] for r in running]
-        asking = [place for place, r in zip(places, running, strict=True) if r.params.routed_experts]
+        asking = [place for place, r in zip(places, running, strict=True) if r.experts is not None]
         told = ToldRows.of_places(asking) if asking else None
         if not here:
             return DecodeInput(None, {}, [], places, told)

@@ -13,13 +13,13 @@ from torch import Tensor
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.engine.agreement import Says
 from cpinfer.engine.decode_cuda_graphs import DecodeCudaGraphs
-from cpinfer.engine.expert_record import Experts
 from cpinfer.engine.experts_reader import ExpertsReader
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_attention import StepAttention
 from cpinfer.engine.step_plans import StepPlanner
+from cpinfer.kv_cache.expert_record import Experts
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.models.runner import ModelRunner
 

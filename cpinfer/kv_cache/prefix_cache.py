@@ -4,6 +4,9 @@ A block holds tokens that interleaving took from all over a stretch of the seque
 the smallest run of tokens whose blocks hold these tokens and no others on every shard (`KVSharding.prefix_unit`). A
 unit is known by a hash of its tokens chained to the hash of the unit before it, so equal keys mean equal prefixes.
 
+Beside its blocks a unit may have what is known of the experts that its tokens went through: who asks for them finds no
+other units.
+
 The cache holds a reference of its own to each block of a unit; a block that nobody else refers to is *idle*. Units
 that have one are evicted, least recently used first; a use counts for the units before it too, so those that follow go
 before them. Which blocks are idle is known at any time and never looked for: `note_release` is told of all that
@@ -24,6 +27,7 @@ from itertools import takewhile
 import numpy as np
 
 from cpinfer.kv_cache.block_pool import BlockPool
+from cpinfer.kv_cache.expert_record import ExpertRecord, Experts
 from cpinfer.layout.shards import KVSharding
 
 Key = bytes
@@ -40,11 +44,15 @@ def extend_keys(keys: list[Key], token_ids: Sequence[int], unit: int) -> None:
 
 @dataclass
 class _Unit:
-    """Blocks of a unit, when it was last used, and of which use it stands in the queue of those to be evicted."""
+    """Blocks of a unit, when it was last used, and of which use it stands in the queue of those to be evicted.
+
+    `experts`: a row for each of its tokens, where they are known.
+    """
 
     blocks: list[int]
     last_use: int = 0
     queued_use: int = 0
+    experts: Experts | None = None
 
 
 class PrefixCache:
@@ -73,9 +81,17 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._units)
 
-    def num_known(self, keys: Sequence[Key]) -> int:
-        """How many of the first units are here."""
-        return sum(1 for _ in takewhile(self._units.__contains__, keys))
+    def num_known(self, keys: Sequence[Key], experts: ExpertRecord | None = None) -> int:
+        """How many of the first units are here.
+
+        Who asks for experts finds no unit of whose tokens neither `experts` nor the unit knows them.
+        """
+        num_known = sum(1 for _ in takewhile(self._units.__contains__, keys))
+        if experts is None:
+            return num_known
+        num_told = experts.num_tokens // self._unit
+        told_here = takewhile(lambda key: self._units[key].experts is not None, keys[num_told:num_known])
+        return min(num_known, num_told + sum(1 for _ in told_here))
 
     def num_coming(self, keys: Sequence[Key]) -> int:
         """How many of the first units are being computed."""
@@ -112,14 +128,23 @@ class PrefixCache:
                 for key in keys:
                     self._enqueue(key)
 
-    def insert(self, keys: Sequence[Key], blocks: Sequence[int]) -> None:
-        """Remember computed units, which lie in the first of `blocks`.
+    def recall(self, keys: Sequence[Key], experts: ExpertRecord | None) -> None:
+        """Tell who asks for experts those of units that it has matched."""
+        if experts is None:
+            return
+        for i, key in enumerate(keys):
+            found = self._units[key].experts
+            if found is not None and (i + 1) * self._unit > experts.num_tokens:
+                experts.add(i * self._unit, found)
+
+    def insert(self, keys: Sequence[Key], blocks: Sequence[int], experts: ExpertRecord | None = None) -> None:
+        """Remember computed units, which lie in the first of `blocks`, with their `experts`.
 
         Negative numbers stand for blocks that were given back: a unit that had one ends what can be remembered.
         """
         if not self.is_enabled:
             return
-        known = []
+        known, told = [], None if experts is None else experts.array()
         for i, key in enumerate(keys):
             if key not in self._units:
                 unit = list(blocks[i * self._blocks_per_unit : (i + 1) * self._blocks_per_unit])
@@ -129,6 +154,8 @@ class PrefixCache:
                 self._units[key] = _Unit(unit)
                 for block in unit:
                     self._units_of[block] = (*self._units_of.get(block, ()), key)
+            if told is not None and self._units[key].experts is None and len(told) >= (i + 1) * self._unit:
+                self._units[key].experts = told[i * self._unit : (i + 1) * self._unit].copy()
             known.append(key)
         self._touch(known)
 

@@ -23,9 +23,9 @@ from cpinfer.colocate.phase import Lent, PhaseReport, rollout_phase
 from cpinfer.colocate.training_logprobs import eval_no_grad
 from cpinfer.config import ConfigLike, JobConfig, SamplingParams, job_config
 from cpinfer.engine.engine import Engine
-from cpinfer.engine.expert_record import Experts
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import UserError
+from cpinfer.kv_cache.expert_record import Experts
 from cpinfer.models.invariant_training import trains_invariantly
 from cpinfer_integrations.job_ranks import all_gather_object
 from cpinfer_integrations.lending import lend

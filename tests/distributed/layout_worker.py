@@ -18,6 +18,7 @@ from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
+from routers import num_other_experts
 from tiny_models import FAMILIES, make_model, prompts_of
 
 PROMPT_LENS = (1, 2, 3, 17, 64, 200)
@@ -67,7 +68,9 @@ def run(
     with cpinfer.attach(model, topology, engine_config) as engine:
         greedy = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=10))
         named = [{"prompt_token_ids": prompt, "id": i} for i, prompt in enumerate(prompts)]
-        sampled = engine.generate(named, SamplingParams(temperature=1, seed=4, max_new_tokens=10))
+        has_experts = hasattr(config, "num_experts_per_tok")
+        sampling = SamplingParams(temperature=1, seed=4, max_new_tokens=10, routed_experts=has_experts)
+        sampled = engine.generate(named, sampling)
         turns = take_turns(engine, prompts[launch.rank :], num_turns=2 + launch.rank)
     topology.close()
     if launch.rank != 0:
@@ -87,6 +90,7 @@ def run(
         "num_same_turns": num_same_turns,
         "max_abs_logprob_difference": max(differences),
         "sampled": [r.token_ids for r in sampled],
+        "num_other_experts": sum(num_other_experts(whole, r) for r in sampled) if has_experts else None,
     }
 
 

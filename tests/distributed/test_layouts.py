@@ -32,6 +32,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 2, "pcp": 1, "dcp": 2, "family": "deepseek_v3"},
         {"tp": 2, "pcp": 1, "dcp": 2, "family": "gpt_oss", "max_num_batched_tokens": 50},
         {"tp": 2, "pcp": 1, "dcp": 2, "family": "gpt_bigcode"},
+        {"tp": 1, "pcp": 2, "dcp": 1, "family": "qwen3_moe", "max_num_batched_tokens": 250},
     ],
     4: [
         {"tp": 2, "pcp": 2, "dcp": 2, "kv": 2},
@@ -46,6 +47,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 }
 # Every family, sharded by AutoTP: its own KV heads, mixed in a group, then copies of one.
 CHUNKED = {"max_num_batched_tokens": 50}
+WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 ONE_HEAD_OF_KV = ("deepseek_v2", "deepseek_v3", "gpt_bigcode")
 EVERY_FAMILY: dict[int, list[dict[str, Any]]] = {
     2: [
@@ -86,6 +88,7 @@ def check(num_ranks: int, layouts: list[dict[str, Any]], folder: Path, timeout_s
         assert outcome["num_same_tokens"] == outcome["num_prompts"] == 6, outcome
         assert outcome["num_same_turns"] == outcome["num_turns"] == 12, outcome
         assert outcome["max_abs_logprob_difference"] <= 1e-4, outcome
+        assert outcome["num_other_experts"] == (0 if outcome.get("family") in WITH_EXPERTS else None), outcome
         assert outcome["sampled"] == sampled_alone(outcome.get("family", "qwen2"), outcome.get("kv")), outcome
 
 

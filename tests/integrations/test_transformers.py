@@ -29,6 +29,7 @@ def check(folder: Path, num_ranks: int, cases: list[dict[str, Any]], timeout_s: 
     for outcome in outcomes:
         assert all(outcome["same_tokens"]), outcome
         assert outcome["max_abs_logprob_difference"] <= 1e-4, outcome
+        assert outcome["num_other_experts"] == 0, outcome
 
 
 def test_a_model_that_transformers_sharded_gives_the_answers_of_the_whole_one(tmp_path: Path) -> None:

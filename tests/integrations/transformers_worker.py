@@ -20,6 +20,7 @@ from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer_integrations.transformers import launch_inference
 from cpinfer_tools.verify import check_rollout
+from routers import num_other_experts
 from tiny_models import FAMILIES, make_model, prompts_of
 
 
@@ -48,17 +49,22 @@ def run(launch: Launch, folder: Path, family: str, tp: int, pcp: int, dcp: int, 
             **changes,
         }
     )
+    has_experts = hasattr(whole.config, "num_experts_per_tok")
+    sampling = SamplingParams(temperature=0, max_new_tokens=10, routed_experts=has_experts)
     with cpinfer.attach(launched.module, launched.topology, config) as engine:
-        results = engine.generate(
-            prompts_of((1, 3, 17, 70, 150), vocab_size=128), SamplingParams(temperature=0, max_new_tokens=10)
-        )
+        results = engine.generate(prompts_of((1, 3, 17, 70, 150), vocab_size=128), sampling)
     launched.topology.close()
     differences = [
         (check_rollout.score(whole, r.prompt_token_ids, r.token_ids) - torch.tensor(r.logprobs)).abs().max().item()
         for r in results
     ]
     same = [list(r.token_ids) == check_rollout.generate_greedy(whole, r.prompt_token_ids, 10) for r in results]
-    return {"family": family, "same_tokens": same, "max_abs_logprob_difference": max(differences)}
+    return {
+        "family": family,
+        "same_tokens": same,
+        "max_abs_logprob_difference": max(differences),
+        "num_other_experts": sum(num_other_experts(whole, r) for r in results) if has_experts else 0,
+    }
 
 
 if __name__ == "__main__":

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from test_engine_parity import grid_name
 from thread_tp import on_ranks
 
 import cpinfer
 from cpinfer.config import SamplingParams
 from cpinfer.engine.engine import Engine
-from cpinfer.engine.expert_record import ExpertRecord, Experts
 from cpinfer.engine.request import RolloutResult
+from cpinfer.kv_cache.expert_record import ExpertRecord
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.prefill import PrefillSplit
 from cpinfer.layout.told_rows import ToldRows
+from routers import experts_of, num_other_experts
 from tiny_models import FAMILIES, make_model, prompts_of
 
 FAMILIES_WITH_EXPERTS = ["mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"]
@@ -41,26 +41,6 @@ def mixtral() -> Any:
     return make_model(FAMILIES["mixtral"])
 
 
-def by_transformers(model: Any, token_ids: list[int]) -> Experts:
-    """`[tokens, layers, experts]`: what the routers of the whole model give for a sequence."""
-    found: list[torch.Tensor] = []
-    routers = [m for name, m in model.named_modules() if name.endswith((".gate", ".router"))]
-    handles = [router.register_forward_hook(lambda *hooked: found.append(hooked[-1][2])) for router in routers]
-    with torch.no_grad():
-        model(torch.tensor([token_ids]))
-    for handle in handles:
-        handle.remove()
-    return torch.stack(found, dim=1).numpy()
-
-
-def differing(model: Any, result: RolloutResult) -> int:
-    """Tokens whose experts are others than those of Transformers."""
-    run = [*result.prompt_token_ids, *result.token_ids][:-1]
-    experts, wanted = result.routed_experts, by_transformers(model, run)
-    assert experts is not None and experts.dtype == np.int16 and experts.shape == wanted.shape
-    return int((experts != wanted).any(axis=(1, 2)).sum())
-
-
 def generate(model: Any, grid: RankGrid, sampling: SamplingParams = SAMPLING, **config: Any) -> list[RolloutResult]:
     """On every rank the same; those of the first."""
     first, *others = on_ranks(model, grid, lambda engine: engine.generate(PROMPTS, sampling), **CONFIG, **config)
@@ -74,7 +54,7 @@ def generate(model: Any, grid: RankGrid, sampling: SamplingParams = SAMPLING, **
 def test_experts_of_every_token_are_those_of_transformers(family: str, grid: RankGrid) -> None:
     model = make_model(FAMILIES[family])
     results = generate(model, grid)
-    assert [differing(model, result) for result in results] == [0] * len(results)
+    assert [num_other_experts(model, result) for result in results] == [0] * len(results)
     # Samples of one prompt go other ways: who reports those of another sample would be seen.
     assert not np.array_equal(results[0].routed_experts, results[1].routed_experts)
 
@@ -83,13 +63,13 @@ def test_experts_of_every_token_are_those_of_transformers(family: str, grid: Ran
 @pytest.mark.parametrize("grid", [TP1, PCP2, RankGrid(pcp_size=2, dcp_size=1)], ids=grid_name)
 def test_chunks_change_nothing(mixtral: Any, grid: RankGrid, tokens: int) -> None:
     results = generate(mixtral, grid, max_num_batched_tokens=tokens)
-    assert [differing(mixtral, result) for result in results] == [0] * len(results)
+    assert [num_other_experts(mixtral, result) for result in results] == [0] * len(results)
 
 
 @pytest.mark.parametrize("exchange", ["ag_rs", "replicate_q"])
 def test_no_exchange_of_decode_states_changes_anything(mixtral: Any, exchange: str) -> None:
     results = generate(mixtral, PCP2, decode_exchange=exchange)
-    assert [differing(mixtral, result) for result in results] == [0] * len(results)
+    assert [num_other_experts(mixtral, result) for result in results] == [0] * len(results)
 
 
 in_order = ToldRows.of_prompts
@@ -117,7 +97,7 @@ def test_a_wrong_order_of_pieces_and_a_position_off_by_one_are_seen(
     else:  # as if a rank sent one row
         monkeypatch.setattr(ToldRows, "places", property(lambda self: np.zeros_like(self.rows)))
     [first, *_] = generate(mixtral, grid)
-    assert differing(mixtral, first) > 10
+    assert num_other_experts(mixtral, first) > 10
 
 
 def test_a_preempted_request_keeps_the_experts_of_what_was_run(mixtral: Any) -> None:
@@ -130,7 +110,7 @@ def test_a_preempted_request_keeps_the_experts_of_what_was_run(mixtral: Any) -> 
         tight = {**CONFIG, "kv_cache_gib": 2**-16 / grid.dcp_size}
         [(results, num_preemptions), *_] = on_ranks(mixtral, grid, body, **tight)
         assert num_preemptions > 0
-        assert [differing(mixtral, result) for result in results] == [0] * len(results)
+        assert [num_other_experts(mixtral, result) for result in results] == [0] * len(results)
 
 
 @pytest.mark.parametrize("grid", [TP1, PCP2], ids=grid_name)
@@ -147,7 +127,24 @@ def test_what_others_have_cached_is_run_again_for_who_asks(mixtral: Any, grid: R
 
     [(results, cached), *_] = on_ranks(mixtral, grid, body, **CONFIG)
     assert cached[1] > cached[2] == 0
-    assert [differing(mixtral, result) for result in results] == [0, 0]
+    assert [num_other_experts(mixtral, result) for result in results] == [0, 0]
+
+
+@pytest.mark.parametrize("grid", [TP1, PCP2, RankGrid(pcp_size=2, dcp_size=1)], ids=grid_name)
+def test_what_is_cached_with_its_experts_is_not_run_again(mixtral: Any, grid: RankGrid) -> None:
+    longer = [*PROMPTS[0], *PROMPTS[2]]
+
+    def body(engine: Engine) -> list[tuple[RolloutResult, int]]:
+        found = []
+        for prompt, n in ((PROMPTS[0], 2), (longer, 5)):
+            results = engine.generate(prompt, replace(SAMPLING, n=n))
+            found += [(result, engine.stats.num_computed_prefill_tokens) for result in results]
+        return found
+
+    first, *_ = on_ranks(mixtral, grid, body, **CONFIG, max_num_seqs=2)
+    assert [num_other_experts(mixtral, result) for result, _ in first] == [0] * 7
+    # Five samples in three waves: the prompt is run once, but for what is no whole unit.
+    assert first[0][1] == 250 and 40 <= first[2][1] < 40 + 3 * 8 * 2
 
 
 @pytest.mark.parametrize("grid", [TP1, PCP2], ids=grid_name)
@@ -155,11 +152,11 @@ def test_who_asks_may_run_beside_who_does_not(mixtral: Any, grid: RankGrid) -> N
     each = [SAMPLING, replace(SAMPLING, routed_experts=False), SAMPLING]
     first, *_ = on_ranks(mixtral, grid, lambda engine: engine.generate(PROMPTS, each), **CONFIG)
     assert [r.routed_experts is None for r in first] == [False] * 2 + [True] * 2 + [False] * 2
-    assert [differing(mixtral, r) for r in first if r.routed_experts is not None] == [0] * 4
+    assert [num_other_experts(mixtral, r) for r in first if r.routed_experts is not None] == [0] * 4
     alike = [{"prompt_token_ids": PROMPTS[0], "id": str(i)} for i in range(2)]
     first, *_ = on_ranks(mixtral, grid, lambda engine: engine.generate(alike, each[:2]), **CONFIG)
     assert [r.routed_experts is None for r in first] == [False] * 2 + [True] * 2
-    assert [differing(mixtral, r) for r in first[:2]] == [0] * 2
+    assert [num_other_experts(mixtral, r) for r in first[:2]] == [0] * 2
 
 
 def turns(engine: Engine, asks: list[bool], kept: int | None = None) -> list[tuple[RolloutResult, int]]:
@@ -189,16 +186,16 @@ def turns(engine: Engine, asks: list[bool], kept: int | None = None) -> list[tup
 def test_a_turn_has_the_experts_of_all_turns_before_it(mixtral: Any, grid: RankGrid, kept: int | None) -> None:
     config = {**CONFIG, "max_session_tokens": kept}
     first, *_ = on_ranks(mixtral, grid, lambda engine: turns(engine, [True, True, True]), **config)
-    assert [differing(mixtral, result) for result, _ in first] == [0] * 3
+    assert [num_other_experts(mixtral, result) for result, _ in first] == [0] * 3
     if kept is None:  # nothing of it is run twice
         assert [cached for _, cached in first] == [0, *(len(r.prompt_token_ids) + 5 for r, _ in first[:2])]
 
 
 @pytest.mark.parametrize("grid", [TP1, PCP2], ids=grid_name)
 def test_a_turn_that_asks_after_one_that_did_not_is_run_whole(mixtral: Any, grid: RankGrid) -> None:
-    first, *_ = on_ranks(mixtral, grid, lambda engine: turns(engine, [True, False, True, True]), **CONFIG)
-    assert [result.routed_experts is None for result, _ in first] == [False, True, False, False]
-    assert [differing(mixtral, first[i][0]) for i in (0, 2, 3)] == [0] * 3
+    first, *_ = on_ranks(mixtral, grid, lambda engine: turns(engine, [False, False, True, True]), **CONFIG)
+    assert [result.routed_experts is None for result, _ in first] == [True, True, False, False]
+    assert [num_other_experts(mixtral, result) for result, _ in first[2:]] == [0] * 2
     assert [cached > 0 for _, cached in first] == [False, True, False, True]
 
 
@@ -215,12 +212,12 @@ def test_after_new_weights_tokens_that_were_drawn_keep_the_experts_that_drew_the
 
     [results] = on_ranks(mixtral, TP1, body, **CONFIG, max_num_batched_tokens=64)
     by_length = sorted(results, key=lambda r: len(r.prompt_token_ids))
-    old = by_transformers(mixtral, [*PROMPTS[2], *by_length[0].token_ids][:-1])
+    old = experts_of(mixtral, [*PROMPTS[2], *by_length[0].token_ids][:-1])
     experts = by_length[0].routed_experts
     assert experts is not None and experts.shape == old.shape
     assert np.array_equal(experts[:40], old[:40]) and not np.array_equal(experts[40:, 0], old[40:, 0])
     late = by_length[1].routed_experts
-    assert late is not None and (late[:, 0] == 3 - by_transformers(mixtral, PROMPTS[0])[:, 0]).mean() > 0.99
+    assert late is not None and (late[:, 0] == 3 - experts_of(mixtral, PROMPTS[0])[:, 0]).mean() > 0.99
 
 
 def test_an_aborted_request_has_the_experts_of_what_was_run(mixtral: Any) -> None:
@@ -235,7 +232,7 @@ def test_an_aborted_request_has_the_experts_of_what_was_run(mixtral: Any) -> Non
 
     [(begun, waiting)] = on_ranks(mixtral, TP1, body, **CONFIG, max_num_batched_tokens=64)
     assert begun.routed_experts is not None and waiting.routed_experts is not None
-    assert np.array_equal(begun.routed_experts, by_transformers(mixtral, PROMPTS[0])[:64])
+    assert np.array_equal(begun.routed_experts, experts_of(mixtral, PROMPTS[0])[:64])
     assert len(waiting.routed_experts) == 0
 
 

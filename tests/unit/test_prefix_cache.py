@@ -2,9 +2,11 @@
 
 from itertools import count
 
+import numpy as np
 import pytest
 
 from cpinfer.kv_cache.block_pool import BlockPool
+from cpinfer.kv_cache.expert_record import ExpertRecord
 from cpinfer.kv_cache.prefix_cache import PrefixCache, extend_keys
 from cpinfer.layout.shards import KVSharding
 from line_count import lines_run
@@ -358,3 +360,48 @@ def test_what_is_to_be_matched_makes_no_room():
     assert [cache.can_evict(n, a[:1]) for n in (0, 1, 2)] == [True, True, False]
     assert [cache.can_evict(n, a) for n in (0, 1)] == [True, False]
     assert cache.can_evict(2, b), "a sequence reads them, so they were no room before"
+
+
+def record_of(num_tokens, first=0):
+    """Of the first tokens of a sequence: one expert each, numbered."""
+    record = ExpertRecord()
+    record.add(0, np.arange(first, first + num_tokens, dtype=np.int16).reshape(-1, 1, 1))
+    return record
+
+
+def found_by(cache, tokens, record):
+    """Blocks of what is matched by one who asks for experts, and is told them."""
+    keys = keys_of(tokens)
+    known = keys[: cache.num_known(keys, record)]
+    blocks = cache.match(known)
+    cache.recall(known, record)
+    return blocks
+
+
+def test_who_asks_for_experts_finds_units_whose_experts_are_known_to_one_of_both():
+    pool, cache = make_cache()
+    blocks = pool.allocate(3)
+    cache.insert(keys_of(A[:12]), blocks)
+    assert found_by(cache, A[:12], None) == blocks
+    for num_known, num_found in ((0, 0), (3, 0), (4, 1), (11, 2), (12, 3)):
+        assert found_by(cache, A[:12], record_of(num_known)) == blocks[:num_found]
+    cache.insert(keys_of(A[:8]), blocks[:2], record_of(8))  # run again, by one who asked
+    for num_known, num_found in ((0, 2), (9, 2), (12, 3)):
+        record = record_of(num_known, first=50)
+        assert found_by(cache, A[:12], record) == blocks[:num_found]
+        own = list(range(50, 50 + num_known))
+        assert record.array().ravel().tolist() == own + list(range(num_known, 4 * num_found))
+
+
+def test_experts_go_with_their_unit_and_the_first_that_are_known_stay():
+    pool, cache = make_cache(num_blocks=2)
+    blocks = pool.allocate(2)
+    cache.insert(keys_of(A[:8]), blocks, record_of(5))  # what ran for others is not known whole
+    cache.insert(keys_of(A[:8]), blocks, record_of(8, first=50))
+    record = ExpertRecord()
+    assert found_by(cache, A[:8], record) == blocks
+    assert record.array().ravel().tolist() == [0, 1, 2, 3, 54, 55, 56, 57]
+    for _ in range(2):
+        release(pool, cache, blocks)
+    cache.evict(2)
+    assert found_by(cache, A[:8], ExpertRecord()) == [] and len(cache) == 0

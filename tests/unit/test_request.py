@@ -1,5 +1,6 @@
 """Requests: what the scheduler and the steps ask of them, by their type."""
 
+import numpy as np
 import pytest
 
 from cpinfer.config import SamplingParams
@@ -42,6 +43,11 @@ def test_fresh_samples_of_equal_prompts_share_a_prefill_and_nobody_else_does():
     assert sampled().shares_prefill_with(sampled(prompt=Prompt(4, "q", (5, 6, 7))))
     assert not sampled().shares_prefill_with(sampled(prompt=Prompt(4, "q", (5, 6, 8))))
     assert not sampled().shares_prefill_with(sampled(prompt_logprobs=True))
+    asks = sampled(routed_experts=True)
+    assert asks.shares_prefill_with(sampled(routed_experts=True))
+    assert not asks.shares_prefill_with(sampled()) and not sampled().shares_prefill_with(asks)
+    asks.note_experts(0, np.zeros((3, 1, 2), dtype=np.int16))
+    assert not asks.shares_prefill_with(sampled(routed_experts=True))
     continued = sampled()
     continued.continues = sampled(8)
     assert not continued.shares_prefill_with(sampled()) and not sampled().shares_prefill_with(continued)
@@ -97,3 +103,42 @@ def test_an_answer_is_greedy_when_all_of_its_tokens_are(greedy):
     request.scores = [TokenScore(-float(i), is_greedy) for i, is_greedy in enumerate(greedy)]
     result = request.result()
     assert result.logprobs == (0.0, -1.0) and result.logprob == -1.0 and result.is_greedy == all(greedy)
+
+
+def rows(*numbers):
+    """Experts of as many tokens, in one layer."""
+    return np.array(numbers, dtype=np.int16).reshape(-1, 1, 1)
+
+
+def test_a_token_keeps_the_experts_of_the_forward_that_ran_it_first():
+    request = sampled(8, routed_experts=True)
+    request.note_experts(0, rows(1, 2, 3))
+    request.note_experts(0, rows(7, 7))  # computed again after a preemption, in chunks
+    request.note_experts(2, rows(7, 4))
+    request.restart(version=0)
+    assert request.experts is not None and request.experts.array().ravel().tolist() == [1, 2, 3, 4]
+    assert not request.experts.array().flags.writeable
+    nobody = sampled(8)
+    nobody.note_experts(0, rows(1, 2, 3))
+    assert nobody.experts is None
+
+
+def test_before_a_token_is_drawn_new_weights_choose_all_experts_anew():
+    request = sampled(routed_experts=True)
+    request.note_experts(0, rows(1, 2))
+    request.restart(version=0)
+    assert request.experts is not None and request.experts.num_tokens == 0
+
+
+def test_who_asks_continues_on_kv_whose_experts_are_known():
+    before = sampled(8, 9, routed_experts=True)
+    before.note_experts(0, rows(1, 2, 3, 4))
+    before.blocks = [0]
+    after, other = (sampled(prompt=Prompt(3, "p", (5, 6, 7, 8, 9, 4)), routed_experts=True) for _ in range(2))
+    assert after.continue_from(before) and after.continues is before
+    after.note_experts(4, rows(5, 6))
+    assert before.experts is not None and before.experts.num_tokens == 4, "a turn does not write to the one before it"
+    unasked = sampled(8, 9)
+    assert sampled().continue_from(unasked)
+    unasked.blocks = [0]
+    assert not other.continue_from(unasked) and other.continues is None

@@ -20,11 +20,14 @@ from cpinfer.ops.cpu_kernels.compiling import compiled
 from cpinfer_tools import job, opening, rollout
 from cpinfer_tools.results import output as output_module
 from cpinfer_tools.results.output_lock import locked
+from routers import experts_of
+from tiny_models import FAMILIES, make_model
 from tool_folder import ToolFolder, summary_of
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "configs" / "recall-tiny"
 PROMPTS = [{"prompt": "The door waited."}, {"prompt_token_ids": [70, 71, 72], "id": "mine"}, {"prompt": "It was"}]
+OWN_EXPERTS = {"routed_experts": True}
 RESULT_KEYS = [
     "id",
     "prompt_index",
@@ -265,6 +268,35 @@ def test_where_a_cut_is_asked_for_lines_say_what_it_kept_and_a_resumed_run_write
         for key in ("token_ids", "kept_token_ids"):
             assert by_id[line["id"]][key] == line[key]
         assert by_id[line["id"]]["kept_mass"] == pytest.approx(line["kept_mass"])
+
+
+def test_lines_have_the_experts_of_who_asks_and_a_resumed_run_writes_the_same(folder):
+    model = make_model(FAMILIES["deepseek_v3"])
+    model.save_pretrained(folder.path / "moe")
+    folder.file("in.jsonl", {"prompt_token_ids": [7] * 9}, {"prompt_token_ids": [8, 9], "sampling": OWN_EXPERTS})
+    sampling = {**folder.data["sampling"], "temperature": 1, "n": 2}
+    asked = {"model": "moe", "sampling": {**sampling, "routed_experts": True}}
+    assert folder.run(**asked)[0] == 0
+    whole = folder.lines()
+    assert [list(line) for line in whole] == [[*RESULT_KEYS, "routed_experts"]] * 2 + [
+        [*RESULT_KEYS, "routed_experts", "sampling"]
+    ] * 2
+    for line in whole:
+        wanted = experts_of(model, [*line["prompt_token_ids"], *line["token_ids"]][:-1])
+        assert line["routed_experts"] == wanted.tolist() and wanted.shape[1:] == (1, 2)
+    folder.output.write_text("".join(json.dumps(line) + "\n" for line in whole[:1]))
+    assert folder.run("--resume", **asked)[0] == 0
+    assert {line["id"] + str(line["sample_index"]): line["routed_experts"] for line in folder.lines()} == {
+        line["id"] + str(line["sample_index"]): line["routed_experts"] for line in whole
+    }
+    tool_folder.assert_refused(
+        folder.run("--resume", model="moe", sampling=sampling), "routed_experts", "--overwrite", tool="rollout"
+    )
+    assert folder.run("--overwrite", model="moe", sampling=sampling)[0] == 0
+    assert ["routed_experts" in line for line in folder.lines()] == [False, False, True, True]
+    dense = {"sampling": {**sampling, "routed_experts": True}}
+    words = ['"routed_experts" asks', 'model_type "qwen2" has none']
+    tool_folder.assert_refused(folder.run("--overwrite", "--dry-run", **dense), *words, tool="rollout")
 
 
 def test_a_run_writes_one_line_for_each_sample_with_exactly_these_keys(folder):

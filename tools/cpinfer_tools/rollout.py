@@ -17,14 +17,15 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
+from operator import add
 
 import cpinfer
 from cpinfer.comm.bootstrap import Launch
 from cpinfer.config import SamplingParams
 from cpinfer.engine.prompts import InputLine, check_prompt, read_input, sampling_of
 from cpinfer.engine.request import Prompt
-from cpinfer.engine.scheduler_stats import SchedulerStats, sum_stats
+from cpinfer.engine.scheduler_stats import SchedulerStats
 from cpinfer.errors import UserError
 from cpinfer.models.loading import load_tokenizer
 from cpinfer.models.model_files import model_hashes
@@ -186,7 +187,7 @@ def rollout(launch: Launch, job: Rollout) -> None:
     summary = {
         **summarize([sample for part, _ in told for sample in part], len(job.inputs), wall_s),
         "num_samples": num_samples,
-        **asdict(sum_stats([stats for _, stats in told])),
+        **asdict(reduce(add, (stats for _, stats in told))),
         "kv_capacity_tokens": capacity,
         "kv_capacity_tokens_total": capacity * job.grid.num_homes * job.grid.dp_size,
         "num_samples_resumed": len(job.done),

@@ -29,6 +29,11 @@ class ExpertRecord:
             self.parts.append(new)
             self.num_tokens += len(new)
 
+    @staticmethod
+    def are_alike(one: ExpertRecord | None, other: ExpertRecord | None) -> bool:
+        """Whether both requests ask, and as many are known to one as to the other; or neither asks."""
+        return (one and one.num_tokens) == (other and other.num_tokens)
+
     def copy(self) -> ExpertRecord:
         """The same, to be continued by itself."""
         return ExpertRecord(list(self.parts), self.num_tokens)
