@@ -48,12 +48,16 @@ class CpinferRolloutBatch(RolloutBatch):
         kept_mass: beside them the mass that top_k, top_p and min_p kept; 1 where nothing was cut, prompts and padding
             included.
         weights_version: the step that `sync_weights` was told of last.
+        routed_experts: `[B, T, layers with experts, experts of a token]` int16, beside `input_ids`: what each token
+            went through; -1 at padding, and at the last token of an answer, which was drawn and not run. None unless
+            `sampling.routed_experts` asks for them, and on a rank without prompts.
     """
 
     logprobs: torch.Tensor
     processed_logprobs: torch.Tensor
     kept_mass: torch.Tensor
     weights_version: int
+    routed_experts: torch.Tensor | None = None
 
 
 class CpinferRolloutEngine(RolloutEngine):
@@ -206,15 +210,29 @@ class CpinferRolloutEngine(RolloutEngine):
             return torch.cat([prompt, padded.to(prompt.device)], dim=1)
 
         nothing = torch.zeros(prompts.shape, device=prompts.device)
+        input_ids = beside_prompts(prompts, [r.token_ids for r in results], self._pad_token_id)
         return CpinferRolloutBatch(
-            input_ids=beside_prompts(prompts, [r.token_ids for r in results], self._pad_token_id),
+            input_ids=input_ids,
             attention_mask=beside_prompts(mask, [[1] * len(r.token_ids) for r in results], 0),
             response_start_idx=torch.full((len(results),), prompts.shape[1], device=prompts.device),
             logprobs=beside_prompts(nothing, [r.logprobs for r in results], 0),
             processed_logprobs=beside_prompts(nothing, [r.processed_logprobs for r in results], 0),
             kept_mass=beside_prompts(nothing + 1, [r.kept_mass or [1.0] * len(r.token_ids) for r in results], 1),
             weights_version=self._weights_version,
+            routed_experts=_experts_beside(input_ids, prompts.shape[1], results),
         )
+
+
+def _experts_beside(input_ids: torch.Tensor, width: int, results: Sequence[RolloutResult]) -> torch.Tensor | None:
+    """What each token of a batch went through, whose answers begin at `width`; None where nobody asked."""
+    of_rows = [r.routed_experts for r in results if r.routed_experts is not None]
+    if not of_rows:
+        return None
+    experts = torch.full((*input_ids.shape, *of_rows[0].shape[1:]), -1, dtype=torch.int16)
+    for row, result, run in zip(experts, results, of_rows, strict=True):
+        start = width - len(result.prompt_token_ids)
+        row[start : start + len(run)] = torch.tensor(run)
+    return experts.to(input_ids.device)
 
 
 def _prompts_of(request: RolloutRequest) -> list[list[int]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from cpinfer.colocate.phase import rollout_phase
 from cpinfer.config import JobConfig
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout
+from routers import num_other_experts
 from tiny_models import FAMILIES, make_model
 from trainers import changes, deepspeed_trainer, photograph
 
@@ -39,12 +41,14 @@ def _cases(config_of: Callable[[str], JobConfig]) -> Iterator[dict[str, Any]]:
                 continue
             config, before = config_of(kind), photograph(trainer)
             lent = lend(trainer.trained, config)
+            has_experts = hasattr(whole.config, "num_experts_per_tok")
             with rollout_phase(lent, config) as engine:
-                results = engine.generate(PROMPTS, GREEDY)
+                results = engine.generate(PROMPTS, replace(GREEDY, routed_experts=has_experts))
             lent.topology.close()
             scores = [check_rollout.score(whole, r.prompt_token_ids, r.token_ids) for r in results]
             yield {
                 "name": f"{name} {kind}",
+                "num_other_experts": sum(num_other_experts(whole, r) for r in results) if has_experts else None,
                 "changed": changes(before, photograph(trainer)),
                 "same_tokens": [
                     list(r.token_ids) == check_rollout.generate_greedy(whole, r.prompt_token_ids, 8) for r in results

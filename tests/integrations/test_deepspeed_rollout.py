@@ -12,9 +12,11 @@ from deepspeed.runtime.rollout import RolloutConfig, RolloutEngine, RolloutReque
 from cpinfer.errors import UserError
 from cpinfer_integrations.deepspeed import CpinferRolloutEngine
 from launching import forked
+from routers import experts_of
 from small_tokenizers import tokenizer_of
 from tiny_models import FAMILIES, make_model
 
+PAD = 127
 WORKER = "tests/integrations/deepspeed_rollout_worker.py"
 # Of each launch most is imports.
 KINDS = ("zero1", "zero3:full", "zero0+autotp")
@@ -118,6 +120,27 @@ def test_a_rank_may_bring_no_prompts() -> None:
     nothing = torch.zeros((0, 5), dtype=torch.long)
     batch = engine.generate(RolloutRequest(nothing, nothing), SamplingConfig(max_new_tokens=4))
     assert batch.input_ids.shape == batch.logprobs.shape == (0, 5) and batch.batch_size == 0
+
+
+def test_experts_stand_beside_the_tokens_that_went_through_them() -> None:
+    model = make_model(FAMILIES["mixtral"])
+    asked = {"kv_cache_gib": 0.001, "dtype": "float32", "sampling": {"routed_experts": True}}
+    ids = torch.tensor([[PAD, PAD, 5, 6, 7], [3, 4, 5, 6, 7]])
+    request = RolloutRequest(ids, (ids != PAD).long())
+    sampling = SamplingConfig(max_new_tokens=4, n_samples_per_prompt=2)
+    for config in (asked, {"kv_cache_gib": 0.001}):
+        batch = CpinferRolloutEngine(model, tokenizer_of("byte_level"), config).generate(request, sampling)
+        if config is not asked:
+            assert batch.routed_experts is None
+            continue
+        assert batch.routed_experts is not None and batch.routed_experts.dtype == torch.int16
+        assert batch.routed_experts.shape == (*batch.input_ids.shape, 2, 2)
+        for tokens, mask, found in zip(batch.input_ids, batch.attention_mask, batch.routed_experts, strict=True):
+            run = tokens[mask.bool()][:-1].tolist()
+            ran = torch.from_numpy(experts_of(model, run)).to(torch.int16)
+            first = int(mask.argmax())
+            assert torch.equal(found[first : first + len(run)], ran)
+            assert (found[:first] == -1).all() and (found[first + len(run) :] == -1).all()
 
 
 def test_a_tokenizer_that_cannot_pad_is_refused() -> None:

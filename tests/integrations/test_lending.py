@@ -163,6 +163,7 @@ def test_latent_attention_experts_and_adapters_are_gathered_every_way_under_zero
         assert len(outcome["cases"]) == 8
         for case in outcome["cases"]:
             assert all(case["same_tokens"]) and case["worst"] < 1e-4 and case["changed"] == [], case
+            assert case["num_other_experts"] == (None if "lora" in case["name"] else 0), case
 
 
 @pytest.mark.slow

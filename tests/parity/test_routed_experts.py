@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_engine_parity import grid_name
 from thread_tp import on_ranks
 
 import cpinfer
+from cpinfer.comm.threads import ThreadComm
 from cpinfer.config import SamplingParams
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.request import RolloutResult
@@ -236,17 +238,28 @@ def test_an_aborted_request_has_the_experts_of_what_was_run(mixtral: Any) -> Non
     assert len(waiting.routed_experts) == 0
 
 
-def test_a_step_that_nobody_asks_has_no_hook_and_no_collective_more(
+def test_where_nobody_asks_there_is_no_hook_and_no_byte_and_else_one_gather_in_each_step(
     mixtral: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def never(*_: Any) -> None:
-        raise AssertionError("nobody has asked")
+    plain, gather = replace(SAMPLING, routed_experts=False), ThreadComm.all_gather
+    sent: list[tuple[torch.dtype, int]] = []
 
-    monkeypatch.setattr("cpinfer.models.routed_experts.ExpertLayers.watched", never)
-    plain = replace(SAMPLING, routed_experts=False)
-    assert all(r.routed_experts is None for r in generate(mixtral, PCP2, plain))
-    with pytest.raises(AssertionError, match="nobody has asked"):
-        generate(mixtral, TP1)
+    def counted(self: ThreadComm, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        if self.index == 0:
+            sent.append((x.dtype, x.nbytes))
+        return gather(self, x, out)
+
+    monkeypatch.setattr(ThreadComm, "all_gather", counted)
+    generate(mixtral, PCP2)
+    asked = list(sent)
+    sent.clear()
+    with monkeypatch.context() as patched:
+        patched.setattr("cpinfer.models.routed_experts.ExpertLayers.watched", None)
+        assert all(r.routed_experts is None for r in generate(mixtral, PCP2, plain))
+    of_experts = [num_bytes for dtype, num_bytes in asked if dtype == torch.uint8]
+    assert [x for x in asked if x[0] != torch.uint8] == sent, "what else travels is the same"
+    # A prefill, of which a rank has half of the longest prompt and one of the others; then 6 samples on 2 ranks.
+    assert of_experts == [(125 + 40) * 2 * 2 * 2, *[3 * 2 * 2 * 2] * 5]
 
 
 def test_models_without_experts_and_experts_that_cannot_be_seen_are_refused_by_name(
