@@ -32,7 +32,7 @@ from cpinfer.models.autocast import CastStep
 from cpinfer.models.invariant_rows import invariant_checkpointing, invariant_rows
 from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
 from cpinfer.models.local_weights import has_fsdp
-from cpinfer.models.wrappers import unwrapped
+from cpinfer.models.wrappers import unwrapped, without_engine
 from cpinfer.ops.ordered_attention import OrderedAttention
 from cpinfer.ops.states import count_sinks
 from cpinfer.refusals import refuse
@@ -57,11 +57,16 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
         Nothing.
 
     Raises:
-        UserError: in the block, for positions that are not those of the tokens that the mask leaves, and masks of other
-            things than padding.
+        UserError: for what is no Hugging Face model; in the block, for positions that are not those of the tokens that
+            the mask leaves, and masks of other things than padding.
         UnsupportedError: for a device that is no CPU, or adapters on `kv_b_proj` of latent attention.
     """
-    wanted, inner = job_config(config), unwrapped(model)
+    wanted, inner = job_config(config), unwrapped(without_engine(model))
+    if not hasattr(getattr(inner, "config", None), "to_dict"):
+        raise UserError(
+            f"invariant_training was given a {type(inner).__name__}; a Hugging Face model was wanted, or DDP, PEFT or "
+            "DeepSpeed's engine around one."
+        )
     check_latent_projections(inner)
     device = next(inner.parameters()).device
     if device.type != "cpu":
@@ -80,7 +85,7 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
 
 def trains_invariantly(model: Any) -> bool:
     """Whether this is inside of a block of `invariant_training` of `model`, or of what it wraps."""
-    return str(getattr(unwrapped(model).config, "_attn_implementation", "")).startswith(_NAME)
+    return str(getattr(unwrapped(without_engine(model)).config, "_attn_implementation", "")).startswith(_NAME)
 
 
 def _by_rows(model: Any, forward: Any, implementation: str) -> Any:

@@ -12,6 +12,7 @@ from cpinfer.models.adapters import refuse_adapters_outside_modules
 from cpinfer.refusals import refuse
 
 _REPLICATED = frozenset(("DistributedDataParallel", "DataParallel"))
+_ENGINE = "DeepSpeedEngine"
 
 
 def unwrapped(model: Any) -> Any:
@@ -29,6 +30,14 @@ def without_replication(model: Any) -> Any:
     while (inner := _compiled_or_replicated(model)) is not None:
         model = inner
     return model
+
+
+def without_engine(model: Any) -> Any:
+    """The module that DeepSpeed's training engine holds; any other object as it is.
+
+    Not for engines of ours: who attaches to a module says so, since the engine's own forward is then not to be called.
+    """
+    return model._modules["module"] if _ENGINE in _class_names(model) else model
 
 
 def refuse_all_but_causal_lms(model: Any) -> None:

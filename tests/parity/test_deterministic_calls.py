@@ -27,10 +27,11 @@ GREEDY = replace(SAMPLING, temperature=0.0, n=1)
 
 pytestmark = pytest.mark.timeout(240)
 
-some_families = pytest.mark.parametrize(
-    "family", ["qwen2", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "qwen2")]
+FAST = ("qwen2", "float32")
+OTHERS = [(family, dtype) for family in FAMILIES for dtype in DTYPES if (family, dtype) != FAST]
+of_models = pytest.mark.parametrize(
+    ("family", "dtype"), [FAST, *(pytest.param(*model, marks=pytest.mark.slow) for model in OTHERS)]
 )
-both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
 
 
 def on_every_layout(model: Any, body: Callable[..., Any], **changes: Any) -> Iterator[list[Any]]:
@@ -57,8 +58,7 @@ def told(results: Sequence[Any]) -> list[Any]:
     return sorted(outcomes(results), key=lambda outcome: outcome[:2])
 
 
-@both_dtypes
-@some_families
+@of_models
 def test_scores_and_logprobs_of_prompts_are_those_of_rollouts(family: str, dtype: str) -> None:
     model = model_of(family, dtype)
     rolled = run(model, sampling=replace(SAMPLING, max_new_tokens=20))
@@ -95,8 +95,7 @@ def test_without_the_mode_scores_differ() -> None:
     assert found[0] != [logprobs for _, _, _, logprobs, *_ in rolled] and found[1] != found[0]
 
 
-@both_dtypes
-@some_families
+@of_models
 def test_streams_that_are_taken_in_turn_and_left(family: str, dtype: str) -> None:
     model = model_of(family, dtype)
     expected = run(model)
@@ -119,8 +118,7 @@ def test_streams_that_are_taken_in_turn_and_left(family: str, dtype: str) -> Non
     list(on_every_layout(model, body))
 
 
-@both_dtypes
-@some_families
+@of_models
 def test_pooled_prompts(family: str, dtype: str) -> None:
     """Every rank brings some, also the same ones, and takes its own."""
     model = model_of(family, dtype)
@@ -138,8 +136,7 @@ def test_pooled_prompts(family: str, dtype: str) -> None:
         assert sorted((o for rank in ranks for o in rank), key=lambda o: o[:2]) == alone
 
 
-@both_dtypes
-@some_families
+@of_models
 def test_turns_that_are_aborted_and_those_behind_them(family: str, dtype: str) -> None:
     model = model_of(family, dtype)
     long = replace(GREEDY, max_new_tokens=40)
@@ -190,8 +187,7 @@ def moved(model: Any) -> None:
             weight.mul_(1.0625)
 
 
-@both_dtypes
-@some_families
+@of_models
 def test_weights_that_change_between_calls_and_while_requests_are_open(family: str, dtype: str) -> None:
     model = model_of(family, dtype)
     after = copy.deepcopy(model)

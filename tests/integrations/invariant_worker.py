@@ -1,0 +1,109 @@
+"""Ranks train by forwards that have the bits of their deterministic rollouts; rank 0 prints what all have found.
+
+torchrun --nproc-per-node 2 tests/integrations/invariant_worker.py ddp/qwen2/float32 tools/async/bfloat16
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import cpinfer
+from cpinfer.colocate.phase import rollout_phase
+from cpinfer.comm.bootstrap import Launch, default_group
+from cpinfer.config import SamplingParams, parse_config
+from cpinfer_integrations.deepspeed import init_distributed
+from cpinfer_integrations.lending import lend
+from tiny_models import FAMILIES, make_model, prompts_of
+from trainers import Trainer, deepspeed_trainer, everywhere, torch_trainer
+
+SAMPLING = SamplingParams(temperature=0.7, seed=5, max_new_tokens=9)
+PROMPTS = prompts_of((5, 40, 17, 90, 8, 33), vocab_size=128)
+NUM_STEPS = 2
+
+
+def trainer_of(kind: str, model: Any) -> Trainer:
+    if kind.startswith("zero"):
+        return deepspeed_trainer(int(kind[4]), model, micro_steps=1)
+    if kind == "ddp":
+        return torch_trainer(DistributedDataParallel(model), model)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    return torch_trainer(model, model)
+
+
+def run(kind: str, family: str, dtype: str) -> dict[str, Any]:
+    """The largest difference of logprobs in each step, and that of a forward that is not invariant."""
+    model = make_model(FAMILIES[family]).to(getattr(torch, dtype))
+    keys = {"dtype": dtype, "kv_cache_gib": 0.002, "block_size": 4, "deterministic": True}
+    gather = kind.partition(":")[2] or "full"
+    config = parse_config({**keys, "prefill_context_parallel_size": 2, "rollout": {"gather": gather}})
+    trainer = trainer_of(kind, model)
+    own = PROMPTS[dist.get_rank() :: 2]
+
+    def phase(step: int) -> float:
+        lent = lend(trainer.trained, config)
+        with rollout_phase(lent, config, weights_version=step) as engine:
+            results = engine.generate_pooled(own * 2, SAMPLING, name=f"step {step}")
+        lent.topology.close()
+        return largest_difference(trainer, results)
+
+    apart = []
+    with cpinfer.invariant_training(trainer.trained, config):
+        for step in range(NUM_STEPS):
+            apart.append(phase(step))
+            for _ in range(2):  # the optimiser takes every other step
+                trainer.micro_step()
+                trainer.step()
+    return {"apart": apart, "otherwise": phase(NUM_STEPS)}
+
+
+def largest_difference(trainer: Trainer, results: Sequence[Any]) -> float:
+    found = cpinfer.training_logprobs(
+        trainer.trained,
+        [r.prompt_token_ids for r in results],
+        [r.token_ids for r in results],
+        temperature=SAMPLING.temperature,
+        batch_size=2 + dist.get_rank(),
+        num_batches=3,
+        pad_token_id=0,
+    )
+    pairs = zip(found, results, strict=True)
+    return max(abs(a - b) for told, r in pairs for a, b in zip(told, r.processed_logprobs, strict=True))
+
+
+def main(cases: Sequence[str]) -> list[list[dict[str, Any]]]:
+    """For every case what every rank has found."""
+    outcomes = []
+    for case in cases:
+        kind, which, dtype = case.split("/")
+        if kind == "tools":
+            from invariant_tools import run_tools  # TRL, which takes longer to import than the other cases to run
+
+            with TemporaryDirectory() as folder:
+                found = run_tools(which, dtype, Path(folder))
+        else:
+            found = run(kind, which, dtype)
+        outcomes.append(everywhere({"case": case, **found}))
+    return outcomes
+
+
+if __name__ == "__main__":
+    with redirect_stdout(sys.stderr), default_group(Launch.from_environ(os.environ)):
+        if any(case.startswith("zero") for case in sys.argv[1:]):
+            init_distributed()
+        outcomes = main(sys.argv[1:])
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps({"outcomes": outcomes}), flush=True)
