@@ -40,7 +40,14 @@ REFUSALS: dict[str, Refusal] = {
         "weights on several devices of a rank, or offloaded (device_map)",
         "Load the model without device_map and move it to one device.",
     ),
-    "family": Refusal("model families without a row in the table of families", "Use one of those in the table."),
+    "family": Refusal(
+        "model families without a row in the table of families",
+        "Use one of those in the table, or add a row (docs/families.md).",
+    ),
+    "other_name": Refusal(
+        "families under a model_type of their own that are one of the table",
+        "Set model_type in its config.json to that one, and take out auto_map.",
+    ),
     "remote_code": Refusal(
         "models that bring code of their own (auto_map)",
         "Such code is never run; use one of those in the table of families.",
@@ -59,6 +66,10 @@ REFUSALS: dict[str, Refusal] = {
     "transformers_tp_copies": Refusal(
         "tensor parallelism by Transformers over more ranks than KV heads",
         'Set tensor_parallel.provider to "autotp", or a smaller tp_size.',
+    ),
+    "family_tp": Refusal(
+        "tensor parallelism of families whose attention cannot be cut by heads",
+        "Use tp_size 1, and pcp and dcp instead.",
     ),
     "fused_heads": Refusal(
         "tensor parallelism of GPT-BigCode without multi_query (its heads are fused one by one)", "Use tp_size 1."

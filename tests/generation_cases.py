@@ -9,8 +9,8 @@ from typing import Any
 
 from cpinfer.config import SamplingParams
 from cpinfer.layout.grid import RankGrid
+from every_family import OFTEN
 from small_tokenizers import KINDS, SPECIAL, VOCAB_SIZE, WIDE, tokenizer_of
-from tiny_models import FAMILIES
 
 GRIDS = [(1, 1)] * 6 + [(2, 2)] * 3 + [(2, 1), (3, 3), (3, 1), (4, 4), (4, 2)]
 NUM_POSITIONS = 512
@@ -71,7 +71,7 @@ def case_of(seed: int) -> Case:
     turns = tuple(tuple(r.randrange(VOCAB_SIZE) for _ in range(r.choice((1, 2, 9)))) for _ in range(num_turns))
     return Case(
         seed,
-        r.choice(list(FAMILIES)),
+        r.choice(OFTEN),
         kind,
         tuple(r.sample(range(VOCAB_SIZE), r.choice((0, 2, 8, 24)))),
         pcp_size,

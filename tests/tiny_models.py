@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
@@ -53,6 +54,56 @@ LATENT = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
+HEADS_OF_16 = {"head_dim": 16}
+ALTERNATING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+# What a family's config has beside the sizes above; each with what is its own switched on, as far as it runs under tp.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+    "arcee": HEADS_OF_16,
+    "cohere": {"logit_scale": 1.0},
+    "cohere2": {"logit_scale": 1.0, **HEADS_OF_16, **ALTERNATING},
+    "ernie4_5": HEADS_OF_16,
+    "exaone4": ALTERNATING,
+    "gemma": HEADS_OF_16,
+    "glm4": {**HEADS_OF_16, "eos_token_id": []},  # None has a meaning of its own there
+    "glm4_moe": {
+        **HEADS_OF_16,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "num_experts_per_tok": 2,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    "granite": {
+        "attention_multiplier": 0.3,
+        "embedding_multiplier": 2.0,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 0.5,
+    },
+    "granitemoe": {
+        **EXPERTS,
+        "num_local_experts": 4,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+        "logits_scaling": 0.5,
+    },
+    "helium": {"head_dim": 8},  # its o_proj takes as many values as the model has
+    "minimax_m2": {**EXPERTS, **HEADS_OF_16, "num_local_experts": 4, "rotary_dim": 8},
+    "nemotron": HEADS_OF_16,
+    "olmo2": {},
+    "olmo3": ALTERNATING,
+    "olmoe": {**EXPERTS, "num_experts": 4},
+    "phi3": {"sliding_window": 24},
+    "phimoe": {**EXPERTS, "num_local_experts": 4, "sliding_window": 24},
+    "seed_oss": HEADS_OF_16,
+    "smollm3": {**ALTERNATING, "use_sliding_window": True, "no_rope_layers": [1, 0]},
+    "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
+    "starcoder2": {"sliding_window": 24},
+}
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**TINY),
     "qwen2": Qwen2Config(**TINY),
@@ -88,6 +139,7 @@ FAMILIES: dict[str, PretrainedConfig] = {
         pad_token_id=None,
         tie_word_embeddings=False,
     ),
+    **{family: AutoConfig.for_model(family, **{**TINY, **settings}) for family, settings in SETTINGS.items()},
 }
 
 
@@ -123,6 +175,9 @@ def _rows_that_make_logits(name: str, config: Any) -> Callable[[torch.Tensor], t
     if kind == "kv_b_proj":
         heads = (config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim, -1)
         return lambda weight: weight.view(heads)[:, : config.qk_nope_head_dim]
+    if kind == "qkv_proj":
+        num_heads = config.num_attention_heads + config.num_key_value_heads
+        return lambda weight: weight[: config.hidden_size // config.num_attention_heads * num_heads]
     if kind == "c_attn":
         head_dim = config.n_embd // config.n_head
         return lambda weight: weight[: config.n_embd + head_dim]

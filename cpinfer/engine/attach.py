@@ -240,6 +240,8 @@ def _tensor_parallel_errors(spec: ModelSpec, tp_size: int, provider: Provider) -
     found = f'model_type "{spec.family}" with tp={tp_size}'
     if spec.traits.has_fused_qkv and spec.num_kv_heads > 1:
         return [str(refuse("fused_heads", found))]
+    if spec.why_no_tp is not None:
+        return [str(refuse("family_tp", f"{found} ({spec.why_no_tp})"))]
     if provider == "autotp":
         return []
     why = spec.traits.refused.get("transformers_tp")

@@ -52,6 +52,8 @@ _NUMBERS: dict[str, _Whole] = {
     "qk_rope_head_dim": _Whole(2**14),
     "qk_nope_head_dim": _Whole(2**14),
     "v_head_dim": _Whole(2**14),
+    "rotary_dim": _Whole(2**14),
+    "original_max_position_embeddings": _Whole(_MAX_INT32),
     "sliding_window": _Whole(_MAX_INT32),
     "max_window_layers": _Whole(_MAX_INT32, least=0),
     "num_labels": _Whole(2**16),  # Transformers makes a table with a row for each
@@ -69,11 +71,19 @@ _FLAGS = (
     "is_encoder_decoder", "multi_query", "output_attentions", "output_hidden_states", "return_dict",
     "tie_word_embeddings", "use_cache",
 )  # fmt: skip
+# Numbers above 0 by which a model multiplies or divides, and what its norms add.
+_FACTORS = (
+    "attention_multiplier", "embedding_multiplier", "layer_norm_eps", "logit_scale", "logits_scaling",
+    "residual_multiplier",
+)  # fmt: skip
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
 _ROPE_SETS = ("full_attention", "sliding_attention")
 # Numbers of RoPE: those that it cannot be without once they are named, those that may be null, those that may be 0.
-_ROPE_NEEDED = ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
-_ROPE_POSITIVE = ("attention_factor", "beta_fast", "beta_slow", "partial_rotary_factor", "rope_local_base_freq")
+_ROPE_NEEDED = (
+    "rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor",
+    "partial_rotary_factor",
+)  # fmt: skip
+_ROPE_POSITIVE = ("attention_factor", "beta_fast", "beta_slow", "rope_local_base_freq")
 _ROPE_ANY = ("mscale", "mscale_all_dim")
 _ROPE_STRETCH = ("factor", "original_max_position_embeddings")  # whose product is a number of positions
 _ROPE_OUTSIDE = ("rope_theta", "partial_rotary_factor", "rope_local_base_freq")
@@ -128,6 +138,9 @@ def check_values(config: Mapping[str, Any], *, whole: bool) -> None:
     for key in _FLAGS:
         if not isinstance(config.get(key, True), bool) and (config[key] is not None or key == "multi_query"):
             raise wrong_value(config, key, "true or false")
+    for key in _FACTORS:
+        if key in config and not (is_real(config[key]) and config[key] > 0):
+            raise wrong_value(config, key, "a number above 0")
     for rope in _rope_sets(config):
         _check_rope(rope)
     layer_types = config.get("layer_types")
@@ -208,6 +221,8 @@ def _check_rope(rope: Mapping[str, Any]) -> None:
             continue
         if not is_real(value) or (value <= 0 and name not in _ROPE_ANY):
             raise wrong_value(rope, name, "a number" if name in _ROPE_ANY else "a number above 0")
+        if value > 1 and name == "partial_rotary_factor":
+            raise wrong_value(rope, name, "a number up to 1")
         if value > _MAX_INT32 and name in _ROPE_STRETCH:
             raise wrong_value(rope, name, f"a number up to {_MAX_INT32}")
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from cpinfer.errors import UserError
 
-_PROJECTIONS = frozenset(("q_proj", "q_b_proj", "k_proj", "kv_a_proj_with_mqa", "c_attn"))
+_PROJECTIONS = frozenset(("q_proj", "q_b_proj", "k_proj", "kv_a_proj_with_mqa", "c_attn", "qkv_proj"))
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
@@ -28,9 +28,12 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 def attention_modules(layer: nn.Module) -> Iterator[nn.Module]:
     """The modules in a layer that attend: several where an adapter keeps copies, of which one is in use."""
-    for module in layer.modules():
-        if "layer_idx" in vars(module) and not _PROJECTIONS.isdisjoint(module._modules):
-            yield module
+    yield from filter(is_attention, layer.modules())
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module has a place in the order of layers, and projections of its own."""
+    return "layer_idx" in vars(module) and not _PROJECTIONS.isdisjoint(module._modules)
 
 
 def check_layers(model: Any, windows: Sequence[int | None]) -> None:
@@ -48,7 +51,9 @@ def check_layers(model: Any, windows: Sequence[int | None]) -> None:
                     "needs a module and a place in the cache of its own. Copy layers that are used twice (deepcopy, or "
                     "LoRA's layer_replication), and give their attention the layer_idx at which they stand."
                 )
-            window = vars(attention).get("sliding_window", windows[index])
+            # Some keep the config's window on layers that do not use it, beside a word of which these are.
+            used = vars(attention).get("is_sliding", True)
+            window = vars(attention).get("sliding_window", windows[index]) if used else None
             if window != windows[index]:
                 raise UserError(
                     f"{names[attention]} was made with sliding_window {window}; the model's config says "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 Feature = Literal["pcp_dcp", "autotp", "copied_heads", "mixed_heads", "transformers_tp"]
@@ -22,6 +23,9 @@ FEATURES: dict[Feature, str] = {
 
 _ONE_KV_HEAD = "one KV head: there is nothing to mix"
 _WHOLE_ATTENTION = "Transformers' plan for it leaves attention whole on every rank"
+_NO_PLAN = "Transformers has no plan for it"
+NORM_OF_ALL_HEADS = "its queries and keys are normalised over all heads, of which a rank has some"
+_FUSED_HEADS = "its queries, keys and values come from one projection, which its code cuts where all heads end"
 
 
 # Families with layers whose state is no KV cache. They are refused by name, since their configs do not always say so.
@@ -31,6 +35,8 @@ RECURRENT = frozenset((
     "minimax", "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
 ))
 # fmt: on
+# Families that are another one under a name of their own, which Transformers does not know.
+OTHER_NAMES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
 # Kinds of layers in a config that have such a state.
 RECURRENT_LAYERS = frozenset(("linear_attention", "mamba", "recurrent", "conv"))
 
@@ -48,6 +54,11 @@ class Family:
         has_fused_qkv: queries, keys and values come from one projection, `c_attn`. AutoTP keeps its K and V whole on
             every rank, but cuts the queries by the number of KV heads that it reads in the config.
         has_position_table: positions are learned, a row of a table each, and there are no more.
+        window_in_mask_alone: its attention is told of no window, which Transformers puts into the mask.
+        layers_drop_keywords: its layers do not hand keywords of a forward on to their attention.
+        returns_router_scores: its blocks of experts return what their router found, beside their output.
+        flag_of_norm_of_all_heads: what its config says true of where queries and keys are normalised by weights of all
+            heads; tensor parallelism is refused then.
         refused: features that do not run, with the reason.
         not_applicable: features that have no meaning for it, with the reason.
     """
@@ -58,8 +69,17 @@ class Family:
     window_on_every_layer: bool = False
     has_fused_qkv: bool = False
     has_position_table: bool = False
+    window_in_mask_alone: bool = False
+    layers_drop_keywords: bool = False
+    returns_router_scores: bool = False
+    flag_of_norm_of_all_heads: str | None = None
     refused: Mapping[Feature, str] = field(default_factory=dict)
     not_applicable: Mapping[Feature, str] = field(default_factory=dict)
+
+
+def _no_tp(reason: str) -> Mapping[Feature, str]:
+    """For a family that no tensor parallelism can cut."""
+    return dict.fromkeys(("autotp", "copied_heads", "mixed_heads", "transformers_tp"), reason)
 
 
 FAMILIES: dict[str, Family] = {
@@ -72,7 +92,10 @@ FAMILIES: dict[str, Family] = {
     "gemma2": Family("Gemma 2", "GQA, alternating windows, soft cap"),
     "gemma3_text": Family("Gemma 3 (text)", "GQA, alternating windows"),
     "gpt_oss": Family(
-        "gpt-oss", "GQA, alternating windows, sinks, experts", refused={"transformers_tp": _WHOLE_ATTENTION}
+        "gpt-oss",
+        "GQA, alternating windows, sinks, experts",
+        returns_router_scores=True,
+        refused={"transformers_tp": _WHOLE_ATTENTION},
     ),
     "deepseek_v2": Family("DeepSeek-V2", "MLA, experts", is_latent=True, not_applicable={"mixed_heads": _ONE_KV_HEAD}),
     "deepseek_v3": Family(
@@ -87,9 +110,49 @@ FAMILIES: dict[str, Family] = {
         "MQA",
         has_fused_qkv=True,
         has_position_table=True,
-        refused={"transformers_tp": "Transformers has no plan for it"},
+        refused={"transformers_tp": _NO_PLAN},
         not_applicable={"mixed_heads": _ONE_KV_HEAD},
     ),
+    "apertus": Family("Apertus", "GQA"),
+    "arcee": Family("Arcee", "GQA"),
+    "cohere": Family("Cohere (Command R)", "GQA", flag_of_norm_of_all_heads="use_qk_norm"),
+    "cohere2": Family("Cohere 2 (Command R7B, A)", "GQA, alternating windows"),
+    "ernie4_5": Family("ERNIE 4.5", "GQA"),
+    "exaone4": Family("EXAONE 4", "GQA, alternating windows"),
+    "gemma": Family("Gemma", "GQA"),
+    "glm4": Family("GLM-4", "GQA"),
+    "glm4_moe": Family("GLM-4-MoE (GLM-4.5)", "GQA, experts"),
+    "granite": Family("Granite", "GQA"),
+    "granitemoe": Family("Granite-MoE", "GQA, experts", refused={"transformers_tp": _WHOLE_ATTENTION}),
+    "helium": Family("Helium", "GQA"),
+    "minimax_m2": Family("MiniMax-M2", "GQA, experts", refused=_no_tp(NORM_OF_ALL_HEADS)),
+    "nemotron": Family("Nemotron", "GQA", layers_drop_keywords=True),
+    "olmo2": Family("OLMo 2", "GQA", refused=_no_tp(NORM_OF_ALL_HEADS)),
+    "olmo3": Family("OLMo 3", "GQA, alternating windows", refused=_no_tp(NORM_OF_ALL_HEADS)),
+    "olmoe": Family("OLMoE", "GQA, experts", refused=_no_tp(NORM_OF_ALL_HEADS)),
+    "phi3": Family(
+        "Phi-3, Phi-4",
+        "GQA, a window where its config has one",
+        window_on_every_layer=True,
+        refused=_no_tp(_FUSED_HEADS),
+    ),
+    "phimoe": Family(
+        "Phi-MoE",
+        "GQA, a window where its config has one, experts",
+        window_on_every_layer=True,
+        window_in_mask_alone=True,
+        refused={"transformers_tp": _WHOLE_ATTENTION},
+    ),
+    "seed_oss": Family("Seed-OSS", "GQA"),
+    "smollm3": Family("SmolLM3", "GQA, windows where layers have them"),
+    "stablelm": Family(
+        "StableLM",
+        "GQA",
+        layers_drop_keywords=True,
+        flag_of_norm_of_all_heads="qk_layernorm",
+        refused={"transformers_tp": _NO_PLAN},
+    ),
+    "starcoder2": Family("StarCoder2", "GQA, a window where its config has one", window_on_every_layer=True),
 }
 
 

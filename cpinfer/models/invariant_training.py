@@ -28,6 +28,7 @@ from cpinfer.config import ConfigLike, job_config
 from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.models.attachment import attending_by, replaced
+from cpinfer.models.attention_keywords import windows_told
 from cpinfer.models.autocast import CastStep
 from cpinfer.models.invariant_rows import invariant_checkpointing, invariant_rows
 from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
@@ -76,6 +77,7 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     AttentionInterface.register(name, partial(_attend, num_shards=shards, interleave=interleave))
     AttentionMaskInterface.register(name, flash_attention_mask)  # which is that of padding alone
     with ExitStack() as stack:
+        stack.enter_context(windows_told(inner))
         stack.enter_context(attending_by(inner, name, gathered_by_fsdp=has_fsdp(model)))
         stack.enter_context(replaced(inner, "forward", _by_rows(inner, inner.forward, name)))
         for module in filter(is_latent_attention, inner.modules()):

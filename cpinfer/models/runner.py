@@ -17,8 +17,9 @@ from cpinfer.attention.steps import AttentionStep
 from cpinfer.errors import UserError
 from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters_under_tp
 from cpinfer.models.attachment import Attachment, attending_by, claimed, replaced, uncompiled
+from cpinfer.models.attention_keywords import HandedStep, windows_told
 from cpinfer.models.autocast import CastStep, autocast_dtype
-from cpinfer.models.decoder_layers import check_layers, decoder_layers
+from cpinfer.models.decoder_layers import check_layers, decoder_layers, is_attention
 from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
 from cpinfer.models.layer_order import EveryLayerOnce
@@ -98,6 +99,7 @@ class ModelRunner:
         spec: ModelSpec,
         q_heads: range,
         unpadded_moe: UnpaddedMoE,
+        handed: HandedStep,
         dtype: torch.dtype,
         cast: torch.dtype | None,
         around: Callable[[], AbstractContextManager[Any]],
@@ -111,6 +113,7 @@ class ModelRunner:
         self._q_heads = q_heads
         self._real_rows = unpadded_moe
         self.expert_layers = ExpertLayers.of(model)
+        self._handed = handed
         self.spec = spec
         self.device: torch.device = model.get_input_embeddings().weight.device
         self.weights_dtype: torch.dtype = dtype
@@ -170,7 +173,8 @@ class ModelRunner:
         if self._cast is not None:
             step, precision = CastStep(step, self._cast), torch.autocast(self.device.type, self._cast)
         layers = EveryLayerOnce(step, self.spec.windows)
-        with precision, self._around():
+        cp_step = RankStep(layers, self._q_heads)
+        with precision, self._around(), self._handed.over(cp_step):
             output = self._entry(
                 input_ids=token_ids.unsqueeze(0),
                 position_ids=positions.unsqueeze(0),
@@ -178,7 +182,7 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=keep,
                 return_dict=True,  # whatever the config says
-                cp_step=RankStep(layers, self._q_heads),
+                cp_step=cp_step,
             )
         layers.check_complete()
         return output.logits[0].float()
@@ -204,22 +208,23 @@ def attached(
     _check_model(model, spec, tp_size, gathered_by_fsdp)
     AttentionInterface.register(ATTENTION_NAME, attend_by_step)
     training = {module: module.training for module in outermost.modules()}
-    unpadded_moe = UnpaddedMoE()
+    unpadded_moe, handed = UnpaddedMoE(), HandedStep()
     with ExitStack() as stack:
         stack.enter_context(claimed(model))
         stack.enter_context(uncompiled(outermost))
         # AutoTP's pickles the arguments of the first batch to compare them between ranks, once: training's business.
         stack.enter_context(hooks_disabled(entry, "deepspeed", inside=False))
         for module in model.modules():
-            for name, value in _replacements(module, spec, tp_size, unpadded_moe):
+            for name, value in _replacements(module, spec, tp_size, unpadded_moe, handed):
                 stack.enter_context(replaced(module, name, value))
+        stack.enter_context(windows_told(model))
         stack.callback(_set_modes, training)
         model.eval()
         attending = attending_by(model, ATTENTION_NAME, gathered_by_fsdp=gathered_by_fsdp)
         attachment = stack.enter_context(attending)
         dtype, cast = dtype_in_use(outermost, decoder_layers(model)[0]), autocast_dtype(outermost, model)
         q_heads = spec.heads(tp_size).q_heads(tp_rank)
-        yield ModelRunner(attachment, entry, spec, q_heads, unpadded_moe, dtype, cast, around)
+        yield ModelRunner(attachment, entry, spec, q_heads, unpadded_moe, handed, dtype, cast, around)
 
 
 def _check_model(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:
@@ -241,15 +246,25 @@ def _entry(outermost: Any, model: Any) -> Any:
     return outermost
 
 
-def _replacements(module: Any, spec: ModelSpec, tp_size: int, unpadded_moe: UnpaddedMoE) -> Iterator[tuple[str, Any]]:
+def _replacements(
+    module: Any, spec: ModelSpec, tp_size: int, unpadded_moe: UnpaddedMoE, handed: HandedStep
+) -> Iterator[tuple[str, Any]]:
     """The attributes of a module that are others while the engine runs it, beside its config."""
+    heads = spec.heads(tp_size)
     if is_latent_attention(module):
         yield "forward", partial(_latent_forward, module)
     elif is_moe_block(module):
-        yield "forward", partial(unpadded_moe.forward, module, module.forward)
+        returns_scores = spec.traits.returns_router_scores
+        yield "forward", partial(unpadded_moe.forward, module.forward, returns_scores=returns_scores)
     elif "c_attn" in module._modules:
         # GPT-BigCode cuts its fused projection by a size that AutoTP leaves at that of all heads.
-        yield "embed_dim", spec.heads(tp_size).q_heads_per_rank * spec.head_dim
+        yield "embed_dim", heads.q_heads_per_rank * spec.head_dim
+    elif is_attention(module):
+        # Where a module counts its heads itself, they are those of this rank.
+        own = {"num_heads": heads.q_heads_per_rank, "num_key_value_heads": heads.kv_heads_per_rank}
+        yield from ((name, number) for name, number in own.items() if name in vars(module))
+        if spec.traits.layers_drop_keywords:
+            yield "forward", partial(handed.forward, module.forward)
 
 
 def _set_modes(training: Mapping[Any, bool]) -> None:
@@ -276,7 +291,7 @@ def _check_heads(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bo
         rows["kv_b_proj"] = q_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
     else:
         rows["k_proj"] = rows["v_proj"] = kv_heads * spec.head_dim
-        rows["c_attn"] = (q_heads + 2 * kv_heads) * spec.head_dim
+        rows["c_attn"] = rows["qkv_proj"] = (q_heads + 2 * kv_heads) * spec.head_dim
     for name, module in model.named_modules():
         for projection, want in rows.items():
             linear = module._modules.get(projection)

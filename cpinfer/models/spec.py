@@ -10,7 +10,7 @@ from cpinfer.errors import UserError
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.config_values import OLD_NAMES, check_number, check_relations, check_token_ids, check_values
-from cpinfer.models.families import FAMILIES, RECURRENT, RECURRENT_LAYERS, Family
+from cpinfer.models.families import FAMILIES, NORM_OF_ALL_HEADS, OTHER_NAMES, RECURRENT, RECURRENT_LAYERS, Family
 from cpinfer.models.positions import Positions, rope_types
 from cpinfer.refusals import refuse
 
@@ -49,6 +49,7 @@ class ModelSpec:
     together. `windows`: for each layer how many of the last tokens a query sees, its own included, None for all.
     `latent` is None where K and V are cached as they are. `max_positions` bounds prompt and answer together,
     `positions` says how many there could be. `experts_per_token`: those that a router chooses; None without a mixture.
+    `norms_all_heads`: weights for all heads normalise queries and keys.
     """
 
     family: str
@@ -65,6 +66,7 @@ class ModelSpec:
     positions: Positions
     latent: LatentDims | None = None
     experts_per_token: int | None = None
+    norms_all_heads: bool = False
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -101,6 +103,7 @@ class ModelSpec:
             positions=positions,
             latent=latent,
             experts_per_token=config.get("num_experts_per_tok"),
+            norms_all_heads=bool(config.get(FAMILIES[config["model_type"]].flag_of_norm_of_all_heads or "")),
         )
 
     def with_max_model_len(self, max_model_len: int | None) -> ModelSpec:
@@ -111,6 +114,11 @@ class ModelSpec:
     def traits(self) -> Family:
         """What is particular about its family."""
         return FAMILIES[self.family]
+
+    @property
+    def why_no_tp(self) -> str | None:
+        """Why tensor parallelism cannot cut it, whoever does; None where that can be done."""
+        return NORM_OF_ALL_HEADS if self.norms_all_heads else self.traits.refused.get("autotp")
 
     def heads(self, tp_size: int) -> HeadPlacement:
         return HeadPlacement(self.num_q_heads, self.num_kv_heads, tp_size)
@@ -184,6 +192,8 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise refuse("recurrent", found)
     if config.get("is_encoder_decoder") is True:
         raise refuse("encoder_decoder", found)
+    if family in OTHER_NAMES:
+        raise refuse("other_name", f'{found}, which is "{OTHER_NAMES[family]}",')
     if family not in FAMILIES and config.get("auto_map"):
         raise refuse("remote_code", found)
     if family not in FAMILIES:

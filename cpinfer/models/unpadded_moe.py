@@ -28,14 +28,13 @@ class UnpaddedMoE:
     def __init__(self) -> None:
         self.count = 0
 
-    def forward(self, block: Any, inner: Any, hidden_states: Tensor) -> Any:
-        """`[1, T, hidden]` to the same, by `inner`, the forward of `block`.
+    def forward(self, inner: Any, hidden_states: Tensor, *, returns_scores: bool = False) -> Any:
+        """`[1, T, hidden]` to the same, by `inner`, the forward of a block.
 
-        A block that has a `router` returns its scores as well, for the trainer's losses; they are those of real rows.
+        One that `returns_scores` gives those of its router as well, for the trainer's losses; they are of real rows.
         """
         if self.count == hidden_states.shape[1]:
             return inner(hidden_states)
-        returns_scores = hasattr(block, "router")
         out = hidden_states.new_zeros(hidden_states.shape)
         if self.count == 0:
             return (out, None) if returns_scores else out

@@ -17,6 +17,7 @@ import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
+from every_family import OFTEN
 from tiny_models import FAMILIES, make_model
 
 LAYOUTS = [(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (8, 8)]
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.timeout(240)
 
 def model_of(chance: random.Random) -> Any:
     """A family with sizes that are no multiples of anything."""
-    config = copy.deepcopy(FAMILIES[chance.choice(list(FAMILIES))])
+    config = copy.deepcopy(FAMILIES[chance.choice(OFTEN)])
     config.vocab_size = chance.choice((97, 128, 131, 250))
     if hasattr(config, "q_lora_rank") or hasattr(config, "n_inner"):  # their sizes go together
         return make_model(config).to(chance.choice((torch.float32, torch.bfloat16, torch.float16)))

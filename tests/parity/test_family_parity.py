@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import pytest
 import torch
 from thread_tp import on_ranks
 from transformers import (
+    AutoConfig,
     DeepseekV2Config,
     DeepseekV3Config,
     GPTBigCodeConfig,
@@ -34,11 +35,13 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
 from cpinfer.engine.scheduler_stats import SchedulerStats
+from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.models import latent_attention
 from cpinfer_tools.verify import check_rollout
-from tiny_models import EXPERTS, FAMILIES, LATENT, TINY, YARN, make_model, prompts_of
+from every_family import OFTEN, SELDOM, WITHOUT_TP
+from tiny_models import EXPERTS, FAMILIES, LATENT, SETTINGS, TINY, YARN, make_model, prompts_of
 
 TOLERANCE = 1e-4
 PROMPTS = prompts_of((1, 3, 17, 70, 150), vocab_size=128)
@@ -47,7 +50,6 @@ SLOW = pytest.mark.slow
 # One family for each kind of attention: full, windows, both with soft caps, both with sinks, latent. The others are
 # slow where a test asks more of the scheduler than of attention.
 OF_EACH_KIND = ("llama", "mistral", "gemma2", "gpt_oss", "deepseek_v2")
-KINDS = [pytest.param(family, marks=() if family in OF_EACH_KIND else SLOW) for family in FAMILIES]
 # Interleave and blocks that do not divide, and a pool that takes no time to clear.
 CONFIG: dict[str, Any] = {"cp_kv_cache_interleave_size": 3, "block_size": 4, "kv_cache_gib": 2**-8}
 # Longer than the windows of 24, shorter than what four shards can share evenly: chunks end within blocks.
@@ -71,6 +73,20 @@ PCP2_DCP1, PCP4_DCP2 = RankGrid(pcp_size=2, dcp_size=1), RankGrid(pcp_size=4, dc
 
 def grid_name(grid: RankGrid) -> str:
     return f"tp{grid.tp_size}_pcp{grid.pcp_size}_dcp{grid.dcp_size}"
+
+
+def name(value: Any) -> str:
+    return grid_name(value) if isinstance(value, RankGrid) else str(value)
+
+
+def each(*grids: RankGrid, slow: Sequence[RankGrid] = (), often: Container[str] = OFTEN) -> list[Any]:
+    """All families on all grids that may cut them; fast are those `often` on `grids`."""
+    return [
+        pytest.param(family, grid, marks=() if family in often and grid not in slow else SLOW)
+        for grid in (*grids, *slow)
+        for family in FAMILIES
+        if grid.tp_size == 1 or family not in WITHOUT_TP
+    ]
 
 
 class Whole:
@@ -118,13 +134,18 @@ def test_the_grids_copy_heads_and_mix_them() -> None:
     assert [grid for grid in GRIDS if heads[grid].mixes_heads(grid)] == [TP2_DCP2, TP2_PCP2_DCP4]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "grid"), each(*GRIDS), ids=name)
 def test_greedy_tokens_and_logprobs_equal_transformers(family: str, grid: RankGrid) -> None:
     assert max(differences(whole(family), grid, **CONFIG)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("grid", [PCP2_DCP2, pytest.param(TP2_DCP2, marks=SLOW), TP2_PCP2_DCP4], ids=grid_name)
+@pytest.mark.parametrize("family", SELDOM)
+def test_families_that_fast_tests_leave_out_are_exact_where_most_can_go_wrong(family: str) -> None:
+    grid = PCP2_DCP2 if family in WITHOUT_TP else TP2_PCP2_DCP4
+    assert max(differences(whole(family), grid, **CHUNKS)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "grid"), each(PCP2_DCP2, TP2_PCP2_DCP4, slow=[TP2_DCP2]), ids=name)
 @pytest.mark.parametrize(
     "config",
     [
@@ -133,40 +154,35 @@ def test_greedy_tokens_and_logprobs_equal_transformers(family: str, grid: RankGr
     ],
     ids=["queries", "kv_ag_rs"],
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_may_come_in_chunks(family: str, config: dict[str, Any], grid: RankGrid) -> None:
     assert max(differences(whole(family), grid, **CHUNKS, **config)) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
-    "grid",
-    [
-        PCP2_DCP1,
-        PCP4_DCP2,
-        pytest.param(RankGrid(tp_size=2, pcp_size=2, dcp_size=1), marks=SLOW),
-    ],
-    ids=grid_name,
+    ("family", "grid"),
+    each(PCP2_DCP1, PCP4_DCP2, slow=[RankGrid(tp_size=2, pcp_size=2, dcp_size=1)]),
+    ids=name,
 )
-@pytest.mark.parametrize("family", FAMILIES)
 def test_sequences_may_live_in_different_homes(family: str, grid: RankGrid) -> None:
     assert max(differences(whole(family), grid, **CHUNKS)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", KINDS)
-def test_queries_may_be_replicated(family: str) -> None:
-    grid = RankGrid(tp_size=2, pcp_size=2, dcp_size=2)
+@pytest.mark.parametrize(
+    ("family", "grid"),
+    [
+        *each(RankGrid(tp_size=2, pcp_size=2, dcp_size=2), often=OF_EACH_KIND),
+        *(pytest.param(family, PCP2_DCP2, marks=SLOW) for family in WITHOUT_TP),
+    ],
+    ids=name,
+)
+def test_queries_may_be_replicated(family: str, grid: RankGrid) -> None:
     assert max(differences(whole(family), grid, **CHUNKS, decode_exchange="replicate_q")) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
     ("family", "grid"),
-    [(family, TP2_DCP2) for family in FAMILIES]
-    + [
-        pytest.param(family, grid, marks=() if grid == PCP2_DCP1 and family in OF_EACH_KIND else SLOW)
-        for grid in (PCP2_DCP1, TP2_PCP2_DCP4)
-        for family in FAMILIES
-    ],
-    ids=lambda x: grid_name(x) if isinstance(x, RankGrid) else x,
+    [*each(TP2_DCP2), *each(PCP2_DCP1, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND)],
+    ids=name,
 )
 def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str, grid: RankGrid) -> None:
     prompt = PROMPTS[-1]
@@ -198,8 +214,7 @@ def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str, grid: Rank
     assert len(results) == 6 and max(whole(family).differences(results)) <= TOLERANCE
 
 
-@pytest.mark.parametrize("grid", [PCP2_DCP2, pytest.param(TP2_PCP2_DCP4, marks=SLOW)], ids=grid_name)
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize(("family", "grid"), each(PCP2_DCP2, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND), ids=name)
 def test_a_tight_pool_preempts_and_changes_no_answer(family: str, grid: RankGrid) -> None:
     """Prompts are short and answers long, so that windows, whose dead blocks are given back, do not make room."""
     prompts = prompts_of([9] * 6, vocab_size=128)
@@ -226,6 +241,12 @@ def tight(family: str, grid: RankGrid) -> dict[str, Any]:
 WINDOWS_IN_PART = {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1}
 LAYERS = {"num_hidden_layers": 3}
 WIDER = {"first_k_dense_replace": 0, "v_head_dim": 20}
+
+
+def settings(family: str, **changes: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(family, **{**TINY, **SETTINGS[family], **changes})
+
+
 VARIANTS: dict[str, PretrainedConfig] = {
     "llama with biases": LlamaConfig(**TINY, attention_bias=True),
     "llama with 8 KV heads": LlamaConfig(**{**TINY, "num_key_value_heads": 8}),
@@ -248,6 +269,17 @@ VARIANTS: dict[str, PretrainedConfig] = {
     "deepseek_v3 without latent queries": DeepseekV3Config(
         **{**TINY, **LATENT, **WIDER}, q_lora_rank=None, rope_interleave=False
     ),
+    "exaone4 without windows": settings("exaone4", sliding_window=None, layer_types=["full_attention"] * 2),
+    "gemma of one KV head": settings("gemma", num_key_value_heads=1),
+    "glm4_moe without norms of heads": settings("glm4_moe", use_qk_norm=False, attention_bias=False),
+    "phimoe without a window": settings("phimoe", sliding_window=None, attention_bias=True),
+    "stablelm of layers one after another": settings("stablelm", use_parallel_residual=False, use_qkv_bias=False),
+    "starcoder2 without a window": settings("starcoder2", sliding_window=None),
+}
+# With weights for all heads in one norm.
+WITH_WHOLE_NORMS = {
+    "cohere": settings("cohere", use_qk_norm=True),
+    "stablelm": settings("stablelm", qk_layernorm=True),
 }
 
 
@@ -255,6 +287,15 @@ VARIANTS: dict[str, PretrainedConfig] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_of_a_family_are_as_exact(variant: str, grid: RankGrid) -> None:
     assert max(differences(Whole(VARIANTS[variant]), grid, **CHUNKS)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", WITH_WHOLE_NORMS)
+def test_norms_of_all_heads_are_exact_and_no_tensor_parallelism_cuts_them(family: str) -> None:
+    of = Whole(WITH_WHOLE_NORMS[family])
+    assert max(differences(of, PCP2_DCP2, **CHUNKS)) <= TOLERANCE
+    with pytest.raises(UserError, match=rf'"{family}" with tp=2 \(its queries and keys are normalised over all'):
+        differences(of, TP2_DCP2, **CHUNKS)
+    assert max(differences(whole(family), TP2_DCP2, **CHUNKS)) <= TOLERANCE
 
 
 def test_gpt_bigcode_with_a_kv_head_for_every_query_is_exact_without_tp() -> None:

@@ -19,10 +19,10 @@ import torch
 from transformers import StopStringCriteria
 
 from cpinfer.config import SamplingParams
+from every_family import OFTEN
 from generation_cases import Case, case_of, stop_of_transformers
 from generation_fuzz import Answers, Comparison, StopRule, compare, ours, shown_text, stop_begins_at
 from small_tokenizers import KINDS, SPECIAL, VOCAB_SIZE, tokenizer_of
-from tiny_models import FAMILIES
 
 NUM_CASES = 60
 # Of the long run; each range is one test.
@@ -61,7 +61,7 @@ def test_the_cases_reach_what_they_are_to_try() -> None:
     assert sum(c.num_ties for c in found) <= MAX_TIES * sum(c.num_answers for c in found)
     endings = sum((c.endings for c in found), Counter[str]())
     assert min(endings[kind] for kind in ("stop string", "stop token", "length")) > 20, endings
-    assert {case.family for case in cases} == set(FAMILIES)
+    assert {case.family for case in cases} == set(OFTEN)
     assert {case.grid.world_size for case in cases} == {1, 2, 3, 4}
     assert sum(case.masks_vocabulary for case in cases) > 5
     assert sum(case.transformers_stops for case in cases) > 5

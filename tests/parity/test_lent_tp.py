@@ -15,9 +15,14 @@ from cpinfer.errors import UnsupportedError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.local_weights import storage_bytes
 from cpinfer_tools.verify import check_rollout
+from every_family import OFTEN, WITHOUT_TP
 from tiny_models import FAMILIES, make_model, prompts_of
 
-SLICED = [family for family in FAMILIES if family != "gpt_bigcode"]
+SLICED = [
+    pytest.param(family, marks=() if family in OFTEN else pytest.mark.slow)
+    for family in FAMILIES
+    if family != "gpt_bigcode" and family not in WITHOUT_TP
+]
 
 
 def whole(_parameters):

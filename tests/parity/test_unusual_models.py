@@ -12,6 +12,7 @@ from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
+from every_family import EVERY_FAMILY
 from tiny_models import FAMILIES, make_model, prompts_of
 
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
@@ -67,7 +68,7 @@ def a_config_for_each_layer(model):
 CHANGES = [config_of_its_own, a_copied_layer, the_first_layer_copied, a_config_for_each_layer]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 @pytest.mark.parametrize("change", CHANGES[:2], ids=lambda change: change.__name__)
 def test_every_layer_attends_by_the_engine_whichever_config_object_it_holds(family, change):
     model = fresh(family)

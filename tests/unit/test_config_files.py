@@ -17,21 +17,27 @@ from broken_checkpoints import set_in_json
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UserError
 from cpinfer.models.loading import fresh_model, known_weights, load_model, load_spec
+from every_family import EVERY_FAMILY
 from tiny_models import FAMILIES, make_model
 
 WRONG = ["13", ["a"], {"a": 1}, True, 1.5, 0, None]
 # What neither the engine reads, nor the model in evaluation mode.
 UNREAD = {
     "_name_or_path", "_sliding_window_pattern", "architectures", "attention_dropout", "attn_pdrop", "bos_token_id",
-    "chunk_size_feed_forward", "embd_pdrop", "initializer_range", "label2id", "num_nextn_predict_layers",
-    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-    "problem_type", "qk_head_dim", "resid_pdrop", "return_dict", "router_aux_loss_coef", "router_jitter_noise",
-    "transformers_version", "use_cache",
+    "chunk_size_feed_forward", "embd_pdrop", "embedding_dropout", "hidden_dropout", "initializer_range",
+    "input_jitter_noise", "label2id", "num_nextn_predict_layers", "output_attentions", "output_hidden_states",
+    "output_router_logits", "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim", "resid_pdrop",
+    "residual_dropout", "return_dict", "router_aux_loss_coef", "router_jitter_noise", "transformers_version",
+    "use_cache",
 }  # fmt: skip
 # Values that are of a right kind for some keys: these become another model, or the class's own.
 RIGHT: dict[str, list[Any]] = {
     "attention_bias": [True],
+    "attention_multiplier": [1.5],
+    "attention_out_bias": [True],
     "attn_logit_softcapping": [1.5, None],
+    "clip_qkv": [1.5],
+    "embedding_multiplier": [1.5],
     "eos_token_id": [0, None],
     "final_logit_softcapping": [1.5, None],
     "first_k_dense_replace": [0],
@@ -39,30 +45,44 @@ RIGHT: dict[str, list[Any]] = {
     "id2label": [None],
     "dtype": [None],
     "is_encoder_decoder": [True, 0, None],
+    "layer_norm_eps": [1.5],
     "layer_norm_epsilon": [1.5],
     "layer_types": [None, ["a"]],
+    "lm_head_bias": [True],
+    "logit_scale": [1.5],
+    "logits_scaling": [1.5],
     "max_window_layers": [0],
     "mlp_bias": [True],
     "mlp_only_layers": [None],
     "n_group": [None],
     "n_inner": [None],
     "n_shared_experts": [0],
+    "no_rope_layer_interval": [0],
+    "no_rope_layers": [None],
+    "norm_eps": [1.5],
+    "norm_epsilon": [1.5],
     "norm_topk_prob": [True, None],
     "num_experts_per_tok": [None],
     "num_key_value_heads": [None],
     "num_local_experts": [None],
     "q_lora_rank": [None],
+    "qk_layernorm": [True],
+    "residual_multiplier": [1.5],
     "rms_norm_eps": [1.5],
     "rope_interleave": [None],
     "rope_parameters": [{"a": 1}, None],
+    "rotary_dim": [None],
     "routed_scaling_factor": [1.5],
     "sliding_window": [None],
+    "sliding_window_pattern": ["13", 0, None],
     "swiglu_alpha": [1.5],
     "swiglu_limit": [1.5],
     "tie_word_embeddings": [True, None],
     "topk_group": [None],
     "topk_method": ["13", None],
     "use_bidirectional_attention": [None, True],
+    "use_bias": [True, None],
+    "use_qk_norm": [True, None],
     "use_sliding_window": [True],
     "full_attention": [{"a": 1}, None],
     "sliding_attention": [{"a": 1}, None],
@@ -95,7 +115,7 @@ def quiet() -> Iterator[None]:
     transformers.logging.set_verbosity(before)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_a_value_of_the_wrong_kind_is_refused_by_its_name_or_nobody_reads_it(
     family: str, tmp_path: Path, quiet: None
 ) -> None:

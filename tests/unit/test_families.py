@@ -1,22 +1,15 @@
 """The table of families: what is in it exists, and what is printed of it says the same."""
 
-import copy
 import re
 
 import pytest
-import torch
 from transformers import AutoConfig
 
-import cpinfer
-from cpinfer.comm.threads import run_ranks
-from cpinfer.config import JobConfig, SamplingParams, TensorParallel
+from cpinfer.config import JobConfig, TensorParallel
 from cpinfer.engine.attach import config_errors
-from cpinfer.errors import UnsupportedError
-from cpinfer.layout.grid import RankGrid
-from cpinfer.models.families import FAMILIES, FEATURES, Family, family_table
+from cpinfer.models.families import FAMILIES, FEATURES, OTHER_NAMES, RECURRENT, family_table
 from cpinfer.models.spec import ModelSpec
 from tiny_models import FAMILIES as TINY_MODELS
-from tiny_models import TINY, make_model, prompts_of
 
 
 def lines_of_the_table():
@@ -93,10 +86,20 @@ def test_the_code_refuses_tensor_parallelism_where_the_table_does(family):
     spec = ModelSpec.from_config(TINY_MODELS[family].to_dict())
     for provider, feature in (("transformers", "transformers_tp"), ("autotp", "autotp")):
         errors = config_errors(spec, JobConfig(tensor_parallel=TensorParallel(2, provider)))
-        if feature in FAMILIES[family].refused or (provider, family) == ("transformers", "gpt_bigcode"):
-            assert any("tensor parallelism by Transformers" in error for error in errors)
-        else:
-            assert errors == []
+        why = FAMILIES[family].refused.get("autotp") or FAMILIES[family].refused.get(feature)
+        assert bool(why) == bool(errors)
+        assert all(f'model_type "{family}" with tp=2 ({why})' in error for error in errors)
+
+
+def test_what_no_tensor_parallelism_can_cut_is_refused_in_every_column_of_it():
+    refused = [family.refused for family in FAMILIES.values() if "autotp" in family.refused]
+    assert refused and all(set(reasons) == set(FEATURES) - {"pcp_dcp"} for reasons in refused)
+    assert all(len(set(reasons.values())) == 1 for reasons in refused)
+
+
+def test_other_names_are_those_of_families_here_and_of_none():
+    assert set(OTHER_NAMES.values()) <= set(FAMILIES)
+    assert not set(OTHER_NAMES) & (set(FAMILIES) | RECURRENT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -104,29 +107,3 @@ def test_heads_are_mixed_in_no_family_where_the_table_says_there_is_one(family):
     spec = ModelSpec.from_config(TINY_MODELS[family].to_dict())
     has_one = "mixed_heads" in FAMILIES[family].not_applicable
     assert (spec.num_kv_heads == 1) == has_one
-
-
-def test_a_family_is_one_row(monkeypatch):
-    """Granite, with multipliers of its own for embeddings, attention, residuals and logits, on two KV shards."""
-    config = AutoConfig.for_model(
-        "granite", **TINY, attention_multiplier=0.3, residual_multiplier=0.7, logits_scaling=0.5
-    )
-    model = make_model(config)
-    prompts = prompts_of((9, 14), vocab_size=config.vocab_size)
-
-    def tokens(topology):
-        with cpinfer.attach(copy.deepcopy(model), topology) as engine:
-            results = engine.generate(prompts, SamplingParams(temperature=0, max_new_tokens=8, ignore_eos=True))
-            return [list(result.token_ids) for result in results]
-
-    with pytest.raises(UnsupportedError, match='"granite"'):
-        tokens(None)
-    monkeypatch.setitem(FAMILIES, "granite", Family("Granite", "GQA"))
-    expected = [
-        model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=8, min_new_tokens=8)[
-            0, len(prompt) :
-        ].tolist()
-        for prompt in prompts
-    ]
-    for grid in (RankGrid(1, 1, 1), RankGrid(1, 2, 2)):
-        assert run_ranks(grid, tokens)[0] == expected

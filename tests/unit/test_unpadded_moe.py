@@ -6,16 +6,28 @@ from collections import Counter
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import JobConfig
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models import runner
+from cpinfer.models.families import FAMILIES as TABLE
 from cpinfer.models.unpadded_moe import UnpaddedMoE, is_moe_block
+from every_family import OFTEN
 from tiny_models import FAMILIES, make_model, prompts_of
 
-EXPERTS = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 2, "deepseek_v2": 1, "deepseek_v3": 1}  # layers that have them
+
+def layers_with_experts(config):
+    """How many a tiny model has by its config: all, or those behind the dense ones."""
+    if not getattr(config, "num_experts_per_tok", None):
+        return 0
+    return config.num_hidden_layers - getattr(config, "first_k_dense_replace", 0)
+
+
+EXPERTS = {family: count for family, config in FAMILIES.items() if (count := layers_with_experts(config))}
+OFTEN_EXPERTS = [family if family in OFTEN else pytest.param(family, marks=pytest.mark.slow) for family in EXPERTS]
 # Three running rows over two ranks: one of them has a padding row in every decode step. The first prompt leaves a rank
 # without tokens, and so does the last row that runs alone.
 PROMPTS = prompts_of((1, 20, 7), vocab_size=128)
@@ -38,8 +50,9 @@ def routed(family, grid=GRID, **config):
     def body(topology):
         own, seen = copy.deepcopy(model), Counter()
         for layer in own.model.layers:
-            router = getattr(layer.mlp, "router", None) or getattr(layer.mlp, "gate", None)
-            if is_moe_block(layer.mlp):
+            block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+            router = getattr(block, "router", None) or getattr(block, "gate", None)
+            if is_moe_block(block):
                 router.register_forward_hook(lambda _, args, out: seen.update(tokens=args[0].numel() // 64, calls=1))
         with cpinfer.attach(own, topology, parsed) as engine:
             for prompts, n in ((PROMPTS[:1], NEW_TOKENS[0]), (PROMPTS, NEW_TOKENS[1]), (PROMPTS[2:], NEW_TOKENS[2])):
@@ -57,7 +70,7 @@ def routed(family, grid=GRID, **config):
 PLAIN = {"enable_prefix_caching": False}
 
 
-@pytest.mark.parametrize("family", EXPERTS)
+@pytest.mark.parametrize("family", OFTEN_EXPERTS)
 def test_routers_of_two_ranks_see_exactly_the_tokens_that_a_rollout_computes(family):
     seen, computed = routed(family, **PLAIN)
     assert sum(seen) == computed
@@ -80,34 +93,45 @@ def test_without_real_rows_dummies_and_padding_are_counted(family, monkeypatch):
 
 
 def test_experts_are_told_by_what_blocks_are_made_of():
+    assert {"mixtral", "gpt_oss", "phimoe"} < set(EXPERTS)
     for family, config in FAMILIES.items():
-        found = [name for name, m in make_model(config).named_modules() if is_moe_block(m)]
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        found = [name for name, m in model.named_modules() if is_moe_block(m)]
         assert len(found) == EXPERTS.get(family, 0)
-        assert all(name.endswith(".mlp") for name in found)
+        assert all(name.endswith((".mlp", ".block_sparse_moe")) for name in found)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_a_row_of_the_table_says_what_a_familys_block_returns(family):
+    """Of a block that says otherwise a rank without tokens would make something else than those that have some."""
+    model = make_model(FAMILIES[family])
+    [*_, block] = [module for module in model.modules() if is_moe_block(module)]
+    found = block(torch.ones(1, 3, 64))
+    assert isinstance(found, tuple) == TABLE[family].returns_router_scores
 
 
 # --- the forward by itself ---
 
 
 class Block(nn.Module):
-    """Doubles its rows, and remembers which it was given; with a `router` it returns scores as well."""
+    """Doubles its rows, and remembers which it was given."""
 
     def __init__(self, returns_scores):
         super().__init__()
         self.given = []
-        if returns_scores:
-            self.router = nn.Identity()
+        self.returns_scores = returns_scores
 
     def run(self, x):
         self.given.append(x)
-        return (2 * x, x[0, :, :1]) if hasattr(self, "router") else 2 * x
+        return (2 * x, x[0, :, :1]) if self.returns_scores else 2 * x
 
 
 def forward(count, num_rows, returns_scores):
     block, unpadded_moe = Block(returns_scores), UnpaddedMoE()
     unpadded_moe.count = count
     x = torch.arange(1.0, 1 + num_rows * 3).reshape(1, num_rows, 3)
-    found = unpadded_moe.forward(block, block.run, x)
+    found = unpadded_moe.forward(block.run, x, returns_scores=returns_scores)
     out, scores = found if returns_scores else (found, None)
     return x, out, scores, block.given
 
