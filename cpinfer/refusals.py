@@ -68,7 +68,7 @@ REFUSALS: dict[str, Refusal] = {
         'Set tensor_parallel.provider to "autotp", or a smaller tp_size.',
     ),
     "family_tp": Refusal(
-        "tensor parallelism of families whose attention cannot be cut by heads",
+        "tensor parallelism of families whose code, or whose plan, cannot be cut over ranks",
         "Use tp_size 1, and pcp and dcp instead.",
     ),
     "fused_heads": Refusal(

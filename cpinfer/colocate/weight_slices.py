@@ -82,6 +82,8 @@ class RowParallelLinear(ColumnParallelLinear):
 def sliced_projections(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int) -> list[list[SlicedProjection]]:
     """For each layer, what tensor parallelism slices of it. UnsupportedError where that cannot be done."""
     heads = spec.heads(tp_size)
+    if tp_size > 1 and spec.why_no_tp is not None:
+        raise refuse("family_tp", f'model_type "{spec.family}" with tp={tp_size} ({spec.why_no_tp})')
     refuse_adapters_under_tp(model)
     found = [list(_sliced_projections_of(layer, heads, tp_rank)) for layer in decoder_layers(model)]
     for index, layer in enumerate(found):

@@ -141,7 +141,9 @@ FAMILIES: dict[str, Family] = {
         "GQA, a window where its config has one, experts",
         window_on_every_layer=True,
         window_in_mask_alone=True,
-        refused={"transformers_tp": _WHOLE_ATTENTION},
+        refused=_no_tp(
+            "AutoTP cuts the router of its experts, Transformers' plan leaves attention whole on every rank"
+        ),
     ),
     "seed_oss": Family("Seed-OSS", "GQA"),
     "smollm3": Family("SmolLM3", "GQA, windows where layers have them"),

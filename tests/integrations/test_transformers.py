@@ -1,4 +1,4 @@
-"""Transformers' own tensor parallelism under the engine: the answers of the unsharded model."""
+"""Transformers' own tensor parallelism under the engine, and AutoTP: the answers of the unsharded model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from cpinfer.engine.attach import config_errors
 from cpinfer.models.families import FAMILIES as SUPPORTED
 from cpinfer.models.spec import ModelSpec
 from cpinfer_integrations.transformers import topology_from
+from every_family import WITHOUT_TP
 from launching import forked
 from tiny_models import FAMILIES
 
 SHARDED = [name for name, family in SUPPORTED.items() if "transformers_tp" not in family.refused]
 
 
-def check(folder: Path, num_ranks: int, cases: list[dict[str, Any]], timeout_s: float) -> None:
-    worker = "tests/integrations/transformers_worker.py"
+def check(
+    folder: Path, num_ranks: int, cases: list[dict[str, Any]], timeout_s: float, provider: str = "transformers"
+) -> None:
+    worker = "tests/integrations/sharded_worker.py"
+    cases = [{"provider": provider, **case} for case in cases]
     finished = forked(num_ranks, worker, str(folder), json.dumps(cases), timeout_s=timeout_s)
     assert finished.returncode == 0, finished
     outcomes = finished.summary["outcomes"]
@@ -46,6 +50,14 @@ def test_a_model_that_transformers_sharded_gives_the_answers_of_the_whole_one(tm
 def test_every_family_that_transformers_shards_gives_the_answers_of_the_whole_one(tmp_path: Path) -> None:
     cases = [{"family": family, "tp": 2, "pcp": 1, "dcp": 2, "max_num_batched_tokens": 50} for family in SHARDED]
     check(tmp_path, 2, cases, timeout_s=300)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_family_that_autotp_shards_gives_the_answers_of_the_whole_one(tmp_path: Path) -> None:
+    families = [family for family in FAMILIES if family not in WITHOUT_TP]
+    cases = [{"family": family, "tp": 2, "pcp": 1, "dcp": 2, "max_num_batched_tokens": 50} for family in families]
+    check(tmp_path, 2, cases, timeout_s=550, provider="autotp")
 
 
 @pytest.mark.slow

@@ -283,8 +283,15 @@ WITH_WHOLE_NORMS = {
 }
 
 
-@pytest.mark.parametrize("grid", [TP2_PCP2_DCP4, pytest.param(PCP4_DCP2, marks=SLOW)], ids=grid_name)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("variant", "grid"),
+    [
+        pytest.param(variant, grid, marks=SLOW if grid == PCP4_DCP2 else ())
+        for variant, config in VARIANTS.items()
+        for grid in (PCP2_DCP2 if config.model_type in WITHOUT_TP else TP2_PCP2_DCP4, PCP4_DCP2)
+    ],
+    ids=name,
+)
 def test_variants_of_a_family_are_as_exact(variant: str, grid: RankGrid) -> None:
     assert max(differences(Whole(VARIANTS[variant]), grid, **CHUNKS)) <= TOLERANCE
 

@@ -105,6 +105,14 @@ def test_a_family_without_projections_of_its_own_is_refused_by_name():
         sliced_projections(model, model_spec(model), 2, 0)
 
 
+@pytest.mark.parametrize("family", sorted(WITHOUT_TP))
+def test_a_family_that_no_tensor_parallelism_cuts_is_refused_with_the_reason(family):
+    model = make_model(copy.deepcopy(FAMILIES[family]))
+    spec = model_spec(model)
+    with pytest.raises(UnsupportedError, match=rf'"{family}" with tp=2 \({spec.why_no_tp}\)'):
+        sliced_projections(model, spec, 2, 0)
+
+
 def test_a_phase_that_fails_puts_the_projections_back():
     model = make_model(FAMILIES["qwen2"])
     modules = list(model.modules())

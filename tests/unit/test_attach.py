@@ -380,8 +380,11 @@ def test_a_model_that_is_not_supported_is_refused_by_name():
 
 # --- families whose modules are changed for the length of the block ---
 
-# How many modules get a forward of their own there: experts, and attention with latents.
-CHANGED = {"mixtral": 2, "qwen3_moe": 2, "gpt_oss": 2, "deepseek_v2": 3, "deepseek_v3": 3, "gpt_bigcode": 0}
+# How many modules get a forward of their own there: experts, and attention with latents or of keywords not handed on.
+CHANGED = {
+    "mixtral": 2, "qwen3_moe": 2, "gpt_oss": 2, "deepseek_v2": 3, "deepseek_v3": 3, "gpt_bigcode": 0, "nemotron": 2,
+    "phimoe": 4,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", CHANGED)

@@ -53,6 +53,23 @@ def test_a_quantized_checkpoint_is_the_plain_one_that_it_stands_for_and_can_be_s
     assert known[0] == known[1] and known[0].num_parameters == sum(p.numel() for p in model.parameters())
 
 
+def test_quantized_layers_beyond_those_of_the_config_are_left_out(tmp_path: Path) -> None:
+    """DeepSeek-V3's files have a layer more, for predicting several tokens."""
+    plain = make(tmp_path / "quantized", "deepseek_v3", (20, 24))
+
+    def with_one_more(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        last = {name: tensor for name, tensor in tensors.items() if ".layers.1." in name}
+        return {
+            **tensors,
+            **{name.replace(".layers.1.", ".layers.2."): tensor.clone() for name, tensor in last.items()},
+        }
+
+    change_tensors(tmp_path / "quantized", with_one_more)
+    found = saved(load_model(str(tmp_path / "quantized"), torch.float32), tmp_path / "plain")
+    assert all(torch.equal(found[name], plain[name]) for name in plain) and found.keys() == plain.keys()
+    assert any(".layers.2." in name for name in known_weights(str(tmp_path / "quantized"), torch.float32).unexpected)
+
+
 @pytest.mark.parametrize(
     ("family", "config"),
     [

@@ -1,10 +1,11 @@
-"""Generates on models that Transformers sharded; rank 0 prints how that differs from the unsharded models.
+"""Generates on models that Transformers or AutoTP sharded; rank 0 prints how that differs from the unsharded models.
 
-torchrun --nproc-per-node 2 tests/integrations/transformers_worker.py FOLDER '[{"family": "qwen2", "tp": 2, ...}]'
+torchrun --nproc-per-node 2 tests/integrations/sharded_worker.py FOLDER '[{"family": "qwen2", "tp": 2, ...}]'
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -18,7 +19,7 @@ import cpinfer
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
-from cpinfer_integrations.transformers import launch_inference
+from cpinfer_integrations import deepspeed, transformers
 from cpinfer_tools.verify import check_rollout
 from routers import num_other_experts
 from tiny_models import FAMILIES, make_model, prompts_of
@@ -32,16 +33,22 @@ def main(folder: str, cases: list[dict[str, Any]]) -> None:
         print(json.dumps({"outcomes": outcomes}), flush=True)
 
 
-def run(launch: Launch, folder: Path, family: str, tp: int, pcp: int, dcp: int, **changes: Any) -> dict[str, Any]:
+def run(
+    launch: Launch, folder: Path, family: str, tp: int, pcp: int, dcp: int, provider: str, **changes: Any
+) -> dict[str, Any]:
     whole = make_model(FAMILIES[family])
-    if launch.rank == 0:
-        whole.save_pretrained(folder / family)
-    dist.barrier()
-    launched = launch_inference(str(folder / family), RankGrid(tp, pcp, dcp), dtype=torch.float32)
+    if provider == "autotp":
+        sharded = make_model(copy.deepcopy(FAMILIES[family]))
+        launched: Any = deepspeed.launch_inference(sharded, RankGrid(tp, pcp, dcp), dtype=torch.float32)
+    else:
+        if launch.rank == 0:
+            whole.save_pretrained(folder / family)
+        dist.barrier()
+        launched = transformers.launch_inference(str(folder / family), RankGrid(tp, pcp, dcp), dtype=torch.float32)
     config = parse_config(
         {
             "dtype": "float32",
-            "tensor_parallel": {"tp_size": tp, "provider": "transformers"},
+            "tensor_parallel": {"tp_size": tp, "provider": provider},
             "prefill_context_parallel_size": pcp,
             "decode_context_parallel_size": dcp,
             "cp_kv_cache_interleave_size": 3,
