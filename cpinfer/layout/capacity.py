@@ -18,6 +18,9 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # A cache may have smaller ones than the model that fills it.
 CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
+# Always float32: a state sums over the whole sequence.
+STATE_BYTES = 4
+
 
 @dataclass(frozen=True)
 class KVLayout:
@@ -46,11 +49,51 @@ class KVLayout:
 
 
 @dataclass(frozen=True)
+class StateLayout:
+    """What layers of linear attention keep of a sequence, however long it is: sizes of the gated delta rule.
+
+    In each of `num_layers` a state `[num_v_heads, k_dim, v_dim]` in float32, and the last `num_tail` inputs of a
+    convolution over `num_channels`, in the model's dtype.
+    """
+
+    num_layers: int
+    num_k_heads: int
+    num_v_heads: int
+    k_dim: int
+    v_dim: int
+    conv_width: int
+
+    @property
+    def num_tail(self) -> int:
+        """Inputs of the convolution that come before a token's own."""
+        return self.conv_width - 1
+
+    @property
+    def num_channels(self) -> int:
+        return 2 * self.num_k_heads * self.k_dim + self.num_v_heads * self.v_dim
+
+    @property
+    def state_values(self) -> int:
+        return self.num_v_heads * self.k_dim * self.v_dim
+
+    @property
+    def map_values(self) -> int:
+        """Of what a piece makes of any state before it."""
+        return self.num_v_heads * self.k_dim * self.k_dim
+
+    def bytes_per_sequence(self, dtype: str) -> int:
+        """Bytes of one sequence on the one rank that keeps them, all layers; `dtype` is the model's."""
+        inputs = self.num_tail * self.num_channels * DTYPE_BYTES[dtype]
+        return self.num_layers * (self.state_values * STATE_BYTES + inputs)
+
+
+@dataclass(frozen=True)
 class PoolSize:
-    """A pool of `num_blocks` KV blocks on every rank of a home."""
+    """A pool of `num_blocks` KV blocks on every rank of a home, and of `num_states` states of sequences, if any."""
 
     num_blocks: int
     sharding: KVSharding
+    num_states: int = 0
 
     @classmethod
     def from_bytes(cls, num_bytes: int, bytes_per_token: int, sharding: KVSharding) -> PoolSize:

@@ -2,7 +2,8 @@
 
 Rows (sequences) are dealt over the pcp ranks, `R = ceil(rows / pcp)` to each, so that everything but attention is done
 once per row; a rank short of rows is padded with dummies (position 0, no keys, nothing written). Each rank takes
-neighbours, so that a gather has all rows in their own order, where samples of one prompt stay side by side.
+neighbours, so that a gather has all rows in their own order, where samples of one prompt stay side by side. Rows whose
+model keeps a state of them stay with the rank that has it.
 
     5 rows over pcp=2:      pcp0 | row 0 | row 1 | row 2 |        after the gather over pcp, in place order:
                             pcp1 | row 3 | row 4 |   -   |        0 1 2 3 4 -
@@ -47,15 +48,16 @@ def plan_decode(
     pcp_rank: int,
     shard: int,
     rows_per_rank: int | None = None,
+    ranks: Sequence[int] | None = None,
 ) -> DecodePlan:
     """Plan the step for the rank at `pcp_rank` that holds `shard`.
 
     `positions[i]` is where the new token of sequence i goes (its length before this step) and `block_tables[i]` already
-    covers it. There must be at least one sequence. `rows_per_rank`: R, where it should be more than is needed.
+    covers it. There must be at least one sequence. `rows_per_rank` and `ranks` as `assign_rows` has them.
     """
     if not positions:
         raise ValueError("a decode step needs at least one sequence")
-    gathered = assign_rows(len(positions), pcp_size, rows_per_rank)
+    gathered = assign_rows(len(positions), pcp_size, rows_per_rank, ranks)
     own = gathered.reshape(pcp_size, -1)[pcp_rank]
     at = np.asarray(positions, dtype=np.int64)
     # Of a new token its owner alone keeps K and V.
@@ -112,16 +114,29 @@ def cuda_graph_batch_size(rows_per_rank: int) -> int:
     return power * 3 // 4 if power >= 8 and rows_per_rank <= power * 3 // 4 else power
 
 
-def assign_rows(num_rows: int, pcp_size: int, rows_per_rank: int | None = None) -> IntArray:
+def assign_rows(
+    num_rows: int, pcp_size: int, rows_per_rank: int | None = None, ranks: Sequence[int] | None = None
+) -> IntArray:
     """`[pcp * R]` rows in gathered order, -1 for padding; R is what is needed, or `rows_per_rank`.
+
+    `ranks`: who computes each row, where they are not free to go anywhere: each is where its state lies.
 
     >>> assign_rows(5, 2).tolist()
     [0, 1, 2, 3, 4, -1]
     >>> assign_rows(2, 2, rows_per_rank=2).tolist()
     [0, 1, -1, -1]
+    >>> assign_rows(3, 2, ranks=[1, 0, 1]).tolist()
+    [1, -1, 0, 2]
     """
-    per_rank = -(-num_rows // pcp_size) if rows_per_rank is None else rows_per_rank
-    if per_rank * pcp_size < num_rows:
+    free = -(-num_rows // pcp_size)
+    counts = np.full(pcp_size, free) if ranks is None else np.bincount(np.asarray(ranks), minlength=pcp_size)
+    per_rank = int(counts.max()) if rows_per_rank is None else rows_per_rank
+    if per_rank < counts.max():
         raise ValueError(f"{num_rows} rows do not fit {per_rank} on each of {pcp_size} ranks")
-    place = np.arange(per_rank * pcp_size)
-    return np.where(place < num_rows, place, -1)
+    if ranks is None:
+        place = np.arange(per_rank * pcp_size)
+        return np.where(place < num_rows, place, -1)
+    assigned = np.full((pcp_size, per_rank), -1, dtype=np.int64)
+    for rank, own in enumerate(assigned):
+        own[: counts[rank]] = np.flatnonzero(np.asarray(ranks) == rank)
+    return assigned.reshape(-1)

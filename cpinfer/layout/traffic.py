@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.capacity import STATE_BYTES, KVLayout, StateLayout
+from cpinfer.layout.states import StatePlan
 
 LSE_BYTES = 4  # Always float32: an lse in bfloat16 costs 1.3e-2 rms over 8 shards.
 
@@ -69,3 +70,13 @@ def prefill_bytes(num_places: int, part_len: int, kv: KVLayout, dtype_bytes: int
     every rank's send buffer (`PrefillSplit.part_len`).
     """
     return (num_places - 1) * part_len * kv.values_per_token * dtype_bytes
+
+
+def prefill_state_bytes(num_places: int, plan: StatePlan, layout: StateLayout, dtype_bytes: int) -> int:
+    """What the two gathers of a linear layer cost in a prefill step, whatever the number of its tokens.
+
+    Over `num_places` pcp ranks: the inputs before pieces, in the model's dtype of `dtype_bytes`, then states and maps.
+    """
+    inputs = plan.num_tails * layout.num_tail * layout.num_channels * dtype_bytes
+    states = plan.num_states * layout.state_values + plan.num_maps * layout.map_values
+    return (num_places - 1) * (inputs + states * STATE_BYTES)

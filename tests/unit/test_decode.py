@@ -150,3 +150,20 @@ def test_a_shard_that_holds_nothing_of_the_window_has_an_empty_row():
 def test_a_window_off_by_one_would_be_seen():
     for other in (4, 6):
         assert windowed([9], [[3, 1]], SHARDING, other) != windowed([9], [[3, 1]], SHARDING, 5)
+
+
+def test_rows_with_a_rank_of_their_own_stay_with_it():
+    assert assign_rows(5, 3, ranks=[2, 0, 2, 2, 0]).tolist() == [1, 4, -1, -1, -1, -1, 0, 2, 3]
+    assert assign_rows(2, 2, rows_per_rank=2, ranks=[1, 1]).tolist() == [-1, -1, 0, 1]
+    with pytest.raises(ValueError, match="3 rows do not fit 2 on each of 2 ranks"):
+        assign_rows(3, 2, rows_per_rank=2, ranks=[1, 1, 1])
+
+
+@pytest.mark.parametrize("pcp_rank, rows", [(0, [1, -1]), (1, [0, 2])])
+def test_a_plan_for_rows_with_ranks_computes_and_writes_the_rows_of_each(pcp_rank, rows):
+    p = plan_decode([4, 9, 7], [[3], [1, 2], [0]], SHARDING, pcp_size=2, pcp_rank=pcp_rank, shard=0, ranks=[1, 0, 1])
+    assert p.own.tolist() == rows
+    assert p.gathered.tolist() == [1, -1, 0, 2]
+    # Positions 4 and 9 are shard 0's, 7 is not.
+    assert p.gathered[p.write_src].tolist() == [1, 0]
+    assert p.rows.kv_hi.tolist() == [6, 0, 3, 4]

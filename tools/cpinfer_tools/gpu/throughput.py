@@ -214,8 +214,8 @@ def _decode(setting: Setting, sizes: Sizes, backend: AttentionBackend, copy_rate
             per_sequence = sharding.num_blocks(num_keys)
             order = np.random.default_rng(0).permutation(num_sequences * per_sequence).reshape(num_sequences, -1)
             tables = order.tolist()
-            at = {"pcp_size": 1, "pcp_rank": 0, "shard": 0}
-            plan = plan_decode([num_keys - 1] * num_sequences, tables, sharding, **at)
+            positions = [num_keys - 1] * num_sequences
+            plan = plan_decode(positions, tables, sharding, pcp_size=1, pcp_rank=0, shard=0)
             cache = PagedKVCache(sizes.kv, 1, order.size, block_size, setting.dtype, setting.device)
             keys, values = cache.read(0)
             keys.normal_()
