@@ -23,7 +23,8 @@ import cpinfer
 from cpinfer.colocate.phase import rollout_phase
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
-from cpinfer_integrations.deepspeed import init_distributed
+from cpinfer.layout.grid import RankGrid
+from cpinfer_integrations.deepspeed import init_distributed, launch_inference
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model, prompts_of
 from trainers import Trainer, deepspeed_trainer, everywhere, torch_trainer
@@ -58,7 +59,7 @@ def run(kind: str, family: str, dtype: str) -> dict[str, Any]:
         with rollout_phase(lent, config, weights_version=step) as engine:
             results = engine.generate_pooled(own * 2, SAMPLING, name=f"step {step}")
         lent.topology.close()
-        return largest_difference(trainer, results)
+        return largest_difference(trainer.trained, results, batch_size=2 + dist.get_rank())
 
     apart = []
     with cpinfer.invariant_training(trainer.trained, config):
@@ -70,13 +71,28 @@ def run(kind: str, family: str, dtype: str) -> dict[str, Any]:
     return {"apart": apart, "otherwise": phase(NUM_STEPS)}
 
 
-def largest_difference(trainer: Trainer, results: Sequence[Any]) -> float:
+def run_tp(family: str, dtype: str) -> dict[str, Any]:
+    """Of forwards alone, over weights that DeepSpeed's AutoTP has dealt to two ranks."""
+    model, own_dtype = make_model(FAMILIES[family]), getattr(torch, dtype)
+    launched = launch_inference(model.to(own_dtype), RankGrid(tp_size=2), dtype=own_dtype)
+    keys = {"dtype": dtype, "kv_cache_gib": 0.002, "block_size": 4, "deterministic": True}
+    config = parse_config({**keys, "tensor_parallel": {"tp_size": 2}, "prefill_context_parallel_size": 1})
+    with cpinfer.attach(launched.module, launched.topology, config) as engine:
+        results = engine.generate(PROMPTS, SAMPLING)
+    with cpinfer.invariant_training(launched.module, config):
+        apart = [largest_difference(launched.module, results, batch_size=3)]
+    otherwise = largest_difference(launched.module, results, batch_size=3)
+    launched.topology.close()
+    return {"apart": apart, "otherwise": otherwise}
+
+
+def largest_difference(model: Any, results: Sequence[Any], batch_size: int) -> float:
     found = cpinfer.training_logprobs(
-        trainer.trained,
+        model,
         [r.prompt_token_ids for r in results],
         [r.token_ids for r in results],
         temperature=SAMPLING.temperature,
-        batch_size=2 + dist.get_rank(),
+        batch_size=batch_size,
         num_batches=3,
         pad_token_id=0,
     )
@@ -95,7 +111,7 @@ def main(cases: Sequence[str]) -> list[list[dict[str, Any]]]:
             with TemporaryDirectory() as folder:
                 found = run_tools(which, dtype, Path(folder))
         else:
-            found = run(kind, which, dtype)
+            found = run_tp(which, dtype) if kind == "tp2" else run(kind, which, dtype)
         outcomes.append(everywhere({"case": case, **found}))
     return outcomes
 

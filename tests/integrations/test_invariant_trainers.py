@@ -16,6 +16,7 @@ from tiny_models import FAMILIES
 
 WORKER = "tests/integrations/invariant_worker.py"
 DTYPES = ("float32", "bfloat16")
+UNDER_TP = ("qwen2", "deepseek_v2", "deepseek_v3")
 KINDS = ("ddp", "fsdp2:full", "fsdp2:layerwise", "zero2", "zero3:full", "zero3:layerwise")
 
 
@@ -29,6 +30,8 @@ KINDS = ("ddp", "fsdp2:full", "fsdp2:layerwise", "zero2", "zero3:full", "zero3:l
                          marks=[pytest.mark.slow, pytest.mark.timeout(1800)], id=f"{kind} of every family")
             for kind in KINDS
         ),
+        pytest.param([f"tp2/{family}/{dtype}" for family in UNDER_TP for dtype in DTYPES],
+                     marks=pytest.mark.slow, id="tp2"),
         pytest.param([f"tools/{tool_loop}/{dtype}" for tool_loop in ("async", "lockstep") for dtype in DTYPES],
                      marks=pytest.mark.slow, id="tools"),
     ],
@@ -40,7 +43,7 @@ def test_every_step_of_a_trainer_has_the_logprobs_of_its_rollouts(cases: Sequenc
     found = [rank for case in outcomes for rank in case]
     assert [rank["case"] for rank in found] == [case for case in cases for _ in range(2)]
     for rank in found:
-        assert rank["apart"] == [0.0] * 2, rank
+        assert set(rank["apart"]) == {0.0}, rank
     assert all(max(rank["otherwise"] for rank in case) > 0 for case in outcomes), "other forwards differ"
 
 
