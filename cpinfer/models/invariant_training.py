@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 
@@ -93,11 +94,14 @@ def trains_invariantly(model: Any) -> bool:
 def _by_rows(model: Any, forward: Any, implementation: str) -> Any:
     """`forward` of a model, whose rows depend on no other, and whose positions count the tokens of the mask."""
     signature = inspect.signature(forward)
+    dropouts = {name: part for name, part in model.named_modules() if isinstance(part, _DropoutNd)}
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if model.config._attn_implementation != implementation:  # an engine that is attached in the block runs it
             return forward(*args, **kwargs)
+        for name, part in dropouts.items():
+            _refuse_dropout(part.p * part.training, name)
         bound = signature.bind(*args, **kwargs)
         given = {**kwargs, **bound.arguments}
         mask, positions = given.get("attention_mask"), given.get("position_ids")
@@ -206,10 +210,11 @@ class _LatentTraining:
         return layer.project(out.flatten(0, 1))
 
 
-def _refuse_dropout(dropout: float) -> None:
+def _refuse_dropout(dropout: float, where: str = "attention") -> None:
     if dropout:
         raise UserError(
-            f"attention dropout is {dropout:g}, which rollouts know nothing of. Set attention_dropout to 0."
+            f"dropout of {where} is {dropout:g}, which rollouts know nothing of. Set it to 0 (attention_dropout, "
+            "lora_dropout or what else the config calls it)."
         )
 
 

@@ -132,6 +132,16 @@ def test_adapters_are_trained_as_they_are_sampled(family: str) -> None:
         assert trained(model, results, 3) == [list(r.processed_logprobs) for r in results]
 
 
+def test_adapters_that_drop_are_refused_while_they_do() -> None:
+    adapted = LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.1)
+    model = get_peft_model(make_model(FAMILIES["qwen2"]), adapted).train()
+    results = rollouts(model)
+    with cpinfer.invariant_training(model, CONFIG):
+        assert trained(model, results, 3) == [list(r.processed_logprobs) for r in results]  # in eval mode
+        with pytest.raises(UserError, match=r"q_proj\.lora_dropout\.default is 0\.1, which rollouts know nothing of"):
+            model(torch.tensor([[1, 2, 3]]))
+
+
 def test_adapters_on_what_expands_latents_are_refused() -> None:
     model = get_peft_model(make_model(FAMILIES["deepseek_v3"]), LoraConfig(r=4, target_modules=["kv_b_proj"]))
     with (
@@ -175,7 +185,7 @@ def test_what_rollouts_know_nothing_of_is_refused(family: str) -> None:
     dropping = copy.deepcopy(FAMILIES[family])
     dropping.attention_dropout = 0.1
     model = make_model(dropping).train()
-    with cpinfer.invariant_training(model), pytest.raises(UserError, match=r"attention dropout is 0\.1"):
+    with cpinfer.invariant_training(model), pytest.raises(UserError, match=r"dropout of attention is 0\.1"):
         model(ids)
 
 
