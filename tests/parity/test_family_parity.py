@@ -336,6 +336,8 @@ def test_head_counts_that_hardly_divide_are_as_exact(num_q_heads: int, num_kv_he
 
 # --- negative controls ---
 
+# Families whose small models were deaf to attention before their multipliers were 1.
+SMALL_LOGITS = ("apertus", "cohere", "cohere2")
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
@@ -351,6 +353,16 @@ def layers_without(**wrong: Any) -> Patch:
             patch.setattr(step, "attend", attend)
 
     return patched
+
+
+@pytest.mark.parametrize("family", [pytest.param(f, marks=() if f in SMALL_LOGITS else SLOW) for f in SELDOM])
+def test_a_softmax_that_is_a_tenth_too_sharp_is_seen(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
+    def attend(own: Any, layer: AttentionLayer, *qkv: Any, inner: Any) -> Any:
+        return inner(own, dataclasses.replace(layer, scale=1.1 * layer.scale), *qkv)
+
+    for step in (PrefillStep, DecodeStep):
+        monkeypatch.setattr(step, "attend", functools.partialmethod(attend, inner=step.attend))
+    assert max(differences(whole(family), PCP2_DCP2, **CHUNKS)) > 100 * TOLERANCE
 
 
 def sinks_of_the_first_rank_for_all(patch: pytest.MonkeyPatch) -> None:
