@@ -148,6 +148,9 @@ def test_who_takes_long_rows_is_said_by_the_processor(name: str | None, monkeypa
 def test_it_is_what_auto_takes_where_it_can_be_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     needs = AttentionNeeds(torch.float32, ())
     assert make_backend("auto", CPU, needs).name == make_backend("cpu", CPU, needs).name == "cpu"
+    # Rollouts in half precision run what training forwards run, unless it is asked for by name.
+    half = AttentionNeeds(torch.bfloat16, ())
+    assert (make_backend("auto", CPU, half).name, make_backend("cpu", CPU, half).name) == ("torch", "cpu")
     with pytest.raises(UserError, match="float64"):
         make_backend("cpu", CPU, AttentionNeeds(torch.float64, ()))
     with pytest.raises(UserError, match="on other devices"):

@@ -12,7 +12,10 @@ from cpinfer.errors import EngineFaultError, UserError
 from cpinfer.models.routed_experts import ExpertLayers
 from tiny_models import FAMILIES, make_model, prompts_of
 
-LAYERS = {"mixtral": [0, 1], "qwen3_moe": [0, 1], "gpt_oss": [0, 1], "deepseek_v2": [1], "deepseek_v3": [1]}
+LAYERS = {
+    **dict.fromkeys(("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "minimax_m2", "olmoe", "phimoe"), [0, 1]),
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe"), [1]),
+}
 IDS = torch.tensor(prompts_of((7,), vocab_size=128))
 
 

@@ -370,8 +370,8 @@ def test_of_a_store_in_fp8_no_more_is_cast_than_a_call_takes(monkeypatch):
 
 def test_torch_names_this_backend_and_auto_where_no_other_can():
     assert make_backend("torch", CPU, AttentionNeeds(torch.float32, ())).name == "torch"
-    with pytest.warns(UserWarning, match="sums in float32"):
-        assert make_backend("auto", CPU, AttentionNeeds(torch.float64, ())).name == "torch"
+    for dtype in (torch.float64, torch.bfloat16):
+        assert make_backend("auto", CPU, AttentionNeeds(dtype, ())).name == "torch"
     with pytest.raises(UserError, match='unknown backend "cudnn"'):
         make_backend("cudnn", CPU, AttentionNeeds(torch.float32, ()))
 

@@ -34,23 +34,26 @@ class BackendModule(Protocol):
 
 @dataclass(frozen=True)
 class BackendRow:
-    """One backend. `device_types` are those that `auto` takes it for; None is all."""
+    """One backend. `device_types` and `dtypes` are those that `auto` takes it for; None is all."""
 
     module: str
     device_types: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = None
 
     @property
     def code(self) -> BackendModule:
         return cast("BackendModule", import_module(self.module))
 
-    def is_made_for(self, device: torch.device) -> bool:
-        return self.device_types is None or device.type in self.device_types
+    def is_made_for(self, device: torch.device, dtype: torch.dtype) -> bool:
+        is_for_device = self.device_types is None or device.type in self.device_types
+        return is_for_device and (self.dtypes is None or dtype in self.dtypes)
 
 
 # In the order in which `auto` asks them: the fastest first, and last the one that can always.
 BACKENDS: Mapping[str, BackendRow] = {
     "flashinfer": BackendRow("cpinfer.attention.backends.flashinfer.backend", frozenset({"cuda"})),
-    "cpu": BackendRow("cpinfer.attention.backends.cpu_backend", frozenset({"cpu"})),
+    # In half precision it is nearer to attention than torch's kernel is, and so further from the training forward.
+    "cpu": BackendRow("cpinfer.attention.backends.cpu_backend", frozenset({"cpu"}), frozenset({torch.float32})),
     "torch": BackendRow("cpinfer.attention.backends.torch_backend"),
 }
 
@@ -81,7 +84,7 @@ def make_backend(
         return backends[name].code.make(device, needs)
     passed_over: list[UserError] = []
     for other, row in backends.items():
-        if not row.is_made_for(device):
+        if not row.is_made_for(device, needs.dtype):
             continue
         error = row.code.unfit(device, needs)
         if error is None:
