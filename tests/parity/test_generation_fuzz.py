@@ -71,7 +71,8 @@ def test_the_cases_reach_what_they_are_to_try() -> None:
     texts = [(r.text or "", r.token_ids) for case in cases for r in answers_of(case.seed).results]
     assert sum(any(wide in text for wide in "é日本🙂") for text, _ in texts) > 20
     given = Counter(option for case in cases for options in case.options for option in options)
-    missing = {field.name for field in dataclasses.fields(SamplingParams)} - set(given)
+    # Experts change no token; test_routed_experts.py compares them, in layouts of its own.
+    missing = {field.name for field in dataclasses.fields(SamplingParams)} - set(given) - {"routed_experts"}
     assert not missing, f"no case says {missing}"
 
 
