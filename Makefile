@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: rollout test slow check docs clean
+.PHONY: rollout test slow kernels check docs clean
 
 # The second command runs the same prompts through the whole model, without us, and compares.
 rollout: $(VENV)/.installed
@@ -24,6 +24,10 @@ test: check
 
 slow: $(VENV)/.installed-test
 	$(BIN)/pytest -q -m slow
+
+# FlashInfer's own kernels, interpreted; minutes of compilation the first time. Skipped, and said so, where they cannot be.
+kernels: $(VENV)/.installed-test
+	$(BIN)/python tests/kernels/run.py
 
 # Style, types, floors.
 check: $(VENV)/.installed-test

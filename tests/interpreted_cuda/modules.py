@@ -116,13 +116,17 @@ def _called_with_views(function: Callable[..., Any]) -> Callable[..., Any]:
         views = [View(x) if isinstance(x, Tensor) else None for x in args]
         given = [x if view is None else tvm_ffi.from_dlpack(view) for x, view in zip(args, views, strict=True)]
         with _LOCK, touching([x for x in args if isinstance(x, CudaTensor)]):
+            result, caught = None, None
             try:
                 result = function(*given)
-            finally:
-                failed = interpreter.error()
-                LAUNCHES.extend(interpreter.launches())
+            except Exception as error:
+                caught = error
+            failed = interpreter.error()
+            LAUNCHES.extend(interpreter.launches())
         if failed:
-            raise KernelFaultError(failed)
+            raise KernelFaultError(failed) from caught
+        if caught is not None:
+            raise caught
         return result
 
     return call

@@ -1,0 +1,53 @@
+"""CUDA tensors in host memory behave as on a GPU where mistakes would show."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from interpreted_cuda.tensors import CUDA, CudaTensor
+
+
+def test_devices_do_not_mix() -> None:
+    a = torch.ones(3, device="cuda")
+    assert isinstance(a, CudaTensor) and a.is_cuda and a.device == CUDA
+    for mixed in (
+        lambda: a + torch.ones(3),
+        lambda: torch.cat([a, torch.ones(1)]),
+        lambda: a[torch.tensor([0, 1])] + a,
+    ):
+        with pytest.raises(RuntimeError):
+            mixed()
+    with pytest.raises(RuntimeError):
+        a[:] = torch.zeros(3)
+    with pytest.raises(TypeError):
+        a.numpy()
+    assert (a + torch.tensor(2.0)).tolist() == [3, 3, 3]  # as scalars may
+    assert a.cpu().numpy().tolist() == [1, 1, 1] and not isinstance(a.cpu(), CudaTensor)
+
+
+def test_fresh_memory_is_nan_and_views_share_it() -> None:
+    for fresh in (
+        torch.empty(4, device=CUDA),
+        torch.ones(4, device=CUDA).new_empty(4),
+        torch.empty_like(torch.ones(4, device=CUDA)),
+    ):
+        assert torch.isnan(fresh).all()
+    a = torch.zeros(2, 3, device=CUDA)
+    a[0].fill_(1.0)
+    a.t()[2].add_(5)
+    assert a.tolist() == [[1, 1, 6], [0, 0, 5]]
+    assert a.t().data_ptr() == a.data_ptr() and isinstance(a.t(), CudaTensor)
+    index = torch.tensor([1], device=CUDA)
+    assert isinstance(index, CudaTensor) and a[index].tolist() == [[0, 0, 5]]
+
+
+def test_copies_cross_over() -> None:
+    a = torch.empty(3, device=CUDA)
+    assert a.copy_(torch.arange(3.0)) is a
+    b = torch.empty(3, dtype=torch.int32, pin_memory=True)
+    assert b.is_pinned() and not a.is_pinned() and not torch.empty(3).is_pinned()
+    b.copy_(a)
+    assert b.tolist() == [0, 1, 2]
+    assert b.to(CUDA, non_blocking=True).device == CUDA and a.to("cpu").device.type == "cpu"
+    assert a.to(torch.bfloat16).device == CUDA
