@@ -168,6 +168,28 @@ def test_on_hopper_many_queries_over_equal_head_dims_take_its_own_kernels(
     assert library.log.made[0]["backend"] == family
 
 
+def test_without_kernels_of_flashattention_3_prefill_takes_those_of_2_and_latents_their_own(library: Any) -> None:
+    backend = backend_of(library)
+    backend._is_hopper = backend._lacks_fa3 = True
+    rows = AttentionRows.build([200], [18], BLOCKS[4][:1], block_size=4, causal=False)
+    for layout in (GQA, LATENT):
+        q, (k, v) = queries(rows, layout), store(layout)
+        backend.plan(rows.over(layout)).run(q, k, v, scale=0.3)
+    assert [made["backend"] for made in library.log.made] == ["fa2", "fa3"]
+
+
+def test_keys_and_values_of_unequal_strides_are_refused(library: Any) -> None:
+    """A library may have other kernels for them, which it would compile in the middle of a step."""
+    rows = ROWS["decode"]
+    q, (k, v) = queries(rows, GQA), store(GQA)
+    with pytest.raises(ValueError, match=r"unequal strides: \(32, 16, 1\) and \(16, 8, 1\)"):
+        backend_of(library).plan(rows).run(q, k, v.contiguous(), scale=0.3)
+    latent, _ = store(LATENT)
+    rows = rows.over(LATENT)
+    values = latent[..., :8]
+    backend_of(library).plan(rows).run(queries(rows, LATENT), latent, values, scale=0.3)
+
+
 def test_replayed_plans_of_many_rows_bring_a_workspace_of_their_own(library: Any) -> None:
     """Splitting keys, they want room for every row; those of few rows share what all have."""
     backend = backend_of(library)
@@ -253,7 +275,6 @@ def test_more_latent_queries_than_a_plan_has_room_for_are_refused() -> None:
 def test_a_nan_comes_through_but_not_into_rows_without_keys(library: Any) -> None:
     rows = ROWS["decode"]
     k, v = store(GQA)
-    v = v.clone()
     v[0] = math.nan  # in the first page, which rows without keys are told to read, and which the last row sees
     k[40:] = math.nan  # nobody sees these
     out, lse = backend_of(library).plan(rows).run(queries(rows, GQA), k, v, scale=0.3)

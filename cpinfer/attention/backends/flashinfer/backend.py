@@ -16,7 +16,8 @@ both, so that no plan overwrites what the copies of the last one still read. Wit
 planned once in it. All wrappers share one workspace, which is right as long as they run on one stream.
 
 Kernels: paged prefill of many queries, and latent attention, in FlashAttention-3 style on Hopper; all else in
-FlashAttention-2 style, decode on tensor cores where query heads share KV heads. Both return lse.
+FlashAttention-2 style, decode on tensor cores where query heads share KV heads. Both return lse. Where those of
+FlashAttention-3 for prefill cannot be compiled (`toolchain`), FlashAttention-2's take their place.
 Other families (trtllm-gen, cudnn, ...) either do not or need more than a page table, and are never chosen.
 
 Pages in fp8 are widened to the queries' dtype as they are read, so they weigh as what they say. The FlashAttention-3
@@ -32,6 +33,7 @@ import importlib
 import importlib.util
 import inspect
 import math
+import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +46,9 @@ from torch import Tensor
 from cpinfer.attention.backends.base import AttentionNeeds, FixedSize
 from cpinfer.attention.backends.flashinfer.limits import has_latent_room, replayed_workspace_bytes, workspace_bytes
 from cpinfer.attention.backends.flashinfer.page_table import PageTable, page_table
+from cpinfer.attention.backends.flashinfer.toolchain import cuda_home, missing_for_fa3, missing_tools
 from cpinfer.attention.backends.self_check import check_backend
-from cpinfer.errors import UserError
+from cpinfer.errors import BackendFaultError, UserError
 from cpinfer.layout.rows import AttentionRows, Int32Array
 from cpinfer.ops.states import State
 from cpinfer.refusals import refuse
@@ -116,7 +119,15 @@ def make(device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
 @functools.cache
 def check_flashinfer(device: torch.device, needs: AttentionNeeds) -> None:
     """BackendFaultError when FlashInfer is wrong in what is needed. Once per process: every phase makes an engine."""
-    check_backend(FlashInferBackend(device, needs), needs, device)
+    missing = " and ".join(missing_tools(cuda_home()))
+    if missing:
+        warnings.warn(f"FlashInfer compiles its kernels when they are first used, and lacks {missing}", stacklevel=2)
+    try:
+        check_backend(FlashInferBackend(device, needs), needs, device)
+    except BackendFaultError as error:
+        if not missing:
+            raise
+        raise BackendFaultError(f"{error} To compile its kernels FlashInfer lacks {missing}.") from error
 
 
 class FlashInferBackend:
@@ -128,11 +139,12 @@ class FlashInferBackend:
     def __init__(self, device: torch.device, needs: AttentionNeeds, library: Any = None) -> None:
         self._device = device
         self._library = importlib.import_module("flashinfer") if library is None else library
-        self._is_hopper, self._num_sms = False, 0
+        self._is_hopper, self._lacks_fa3, self._num_sms = False, False, 0
         if device.type == "cuda":
             _check_is_current(device)
             properties = torch.cuda.get_device_properties(device)
             self._is_hopper, self._num_sms = properties.major == 9, properties.multi_processor_count
+            self._lacks_fa3 = self._is_hopper and _lacks_fa3()
         self._workspace = self._new_workspace(workspace_bytes(needs, self._num_sms) if self._num_sms else 1024)
         self._free: dict[_Kind, list[_Wrapper]] = {}
 
@@ -173,7 +185,7 @@ class FlashInferBackend:
         is_square = call.k_dim == call.v_dim
         if table.is_decode and is_square:
             return _Kind("decode", "fa2", tensor_cores=call.num_q_heads > call.num_kv_heads)
-        takes_fa3 = self._is_hopper and is_square and call.kv_dtype == call.dtype
+        takes_fa3 = self._is_hopper and not self._lacks_fa3 and is_square and call.kv_dtype == call.dtype
         is_wide = table.num_queries > FA3_TILE_QUERIES * table.num_rows
         return _Kind("prefill", "fa3" if takes_fa3 and is_wide else "fa2")
 
@@ -219,6 +231,9 @@ class FlashInferPlan:
         table = self._table
         if table is None or len(q) != table.num_queries:
             raise ValueError(f"{len(q)} queries were given to a plan of {table and table.num_queries}")
+        if not table.v_is_prefix_of_k and keys.stride() != values.stride():
+            # 0.7 has other kernels for them, which it would compile here, in the middle of a step.
+            raise ValueError(f"keys and values of unequal strides: {keys.stride()} and {values.stride()}")
         call = _call_of(table, q, keys, values, scale, soft_cap)
         out, lse = self._room(call, q)
         if table.num_rows == 0:
@@ -377,6 +392,18 @@ class _Staging:
         if self._is_cuda:
             self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._copied.record()
+
+
+def _lacks_fa3() -> bool:
+    """Whether FlashAttention-3's prefill kernels cannot be compiled: then FlashAttention-2's run, and that is said."""
+    missing = missing_for_fa3(cuda_home())
+    if missing is not None:
+        warnings.warn(
+            "prefill runs on FlashAttention-2, which is slower on Hopper: to compile its kernels of FlashAttention-3 "
+            f"FlashInfer lacks {missing}",
+            stacklevel=2,
+        )
+    return missing is not None
 
 
 def _check_is_current(device: torch.device) -> None:

@@ -1,0 +1,103 @@
+"""What FlashInfer's kernels are compiled with: what is missing is named, with what brings it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.flashinfer import backend as flashinfer_backend
+from cpinfer.attention.backends.flashinfer import toolchain
+from cpinfer.errors import BackendFaultError
+from cpinfer.layout.capacity import KVLayout
+
+CUDA = torch.device("cuda")
+FILES = ("bin/nvcc", "include/cuda_runtime.h", "include/curand_kernel.h", "lib64/stubs/libcuda.so")
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """A toolkit as far as names go."""
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+def test_a_whole_toolkit_lacks_nothing(home: Path) -> None:
+    assert toolchain.missing_tools(home) == () and toolchain.missing_for_fa3(home) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("bin/nvcc", "nvidia-cuda-nvcc"),
+        ("include/cuda_runtime.h", "nvidia-cuda-runtime"),
+        ("lib64/stubs/libcuda.so", "cuda-driver-dev"),
+    ],
+)
+def test_what_is_missing_is_named_alone(home: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": "libcuda.so\n"}))
+    (home / name).unlink()
+    (missing,) = toolchain.missing_tools(home)
+    assert words in missing and Path(name).name in missing and str((home / name).parent) in missing
+    assert toolchain.missing_for_fa3(home) is None
+
+
+def test_a_driver_that_the_compiler_finds_is_enough(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / FILES[-1]).unlink()
+    monkeypatch.setattr(toolchain.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": "/lib/libcuda.so"}))
+    assert toolchain.missing_tools(home) == ()
+
+
+def test_without_a_toolkit_or_a_compiler_all_of_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    nvcc, compiler = toolchain.missing_tools(None)
+    assert "CUDA_HOME/bin" in nvcc and "g++" in compiler
+    assert "curand_kernel.h in CUDA_HOME/include" in str(toolchain.missing_for_fa3(None))
+
+
+def test_compiled_kernels_want_no_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "find_spec", lambda name: object())
+    assert toolchain.missing_tools(None) == () and toolchain.missing_for_fa3(None) is None
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError])
+def test_where_flashinfer_finds_no_toolkit_there_is_none(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise error("not there")
+
+    monkeypatch.setattr(toolchain, "import_module", fail)
+    assert toolchain.cuda_home() is None
+
+
+def test_without_curands_headers_flashattention_2_is_taken_by_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashinfer_backend, "cuda_home", lambda: home)
+    assert not flashinfer_backend._lacks_fa3()
+    (home / "include/curand_kernel.h").unlink()
+    with pytest.warns(UserWarning, match=r"prefill runs on FlashAttention-2.*curand_kernel\.h in .*nvidia-curand"):
+        assert flashinfer_backend._lacks_fa3()
+
+
+def test_a_failed_check_says_what_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise BackendFaultError("it raised RuntimeError: ninja failed.")
+
+    needs = AttentionNeeds(torch.bfloat16, ((8, KVLayout(2, 128, 128)),))
+    monkeypatch.setattr(flashinfer_backend, "cuda_home", lambda: home)
+    monkeypatch.setattr(flashinfer_backend, "FlashInferBackend", lambda device, needs: None)
+    monkeypatch.setattr(flashinfer_backend, "check_backend", fail)
+    flashinfer_backend.check_flashinfer.cache_clear()
+    with pytest.raises(BackendFaultError, match=r"ninja failed\.$"):
+        flashinfer_backend.check_flashinfer(CUDA, needs)
+    (home / "bin/nvcc").unlink()
+    with (
+        pytest.warns(UserWarning, match="lacks nvcc in"),
+        pytest.raises(BackendFaultError, match=r"ninja failed\. To compile its kernels FlashInfer lacks nvcc in"),
+    ):
+        flashinfer_backend.check_flashinfer(CUDA, needs)
+    flashinfer_backend.check_flashinfer.cache_clear()
