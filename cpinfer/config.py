@@ -229,7 +229,7 @@ class EngineConfig(Checked):
         "replay decode steps from CUDA graphs, by number of sequences (FlashInfer, models without experts)", False
     )
     deterministic: bool = _key(
-        "the same bits of every logit in every layout, batch and chunk, whatever is cached or computed again (CPU)",
+        "the same bits of every logit in every layout, batch and chunk, whatever is cached (on CUDA not yet run)",
         False,
     )
     deterministic_kv_shards: int = _key(

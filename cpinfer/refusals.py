@@ -78,7 +78,17 @@ REFUSALS: dict[str, Refusal] = {
         "adapters on kv_b_proj of latent attention (its weight is used without calling it)",
         "Merge the adapter into the weight, or leave this projection out of it.",
     ),
-    "deterministic_device": Refusal("deterministic mode on other devices than CPU", "Leave out deterministic."),
+    "deterministic_device": Refusal(
+        "deterministic mode on other devices than CPU and CUDA", "Leave out deterministic."
+    ),
+    "deterministic_triton": Refusal(
+        "deterministic mode on CUDA without Triton (its kernels are written in it)",
+        "Install triton, or leave out deterministic.",
+    ),
+    "deterministic_capability": Refusal(
+        "deterministic mode on GPUs before Ampere (compute capability 8.0)", "Leave out deterministic."
+    ),
+    "invariant_device": Refusal("invariant training on other devices than CPU", "Leave out invariant_training."),
     "deterministic_tp": Refusal(
         "deterministic mode over more than two tensor-parallel ranks (an all-reduce of more adds them in an order that "
         "depends on where in the message a number stands)",

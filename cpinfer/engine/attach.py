@@ -114,10 +114,10 @@ def attach(
             )
 
         (wanted, runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
-        if wanted.deterministic:
-            check_deterministic(runner, topology)
         # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
         needs = RankNeeds.of(runner, topology, wanted, PoolSize(min(num_blocks), own.sharding))
+        if wanted.deterministic:
+            check_deterministic(runner, topology, wanted, needs)
         engine = Engine(runner, topology, wanted, tokenizer, needs)
         stack.callback(engine.close)
         engine.wake()

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 
+from cpinfer.attention.backends.ordered_check import ordered_fault
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
-from cpinfer.errors import quoted
+from cpinfer.engine.needs import RankNeeds
+from cpinfer.errors import UserError, quoted
 from cpinfer.layout.rules import LayoutSizes
 from cpinfer.models.row_invariance import MAX_TP_SIZE, check_row_invariance
 from cpinfer.models.runner import ModelRunner
 from cpinfer.ops.cpu_kernels.compiling import compiled
+from cpinfer.ops.triton_modules import triton_module
 from cpinfer.refusals import refuse
 
+# Of GPUs that multiply in bfloat16: NVIDIA's Ampere and later ones.
+MIN_CAPABILITY = (8, 0)
 # What the mode decides itself may not be said otherwise.
 KEPT: Mapping[str, tuple[object, ...]] = MappingProxyType(
     {
@@ -51,8 +57,10 @@ def deterministic_errors(config: EngineConfig, sizes: LayoutSizes) -> list[str]:
 def prepare_deterministic(device: torch.device) -> Mapping[str, object]:
     """Compile the attention kernel, where nobody has. What has to be equal on all ranks for equal bits. Local.
 
-    UserError where it cannot be compiled, or on another device.
+    UserError where it cannot be compiled, or for a device that has no kernels. (Triton compiles its own in the checks.)
     """
+    if device.type == "cuda":
+        return _prepare_cuda(device)
     if device.type != "cpu":
         raise refuse("deterministic_device", f"device {device}")
     # A library is named by the processor that it was compiled for, too.
@@ -60,12 +68,32 @@ def prepare_deterministic(device: torch.device) -> Mapping[str, object]:
     return {"attention kernel": kernel, "threads": torch.get_num_threads()}
 
 
-def check_deterministic(runner: ModelRunner, topology: Topology) -> None:
-    """UserError, on every rank, where a row of the model depends on others. Collective over the replica."""
-    replica = topology.replica
+def _prepare_cuda(device: torch.device) -> Mapping[str, object]:
+    if triton_module("ordered_kernels") is None:
+        raise refuse("deterministic_triton", f"device {device}")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < MIN_CAPABILITY:
+        raise refuse("deterministic_capability", f"compute capability {'.'.join(map(str, capability))}")
+    return {"attention kernel": f"Triton {version('triton')}", "GPU": torch.cuda.get_device_name(device)}
+
+
+def check_deterministic(runner: ModelRunner, topology: Topology, config: EngineConfig, needs: RankNeeds) -> None:
+    """UserError, on every rank, where a row of the model depends on others. Collective over the replica.
+
+    On a GPU attention is checked, too: what its kernels do on CPU, tests have shown.
+    """
+    replica, device = topology.replica, runner.device
 
     def any_rank(is_so: bool) -> bool:
-        return bool(replica.all_gather(torch.tensor([is_so])).any())
+        return bool(replica.all_gather(torch.tensor([is_so], device=device)).any())
 
     # The runner's forwards are in the context of the mode already.
     check_row_invariance(runner, topology.grid.tp_size, any_rank=any_rank, around=nullcontext)
+    if device.type == "cpu":
+        return
+    fault = ordered_fault(needs.attention, config.deterministic_kv_shards, config.interleave, device)
+    if any_rank(fault is not None):
+        raise UserError(
+            f"deterministic attention cannot be kept on {device}: {fault or 'another rank says why'}. Turn "
+            "deterministic mode off, or take another version of Triton."
+        )

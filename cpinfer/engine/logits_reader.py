@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.step_plans import TokenPlace
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import NoTokenError, quoted
+from cpinfer.models.invariant_rows import invariant_rows
 
 
 class LogitsReader:
@@ -23,6 +25,8 @@ class LogitsReader:
         self, topology: Topology, device: torch.device, stop_checker: StopChecker, *, as_trained: bool = False
     ) -> None:
         self._as_trained = as_trained
+        # Logprobs are sums over a row, which on a GPU depend on how many rows there are.
+        self._around = invariant_rows if as_trained and device.type != "cpu" else nullcontext
         self._topology = topology
         self._device = device
         self._stop_checker = stop_checker
@@ -42,7 +46,8 @@ class LogitsReader:
         topology, is_fault = self._topology, not usable(logits)
         own: Sequence[SampledToken | None] = []
         if topology.coords.tp_rank == 0 and not is_fault:
-            own = sample_tokens(logits, requests, self._stop_checker, as_trained=self._as_trained)
+            with self._around():
+                own = sample_tokens(logits, requests, self._stop_checker, as_trained=self._as_trained)
         num_top = max((s.params.top_logprobs for s in samples), default=0)
         says |= Says.FAULT * is_fault
         agreed, heard = agree_on_tokens(
@@ -65,7 +70,8 @@ class LogitsReader:
         topology, is_fault = self._topology, not usable(logits)
         own: Sequence[TokenScore] = []
         if topology.coords.tp_rank == 0 and not is_fault:
-            own = score_tokens(logits, targets, num_top)
+            with self._around():
+                own = score_tokens(logits, targets, num_top)
         says |= Says.FAULT * is_fault
         return agree_on_scores(topology.replica, topology.grid.tp_size, places, own, self._device, num_top, says=says)
 

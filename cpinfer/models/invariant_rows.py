@@ -1,9 +1,10 @@
 """A model whose rows have the same bits whatever rows run beside them: the context in which its forward does so.
 
-It changes no module. It stands between the model's code and torch, and puts two kinds of functions in the place of
-torch's: products with weights, wherever they are called (projections, routers, experts, adapters, the head), and
-functions of single numbers that torch computes in vectors. Norms, softmax, sums over a row and top-k need nothing:
-torch takes a row by itself. `check_row_invariance` shows for a model that nothing else is needed.
+It changes no module. It stands between the model's code and torch, and puts its own functions in the place of torch's:
+for products with weights, wherever they are called (projections, routers, experts, adapters, the head); on CPU for
+functions of single numbers, which torch computes in vectors; on CUDA for sums over a dim, softmax and norms. (On CPU
+torch takes a row of those by itself.) Top-k needs nothing. `check_row_invariance` shows for a model that nothing else
+is needed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,17 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from cpinfer.models.attachment import replaced
 from cpinfer.ops.row_pointwise import pointwise_by_rows
-from cpinfer.ops.row_sizes import linear_by_rows
+from cpinfer.ops.row_reductions import (
+    cumsum_by_rows,
+    layer_norm_by_rows,
+    log_softmax_by_rows,
+    mean_by_rows,
+    rms_norm_by_rows,
+    softmax_by_rows,
+    sum_by_rows,
+    sums_by_rows,
+)
+from cpinfer.ops.row_sizes import each_by_rows, grouped_by_rows, linear_by_rows
 
 _CHECKPOINT = "_gradient_checkpointing_func"  # of Transformers' layers
 
@@ -73,8 +84,13 @@ def _linear(_: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -
 
 
 def _matmul(func: Any, input: Tensor, other: Tensor, **kwargs: Any) -> Any:
-    """Products of rows with a matrix, as some experts are written; others (RoPE's, of one number each) as they are."""
+    """Products of rows with a matrix, as some experts are written; others as they are.
+
+    RoPE's, of one number each, are no sums: on CUDA they are not left to a library that may round its inputs.
+    """
     out = kwargs.pop("out", None)
+    if input.is_cuda and input.ndim > 1 and other.ndim > 1 and input.shape[-1] == 1 and out is None:
+        return input * other
     if kwargs or input.ndim < 2 or other.ndim != 2:
         return func(input, other, **kwargs) if out is None else func(input, other, out=out, **kwargs)
     found = linear_by_rows(input, other.t())
@@ -94,7 +110,7 @@ def _einsum(func: Any, equation: Any, *operands: Any) -> Any:
         return func(equation, *operands)
     x, w = operands
     w = w if weights[1] == output[2] else w.transpose(1, 2)
-    return torch.stack([linear_by_rows(x[:, head], w[head]) for head in range(len(w))], dim=1)
+    return each_by_rows(x, w)
 
 
 def _grouped_mm(func: Any, rows: Tensor, weights: Tensor, offs: Tensor | None = None, **kwargs: Any) -> Any:
@@ -102,11 +118,7 @@ def _grouped_mm(func: Any, rows: Tensor, weights: Tensor, offs: Tensor | None = 
     others = [value for value in kwargs.values() if value is not None]
     if others or offs is None or rows.ndim != 2 or weights.ndim != 3:
         return func(rows, weights, offs=offs, **kwargs)
-    ends = offs.tolist()
-    bounds = zip([0, *ends], ends, range(len(ends)), strict=False)
-    parts = [linear_by_rows(rows[start:end], weights[e].t()) for start, end, e in bounds if end > start]
-    unrouted = rows.new_zeros(len(rows) - ends[-1], weights.shape[-1])
-    return torch.cat([*parts, unrouted])
+    return grouped_by_rows(rows, weights.transpose(1, 2), offs)
 
 
 def _pointwise(func: Callable[..., Any], input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -127,8 +139,39 @@ def _pow(func: Any, input: Any, exponent: Any, **kwargs: Any) -> Any:
     return func(input, exponent, **kwargs)
 
 
+def _summed(by_rows: Callable[..., Tensor], func: Any, input: Tensor, dim: Any = None, *args: Any, **kw: Any) -> Any:
+    """What sums over one dim; torch's own of all numbers at once, or of integers."""
+    kwargs = dict(kw)
+    kwargs.pop("_stacklevel", None)  # of torch.nn.functional's softmax, for a warning
+    dims = (dim,) if isinstance(dim, int) else dim
+    if not sums_by_rows(input) or not isinstance(dims, (tuple, list)) or len(dims) != 1 or "out" in kwargs:
+        return func(input, *(() if dim is None else (dim,)), *args, **kw)
+    return by_rows(input, dims[0], *args, **kwargs)
+
+
+def _layer_norm(
+    func: Any, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, *args: Any
+) -> Any:
+    if not sums_by_rows(input) or len(shape) != 1:
+        return func(input, shape, weight, bias, eps, *args)
+    return layer_norm_by_rows(input, weight, bias, eps)
+
+
+def _rms_norm(func: Any, input: Tensor, shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    if not sums_by_rows(input) or len(shape) != 1:
+        return func(input, shape, weight, eps)
+    return rms_norm_by_rows(input, weight, eps)
+
+
 _POINTWISE = ("sigmoid", "tanh", "exp", "exp2", "expm1", "log", "log1p", "erf", "sin", "cos")
 _ACTIVATIONS = (F.silu, F.gelu, F.sigmoid, F.tanh, F.softplus, F.logsigmoid, F.mish, F.elu, F.selu, F.celu)
+_SUMS: Mapping[Callable[..., Tensor], tuple[Any, ...]] = {
+    sum_by_rows: (torch.sum, Tensor.sum),
+    mean_by_rows: (torch.mean, Tensor.mean),
+    softmax_by_rows: (torch.softmax, Tensor.softmax, F.softmax),
+    log_softmax_by_rows: (torch.log_softmax, Tensor.log_softmax, F.log_softmax),
+    cumsum_by_rows: (torch.cumsum, Tensor.cumsum),
+}
 _REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     torch_linear: _linear,
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__), _matmul),
@@ -139,4 +182,7 @@ _REPLACEMENTS: Mapping[Any, Callable[..., Any]] = {
     **{getattr(home, name): _pointwise for home in (torch, Tensor) for name in _POINTWISE},
     **dict.fromkeys((torch.rsqrt, Tensor.rsqrt), _rsqrt),
     **dict.fromkeys((torch.pow, Tensor.pow, Tensor.__pow__), _pow),
+    **{function: partial(_summed, by_rows) for by_rows, functions in _SUMS.items() for function in functions},
+    **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm),
 }

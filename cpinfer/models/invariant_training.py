@@ -72,7 +72,7 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     check_latent_projections(inner)
     device = next(inner.parameters()).device
     if device.type != "cpu":
-        raise refuse("deterministic_device", f"device {device}")
+        raise refuse("invariant_device", f"device {device}")
     shards, interleave = wanted.deterministic_kv_shards, wanted.interleave
     name = f"{_NAME}_{shards}_{interleave}"
     AttentionInterface.register(name, partial(_attend, num_shards=shards, interleave=interleave))

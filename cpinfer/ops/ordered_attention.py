@@ -3,7 +3,8 @@
 The keys of a sequence are dealt to *virtual shards*, `interleave` at a time, as they are to the shards that hold them,
 of which each holds the same number of virtual ones. A query's state over a virtual shard is computed tile by tile, and
 its states merge in the order of virtual shards. Which rank computes a state, beside which queries and in which step,
-changes nothing. In C++ (`cpu_kernels/ordered_attention.cpp`), compiled when first asked for; float32, on CPU.
+changes nothing. On CPU in C++ (`cpu_kernels/ordered_attention.cpp`), compiled when first asked for, all of it in
+float32; on CUDA in Triton (`ordered_kernels.py`). The two agree up to rounding, each with itself in every bit.
 
 Letters: T queries, H query heads, K KV heads, D head dim, V head dim of values, S virtual shards.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,7 @@ from cpinfer.errors import UserError
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.cpu_kernels.compiling import compiled
 from cpinfer.ops.states import State
+from cpinfer.ops.triton_modules import triton_module
 
 # Queries, times the heads that share a KV head, for which keys are laid out once: more need more room, with fewer they
 # are laid out more often.
@@ -56,12 +59,17 @@ class OrderedAttention:
         self._interleave = interleave
         self._q_indptr = np.concatenate([[0], np.cumsum(rows.q_lens)]).astype(np.int32)
         self._begins = np.ascontiguousarray(rows.places_of_tables, dtype=np.int64)
+        self._placed: dict[object, Any] = {}  # by device and what decides the sizes of programs
 
     def states(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None) -> State:
         """`out [T, H, S, V]`, `lse [T, H, S]`, float32: a state for each virtual shard; without keys `(0, -inf)`.
 
         q `[T, H, D]`, keys `[slots, K, D]`, values `[slots, K, V]`, last dim contiguous, otherwise of any strides.
         """
+        kernels = _kernels_for(q)
+        if kernels is not None:
+            state: State = kernels.states(*self._launch(kernels, q, keys, values, scale, soft_cap))
+            return state
         T, H, _ = q.shape
         S, V = self._num_shards, values.shape[-1]
         state = q.new_empty(T, H, S, V, dtype=torch.float32), q.new_empty(T, H, S, dtype=torch.float32)
@@ -70,10 +78,34 @@ class OrderedAttention:
 
     def run(self, q: Tensor, keys: Tensor, values: Tensor, *, scale: float, soft_cap: float | None = None) -> State:
         """`out [T, H, V]`, `lse [T, H]`, float32: those states merged in order."""
+        kernels = _kernels_for(q)
+        if kernels is not None:
+            merged: State = kernels.run(*self._launch(kernels, q, keys, values, scale, soft_cap))
+            return merged
         T, H, _ = q.shape
         state = q.new_empty(T, H, values.shape[-1], dtype=torch.float32), q.new_empty(T, H, dtype=torch.float32)
         self._run(q, keys, values, scale, soft_cap, state, is_merged=True)
         return state
+
+    def _launch(
+        self, kernels: Any, q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None
+    ) -> tuple[Any, ...]:
+        """What the Triton kernels are given. Rows are copied to a device once for all layers that share them."""
+        self._check(q, keys, values)
+        key = q.device, kernels.queries_per_unit(q, keys, values)
+        if key not in self._placed:
+            self._placed[key] = kernels.PlacedRows.of(self._rows, key[1], q.device)
+        order = kernels.Order(self._num_shards, self._interleave, scale, soft_cap)
+        return self._placed[key], q, keys, values, order
+
+    def _check(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
+        if keys.dtype != values.dtype or keys.dtype not in _STORED_IN:  # which would be read beyond their ends
+            raise UserError(
+                f"keys are {keys.dtype} and values {values.dtype}; the kernel attends to both in one of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _STORED_IN)}."
+            )
+        if len(q) != self._q_indptr[-1] or len(keys) != len(values):
+            raise ValueError(f"{len(q)} queries, {len(keys)} keys and {len(values)} values do not fit the planned rows")
 
     def _run(
         self,
@@ -86,14 +118,8 @@ class OrderedAttention:
         *,
         is_merged: bool,
     ) -> None:
+        self._check(q, keys, values)
         rows, (out, lse) = self._rows, state
-        if keys.dtype != values.dtype or keys.dtype not in _STORED_IN:  # which would be read beyond their ends
-            raise UserError(
-                f"keys are {keys.dtype} and values {values.dtype}; the kernel attends to both in one of "
-                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in _STORED_IN)}."
-            )
-        if len(q) != self._q_indptr[-1] or len(keys) != len(values):
-            raise ValueError(f"{len(q)} queries, {len(keys)} keys and {len(values)} values do not fit the planned rows")
         q = q.float()
         q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
         arrays = (self._q_indptr, rows.kv_lo, rows.kv_hi, rows.block_indptr, rows.block_ids, self._begins)
@@ -131,6 +157,10 @@ def merge_ordered(outs: Tensor, lses: Tensor) -> State:
 
     As `OrderedAttention.run` merges those of virtual shards.
     """
+    kernels = _kernels_for(outs)
+    if kernels is not None:
+        state: State = kernels.merge_in_order(outs, lses)
+        return state
     outs, lses = outs.contiguous(), lses.contiguous()
     out, lse = torch.empty_like(outs[0]), torch.empty_like(lses[0])
     compiled("ordered_attention").cpinfer_merge_ordered(
@@ -139,6 +169,11 @@ def merge_ordered(outs: Tensor, lses: Tensor) -> State:
         *(ctypes.c_void_p(x.data_ptr()) for x in (out, lse)),
     )
     return out, lse
+
+
+def _kernels_for(x: Tensor) -> Any:
+    """The kernels, where x is on CUDA and Triton is installed; else None."""
+    return triton_module("ordered_kernels") if x.is_cuda else None
 
 
 @cache

@@ -6,7 +6,9 @@ of 300 may differ in the last bit. But of a few sizes some agree. A product of a
     100 rows, sizes (8, 16, 32, 512)     32 | 32 | 32 | 4 + 4 of zeros
     500 rows                             500 + 12 of zeros
 
-Letters: M rows, N outputs, K inputs of a weight `[N, K]`.
+So it is on CPU. On CUDA kernels of fixed tiles need no trial (`row_kernels.py`).
+
+Letters: M rows, N outputs, K inputs of a weight `[N, K]`, E weights.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from torch import Tensor
 # DeepSpeed puts a function of its own in the place of the name in torch.nn.functional, for parameters that it gathers.
 from torch._C._nn import linear as torch_linear
 from torch.nn import functional as F
+
+from cpinfer.ops.triton_modules import triton_module
 
 CANDIDATES = (8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 # A trial of more multiplications takes too long, and a weight this large keeps a machine busy with fewer rows. Sizes up
@@ -100,12 +104,36 @@ def linear_by_rows(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and (rows.requires_grad or weight.requires_grad):
+    if _wants_gradients(rows, weight):
         out: Tensor = _ProductByRows.apply(rows, weight)  # type: ignore[no-untyped-call]
     else:
         out = _product(rows, weight)
     out = out.view(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias
+
+
+def each_by_rows(rows: Tensor, weights: Tensor) -> Tensor:
+    """`[M, E, N]`: rows `[M, E, K]`, for each e by its own weight of `weights [E, N, K]`, in the bits of each alone."""
+    kernels = _kernels_for(rows, weights)
+    if kernels is None or rows.dtype != weights.dtype or _wants_gradients(rows, weights):
+        return torch.stack([linear_by_rows(rows[:, e], weights[e]) for e in range(len(weights))], dim=1)
+    out: Tensor = kernels.products(rows, weights)
+    return out
+
+
+def grouped_by_rows(rows: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`[M, N]`: rows `[M, K]`, those before `ends[e]` and past e - 1's by weight e of `[E, N, K]`.
+
+    Each in the bits that it has alone. Rows behind the last end get zeros.
+    """
+    kernels = _kernels_for(rows, weights)
+    if kernels is not None and not _wants_gradients(rows, weights):
+        out: Tensor = kernels.grouped_products(rows, weights, ends)
+        return out
+    told = ends.tolist()
+    bounds = zip([0, *told], told, range(len(told)), strict=False)
+    parts = [linear_by_rows(rows[start:end], weights[e]) for start, end, e in bounds if end > start]
+    return torch.cat([*parts, rows.new_zeros(len(rows) - told[-1], weights.shape[1])])
 
 
 class _ProductByRows(torch.autograd.Function):
@@ -126,6 +154,10 @@ class _ProductByRows(torch.autograd.Function):
 
 def _product(rows: Tensor, weight: Tensor) -> Tensor:
     """`[M, N]` of rows `[M, K]`, which are laid out in one way: a kernel may be chosen by strides, too."""
+    kernels = _kernels_for(rows, weight)
+    if kernels is not None:
+        product: Tensor = kernels.product(rows, weight)
+        return product
     rows, M, N = rows.contiguous(), len(rows), len(weight)
     if N < MIN_OUTPUTS:
         return _product(rows, F.pad(weight, (0, 0, 0, MIN_OUTPUTS - N)))[:, :N].contiguous()
@@ -141,6 +173,16 @@ def _product(rows: Tensor, weight: Tensor) -> Tensor:
         part.copy_(torch_linear(_padded(rows[start : start + size], size), weight)[: len(part)])
         start += size
     return out
+
+
+def _wants_gradients(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _kernels_for(*tensors: Tensor) -> Any:
+    """The kernels, where these tensors are on CUDA, of dtypes that they know, and Triton is installed; else None."""
+    known = (torch.float32, torch.bfloat16, torch.float16)
+    return triton_module("row_kernels") if all(x.is_cuda and x.dtype in known for x in tensors) else None
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

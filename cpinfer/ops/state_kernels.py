@@ -16,6 +16,8 @@ from torch import Tensor
 
 from cpinfer.ops.states import State, packed_width
 
+MERGED_NUMBERS = 512  # that a program merges states of
+
 
 def pack_by_place(out: Tensor, lse: Tensor, wire_dtype: torch.dtype, pcp_size: int, columns: int) -> Tensor:
     """`[S, R, H, W]`: for each place its own rows and heads, from `out [pcp * R, C * H, D]`, `lse [pcp * R, C * H]`."""
@@ -45,22 +47,34 @@ def pack_by_place(out: Tensor, lse: Tensor, wire_dtype: torch.dtype, pcp_size: i
 
 def merge_packed(packed: Tensor, head_dim: int) -> State:
     """`out [..., D]` and `lse [...]`, float32, of N states `[N, ..., W]`, contiguous."""
-    N, *rows, W = packed.shape
-    out = torch.empty(*rows, head_dim, dtype=torch.float32, device=packed.device)
-    lse = torch.empty(*rows, dtype=torch.float32, device=packed.device)
+    return merge_in_order(packed[..., :head_dim], packed.view(torch.float32)[..., -1])
+
+
+def merge_in_order(outs: Tensor, lses: Tensor) -> State:
+    """`out [..., D]` and `lse [...]`, float32, of N states, `outs [N, ..., D]`, `lses [N, ...]`, float32.
+
+    Their bits depend on no number of rows and no strides: one binary merges N states of D values.
+    """
+    N, *rows, D = outs.shape
+    out = torch.empty(*rows, D, dtype=torch.float32, device=outs.device)
+    lse = torch.empty(*rows, dtype=torch.float32, device=outs.device)
     if lse.numel():
-        _merge_packed[(lse.numel(),)](
-            packed,
-            packed.view(torch.float32),
+        outs, lses = outs.flatten(1, -2), lses.flatten(1)  # views, where rows lie evenly
+        block = triton.next_power_of_2(D)
+        rows_each = max(1, MERGED_NUMBERS // block)
+        _merge[(triton.cdiv(lse.numel(), rows_each),)](
+            outs,
+            lses,
             out,
             lse,
             lse.numel(),
-            head_dim,
-            W,
-            W * packed.dtype.itemsize // 4,
+            *outs.stride(),
+            *lses.stride(),
+            D,
             N=N,
-            BLOCK=triton.next_power_of_2(head_dim),
-            num_warps=1,
+            ROWS=rows_each,
+            BLOCK=block,
+            num_warps=4,
         )
     return out, lse
 
@@ -110,26 +124,49 @@ def _pack(
     tl.store(packed_f32 + row * W_f32 + W_f32 - 1, tl.load(lse + t * lse_t + head * lse_h))
 
 
-@triton.jit
-def _merge_packed(packed, packed_f32, out, lse, num_rows, D, W, W_f32, N: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    peak = tl.load(packed_f32 + row * W_f32 + W_f32 - 1)
+# Here as many rows as make the numbers of a program.
+
+
+@triton.jit(
+    do_not_specialize=("num_rows", "out_n", "out_r", "lse_n", "lse_r"),
+    do_not_specialize_on_alignment=("outs", "lses", "out", "lse"),
+)
+def _merge(
+    outs,
+    lses,
+    out,
+    lse,
+    num_rows,
+    out_n,
+    out_r,
+    out_d,
+    lse_n,
+    lse_r,
+    D,
+    N: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_row, d = row < num_rows, tl.arange(0, BLOCK)
+    of_rows = lses + row * lse_r
+    peak = tl.load(of_rows, mask=is_row, other=0.0)
     for n in range(1, N):
-        peak = tl.maximum(peak, tl.load(packed_f32 + (n * num_rows + row) * W_f32 + W_f32 - 1))
+        peak = tl.maximum(peak, tl.load(of_rows + n * lse_n, mask=is_row, other=0.0))
     # Where every state is empty, exp(-inf - -inf) would be NaN; any finite stand-in gives the right zeros.
     base = tl.where(peak == float("-inf"), 0.0, peak)
-    total = tl.exp(tl.load(packed_f32 + row * W_f32 + W_f32 - 1) - base)
+    total = tl.exp(tl.load(of_rows, mask=is_row, other=0.0) - base)
     for n in range(1, N):
-        total += tl.exp(tl.load(packed_f32 + (n * num_rows + row) * W_f32 + W_f32 - 1) - base)
+        total += tl.exp(tl.load(of_rows + n * lse_n, mask=is_row, other=0.0) - base)
     whole = tl.where(total == 0.0, 1.0, total)
-    d = tl.arange(0, BLOCK)
-    merged = tl.zeros([BLOCK], dtype=tl.float32)
+    seen = is_row[:, None] & (d < D)[None, :]
+    merged = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
     for n in range(N):
-        at = n * num_rows + row
-        share = tl.exp(tl.load(packed_f32 + at * W_f32 + W_f32 - 1) - base) / whole
-        merged += share * tl.load(packed + at * W + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(out + row * D + d, merged, mask=d < D)
-    tl.store(lse + row, tl.where(total == 0.0, float("-inf"), tl.log(whole) + base))
+        share = tl.exp(tl.load(of_rows + n * lse_n, mask=is_row, other=0.0) - base) / whole
+        part = tl.load(outs + n * out_n + row[:, None] * out_r + d[None, :] * out_d, mask=seen, other=0.0)
+        merged += share[:, None] * part.to(tl.float32)
+    tl.store(out + row[:, None] * D + d[None, :], merged, mask=seen)
+    tl.store(lse + row, tl.where(total == 0.0, float("-inf"), tl.log(whole) + base), mask=is_row)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""What only a GPU can show: FlashInfer's kernels, Triton's, and captured graphs. Skipped, and said so, without one."""
+"""What only a GPU can show: FlashInfer's kernels, Triton's, the same bits, and captured graphs.
+
+Skipped, and said so, without one.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,6 @@ def test_flashinfer_passes_its_own_check(dtype: torch.dtype, cache_dtype: torch.
     assert make_backend("auto", torch.device("cuda"), needs).name == "flashinfer"
 
 
-@pytest.mark.parametrize("stage", ["parity", "model", "graphs"])
+@pytest.mark.parametrize("stage", ["parity", "model", "deterministic", "graphs"])
 def test_a_stage_of_the_gpu_check_reaches_its_targets(stage: str) -> None:
     assert gpu_check.main(["--only", stage, "--no-card"]) == 0

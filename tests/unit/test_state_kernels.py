@@ -114,9 +114,10 @@ from triton_runs import compiled
 
 states = {"out": "*fp32", "lse": "*fp32", "packed": "*bf16", "packed_f32": "*fp32"}
 pair = {"out_a": "*fp32", "lse_a": "*fp32", "out_b": "*bf16", "lse_b": "*fp32", "out": "*bf16", "lse": "*fp32"}
+merged = {"outs": "*bf16", "lses": "*fp32", "out": "*fp32", "lse": "*fp32"}
 found = [
     compiled(kernels._pack, states, {"BLOCK": 128}),
-    compiled(kernels._merge_packed, states, {"N": 8, "BLOCK": 128}),
+    compiled(kernels._merge, merged, {"N": 8, "ROWS": 4, "BLOCK": 128}, num_warps=4),
     compiled(kernels._merge_pair, pair, {"BLOCK": 128}),
 ]
 assert all(kernel.asm["cubin"] for kernel in found)

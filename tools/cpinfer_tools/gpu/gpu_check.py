@@ -5,12 +5,13 @@
     torchrun --nproc-per-node 8 -m cpinfer_tools gpu-check --only comm   # the exchanges, over NCCL
     cpinfer gpu-check --device cpu                       # smoke: tiny, torch alone; shows that the tool works
 
-- parity      kernels and layouts against attention in float32
-- model       whole models, played ranks against Transformers
-- graphs      decode replayed from CUDA graphs against the same steps launch by launch
-- throughput  prefill, decode and merge, each with its bound
-- rollouts    tokens per second beside Transformers
-- comm        the exchanges between processes; needs torchrun
+- parity         kernels and layouts against attention in float32
+- model          whole models, played ranks against Transformers
+- deterministic  the same bits in several layouts, chunks and batches, by the kernels of the deterministic mode
+- graphs         decode replayed from CUDA graphs against the same steps launch by launch
+- throughput     prefill, decode and merge, each with its bound
+- rollouts       tokens per second beside Transformers
+- comm           the exchanges between processes; needs torchrun
 
 The first stage that needs a kernel waits for FlashInfer to compile it. Cards of what was measured on a GPU go to
 tools/bench/results/gpu_<stage>_<name of the GPU>.md. A table goes to stderr, the last stdout line of rank 0 is one JSON
@@ -37,13 +38,14 @@ import torch
 import torch.distributed as dist
 
 from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
-from cpinfer_tools.gpu import comm, graphs, model, parity, rollouts, throughput
+from cpinfer_tools.gpu import comm, deterministic, graphs, model, parity, rollouts, throughput
 from cpinfer_tools.gpu.stage import Found, Setting
 from cpinfer_tools.measuring.harness import RESULTS, Card, say, slug, table, versions
 
 STAGES: Mapping[str, Callable[[Setting], Found]] = {
     "parity": parity.run,
     "model": model.run,
+    "deterministic": deterministic.run,
     "graphs": graphs.run,
     "throughput": throughput.run,
     "rollouts": rollouts.run,

@@ -32,7 +32,7 @@ TOLERANCE = 1e-5
 def run(setting: Setting) -> Found:
     """Mean and largest difference of logprobs, for each model and layout; over a cache in fp8 for one of them."""
     figures: list[Figure] = []
-    for name, model in _models(setting):
+    for name, model in models(setting):
         exact = copy.deepcopy(model).float()
         for grid in GRIDS[:2] if setting.is_smoke else GRIDS:
             figures += _figures(f"{name} pcp={grid.pcp_size} dcp={grid.dcp_size}", model, exact, grid, setting)
@@ -44,7 +44,7 @@ def run(setting: Setting) -> Found:
 def _figures(
     kind: str, model: Any, exact: Any, grid: RankGrid, setting: Setting, kv_cache_dtype: str = "auto"
 ) -> Iterator[Figure]:
-    results = _generate(model, grid, setting, kv_cache_dtype)
+    results = generate(model, grid, setting, kv_cache_dtype=kv_cache_dtype)
     kept = KV_CACHE_DTYPES[kv_cache_dtype]
     kv_dtype = None if kept is None else getattr(torch, kept)
     ours = torch.cat([torch.tensor(r.logprobs) for r in results])
@@ -58,7 +58,8 @@ def _figures(
     yield Figure(f"{kind}: logprobs beside float32, mean difference", float(ideal.mean()), "", target=target)
 
 
-def _models(setting: Setting) -> Iterator[tuple[str, Any]]:
+def models(setting: Setting) -> Iterator[tuple[str, Any]]:
+    """Random models on the setting's device, of GQA and of latents, with what they are like."""
     if setting.is_smoke:
         yield "Qwen2-like", make_model(QUICK_SHAPE)
         return
@@ -91,23 +92,26 @@ def _deepseek() -> Any:
     return model
 
 
-def _generate(model: Any, grid: RankGrid, setting: Setting, kv_cache_dtype: str) -> list[RolloutResult]:
+def generate(
+    model: Any, grid: RankGrid, setting: Setting, *, top_logprobs: int = 0, **keys: object
+) -> list[RolloutResult]:
+    """What played ranks write behind prompts that they prefill in chunks; `keys` are those of an engine's config."""
     lengths, num_new = ((3, 40), 4) if setting.is_smoke else ((5, 130, 700, 2000), 32)
     prompts = random_prompts(lengths, model.config.vocab_size, seed=3)
     config = parse_config(
         {
-            "dtype": str(setting.dtype).removeprefix("torch."),
             "backend": setting.backend_name,
-            "kv_cache_dtype": kv_cache_dtype,
             "kv_cache_gib": 2**-9 if setting.is_smoke else 0.25,
             # In chunks, so that prompts meet their own context.
             "max_num_batched_tokens": 32 if setting.is_smoke else 1024,
+            **keys,
         }
     )
+    sampling = SamplingParams(max_new_tokens=num_new, ignore_eos=True, top_logprobs=top_logprobs)
 
     def body(topology: cpinfer.Topology) -> list[RolloutResult]:
         with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
-            return engine.generate([list(p) for p in prompts], SamplingParams(max_new_tokens=num_new, ignore_eos=True))
+            return engine.generate([list(p) for p in prompts], sampling)
 
     return run_ranks(grid, body, timeout_s=400)[0]
 
