@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,11 +71,12 @@ def run(
             for call in calls:
                 prompts, sampling = zip(*(asked[i] for i in call), strict=True)
                 results += engine.generate(list(prompts), list(sampling))
-            told = [
-                (r.id, r.sample_index, r.token_ids, r.logprobs, r.processed_logprobs, r.kept_mass, r.top_logprobs)
-                for r in results
-            ]
-            return sorted(told, key=lambda answer: answer[:2])
+            told = []
+            for r in sorted(results, key=lambda r: (r.id, r.sample_index)):
+                experts = None if r.routed_experts is None else r.routed_experts.tolist()
+                logprobs = (r.logprobs, r.processed_logprobs, r.kept_mass, r.top_logprobs)
+                told.append((r.id, r.sample_index, r.token_ids, *logprobs, experts))
+            return told
 
     found: list[Any] = run_ranks(grid, body)[0]
     return found
@@ -90,7 +92,9 @@ def differences(seed: int, *, deterministic: bool = True) -> list[Any]:
         tokens = [chance.randrange(vocab_size) for _ in range(chance.choice(LENGTHS))]
         if asked and chance.random() < 0.3:  # begins as the one before
             tokens = (asked[-1][0]["prompt_token_ids"][: chance.choice(LENGTHS)] + tokens)[:300]
-        asked.append(({"prompt_token_ids": tokens, "id": f"p{i}"}, sampling_of(chance, vocab_size)))
+        asks_experts = i % 2 == 0 and hasattr(model.config, "num_experts_per_tok")
+        sampling = replace(sampling_of(chance, vocab_size), routed_experts=asks_experts)
+        asked.append(({"prompt_token_ids": tokens, "id": f"p{i}"}, sampling))
     common: dict[str, Any] = {
         "deterministic": deterministic,
         "deterministic_kv_shards": chance.choice((8, 16, 64)),
