@@ -25,6 +25,7 @@ from cpinfer.colocate.phase import rollout_phase
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.layout.grid import RankGrid
+from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer_integrations.deepspeed import init_distributed, launch_inference
 from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model, prompts_of
@@ -40,7 +41,7 @@ def trainer_of(kind: str, model: Any) -> Trainer:
         return deepspeed_trainer(int(kind[4]), model, micro_steps=1)
     if kind == "ddp":
         return torch_trainer(DistributedDataParallel(model), model)
-    for layer in model.model.layers:
+    for layer in decoder_layers(model):
         fully_shard(layer)
     fully_shard(model)
     return torch_trainer(model, model)
