@@ -192,7 +192,10 @@ for dtype, stored, D, V, flags in CALLS:
     sizes |= {"TILE": kernels.TILE, "BLOCK_D": kernels.MAX_BLOCK_D, "BLOCK_V": V}
     made.append(compiled(kernels._states, pointers, sizes | dict(zip(("IS_BYTES", "HAS_CAP", "IS_ALIGNED"), flags)), 4))
 assert all(kernel.asm["cubin"] for kernel in made)
-told = [(kernel.metadata.shared, "tf32" in kernel.asm["ptx"], "ld.global.v4" in kernel.asm["ptx"]) for kernel in made]
+told = []
+for kernel in made:
+    ptx = kernel.asm["ptx"]  # of 16 bytes are these loads alone
+    told.append((kernel.metadata.shared, "tf32" in ptx, "ld.global.v4" in ptx or "cp.async.cg" in ptx))
 print(json.dumps(told))
 """
 
