@@ -154,7 +154,10 @@ class EngineCore:
         except StreamEndedError as ended:
             if len(ended.places) < self._num_ranks:
                 raise
-            self.is_cut = False  # nothing has been committed on any rank
+            # Nothing has been committed on any rank. To write KV again is to write the same; states have gone on.
+            if any(home.states is not None for home in self.homes):
+                self._scheduler = self._scheduler.restarted(None)
+            self.is_cut = False
 
     def abort(self, requests: Sequence[Request]) -> None:
         """End unfinished requests where they are, on every rank between the same two steps; their blocks are free."""

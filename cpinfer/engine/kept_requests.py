@@ -37,6 +37,10 @@ class KeptRequests:
         del self._homes[request.home][id(request)]
         self._count(request, -1)
 
+    def num_requests(self, home: int) -> int:
+        """How many a home keeps, each of which holds the place of a state where the model has any."""
+        return len(self._homes[home])
+
     def oldest(self, home: int) -> SampledRequest | None:
         """The one that has been unused for longest; None when there is none."""
         return next(iter(self._homes[home].values()), None)

@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 from cpinfer.config import SamplingParams
 from cpinfer.kv_cache.expert_record import ExpertRecord, Experts
 from cpinfer.kv_cache.prefix_cache import Key
+from cpinfer.kv_cache.state_pool import StateSlot
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -92,6 +93,8 @@ class Request(ABC):
     submitted_s: float = field(default_factory=time.perf_counter)
     home: int = 0
     blocks: list[int] = field(default_factory=list)
+    # Where its state lies, of a model that has one of each sequence, from its admission on.
+    state: StateSlot | None = None
     # Blocks at the front that it gave back, because no layer sees their tokens any more; their numbers are gone.
     num_dropped: int = 0
     # Of the whole units of its tokens, as far as they have been asked for: tokens are appended, never changed.
@@ -142,8 +145,11 @@ class Request(ABC):
     def shares_prefill_with(self, other: Request) -> bool:
         """Whether one prefill does for both."""
 
-    def restart(self, version: int) -> None:
-        """All of it is to be computed anew, by weights behind those of `version`. Scores that are not complete go."""
+    def restart(self, version: int | None) -> None:
+        """All of it is to be computed anew, by weights behind those of `version`, None: by the same.
+
+        Scores that are not complete go.
+        """
         self.scores.clear()
 
     @property
@@ -167,6 +173,11 @@ class Request(ABC):
     def take_blocks(self) -> list[int]:
         """All blocks it still had; it is left with none."""
         held, self.blocks, self.num_dropped = self.held_blocks, [], 0
+        return held
+
+    def take_state(self) -> StateSlot | None:
+        """The place of its state, if it had one; it is left with none."""
+        held, self.state = self.state, None
         return held
 
 
@@ -235,10 +246,11 @@ class SampledRequest(Request):
     def target_at(self, place: int) -> int:
         return self.prompt.token_ids[place + 1]
 
-    def restart(self, version: int) -> None:
+    def restart(self, version: int | None) -> None:
         if self._num_unscored:
             super().restart(version)
-        self.earlier_weights = list(self._spans(version))
+        if version is not None:
+            self.earlier_weights = list(self._spans(version))
         if self.experts is not None and not self.sampled:  # nothing was drawn by what ran
             self.experts = ExpertRecord()
 

@@ -193,6 +193,9 @@ class Scheduler:
         for index, leader in list(prefill.leaders.items()):
             here = [r for r in prefill.requests if r.home == index]
             staying = [r for r in here if id(r) not in leaving]
+            for request in here:
+                if id(request) in leaving:
+                    self.homes[index].release((), request.take_state())
             load = self._load[index]
             load.num_active -= len(here) - len(staying)
             load.num_reserved_blocks -= (len(here) - max(1, len(staying))) * mutable
@@ -219,16 +222,17 @@ class Scheduler:
             stats=self.stats,
         )
 
-    def restarted(self, version: int) -> Scheduler:
+    def restarted(self, version: int | None) -> Scheduler:
         """`emptied`, with all unfinished requests waiting to be computed anew, those that were under way in front.
 
-        Their tokens stay, sampled by weights of `version`. They have no blocks afterwards, so that this scheduler is
-        not to be used again.
+        Their tokens stay, sampled by weights of `version`, None: by those of now. They have no blocks afterwards, so
+        that this scheduler is not to be used again.
         """
         anew = self.emptied()
         requests = [*self._running, *(r for p in self._prefilling for r in p.requests), *self._waiting]
         for request in (*requests, *self._kept):
             request.take_blocks()
+            request.take_state()
         for request in requests:
             request.restart(version)
             anew._waiting.append(request)
@@ -238,7 +242,9 @@ class Scheduler:
         """Every block is free, remembered, or held by an unfinished request. ValueError names a leak."""
         for index, home in enumerate(self.homes):
             announced = Counter(key for p in self._prefilling if index in p.leaders for key in p.prefix_keys)
-            home.check_integrity((b for s in self._holders() if s.home == index for b in s.held_blocks), announced)
+            holders = [r for r in self._holders() if r.home == index]
+            blocks, states = (b for r in holders for b in r.held_blocks), (r.state for r in holders if r.state)
+            home.check_integrity(blocks, announced, states)
         counted = self._counted_load()
         if counted != self._load:
             raise ValueError(f"scheduler is inconsistent: it knows of {self._load}, under way are {counted}")
@@ -256,7 +262,8 @@ class Scheduler:
         return load
 
     def _holders(self) -> list[Request]:
-        return [*(r for p in self._prefilling for r in p.leaders.values()), *self._running, *self._kept]
+        """Who holds blocks or a state. Of a prefill under way those who will fork have no block yet."""
+        return [*(r for p in self._prefilling for r in p.requests), *self._running, *self._kept]
 
     def _add_chunk(self, prefill: Prefill, draft: StepDraft) -> None:
         """Add the next chunk of a prefill to the step, as far as it has room for it."""
@@ -311,27 +318,28 @@ class Scheduler:
         """Whether every home has the blocks of its leader, and of what its other `members` cannot share with it.
 
         What the samples of prefills under way will take when they fork is spoken for. Remembered prefixes of this very
-        prompt need no room, and give none.
+        prompt need no room, and give none. States have a place of their own for each sample.
         """
         homes, mutable = _places(members), self._num_mutable_blocks(request.num_tokens)
         known = self._prefixes.remembered(request, keys, homes)
         new = self.sharding.num_blocks(request.num_tokens)
         new -= self.sharding.num_blocks(self._prefixes.num_tokens(known))
+        taken = [(members[index] - 1) * mutable + self._load[index].num_reserved_blocks for index in homes]
         return all(
-            self._make_room(index, new + (members[index] - 1) * mutable + self._load[index].num_reserved_blocks, known)
-            for index in homes
+            self._make_room(index, new + others, known, members[index])
+            for index, others in zip(homes, taken, strict=True)
         )
 
-    def _make_room(self, index: int, num_blocks: int, beside: Sequence[Key] = ()) -> bool:
-        """Whether a home has so many blocks; those of kept requests are given up for it where that may be enough."""
-        home = self.homes[index]
-        if home.has(num_blocks, beside):
+    def _make_room(self, index: int, num_blocks: int, beside: Sequence[Key] = (), num_states: int = 0) -> bool:
+        """Whether a home has so many blocks and states; kept requests are given up for it where that may be enough."""
+        home, kept = self.homes[index], self._kept
+        if home.has(num_blocks, beside, num_states):
             return True
-        if not home.has(num_blocks - self._kept.num_blocks[index], beside):
+        if not home.has(num_blocks - kept.num_blocks[index], beside, num_states - kept.num_requests(index)):
             return False
-        while (oldest := self._kept.oldest(index)) is not None:
+        while (oldest := kept.oldest(index)) is not None:
             self._put_back(oldest)
-            if home.has(num_blocks, beside):
+            if home.has(num_blocks, beside, num_states):
                 return True
         return False
 
@@ -344,6 +352,7 @@ class Scheduler:
         leaders: dict[int, Request] = {}
         for request in group:
             leaders.setdefault(request.home, request)
+            request.state = self.homes[request.home].take_state()
         known = self._prefixes.remembered(group[0], keys, leaders)
         total = self.sharding.num_blocks(group[0].num_tokens)
         for index, leader in leaders.items():
@@ -375,6 +384,7 @@ class Scheduler:
         request.home, request.num_dropped, request.continues = before.home, before.num_dropped, None
         request.blocks = before.blocks + self.homes[before.home].take(missing, after=after)
         before.blocks, before.num_dropped = [], 0
+        request.state = before.take_state()
         load.num_active += 1
         return self._prefill([request], {request.home: request}, before.next_position)
 
@@ -405,6 +415,7 @@ class Scheduler:
                 started.append(request)
             else:
                 self._load[request.home].num_active -= 1
+                home.release((), request.take_state())
                 put_back.append(request)
         self._waiting.put_back(put_back)
         return started
@@ -413,7 +424,7 @@ class Scheduler:
         """A prefill that is all a request is for ends it, too."""
         for request in prefill.scored:
             self._load[request.home].num_active -= 1
-            self.homes[request.home].release(request.take_blocks())
+            self.homes[request.home].release(request.take_blocks(), request.take_state())
         return prefill.scored
 
     def _extend_running(self) -> None:
@@ -468,7 +479,7 @@ class Scheduler:
     def _give_up(self, request: SampledRequest) -> None:
         keys = self._prefixes.keys(request, request.next_position)
         self.homes[request.home].prefixes.insert(keys, request.blocks, request.experts)
-        self.homes[request.home].release(request.take_blocks())
+        self.homes[request.home].release(request.take_blocks(), request.take_state())
 
     def _drop_dead_of_leaders(self, prefill: Prefill) -> None:
         self._prefixes.remember(prefill)  # answers are not hashed block by block

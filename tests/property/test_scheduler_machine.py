@@ -4,6 +4,9 @@ The cache is simulated: a slot holds a number that stands for a token *and all t
 function of. Chunks, decode steps and copies write it where plans and schedulers say, on every shard of every home; what
 a sequence reads through its block table must then be its own, at every position computed so far that a query sees.
 Under a window those are the last few, and what nobody sees any more has been given back.
+
+States of sequences are simulated alike: each step goes on from the number that stands for all tokens before it, which
+must be where the sequence says that its state lies.
 """
 
 from collections import Counter
@@ -18,6 +21,7 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.kv_cache.home import KVHome
+from cpinfer.kv_cache.state_pool import StatePool
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.prefill import assign_prompts, plan_prefill, zigzag_split
 from cpinfer.layout.shards import KVSharding
@@ -38,6 +42,7 @@ class SimulatedKV:
     def __init__(self, num_homes, num_blocks, sharding, pcp_size):
         self.sharding, self.pcp_size = sharding, pcp_size
         self.slots = np.zeros((num_homes, sharding.num_shards, num_blocks * sharding.block_size), dtype=np.int64)
+        self.states = {}  # by (home, slot)
         self._numbers = {}
         self.weights = 0
 
@@ -85,6 +90,17 @@ class SimulatedKV:
             for src, slot in zip(plan.write_src, plan.write_slots, strict=True):
                 cache[slot] = new[plan.gathered[src]]
 
+    def advance(self, sequences, token_ids, start, end):
+        """The states of `sequences`, alike, go on from token `start` to `end`. The first of them is read."""
+        contents = self.contents(token_ids)
+        if sequences[0].state is None:
+            assert all(s.state is None for s in sequences)
+            return
+        places = [(s.home, s.state) for s in sequences]
+        assert start == 0 or self.states[places[0]] == contents[start - 1], "the state of another sequence, or time"
+        assert len(set(places)) == len(places)
+        self.states |= dict.fromkeys(places, contents[end - 1])
+
     def copy_blocks(self, home, pairs):
         if pairs:
             src, dst = (
@@ -107,11 +123,22 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         pcp_size=st.integers(1, 3),
         window=st.none() | st.integers(1, 12),
         max_kept_tokens=st.none() | st.integers(0, 40),
+        states=st.none() | st.none() | st.tuples(st.integers(1, 3), st.integers(1, 4)),
     )
-    def start(self, num_homes, num_blocks, sharding, max_num_seqs, budget, prefixes, pcp_size, window, max_kept_tokens):
+    def start(
+        self, num_homes, num_blocks, sharding, max_num_seqs, budget, prefixes, pcp_size, window, max_kept_tokens, states
+    ):
         self.window = window
         self.sharding, self.budget, self.max_num_seqs = sharding, budget, max_num_seqs
-        self.homes = [KVHome(num_blocks, sharding, enable_prefix_caching=prefixes) for _ in range(num_homes)]
+        self.homes = [
+            KVHome(
+                num_blocks,
+                sharding,
+                enable_prefix_caching=prefixes and not states,
+                states=StatePool(*states) if states else None,
+            )
+            for _ in range(num_homes)
+        ]
         self.scheduler = Scheduler(self.homes, sharding, max_num_seqs, budget, window, max_kept_tokens)
         self.kv = SimulatedKV(num_homes, num_blocks, sharding, pcp_size)
         self.submitted, self.finished, self.tokens_of = [], [], {}
@@ -246,7 +273,9 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             self.kv.decode(home, here)
             for sequence in here:
                 self.check_seen(home, sequence, sequence.all_token_ids, first_query=sequence.next_position)
+                self.kv.advance([sequence], sequence.all_token_ids, sequence.next_position, sequence.next_position + 1)
         for chunk in step.chunks:
+            self.kv.advance(chunk.prefill.requests, chunk.prefill.token_ids, chunk.start, chunk.end)
             for home, leader in chunk.prefill.leaders.items():
                 self.check_seen(home, leader, chunk.prefill.token_ids[: chunk.end], first_query=chunk.start)
 
@@ -265,7 +294,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
 
     def check_finished(self, finished, stop_after):
         for sequence in finished:
-            assert sequence.blocks == [] or (sequence.keeps_kv and sequence in self.kept)
+            assert (sequence.blocks == [] and sequence.state is None) or (sequence.keeps_kv and sequence in self.kept)
             if sequence.keeps_kv:
                 self.sessions.append(sequence)
             reached = len(sequence.sampled) >= stop_after
@@ -290,7 +319,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         assert everywhere == Counter(map(id, self.submitted))
         assert len(samples) + len(self.running) <= self.max_num_seqs
         assert self.scheduler.num_unfinished == len(self.submitted) - len(self.finished)
-        assert all(s.blocks == [] for s in self.waiting)
+        assert all(s.blocks == [] and s.state is None for s in self.waiting)
         limit = self.scheduler.max_kept_tokens
         for home in range(len(self.homes)):
             assert limit is None or sum(s.next_position for s in self.kept if s.home == home) <= limit
@@ -336,6 +365,8 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         step = self.scheduler.schedule() if within_a_step else None
         if step is not None:
             self.spoil(step)
+            if self.homes[0].states is not None:
+                self.restart(None)
         unfinished = [s for s in self.submitted if s.finish_reason is None]
         leaving = unfinished[first % share :: share]
         self.scheduler.abort(leaving)
@@ -356,6 +387,8 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             for shard in range(self.sharding.num_shards):
                 slots = self.sharding.slots(table, positions, shard)
                 self.kv.slots[home, shard][slots[slots >= 0]] = EMPTY
+        for sequence in (*step.running, *(r for c in step.chunks for r in c.prefill.requests)):
+            self.kv.states[sequence.home, sequence.state] = EMPTY
 
     @precondition(lambda self: self.sessions)
     @rule(back=st.integers(0, 5))
@@ -369,12 +402,15 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         """KV of old weights must not be found again, whoever is under way."""
         self.kv.weights += 1
         unfinished = [s for s in self.submitted if s.finish_reason is None]
-        self.scheduler = self.scheduler.restarted(self.kv.weights - 1)
-        self.homes = self.scheduler.homes
+        self.restart(self.kv.weights - 1)
         assert not self.kept and sorted(map(id, self.waiting)) == sorted(map(id, unfinished))
         assert all(home.pool.num_free == home.pool.num_blocks for home in self.homes)
         for sequence in unfinished:
             assert sum(n for _, n in sequence.earlier_weights) == len(sequence.sampled)
+
+    def restart(self, version):
+        self.scheduler = self.scheduler.restarted(version)
+        self.homes = self.scheduler.homes
 
     def teardown(self):
         """Everything drains: nobody waits for ever."""
@@ -392,6 +428,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         for home in self.homes:
             home.prefixes.evict(home.pool.num_blocks)
             assert home.pool.num_free == home.pool.num_blocks
+            assert home.states is None or home.states.num_free == home.states.num_ranks * home.states.num_slots
 
 
 TestSchedulerKeepsSequencesApart = SchedulerKeepsSequencesApart.TestCase
