@@ -4,23 +4,9 @@ import pytest
 import torch
 
 from cpinfer.ops.delta_rule import DeltaTokens, advance, convolve_pieces, read_past, run_pieces
+from reference_delta_rule import delta_rule as rule
 
 G, H, K, V, W = 2, 4, 5, 3, 4
-
-
-def rule(query, key, value, *, g, beta, initial_state, output_final_state, use_qk_l2norm_in_kernel):
-    """The definition, one token after another, in the precision of its inputs."""
-    assert output_final_state
-    assert use_qk_l2norm_in_kernel
-    q, k = (x / (x.pow(2).sum(-1, keepdim=True) + 1e-6).sqrt() for x in (query, key))
-    q, k = (x.repeat_interleave(value.shape[2] // x.shape[2], dim=2) for x in (q / q.shape[-1] ** 0.5, k))
-    state, out = initial_state, torch.zeros_like(value)
-    for t in range(value.shape[1]):
-        state = state * g[:, t].exp()[..., None, None]
-        delta = (value[:, t] - torch.einsum("nhk,nhkv->nhv", k[:, t], state)) * beta[:, t, :, None]
-        state = state + torch.einsum("nhk,nhv->nhkv", k[:, t], delta)
-        out[:, t] = torch.einsum("nhk,nhkv->nhv", q[:, t], state)
-    return out, state
 
 
 def random_tokens(n, seed=0):
