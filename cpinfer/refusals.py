@@ -174,6 +174,14 @@ REFUSALS: dict[str, Refusal] = {
         "TRL's mask_truncated_completions with answers that end otherwise than by an end-of-text token",
         "Set it to False, or end answers by tokens that the model's generation_config has as eos_token_id.",
     ),
+    "state_deterministic": Refusal(
+        "deterministic mode with linear attention (nobody has shown yet that its states have equal bits)",
+        "Leave out deterministic.",
+    ),
+    "state_cuda_graphs": Refusal("CUDA graphs with linear attention", "Leave out cuda_graphs."),
+    "state_replicas": Refusal(
+        'decode_exchange "replicate_q" with linear attention (the state of a sequence lies on one rank)', 'Use "a2a".'
+    ),
     "replicate_q": Refusal('decode_exchange "replicate_q" where dcp > pcp', 'Use "a2a", or a dcp of at most pcp.'),
 }
 

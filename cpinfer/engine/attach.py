@@ -110,12 +110,12 @@ def attach(
                     **alike,
                 },
                 lambda: weight_identity(unwrapped(model), full=wanted.check_ranks == "full"),
-                number=pool.num_blocks,
+                number=pool.number,
             )
 
-        (wanted, runner, own), num_blocks = begin_together(topology, _device_of(model), prepare)
+        (wanted, runner, own), pools = begin_together(topology, _device_of(model), prepare)
         # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
-        needs = RankNeeds.of(runner, topology, wanted, PoolSize(min(num_blocks), own.sharding))
+        needs = RankNeeds.of(runner, topology, wanted, PoolSize.smallest(pools, own.sharding))
         if wanted.deterministic:
             check_deterministic(runner, topology, wanted, needs)
         engine = Engine(runner, topology, wanted, tokenizer, needs)
@@ -232,6 +232,20 @@ def _errors(spec: ModelSpec, config: EngineConfig, sizes: LayoutSizes, provider:
         errors += _tensor_parallel_errors(spec, sizes.tp_size, provider)
     if config.deterministic:
         errors += deterministic_errors(config, sizes)
+    if spec.states is not None:
+        errors += _state_errors(spec, config)
+    return errors
+
+
+def _state_errors(spec: ModelSpec, config: EngineConfig) -> list[str]:
+    """What does not run yet of a model with states of sequences."""
+    found, errors = f'model_type "{spec.family}"', []
+    if config.deterministic:
+        errors.append(str(refuse("state_deterministic", found)))
+    if config.cuda_graphs:
+        errors.append(str(refuse("state_cuda_graphs", found)))
+    if config.decode_exchange == "replicate_q":
+        errors.append(str(refuse("state_replicas", found)))
     return errors
 
 

@@ -109,7 +109,7 @@ class Engine:
     @property
     def kv_pool_bytes(self) -> int:
         """What the KV pool takes on this rank while the engine is awake."""
-        return self._needs.pool_bytes(self._runner.spec.num_layers)
+        return self._needs.pool_bytes(self._runner.spec)
 
     def wake(self) -> None:
         """Allocate the KV pool, and what attention kernels work in. Nothing happens when it is there.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -15,7 +15,10 @@ from cpinfer.config import EngineConfig
 from cpinfer.errors import UserError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
+from cpinfer.kv_cache.state_pool import StatePool
+from cpinfer.kv_cache.state_store import StateStore
 from cpinfer.layout.capacity import KVLayout, PoolSize
+from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
@@ -42,20 +45,23 @@ class RankNeeds:
     def of(cls, runner: ModelRunner, topology: Topology, config: EngineConfig, pool_size: PoolSize) -> RankNeeds:
         """Those of the rank at its place in the topology."""
         heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
-        cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
+        cache_dtype = config.cache_dtype(_name(runner.dtype))
         needs = attention_needs(runner.spec, heads, runner.dtype, getattr(torch, cache_dtype))
         return cls(needs, runner.spec.kv_layout(len(heads.kv_heads)), cache_dtype, pool_size)
 
-    def pool_bytes(self, num_layers: int) -> int:
-        """Bytes of the KV pool."""
-        per_token = self.kv_layout.bytes_per_token(num_layers, self.cache_dtype)
-        return self.pool_size.num_blocks * self.pool_size.sharding.block_size * per_token
+    def pool_bytes(self, spec: ModelSpec) -> int:
+        """Bytes of the KV pool, and of states beside it."""
+        per_token = self.kv_layout.bytes_per_token(spec.num_kv_layers, self.cache_dtype)
+        num_bytes = self.pool_size.num_blocks * self.pool_size.sharding.block_size * per_token
+        if spec.states is not None:
+            num_bytes += self.pool_size.num_states * spec.states.bytes_per_sequence(_name(self.attention.dtype))
+        return num_bytes
 
     def make_cache(self, runner: ModelRunner, *, has_padding_block: bool) -> PagedKVCache:
         """The KV pool's memory."""
         return PagedKVCache(
             self.kv_layout,
-            runner.spec.num_layers,
+            runner.spec.num_kv_layers,
             self.pool_size.num_blocks,
             self.pool_size.sharding.block_size,
             runner.dtype,
@@ -63,6 +69,13 @@ class RankNeeds:
             has_padding_block=has_padding_block,
             store_dtype=self.attention.cache_dtype,
         )
+
+    def make_states(self, runner: ModelRunner) -> StateStore | None:
+        """The memory of states, None for a model that has none."""
+        spec = runner.spec
+        if spec.states is None:
+            return None
+        return StateStore(spec.states, spec.linear_layers, self.pool_size.num_states, runner.dtype, runner.device)
 
     def make_backends(self, config: EngineConfig, device: torch.device) -> StepBackends:
         """The attention kernels, and what they work in."""
@@ -75,13 +88,18 @@ class RankNeeds:
             OrderedBackend(num_shards // sharding.num_shards, sharding.interleave, keeps_states=True),
         )
 
-    def empty_homes(self, num_homes: int, *, enable_prefix_caching: bool) -> list[KVHome]:
-        """The blocks of the pool in each home, all of them free."""
+    def empty_homes(self, num_homes: int, *, row_ranks: int, enable_prefix_caching: bool) -> list[KVHome]:
+        """The blocks of the pool in each home, and places for states on its `row_ranks`, all of them free.
+
+        A prefix whose KV is remembered is of no use without the state behind it, which is not.
+        """
+        pool = self.pool_size
         return [
             KVHome(
-                self.pool_size.num_blocks,
-                self.pool_size.sharding,
-                enable_prefix_caching=enable_prefix_caching,
+                pool.num_blocks,
+                pool.sharding,
+                enable_prefix_caching=enable_prefix_caching and not pool.num_states,
+                states=StatePool(row_ranks, pool.num_states) if pool.num_states else None,
             )
             for _ in range(num_homes)
         ]
@@ -90,14 +108,13 @@ class RankNeeds:
 def own_pool(runner: ModelRunner, topology: Topology, config: EngineConfig) -> PoolSize:
     """The KV pool that this rank alone could afford. UserError when it is no single block, or beyond all memory."""
     heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
-    cache_dtype = config.cache_dtype(str(runner.dtype).removeprefix("torch."))
     memory = _memory_bytes(runner.device)
     if (config.kv_cache_gib or 0) * 2**30 > memory:
         raise UserError(
             f"kv_cache_gib={config.kv_cache_gib:g} is more than the {memory / 2**30:.1f} GiB of memory of "
             f"{runner.device}. Lower it."
         )
-    return affordable_pool(runner.spec, len(heads.kv_heads), topology.grid.dcp_size, config, cache_dtype, runner.device)
+    return affordable_pool(runner.spec, len(heads.kv_heads), topology.grid, config, _name(runner.dtype), runner.device)
 
 
 def attention_needs(
@@ -118,19 +135,34 @@ def attention_needs(
 
 
 def affordable_pool(
-    spec: ModelSpec, num_heads: int, dcp_size: int, config: EngineConfig, cache_dtype: str, device: torch.device
+    spec: ModelSpec, num_heads: int, grid: RankGrid, config: EngineConfig, dtype: str, device: torch.device
 ) -> PoolSize:
-    """The KV pool that a rank's budget buys, of `num_heads` stored KV heads in `dcp_size` shards.
+    """The KV pool that a rank's budget buys, of `num_heads` stored KV heads, for a model in `dtype`.
 
-    UserError when it is no single block.
+    States have a place for each of `max_num_seqs` sequences, up to half the budget. UserError when it buys no single
+    block, or no state.
     """
-    per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_layers, cache_dtype)
-    budget = _kv_budget_bytes(config, device)
-    pool = PoolSize.from_bytes(budget, per_token, KVSharding(dcp_size, config.interleave, config.block_size))
+    per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_kv_layers, config.cache_dtype(dtype))
+    budget, num_states = _kv_budget_bytes(config, device), 0
+    if spec.states is not None:
+        per_state = spec.states.bytes_per_sequence(dtype)
+        # A sequence has its state on one of the pcp ranks, whatever the number of homes.
+        num_states = min(-(-config.max_num_seqs // grid.pcp_size), budget // 2 // per_state)
+        if num_states == 0:
+            raise UserError(
+                f"half the KV budget of {budget} bytes buys no state of a sequence, {per_state} bytes. Raise "
+                "kv_cache_gib."
+            )
+        budget -= num_states * per_state
+    pool = PoolSize.from_bytes(budget, per_token, KVSharding(grid.dcp_size, config.interleave, config.block_size))
     if pool.num_blocks == 0:
         needed = per_token * config.block_size
         raise UserError(f"the KV budget of {budget} bytes buys no block of {needed} bytes. Raise kv_cache_gib.")
-    return pool
+    return replace(pool, num_states=num_states)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _memory_bytes(device: torch.device) -> int:

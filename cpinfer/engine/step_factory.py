@@ -14,8 +14,10 @@ from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step_attention import StepAttention
 from cpinfer.engine.step_plans import StepPlanner
 from cpinfer.engine.step_runner import StepRunner
+from cpinfer.engine.step_states import StepStates
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
+from cpinfer.kv_cache.state_store import StateStore
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
 
@@ -23,7 +25,11 @@ from cpinfer.models.runner import ModelRunner
 def make_scheduler(runner: ModelRunner, topology: Topology, config: EngineConfig, needs: RankNeeds) -> Scheduler:
     """A scheduler over homes of free blocks, as many as all ranks can afford."""
     return Scheduler(
-        needs.empty_homes(topology.grid.num_homes, enable_prefix_caching=config.enable_prefix_caching),
+        needs.empty_homes(
+            topology.grid.num_homes,
+            row_ranks=topology.grid.row_ranks,
+            enable_prefix_caching=config.enable_prefix_caching,
+        ),
         needs.pool_size.sharding,
         config.max_num_seqs,
         config.max_num_batched_tokens,
@@ -37,8 +43,8 @@ def make_steps(
 ) -> StepRunner:
     """A step runner with a KV pool and backends of its own, as the config asks for them."""
     cache = needs.make_cache(runner, has_padding_block=config.cuda_graphs)
-    backends = needs.make_backends(config, runner.device)
-    return make_step_runner(runner, topology, config, needs.pool_size.sharding, backends, cache, stop_checker)
+    backends, store = needs.make_backends(config, runner.device), needs.make_states(runner)
+    return make_step_runner(runner, topology, config, needs.pool_size.sharding, backends, cache, stop_checker, store)
 
 
 def make_step_runner(
@@ -49,8 +55,12 @@ def make_step_runner(
     backends: StepBackends,
     cache: PagedKVCache,
     stop_checker: StopChecker,
+    store: StateStore | None = None,
 ) -> StepRunner:
-    """The step runner of one rank. Every rank makes the same decisions here, but for its place in the grid."""
+    """The step runner of one rank. Every rank makes the same decisions here, but for its place in the grid.
+
+    `store`: of a model that has states.
+    """
     grid, spec = topology.grid, runner.spec
     heads = spec.heads(grid.tp_size).in_group(grid, topology.coords.tp_rank)
     exchanges = Exchanges.of(topology, heads, config, runner.dtype)
@@ -77,6 +87,8 @@ def make_step_runner(
         windows=spec.windows,
         pairs_per_token=spec.pairs_per_token,
         kv_layout=cache.layout,
+        num_tail=None if spec.states is None else spec.states.num_tail,
     )
     reader = LogitsReader(topology, runner.device, stop_checker, as_trained=config.deterministic)
-    return StepRunner(runner, cache, planner, attention, reader, ExpertsReader(topology, runner), graphs)
+    states = None if store is None else StepStates(store, topology.pcp)
+    return StepRunner(runner, cache, planner, attention, reader, ExpertsReader(topology, runner), graphs, states)

@@ -10,14 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
-from cpinfer.engine.request import SampledRequest
+from cpinfer.engine.request import Request, SampledRequest
 from cpinfer.engine.step import Chunk
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import Context, StepContext, exchange_places
-from cpinfer.layout.decode import DecodePlan, cuda_graph_batch_size, plan_decode, rows_in_window
+from cpinfer.layout.decode import DecodePlan, assign_rows, cuda_graph_batch_size, plan_decode, rows_in_window
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.prefill import (
     PrefillPlan,
+    PrefillSplit,
     ScoredRows,
     StepCost,
     assign_prompts,
@@ -27,6 +28,7 @@ from cpinfer.layout.prefill import (
 )
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
+from cpinfer.layout.states import PromptStates, StatePlace, StatePlan, plan_states
 from cpinfer.layout.told_rows import ToldRows
 
 # Who computed a token: its pcp rank, and the row of that rank's record.
@@ -39,7 +41,8 @@ class PrefillInput:
 
     `sampled_rows` of the model's rows are sampled from, request i of `requests` from the `drawn[i]`-th of them; and
     those of `scored` are asked for `targets`. `places` are those of all tokens that the step samples, on any rank,
-    `told` all whose experts are asked for, None where none are.
+    `told` all whose experts are asked for, None where none are. `states`: of a model that has
+    them.
     """
 
     plan: PrefillPlan
@@ -52,6 +55,7 @@ class PrefillInput:
     scored: ScoredRows
     targets: list[int]
     told: ToldRows | None
+    states: StatePlan | None = None
 
     @property
     def kept_rows(self) -> list[int]:
@@ -64,7 +68,8 @@ class DecodeInput:
     """A decode step on one rank: the newest tokens of its `requests`, and keys for the layers of every window.
 
     Without a plan its home has no request. `places` are those of all tokens that the step samples, on any rank, `told`
-    all whose experts are asked for, None where none are.
+    all whose experts are asked for, None where none are. `state_slots`: where the states of
+    `requests` lie, of a model that has them.
     """
 
     plan: DecodePlan | None
@@ -77,12 +82,17 @@ class DecodeInput:
     def token_ids(self) -> list[int]:
         return [request.last_token_id for request in self.requests]
 
+    @property
+    def state_slots(self) -> list[int]:
+        return [request.state.slot for request in self.requests if request.state is not None]
+
 
 class StepPlanner:
     """Plans steps for one rank. Decode rows are dealt over `row_ranks` of a home; `in_buckets`: padded to few sizes.
 
     `windows`: of the model's layers, how many of the last tokens each sees; `pairs_per_token` as `StepCost` has it.
-    `kv_layout`: of what decode rows attend to, the cache.
+    `kv_layout`: of what decode rows attend to, the cache. `num_tail`: of a model with states, how many inputs come
+    before a token in its convolutions.
     """
 
     def __init__(
@@ -97,6 +107,7 @@ class StepPlanner:
         windows: Sequence[int | None],
         pairs_per_token: int,
         kv_layout: KVLayout,
+        num_tail: int | None = None,
     ) -> None:
         self._grid = grid
         self._pcp_rank = grid.coords(rank).pcp_rank
@@ -108,6 +119,7 @@ class StepPlanner:
         # In a fixed order, the same on every rank.
         self._windows: list[int | None] = sorted(set(windows), key=lambda window: -1 if window is None else window)
         self._kv_layout = kv_layout
+        self._num_tail = num_tail
         self._cost = StepCost(pairs_per_token=pairs_per_token)
         self._places = exchange_places(grid, rank)
 
@@ -152,7 +164,22 @@ class StepPlanner:
             scored=scored,
             targets=[chunks[i].prefill.requests[0].target_at(place) for i, place in scored.own],
             told=ToldRows.of_prompts(split, asking) if asking else None,
+            states=self._states(split, chunks),
         )
+
+    def _states(self, split: PrefillSplit, chunks: Sequence[Chunk]) -> StatePlan | None:
+        """Every request of a prefill has the state behind its last chunk, so that any of them can go on from it."""
+        if self._num_tail is None:
+            return None
+        ends = [tuple(map(self._state_place, chunk.prefill.requests)) for chunk in chunks]
+        prompts = [
+            PromptStates(places[0] if chunk.start else None, places) for chunk, places in zip(chunks, ends, strict=True)
+        ]
+        return plan_states(split, prompts, pcp_rank=self._pcp_rank, num_tail=self._num_tail)
+
+    def _state_place(self, request: Request) -> StatePlace:
+        assert request.state is not None, "who is admitted has a place for its state"
+        return StatePlace(request.home * self._grid.row_ranks + request.state.rank, request.state.slot)
 
     def decode(self, running: Sequence[SampledRequest]) -> DecodeInput:
         """A step of one token of every running request, each in its home."""
@@ -172,7 +199,8 @@ class StepPlanner:
             pcp_size=self._row_ranks,
             pcp_rank=self._pcp_rank % self._row_ranks,
             shard=self._shard,
-            rows_per_rank=self._rows_per_rank(len(here)),
+            rows_per_rank=self._rows_per_rank(here),
+            ranks=_own_ranks(here),
         )
         rows = {
             window: plan.rows
@@ -187,16 +215,27 @@ class StepPlanner:
         """Who computes each running request, by `id`."""
         places = {}
         for home, requests in enumerate(by_home):
-            rows_per_rank = self._rows_per_rank(len(requests))
-            for i, request in enumerate(requests):  # neighbours on each rank, as `assign_rows` has them
-                pcp_rank, record = divmod(i, rows_per_rank)
-                places[id(request)] = (home * self._grid.row_ranks + pcp_rank, record)
+            if not requests:
+                continue
+            rows_per_rank = self._rows_per_rank(requests)
+            rows = assign_rows(len(requests), self._row_ranks, rows_per_rank, _own_ranks(requests))
+            for place, i in enumerate(rows.tolist()):
+                if i >= 0:
+                    pcp_rank, record = divmod(place, rows_per_rank)
+                    places[id(requests[i])] = (home * self._grid.row_ranks + pcp_rank, record)
         return places
 
-    def _rows_per_rank(self, num_rows: int) -> int:
+    def _rows_per_rank(self, requests: Sequence[SampledRequest]) -> int:
         """As few as hold them; where steps are replayed, as many as a step that is captured."""
-        needed = -(-num_rows // self._row_ranks)
+        ranks = _own_ranks(requests)
+        needed = -(-len(requests) // self._row_ranks) if ranks is None else max(map(ranks.count, set(ranks)))
         return cuda_graph_batch_size(needed) if self._in_buckets else needed
+
+
+def _own_ranks(requests: Sequence[SampledRequest]) -> list[int] | None:
+    """The rank of a home that has the state of each request, None where they have none and may go anywhere."""
+    ranks = [request.state.rank for request in requests if request.state is not None]
+    return ranks or None
 
 
 def _context_of(chunk: Chunk) -> Context:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cpinfer.attention.linear_attention import LinearStep
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.engine.agreement import Says
 from cpinfer.engine.decode_cuda_graphs import DecodeCudaGraphs
@@ -19,6 +20,7 @@ from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_attention import StepAttention
 from cpinfer.engine.step_plans import StepPlanner
+from cpinfer.engine.step_states import StepStates
 from cpinfer.kv_cache.expert_record import Experts
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.models.runner import ModelRunner
@@ -39,7 +41,10 @@ class StepOutput:
 
 
 class StepRunner:
-    """Runs steps on one rank: each passes through its parts in turn. `graphs` replay decode steps, where there are."""
+    """Runs steps on one rank: each passes through its parts in turn.
+
+    `graphs` replay decode steps, where there are; `states` are those of layers of linear attention.
+    """
 
     def __init__(
         self,
@@ -50,6 +55,7 @@ class StepRunner:
         reader: LogitsReader,
         experts: ExpertsReader,
         graphs: DecodeCudaGraphs | None,
+        states: StepStates | None = None,
     ) -> None:
         self._runner = runner
         self._cache = cache
@@ -58,6 +64,7 @@ class StepRunner:
         self._reader = reader
         self._experts = experts
         self._graphs = graphs
+        self._states = states
 
     def begin(self) -> None:
         """Before the first of many steps. Graphs of weights that have moved, on any rank, are forgotten by all."""
@@ -85,8 +92,9 @@ class StepRunner:
     def _prefill(self, step: Step, says: Says) -> StepOutput:
         planned = self._planner.prefill(step.chunks)
         attention = self._attention.prefill(planned)
+        linear = None if self._states is None else self._states.prefill(planned)
         with self._experts.watching(planned.told) as watched:
-            logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows)
+            logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows, linear)
         scored = logits[len(planned.sampled_rows) :]
         num_top = max((c.prefill.requests[0].num_top for c in step.chunks if c.scored_positions), default=0)
         sampled, heard = self._reader.sample(
@@ -99,20 +107,23 @@ class StepRunner:
     def _decode(self, running: Sequence[SampledRequest], says: Says) -> StepOutput:
         planned = self._planner.decode(running)
         tokens, plan = planned.token_ids, planned.plan
+        linear = None if self._states is None else self._states.decode(planned)
         with self._experts.watching(planned.told) as watched:
             if plan is None:
-                logits = self._forward([], [], self._attention.decode(planned), [])
+                logits = self._forward([], [], self._attention.decode(planned), [], linear)
             elif self._graphs is not None:  # of models without experts
                 logits = self._graphs.forward(plan, planned.rows, tokens)
             else:
                 padding = [0] * (len(plan.own) - len(tokens))
                 logits = self._forward(
-                    tokens + padding, plan.positions, self._attention.decode(planned), range(len(tokens))
+                    tokens + padding, plan.positions, self._attention.decode(planned), range(len(tokens)), linear
                 )
         sampled, heard = self._reader.sample(logits, planned.requests, running, planned.places, says)
         return StepOutput(sampled, heard=heard, experts=self._experts.agree(planned.told, watched, len(tokens)))
 
-    def _forward(self, token_ids: Any, positions: Any, attention: AttentionStep, keep: Any) -> Tensor:
+    def _forward(
+        self, token_ids: Any, positions: Any, attention: AttentionStep, keep: Any, linear: LinearStep | None
+    ) -> Tensor:
         """`[len(keep), vocab]` logits. Models crash on zero rows, so where there is none a dummy is computed."""
         has_tokens, has_keep = len(token_ids) > 0, len(keep) > 0
         logits = self._runner.forward(
@@ -120,6 +131,7 @@ class StepRunner:
             self._tensor(positions if has_tokens else [0]),
             attention,
             self._tensor(keep if has_keep else [0]),
+            linear,
         )
         return logits[: len(keep)]
 

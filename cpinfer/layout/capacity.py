@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cpinfer.layout.shards import KVSharding
@@ -20,6 +21,7 @@ CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 # Always float32: a state sums over the whole sequence.
 STATE_BYTES = 4
+_BLOCK_BITS = 40
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,17 @@ class PoolSize:
     num_blocks: int
     sharding: KVSharding
     num_states: int = 0
+
+    @property
+    def number(self) -> int:
+        """Both sizes in one whole number."""
+        return self.num_states << _BLOCK_BITS | self.num_blocks
+
+    @classmethod
+    def smallest(cls, numbers: Sequence[int], sharding: KVSharding) -> PoolSize:
+        """What pools of all `numbers` have room for."""
+        blocks = [number & (1 << _BLOCK_BITS) - 1 for number in numbers]
+        return cls(min(blocks), sharding, min(number >> _BLOCK_BITS for number in numbers))
 
     @classmethod
     def from_bytes(cls, num_bytes: int, bytes_per_token: int, sharding: KVSharding) -> PoolSize:

@@ -9,7 +9,9 @@ from torch import nn
 
 from cpinfer.errors import UserError
 
-_PROJECTIONS = frozenset(("q_proj", "q_b_proj", "k_proj", "kv_a_proj_with_mqa", "c_attn", "qkv_proj"))
+_PROJECTIONS = frozenset(
+    ("q_proj", "q_b_proj", "k_proj", "kv_a_proj_with_mqa", "c_attn", "qkv_proj", "in_proj_qkvz", "in_proj_qkv")
+)
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:

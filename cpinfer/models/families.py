@@ -59,6 +59,8 @@ class Family:
         returns_router_scores: its blocks of experts return what their router found, beside their output.
         flag_of_norm_of_all_heads: what its config says true of where queries and keys are normalised by weights of all
             heads; tensor parallelism is refused then.
+        has_gated_delta: layers that `layer_types` names linear_attention run the gated delta rule; the config has the
+            sizes of `StateLayout`. The others' queries come with as wide gates from one projection, `q_proj`.
         refused: features that do not run, with the reason.
         not_applicable: features that have no meaning for it, with the reason.
     """
@@ -73,6 +75,7 @@ class Family:
     layers_drop_keywords: bool = False
     returns_router_scores: bool = False
     flag_of_norm_of_all_heads: str | None = None
+    has_gated_delta: bool = False
     refused: Mapping[Feature, str] = field(default_factory=dict)
     not_applicable: Mapping[Feature, str] = field(default_factory=dict)
 

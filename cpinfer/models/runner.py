@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from cpinfer.attention.layer import AttentionLayer
+from cpinfer.attention.linear_attention import LinearStep
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.errors import UserError
 from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters_under_tp
@@ -20,6 +21,7 @@ from cpinfer.models.attachment import Attachment, attending_by, claimed, replace
 from cpinfer.models.attention_keywords import HandedStep, windows_told
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.decoder_layers import check_layers, decoder_layers, is_attention
+from cpinfer.models.gated_delta_net import gated_delta_net, is_gated_delta_net
 from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
 from cpinfer.models.layer_order import EveryLayerOnce
@@ -43,9 +45,12 @@ ATTENTION_NAME = "cpinfer"
 
 @dataclass(frozen=True)
 class RankStep:
-    """What travels through the model's forward as `cp_step`: the step, and the query heads that this rank computes."""
+    """What travels through the model's forward as `cp_step`: the step, and the query heads that this rank computes.
 
-    step: AttentionStep
+    The same step serves layers of linear attention, where the model has any.
+    """
+
+    step: AttentionStep | EveryLayerOnce
     q_heads: range
 
 
@@ -162,17 +167,25 @@ class ModelRunner:
         return tuple(local(weight).data_ptr() for weight in self._model.parameters())
 
     @torch.no_grad()
-    def forward(self, token_ids: Tensor, positions: Tensor, step: AttentionStep, keep: Tensor) -> Tensor:
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        step: AttentionStep,
+        keep: Tensor,
+        linear: LinearStep | None = None,
+    ) -> Tensor:
         """`[N, vocab]` float32 logits of the packed tokens `keep [N]`; the other tokens never meet the vocabulary.
 
-        token_ids, positions `[T]`, T and N at least 1: models crash on zero rows. EngineFaultError when a layer did not
-        take its attention from `step`.
+        token_ids, positions `[T]`, T and N at least 1: models crash on zero rows. `linear`: the step of layers of
+        linear attention, where the model has any. EngineFaultError when a layer did not take its attention from its
+        step.
         """
         self._real_rows.count = step.num_tokens
         precision: AbstractContextManager[Any] = nullcontext()
         if self._cast is not None:
             step, precision = CastStep(step, self._cast), torch.autocast(self.device.type, self._cast)
-        layers = EveryLayerOnce(step, self.spec.windows)
+        layers = EveryLayerOnce(step, self.spec.windows, linear, self.spec.linear_layers)
         cp_step = RankStep(layers, self._q_heads)
         with precision, self._around(), self._handed.over(cp_step):
             output = self._entry(
@@ -253,6 +266,8 @@ def _replacements(
     heads = spec.heads(tp_size)
     if is_latent_attention(module):
         yield "forward", partial(_latent_forward, module)
+    elif is_gated_delta_net(module):
+        yield "forward", partial(_linear_forward, module)
     elif is_moe_block(module):
         returns_scores = spec.traits.returns_router_scores
         yield "forward", partial(unpadded_moe.forward, module.forward, returns_scores=returns_scores)
@@ -282,11 +297,18 @@ def _latent_forward(
     return latent_attention(module, hidden_states, position_embeddings, _wanted(cp_step).step)
 
 
+def _linear_forward(module: Any, hidden_states: Tensor, cp_step: RankStep | None = None, **_: Any) -> Tensor:
+    step = _wanted(cp_step).step
+    assert isinstance(step, EveryLayerOnce), "the runner counts layers"
+    return gated_delta_net(module, hidden_states, step)
+
+
 def _check_heads(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:
     """Every projection to heads has as many rows on this rank as its heads take."""
     heads = spec.heads(tp_size)
     q_heads, kv_heads, latent = heads.q_heads_per_rank, heads.kv_heads_per_rank, spec.latent
-    rows = {"q_proj": q_heads * spec.head_dim, "q_b_proj": q_heads * spec.head_dim}
+    per_head = spec.head_dim * (2 if spec.traits.has_gated_delta else 1)  # queries and their gates
+    rows = {"q_proj": q_heads * per_head, "q_b_proj": q_heads * spec.head_dim}
     if latent is not None:
         rows["kv_b_proj"] = q_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
     else:

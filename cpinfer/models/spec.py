@@ -7,9 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from cpinfer.errors import UserError
-from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.capacity import KVLayout, StateLayout
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.models.config_values import OLD_NAMES, check_number, check_relations, check_token_ids, check_values
+from cpinfer.models.config_values import (
+    OLD_NAMES,
+    check_number,
+    check_relations,
+    check_token_ids,
+    check_values,
+    wrong_value,
+)
 from cpinfer.models.families import FAMILIES, NORM_OF_ALL_HEADS, OTHER_NAMES, RECURRENT, RECURRENT_LAYERS, Family
 from cpinfer.models.positions import Positions, rope_types
 from cpinfer.refusals import refuse
@@ -17,6 +24,14 @@ from cpinfer.refusals import refuse
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
 NUM_KV_HEADS_BEFORE_EXPANSION = "cpinfer_num_key_value_heads"
 
+# Sizes of layers that run the gated delta rule, and their bounds, in the order of `StateLayout`.
+_STATE_SIZES = {
+    "linear_num_key_heads": 2**14,
+    "linear_num_value_heads": 2**14,
+    "linear_key_head_dim": 2**14,
+    "linear_value_head_dim": 2**14,
+    "linear_conv_kernel_dim": 2**10,
+}
 _MULTIMODAL_KEYS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
 
 
@@ -49,7 +64,8 @@ class ModelSpec:
     together. `windows`: for each layer how many of the last tokens a query sees, its own included, None for all.
     `latent` is None where K and V are cached as they are. `max_positions` bounds prompt and answer together,
     `positions` says how many there could be. `experts_per_token`: those that a router chooses; None without a mixture.
-    `norms_all_heads`: weights for all heads normalise queries and keys.
+    `norms_all_heads`: weights for all heads normalise queries and keys. `linear_layers` are those of linear attention,
+    which cache no K and V but keep `states` of sequences; None where there are no such layers.
     """
 
     family: str
@@ -67,6 +83,8 @@ class ModelSpec:
     latent: LatentDims | None = None
     experts_per_token: int | None = None
     norms_all_heads: bool = False
+    linear_layers: tuple[int, ...] = ()
+    states: StateLayout | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], generation_config: Mapping[str, Any] | None = None) -> ModelSpec:
@@ -79,6 +97,7 @@ class ModelSpec:
         config = {**config, **{new: config[old] for new, old in OLD_NAMES.items() if old in config}}
         latent = _latent_dims(config)
         check_relations(config)
+        linear_layers = _linear_layers(config)
         num_q_heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // num_q_heads
         positions = Positions.of(config, has_table=FAMILIES[config["model_type"]].has_position_table)
@@ -104,6 +123,8 @@ class ModelSpec:
             latent=latent,
             experts_per_token=config.get("num_experts_per_tok"),
             norms_all_heads=bool(config.get(FAMILIES[config["model_type"]].flag_of_norm_of_all_heads or "")),
+            linear_layers=linear_layers,
+            states=_states(config, len(linear_layers)) if linear_layers else None,
         )
 
     def with_max_model_len(self, max_model_len: int | None) -> ModelSpec:
@@ -119,6 +140,11 @@ class ModelSpec:
     def why_no_tp(self) -> str | None:
         """Why tensor parallelism cannot cut it, whoever does; None where that can be done."""
         return NORM_OF_ALL_HEADS if self.norms_all_heads else self.traits.refused.get("autotp")
+
+    @property
+    def num_kv_layers(self) -> int:
+        """Layers that cache K and V."""
+        return self.num_layers - len(self.linear_layers)
 
     def heads(self, tp_size: int) -> HeadPlacement:
         return HeadPlacement(self.num_q_heads, self.num_kv_heads, tp_size)
@@ -178,6 +204,26 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
+def _linear_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The layers of linear attention. UserError where there are no others, which alone have a KV cache."""
+    if not FAMILIES[config["model_type"]].has_gated_delta:
+        return ()
+    layer_types = config.get("layer_types") or ()
+    linear = tuple(i for i, kind in enumerate(layer_types) if kind == "linear_attention")
+    if linear and len(linear) == len(layer_types):
+        raise wrong_value(config, "layer_types", "one with at least one full_attention")
+    return linear
+
+
+def _states(config: Mapping[str, Any], num_layers: int) -> StateLayout:
+    for name, most in _STATE_SIZES.items():
+        check_number(config, name, 1, most)
+    num_k_heads, num_v_heads, k_dim, v_dim, width = (config[name] for name in _STATE_SIZES)
+    if num_v_heads % num_k_heads:
+        raise wrong_value(config, "linear_num_value_heads", f"a multiple of linear_num_key_heads ({num_k_heads})")
+    return StateLayout(num_layers, num_k_heads, num_v_heads, k_dim, v_dim, width)
+
+
 def refuse_unsupported(config: Mapping[str, Any]) -> None:
     """UnsupportedError when a config, whole or as its file has it, names a model that cannot run here."""
     family = config.get("model_type")
@@ -188,7 +234,8 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     layer_types = {x for x in layer_types if isinstance(x, str)} if isinstance(layer_types, (list, tuple)) else set()
     if any(config.get(key) is not None for key in _MULTIMODAL_KEYS):
         raise refuse("multimodal", found)
-    if family in RECURRENT or layer_types & RECURRENT_LAYERS:
+    runs = {"linear_attention"} if family in FAMILIES and FAMILIES[family].has_gated_delta else set()
+    if family in RECURRENT or layer_types & RECURRENT_LAYERS - runs:
         raise refuse("recurrent", found)
     if config.get("is_encoder_decoder") is True:
         raise refuse("encoder_decoder", found)
@@ -200,7 +247,7 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
         raise refuse("family", found)
     if config.get("use_bidirectional_attention"):
         raise refuse("bidirectional", found)
-    if unknown := layer_types - {"full_attention", "sliding_attention"}:
+    if unknown := layer_types - {"full_attention", "sliding_attention"} - runs:
         raise refuse("layer_type", f"{found} with layers of {', '.join(sorted(unknown))}")
     # Ranks and steps see different longest positions, so they would rotate one sequence by different angles. (`dynamic`
     # does so beyond max_position_embeddings, where `Positions` ends.)

@@ -243,13 +243,14 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
     pool = pool_size(job.spec, job.grid, job.config, launch.device)
     num_heads = job.spec.heads(job.grid.tp_size).max_stored_heads(job.grid)
     dtype = job.config.cache_dtype(job.config.dtype)
-    per_token = job.spec.kv_layout(num_heads).bytes_per_token(job.spec.num_layers, dtype)
+    per_token = job.spec.kv_layout(num_heads).bytes_per_token(job.spec.num_kv_layers, dtype)
+    per_state = 0 if job.spec.states is None else job.spec.states.bytes_per_sequence(job.config.dtype)
     tp_size = job.grid.tp_size
     # AutoTP cuts a model that every rank has loaded whole, on the host.
     loads_whole = tp_size == 1 or job.config.tensor_parallel.provider == "autotp"
     needs = MemoryNeeds(
         weights_bytes=job.weights.bytes_per_rank(tp_size),
-        kv_pool_bytes=pool.num_blocks * job.config.block_size * per_token,
+        kv_pool_bytes=pool.num_blocks * job.config.block_size * per_token + pool.num_states * per_state,
         loading_bytes=job.weights.bytes_per_rank(1 if loads_whole else tp_size),
     )
     memory = Fit(needs, available_memory(launch, os.environ))
@@ -345,7 +346,7 @@ def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path
 def pool_size(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: torch.device) -> PoolSize:
     """The KV pool of the rank that stores the most heads."""
     num_heads = spec.heads(grid.tp_size).max_stored_heads(grid)
-    return affordable_pool(spec, num_heads, grid.dcp_size, config, config.cache_dtype(config.dtype), device)
+    return affordable_pool(spec, num_heads, grid, config, config.dtype, device)
 
 
 def wanted_output(config: RunConfig, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:
