@@ -23,7 +23,8 @@ REFUSALS: dict[str, Refusal] = {
     "pipeline_parallel": Refusal("pipeline parallelism", "Use tensor and context parallelism: tp x pcp x dp."),
     "multimodal": Refusal("multimodal models", "Load the text model alone."),
     "recurrent": Refusal(
-        "recurrent and hybrid models (state instead of KV)", "Use a model with softmax attention only."
+        "recurrent and hybrid models (state instead of KV) but those of the table of families",
+        "Use one of the table, or a model with softmax attention only.",
     ),
     "encoder_decoder": Refusal("encoder-decoder models", "Use a decoder-only causal LM."),
     "quantized_weights": Refusal(
@@ -177,6 +178,10 @@ REFUSALS: dict[str, Refusal] = {
     "state_deterministic": Refusal(
         "deterministic mode with linear attention (nobody has shown yet that its states have equal bits)",
         "Leave out deterministic.",
+    ),
+    "invariant_states": Refusal(
+        "invariant training of linear attention (rollouts go on from states, training from the first token)",
+        "Leave invariant_training out for such models.",
     ),
     "state_cuda_graphs": Refusal("CUDA graphs with linear attention", "Leave out cuda_graphs."),
     "state_replicas": Refusal(

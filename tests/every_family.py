@@ -14,4 +14,6 @@ from cpinfer.models.families import FAMILIES
 OFTEN = tuple(FAMILIES)[:12]
 SELDOM = tuple(FAMILIES)[12:]
 EVERY_FAMILY = [*OFTEN, *(pytest.param(family, marks=pytest.mark.slow) for family in SELDOM)]
+WITH_STATES = frozenset(name for name, family in FAMILIES.items() if family.has_gated_delta)
+WITHOUT_STATES = [*OFTEN, *(pytest.param(f, marks=pytest.mark.slow) for f in SELDOM if f not in WITH_STATES)]
 WITHOUT_TP = frozenset(name for name, family in FAMILIES.items() if "autotp" in family.refused)

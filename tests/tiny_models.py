@@ -56,6 +56,17 @@ YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max
 EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": False}
 HEADS_OF_16 = {"head_dim": 16}
 ALTERNATING = {"sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"]}
+# Two value heads for a key head, of other dims.
+GATED_DELTA = {
+    **HEADS_OF_16,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 12,
+    "linear_conv_kernel_dim": 4,
+}
+SHARED_EXPERT = {"num_experts": 4, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 32}
 # What a family's config has beside the sizes above; each with what is its own switched on, as far as it runs under tp.
 SETTINGS: dict[str, dict[str, Any]] = {
     "apertus": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
@@ -103,6 +114,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smollm3": {**ALTERNATING, "use_sliding_window": True, "no_rope_layers": [1, 0]},
     "stablelm": {"use_qkv_bias": True, "use_parallel_residual": True},
     "starcoder2": {"sliding_window": 24},
+    "qwen3_next": {**GATED_DELTA, **EXPERTS, **SHARED_EXPERT},
+    "qwen3_5_text": GATED_DELTA,
+    "qwen3_5_moe_text": {**GATED_DELTA, **EXPERTS, **SHARED_EXPERT},
 }
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**TINY),
@@ -158,6 +172,8 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> 
                 weight.normal_(std=0.02)
             if name.endswith("q_norm.weight"):  # where queries are normalised, what made them larger is lost
                 weight.add_(2)
+            if name.endswith("A_log"):  # at random, states forget nearly all with each token
+                weight.sub_(5)
             if name.endswith("sinks"):
                 weight.normal_(std=2)
             if name.endswith("lm_head.weight"):

@@ -44,6 +44,7 @@ _NUMBERS: dict[str, _Whole] = {
     "n_routed_experts": _Whole(2**16),
     "num_experts_per_tok": _Whole(2**16),
     "n_shared_experts": _Whole(2**16, least=0),
+    "shared_expert_intermediate_size": _Whole(2**22),
     "first_k_dense_replace": _Whole(1024, least=0),
     "n_group": _Whole(2**16),
     "topk_group": _Whole(2**16),

@@ -25,6 +25,8 @@ _ONE_KV_HEAD = "one KV head: there is nothing to mix"
 _WHOLE_ATTENTION = "Transformers' plan for it leaves attention whole on every rank"
 _NO_PLAN = "Transformers has no plan for it"
 NORM_OF_ALL_HEADS = "its queries and keys are normalised over all heads, of which a rank has some"
+_LINEAR_HEADS = "its layers of linear attention are not cut by heads"
+_HYBRID = "gated delta rule, in some layers gated GQA; prefixes are not reused"
 _FUSED_HEADS = "its queries, keys and values come from one projection, which its code cuts where all heads end"
 
 
@@ -32,7 +34,7 @@ _FUSED_HEADS = "its queries, keys and values come from one projection, which its
 # fmt: off
 RECURRENT = frozenset((
     "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "mamba", "mamba2",
-    "minimax", "nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
+    "minimax", "nemotron_h", "olmo_hybrid", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
 ))
 # fmt: on
 # Families that are another one under a name of their own, which Transformers does not know.
@@ -158,6 +160,11 @@ FAMILIES: dict[str, Family] = {
         refused={"transformers_tp": _NO_PLAN},
     ),
     "starcoder2": Family("StarCoder2", "GQA, a window where its config has one", window_on_every_layer=True),
+    "qwen3_next": Family("Qwen3-Next", f"{_HYBRID}, experts", has_gated_delta=True, refused=_no_tp(_LINEAR_HEADS)),
+    "qwen3_5_text": Family("Qwen3.5 (text)", _HYBRID, has_gated_delta=True, refused=_no_tp(_LINEAR_HEADS)),
+    "qwen3_5_moe_text": Family(
+        "Qwen3.5-MoE (text)", f"{_HYBRID}, experts", has_gated_delta=True, refused=_no_tp(_LINEAR_HEADS)
+    ),
 }
 
 

@@ -31,6 +31,7 @@ from cpinfer.layout.rows import AttentionRows
 from cpinfer.models.attachment import attending_by, replaced
 from cpinfer.models.attention_keywords import windows_told
 from cpinfer.models.autocast import CastStep
+from cpinfer.models.gated_delta_net import is_gated_delta_net
 from cpinfer.models.invariant_rows import invariant_checkpointing, invariant_rows
 from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
 from cpinfer.models.local_weights import has_fsdp
@@ -61,7 +62,8 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
     Raises:
         UserError: for what is no Hugging Face model; in the block, for positions that are not those of the tokens that
             the mask leaves, and masks of other things than padding.
-        UnsupportedError: for a device that is no CPU, or adapters on `kv_b_proj` of latent attention.
+        UnsupportedError: for a device that is no CPU, linear attention, or adapters on `kv_b_proj` of
+            latent attention.
     """
     wanted, inner = job_config(config), unwrapped(without_engine(model))
     if not hasattr(getattr(inner, "config", None), "to_dict"):
@@ -70,6 +72,8 @@ def invariant_training(model: Any, config: ConfigLike = None) -> Iterator[None]:
             "DeepSpeed's engine around one."
         )
     check_latent_projections(inner)
+    if any(map(is_gated_delta_net, inner.modules())):
+        raise refuse("invariant_states", f"a {type(inner).__name__}")
     device = next(inner.parameters()).device
     if device.type != "cpu":
         raise refuse("invariant_device", f"device {device}")

@@ -163,10 +163,14 @@ class ModelSpec:
 
     @property
     def pairs_per_token(self) -> int:
-        """Query-key pairs that cost as much as one token's linear layers: parameters of a layer / (2 * H * D)."""
+        """Query-key pairs that cost as much as one token's linear layers: parameters of a layer / (2 * H * D).
+
+        Of all layers, those without attention to keys included, for each layer with it.
+        """
         attention = self.hidden_size * self.head_dim * 2 * (self.num_q_heads + self.num_kv_heads)
         mlp = 3 * self.hidden_size * self.mlp_size
-        return max(1, (attention + mlp) // (2 * self.num_q_heads * self.head_dim))
+        per_layer = (attention + mlp) // (2 * self.num_q_heads * self.head_dim)
+        return max(1, per_layer * self.num_layers // self.num_kv_layers)
 
 
 def _num_kv_heads(config: Mapping[str, Any], num_q_heads: int) -> int:
@@ -192,7 +196,7 @@ def _mlp_size(config: Mapping[str, Any]) -> int:
         check_number(config, "intermediate_size", 1, 2**22)
         one = config["intermediate_size"]
     size: int = one * (experts + (config.get("n_shared_experts") or 0))
-    return size
+    return size + (config.get("shared_expert_intermediate_size") or 0)
 
 
 def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:

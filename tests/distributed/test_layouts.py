@@ -12,6 +12,7 @@ import pytest
 
 import cpinfer
 from cpinfer.config import SamplingParams, parse_config
+from every_family import WITHOUT_TP
 from launching import forked
 from tiny_models import FAMILIES, make_model, prompts_of
 
@@ -25,6 +26,8 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 1, "pcp": 2, "dcp": 2, "kv": 2, "family": "qwen3"},
         {"tp": 2, "pcp": 1, "dcp": 1, "kv": 2, "family": "mistral"},
         {"tp": 1, "pcp": 1, "dcp": 1, "kv": 2},
+        {"tp": 1, "pcp": 2, "dcp": 2, "family": "qwen3_next", "max_num_batched_tokens": 70},
+        {"tp": 1, "pcp": 2, "dcp": 1, "family": "qwen3_5_text"},
         {"tp": 1, "pcp": 2, "dcp": 1, "kv": 2, "max_num_batched_tokens": 50},
         {"tp": 2, "pcp": 1, "dcp": 2, "kv": 1, "max_num_batched_tokens": 50, "context_exchange": "kv"},
         {"tp": 1, "pcp": 2, "dcp": 2, "kv": 2, "decode_exchange": "ag_rs", "max_num_batched_tokens": 70},
@@ -41,6 +44,8 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 1, "pcp": 4, "dcp": 4, "kv": 2, "family": "llama"},
         {"tp": 4, "pcp": 1, "dcp": 4, "kv": 1, "family": "qwen3"},
         {"tp": 1, "pcp": 4, "dcp": 2, "kv": 2},
+        {"tp": 1, "pcp": 4, "dcp": 2, "family": "qwen3_next"},
+        {"tp": 1, "pcp": 4, "dcp": 4, "family": "qwen3_5_moe_text", "max_num_batched_tokens": 90},
         {"tp": 2, "pcp": 2, "dcp": 4, "kv": 1, "max_num_batched_tokens": 50, "decode_exchange": "ag_rs"},
         {"tp": 2, "pcp": 2, "dcp": 2, "kv": 2, "max_num_batched_tokens": 50, "decode_exchange": "replicate_q"},
     ],
@@ -48,18 +53,19 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 # Every family, sharded by AutoTP: its own KV heads, mixed in a group, then copies of one.
 CHUNKED = {"max_num_batched_tokens": 50}
 WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+WITH_TP = [family for family in FAMILIES if family not in WITHOUT_TP]
 ONE_HEAD_OF_KV = ("deepseek_v2", "deepseek_v3", "gpt_bigcode")
 EVERY_FAMILY: dict[int, list[dict[str, Any]]] = {
     2: [
-        *({"tp": 2, "pcp": 1, "dcp": 2, "family": family, **CHUNKED} for family in FAMILIES),
+        *({"tp": 2, "pcp": 1, "dcp": 2, "family": family, **CHUNKED} for family in WITH_TP),
         *(
             {"tp": 2, "pcp": 1, "dcp": 2, "kv": 1, "family": family}
-            for family in FAMILIES
+            for family in WITH_TP
             if family not in ONE_HEAD_OF_KV
         ),
     ],
     4: [
-        *({"tp": 2, "pcp": 2, "dcp": 4, "family": family, **CHUNKED} for family in FAMILIES),
+        *({"tp": 2, "pcp": 2, "dcp": 4, "family": family, **CHUNKED} for family in WITH_TP),
         *({"tp": 4, "pcp": 1, "dcp": 2, "family": family} for family in ("gpt_oss", "deepseek_v2", "gpt_bigcode")),
     ],
 }

@@ -40,7 +40,7 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.models import latent_attention
 from cpinfer_tools.verify import check_rollout
-from every_family import OFTEN, SELDOM, WITHOUT_TP
+from every_family import OFTEN, SELDOM, WITH_STATES, WITHOUT_TP
 from tiny_models import EXPERTS, FAMILIES, LATENT, SETTINGS, TINY, YARN, make_model, prompts_of
 
 TOLERANCE = 1e-4
@@ -79,13 +79,15 @@ def name(value: Any) -> str:
     return grid_name(value) if isinstance(value, RankGrid) else str(value)
 
 
-def each(*grids: RankGrid, slow: Sequence[RankGrid] = (), often: Container[str] = OFTEN) -> list[Any]:
-    """All families on all grids that may cut them; fast are those `often` on `grids`."""
+def each(
+    *grids: RankGrid, slow: Sequence[RankGrid] = (), often: Container[str] = OFTEN, without: Container[str] = ()
+) -> list[Any]:
+    """All families on all grids that may cut them, but those `without`; fast are those `often` on `grids`."""
     return [
         pytest.param(family, grid, marks=() if family in often and grid not in slow else SLOW)
         for grid in (*grids, *slow)
         for family in FAMILIES
-        if grid.tp_size == 1 or family not in WITHOUT_TP
+        if (grid.tp_size == 1 or family not in WITHOUT_TP) and family not in without
     ]
 
 
@@ -171,7 +173,7 @@ def test_sequences_may_live_in_different_homes(family: str, grid: RankGrid) -> N
     ("family", "grid"),
     [
         *each(RankGrid(tp_size=2, pcp_size=2, dcp_size=2), often=OF_EACH_KIND),
-        *(pytest.param(family, PCP2_DCP2, marks=SLOW) for family in WITHOUT_TP),
+        *(pytest.param(family, PCP2_DCP2, marks=SLOW) for family in sorted(WITHOUT_TP - WITH_STATES)),
     ],
     ids=name,
 )
@@ -181,7 +183,7 @@ def test_queries_may_be_replicated(family: str, grid: RankGrid) -> None:
 
 @pytest.mark.parametrize(
     ("family", "grid"),
-    [*each(TP2_DCP2), *each(PCP2_DCP1, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND)],
+    [*each(TP2_DCP2), *each(PCP2_DCP1, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND, without=WITH_STATES)],
     ids=name,
 )
 def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str, grid: RankGrid) -> None:
@@ -214,7 +216,9 @@ def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str, grid: Rank
     assert len(results) == 6 and max(whole(family).differences(results)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "grid"), each(PCP2_DCP2, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND), ids=name)
+@pytest.mark.parametrize(
+    ("family", "grid"), each(PCP2_DCP2, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND, without=WITH_STATES), ids=name
+)
 def test_a_tight_pool_preempts_and_changes_no_answer(family: str, grid: RankGrid) -> None:
     """Prompts are short and answers long, so that windows, whose dead blocks are given back, do not make room."""
     prompts = prompts_of([9] * 6, vocab_size=128)

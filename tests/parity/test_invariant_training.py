@@ -16,11 +16,13 @@ from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.grid import RankGrid
-from every_family import OFTEN, SELDOM
+from every_family import OFTEN, SELDOM, WITH_STATES
 from tiny_models import FAMILIES, make_model, prompts_of
 
 DTYPES = ["float32", "bfloat16"]
-SELDOM_TRAINED = [f if f == "phimoe" else pytest.param(f, marks=pytest.mark.slow) for f in SELDOM]
+SELDOM_TRAINED = [
+    f if f == "phimoe" else pytest.param(f, marks=pytest.mark.slow) for f in SELDOM if f not in WITH_STATES
+]
 TRAINABLE = [*OFTEN, *SELDOM_TRAINED]
 PROMPTS = prompts_of((5, 40, 17, 133, 8), vocab_size=128)
 CONFIG = parse_config({"kv_cache_gib": 2**-7, "max_num_batched_tokens": 50, "block_size": 4, "deterministic": True})
@@ -187,6 +189,11 @@ def test_what_rollouts_know_nothing_of_is_refused(family: str) -> None:
     model = make_model(dropping).train()
     with cpinfer.invariant_training(model), pytest.raises(UserError, match=r"dropout of attention is 0\.1"):
         model(ids)
+    with (
+        pytest.raises(UnsupportedError, match="invariant training of linear attention"),
+        cpinfer.invariant_training(make_model(FAMILIES["qwen3_next"])),
+    ):
+        raise AssertionError("it was not refused")
 
 
 def test_other_dtypes_are_refused() -> None:

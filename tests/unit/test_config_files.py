@@ -43,6 +43,7 @@ RIGHT: dict[str, list[Any]] = {
     "first_k_dense_replace": [0],
     "head_dim": [None],
     "id2label": [None],
+    "intermediate_size": [None],  # of models of experts alone
     "dtype": [None],
     "is_encoder_decoder": [True, 0, None],
     "layer_norm_eps": [1.5],

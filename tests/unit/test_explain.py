@@ -362,6 +362,14 @@ def test_head_dim_of_the_model_wins_over_the_quotient_and_missing_kv_heads_mean_
     assert answer["ranks"][0]["kv_heads"] == list(range(8))
 
 
+@pytest.mark.parametrize(
+    "kinds", [{"layer_types": [*["linear_attention"] * 3, "full_attention"]}, {"full_attention_interval": 4}]
+)
+def test_layers_of_linear_attention_cache_no_keys(explain, tmp_path, kinds):
+    _, answer, _, _ = explain("--config", write_config(tmp_path, QWEN | kinds))
+    assert answer["kv_bytes_per_token_per_rank"] == 1 * 2 * 2 * 32 * 2
+
+
 def test_the_latent_of_a_deepseek_config_is_its_one_kv_head_whatever_heads_it_names(explain, tmp_path):
     model = QWEN | {"num_key_value_heads": 8, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "head_dim": 8}
     path = write_config(tmp_path, model, tensor_parallel={"tp_size": 4}, decode_context_parallel_size=4)

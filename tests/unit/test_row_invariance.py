@@ -12,7 +12,7 @@ from cpinfer.engine.attach import model_spec
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.models.row_invariance import check_row_invariance
 from cpinfer.models.runner import attached
-from every_family import EVERY_FAMILY
+from every_family import WITHOUT_STATES
 from tiny_models import FAMILIES, TINY, make_model
 from torch_threads import torch_threads
 
@@ -24,13 +24,13 @@ def check(model, **words):
 
 @pytest.mark.parametrize("num_threads", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", WITHOUT_STATES)
 def test_rows_of_every_family_have_the_same_bits_alone_and_beside_others(family, dtype, num_threads):
     with torch_threads(num_threads):
         check(make_model(FAMILIES[family], dtype))
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("family", WITHOUT_STATES)
 def test_without_the_context_rows_differ(family):
     """Negative control."""
     with pytest.raises(UserError, match="deterministic logits cannot be kept"):

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from cpinfer.errors import UnsupportedError, UserError
-from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.capacity import KVLayout, StateLayout
 from cpinfer.models.families import FAMILIES
 from cpinfer.models.positions import Positions
 from cpinfer.models.spec import NUM_KV_HEADS_BEFORE_EXPANSION, LatentDims, ModelSpec
@@ -27,6 +27,15 @@ OLD_SHAPE = {"vocab_size": 100, "n_embd": 64, "n_inner": 96, "n_layer": 3, "n_he
 LATENT = {"kv_lora_rank": 24, "qk_rope_head_dim": 4, "qk_nope_head_dim": 12, "v_head_dim": 6}
 ROUTED = {"num_experts_per_tok": 4, "moe_intermediate_size": 32}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 4,
+}
+STATES = {"linear_layers": (0, 2), "states": StateLayout(2, 2, 6, 8, 10, 4)}
 # Of a family what a config of SHAPE lacks to be one that people have, and what its spec then has that Llama's has not.
 OWN = {
     "mistral": ({"sliding_window": None}, {}),
@@ -59,6 +68,15 @@ OWN = {
     "phimoe": ({"num_experts_per_tok": 2, "sliding_window": 128}, {"mlp_size": 2 * 96, "windows": (128,) * 3}),
     "stablelm": ({"qk_layernorm": True}, {"norms_all_heads": True}),
     "starcoder2": ({"sliding_window": 128}, {"windows": (128,) * 3}),
+    "qwen3_next": (
+        {**ROUTED, **HYBRID, "shared_expert_intermediate_size": 8},
+        {**STATES, "mlp_size": 4 * 32 + 8},
+    ),
+    "qwen3_5_text": (HYBRID, STATES),
+    "qwen3_5_moe_text": (
+        {**ROUTED, **HYBRID, "shared_expert_intermediate_size": 8},
+        {**STATES, "mlp_size": 4 * 32 + 8},
+    ),
 }
 
 
@@ -194,7 +212,7 @@ def test_end_tokens_come_from_the_generation_config_first(generation, config, wa
         ("Glm4MoeLiteConfig", "model families without a row"),
         ("Llama4TextConfig", "model families without a row"),
         ("MambaConfig", "recurrent and hybrid models"),
-        ("Qwen3NextConfig", "recurrent and hybrid models"),
+        ("OlmoHybridConfig", "recurrent and hybrid models"),
         ("JambaConfig", "recurrent and hybrid models"),
         ("T5Config", "encoder-decoder models"),
         ("BartConfig", "encoder-decoder models"),
@@ -336,3 +354,30 @@ def test_deepseek_absorbs_up_to_170_queries():
     """512 * 256 multiplications to expand a latent, 1,088 against 320 for each query of it."""
     assert LatentDims(512, 64, 128, 128).max_absorbed_queries == 170
     assert LatentDims(8, 4, 12, 6).max_absorbed_queries is None, "a latent as small as what it expands to"
+
+
+def test_layers_of_linear_attention_cache_no_keys():
+    spec = ModelSpec.from_config(supported("qwen3_next"))
+    assert (spec.num_layers, spec.num_kv_layers, spec.widest_window) == (3, 1, None)
+    assert ModelSpec.from_config(supported("qwen3_next", layer_types=["full_attention"] * 3)).states is None
+    assert ModelSpec.from_config(supported("llama")).num_kv_layers == 3
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"layer_types": ["linear_attention"] * 3}, "at least one full_attention was wanted"),
+        ({"linear_num_value_heads": 5}, r'"linear_num_value_heads" is 5; a multiple of linear_num_key_heads \(2\)'),
+        ({"linear_conv_kernel_dim": 0}, '"linear_conv_kernel_dim" is 0; a whole number from 1'),
+        ({"layer_types": ["linear_attention", "mamba", "full_attention"]}, "recurrent and hybrid models"),
+    ],
+)
+def test_sizes_of_states_that_no_model_has_are_refused(change, words):
+    with pytest.raises(UserError, match=words):
+        ModelSpec.from_config({**supported("qwen3_next"), **change})
+
+
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
+def test_models_with_a_vision_part_are_refused_by_name(family):
+    with pytest.raises(UnsupportedError, match="multimodal models"):
+        ModelSpec.from_config(transformers.AutoConfig.for_model(family).to_dict())

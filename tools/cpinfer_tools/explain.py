@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -315,12 +315,20 @@ def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
     return ModelFacts(
         num_q_heads=heads,
         num_kv_heads=_first(size("num_key_value_heads"), heads),
-        num_layers=size("num_hidden_layers"),
+        num_layers=_num_kv_layers(data, size("num_hidden_layers"), size("full_attention_interval")),
         head_dim=_first(size("head_dim"), width // heads if width and heads else None),
         kv_lora_rank=size("kv_lora_rank"),
         qk_rope_head_dim=size("qk_rope_head_dim"),
         max_model_len=Positions.of(data, has_table=False).made_for if size("max_position_embeddings") else None,
     )
+
+
+def _num_kv_layers(data: Mapping[str, Any], num_layers: int | None, interval: int | None) -> int | None:
+    """The layers of a config that cache K and V: all but those of linear attention."""
+    kinds = data.get("layer_types")
+    if num_layers is None or not isinstance(kinds, list):
+        return num_layers if num_layers is None or interval is None else max(1, num_layers // interval)
+    return max(1, num_layers - kinds.count("linear_attention"))
 
 
 def _first(*values: Any) -> Any:
