@@ -247,6 +247,7 @@ class SampledRequest(Request):
         return self.prompt.token_ids[place + 1]
 
     def restart(self, version: int | None) -> None:
+        """Scores and experts of a prompt of which nothing was drawn yet are computed anew, too."""
         if self._num_unscored:
             super().restart(version)
         if version is not None:

@@ -12,7 +12,10 @@ from cpinfer.errors import EngineFaultError, UserError
 from cpinfer.models.routed_experts import ExpertLayers
 from tiny_models import FAMILIES, make_model, prompts_of
 
-IN_ALL_LAYERS = ("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "minimax_m2", "olmoe", "phimoe")
+IN_ALL_LAYERS = (
+    *("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "minimax_m2", "olmoe", "phimoe"),
+    *("qwen3_next", "qwen3_5_moe_text"),
+)
 IN_THE_LAST_LAYER = ("deepseek_v2", "deepseek_v3", "glm4_moe")
 LAYERS = {family: [0, 1] for family in IN_ALL_LAYERS} | {family: [1] for family in IN_THE_LAST_LAYER}
 IDS = torch.tensor(prompts_of((7,), vocab_size=128))
