@@ -52,7 +52,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
 }
 # Every family, sharded by AutoTP: its own KV heads, mixed in a group, then copies of one.
 CHUNKED = {"max_num_batched_tokens": 50}
-WITH_EXPERTS = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+WITH_EXPERTS = [f for f, config in FAMILIES.items() if getattr(config, "num_experts_per_tok", None)]
 WITH_TP = [family for family in FAMILIES if family not in WITHOUT_TP]
 ONE_HEAD_OF_KV = ("deepseek_v2", "deepseek_v3", "gpt_bigcode")
 EVERY_FAMILY: dict[int, list[dict[str, Any]]] = {
