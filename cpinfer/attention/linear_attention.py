@@ -20,7 +20,16 @@ from torch import Tensor
 from cpinfer.comm.axis import AxisComm
 from cpinfer.kv_cache.state_store import StateStore
 from cpinfer.layout.states import FRESH, OPEN, StatePlan
-from cpinfer.ops.delta_rule import DeltaRule, DeltaTokens, PieceStates, advance, convolve_pieces, read_past, run_pieces
+from cpinfer.ops.delta_rule import (
+    DeltaRule,
+    DeltaTokens,
+    PieceStates,
+    advance,
+    convolve_pieces,
+    read_past,
+    run_pieces,
+    with_zero_row,
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,9 @@ class PrefillStates:
         own, plan, store = x[: self.num_tokens], self._plan, self._store
         N = len(plan.lens)
         message = x.new_zeros(plan.num_tails, store.layout.num_tail, x.shape[-1])
-        message[:N] = _with_zeros(own)[self._sent_rows]
+        message[:N] = with_zero_row(own)[self._sent_rows]
         message[N : N + len(plan.sent_inputs)] = store.inputs(layer.index, self._sent_inputs).to(x.dtype)
-        gathered = _with_zeros(self._comm.all_gather(message).reshape(-1, x.shape[-1]))
+        gathered = with_zero_row(self._comm.all_gather(message).reshape(-1, x.shape[-1]))
         for slots, tail in self._kept:
             store.write_inputs(layer.index, slots, gathered[tail])
         out = torch.zeros_like(x)
@@ -180,8 +189,3 @@ class DecodeStates:
             out[:R] = read[:, 0]
             self._store.write_states(layer.index, self._slots, after)
         return out
-
-
-def _with_zeros(x: Tensor) -> Tensor:
-    """With a row of zeros behind the last, which is row -1."""
-    return torch.cat([x, x.new_zeros(1, *x.shape[1:])])

@@ -200,7 +200,7 @@ class StepPlanner:
             pcp_rank=self._pcp_rank % self._row_ranks,
             shard=self._shard,
             rows_per_rank=self._rows_per_rank(here),
-            ranks=_own_ranks(here),
+            ranks=self._own_ranks(here),
         )
         rows = {
             window: plan.rows
@@ -218,24 +218,24 @@ class StepPlanner:
             if not requests:
                 continue
             rows_per_rank = self._rows_per_rank(requests)
-            rows = assign_rows(len(requests), self._row_ranks, rows_per_rank, _own_ranks(requests))
+            rows = assign_rows(len(requests), self._row_ranks, rows_per_rank, self._own_ranks(requests))
             for place, i in enumerate(rows.tolist()):
                 if i >= 0:
                     pcp_rank, record = divmod(place, rows_per_rank)
                     places[id(requests[i])] = (home * self._grid.row_ranks + pcp_rank, record)
         return places
 
+    def _own_ranks(self, requests: Sequence[SampledRequest]) -> list[int] | None:
+        """The rank of a home that has the state of each request, None where they have none and may go anywhere."""
+        if self._num_tail is None:
+            return None
+        return [request.state.rank for request in requests if request.state is not None]
+
     def _rows_per_rank(self, requests: Sequence[SampledRequest]) -> int:
         """As few as hold them; where steps are replayed, as many as a step that is captured."""
-        ranks = _own_ranks(requests)
+        ranks = self._own_ranks(requests)
         needed = -(-len(requests) // self._row_ranks) if ranks is None else max(map(ranks.count, set(ranks)))
         return cuda_graph_batch_size(needed) if self._in_buckets else needed
-
-
-def _own_ranks(requests: Sequence[SampledRequest]) -> list[int] | None:
-    """The rank of a home that has the state of each request, None where they have none and may go anywhere."""
-    ranks = [request.state.rank for request in requests if request.state is not None]
-    return ranks or None
 
 
 def _context_of(chunk: Chunk) -> Context:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -90,14 +91,15 @@ def run_pieces(
     groups: dict[tuple[bool, int], list[int]] = defaultdict(list)
     for i, (length, start) in enumerate(zip(lens, starts, strict=True)):
         groups[start is None, -(-length // CHUNK_SIZE)].append(i)
-    firsts = [sum(lens[:i]) for i in range(n)]
+    firsts = list(accumulate(lens, initial=0))
+    padded = [with_zero_row(x) for x in (tokens.q, tokens.k, tokens.v, tokens.g, tokens.beta)]
     for (is_open, _), members in groups.items():
         longest = max(lens[i] for i in members)
         rows = torch.full((len(members), longest), T)  # the row behind the last is zero
         for row, i in zip(rows, members, strict=True):
             row[: lens[i]] = torch.arange(firsts[i], firsts[i] + lens[i])
         rows = rows.to(tokens.v.device)
-        q, k, v, g, beta = (_padded(x)[rows] for x in (tokens.q, tokens.k, tokens.v, tokens.g, tokens.beta))
+        q, k, v, g, beta = (x[rows] for x in padded)
         if is_open:
             q, k, v = (x.to(g.dtype) for x in (q, k, v))
             v = torch.cat([v, v.new_zeros(*v.shape[:-1], K)], dim=-1)
@@ -146,5 +148,6 @@ def convolve_pieces(convolve: Callable[[Tensor], Tensor], x: Tensor, lens: Seque
     return out[is_token.to(x.device)]
 
 
-def _padded(x: Tensor) -> Tensor:
+def with_zero_row(x: Tensor) -> Tensor:
+    """`[T + 1, ...]`: x `[T, ...]`, and behind its last row one of zeros, which is row -1."""
     return torch.cat([x, x.new_zeros(1, *x.shape[1:])])
