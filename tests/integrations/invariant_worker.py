@@ -50,7 +50,7 @@ def trainer_of(kind: str, model: Any) -> Trainer:
 def run(kind: str, family: str, dtype: str) -> dict[str, Any]:
     """The largest difference of logprobs in each step, and that of a forward that is not invariant."""
     settings = copy.deepcopy(FAMILIES[family])
-    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop"):
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout"):
         setattr(settings, name, 0.0)
     model = make_model(settings).to(getattr(torch, dtype))
     keys = {"dtype": dtype, "kv_cache_gib": 0.002, "block_size": 4, "deterministic": True}
