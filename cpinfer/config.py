@@ -1,4 +1,4 @@
-"""The config: one JSON file, keys as users know them from vLLM and DeepSpeed. These classes are the only schema.
+"""The config: one file, JSON or TOML, keys as users know them from vLLM and DeepSpeed. These classes are the schema.
 
     EngineConfig     what an engine reads
     ParallelConfig   sizes of a layout, and how long its ranks wait for each other
@@ -22,12 +22,13 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, overload
 
+from cpinfer.config_file import read_config_file
 from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.other_engines_keys import own_keys
 from cpinfer.refusals import refuse
 from cpinfer.schema import Bounds, Checked, parse_object, require
 from cpinfer.schema import key as _key
-from cpinfer.strict_json import NotJSONError, parse_json, read_text
+from cpinfer.strict_json import NotJSONError, parse_json
 
 # Who shards weights by tensor parallelism: DeepSpeed's AutoTP, or Transformers.
 Provider = Literal["autotp", "transformers"]
@@ -340,13 +341,16 @@ class LaunchConfig(JobConfig):
 KEYS_OF_TOOLS = frozenset(
     ("generation_config", "input", "output", "evaluation", "comparison", "training", "server", "wandb")
 )
+# Where editors look up what keys there are.
+KEY_OF_EDITORS = "$schema"
 
 
 def load_config(path: str | PathLike[str], overrides: Sequence[str] = ()) -> JobConfig:
     """What a config file says to a job.
 
     Args:
-        path: of a JSON file, which may be that of a run: what only tools read in it is left out.
+        path: of a file in JSON, or in TOML if it ends in `.toml`. It may be that of a run: what only tools read in it
+            is left out.
         overrides: `a.b=value`, values in JSON, else text; they win over the file.
 
     Returns:
@@ -386,7 +390,7 @@ def job_config(given: ConfigLike) -> JobConfig:
         return load_config(given)
     if given is None or isinstance(given, Mapping):
         return parse_config(given or {})
-    raise UserError(f"the config is {quoted(given)}; an object, a dict, the path of a JSON file or None was wanted.")
+    raise UserError(f"the config is {quoted(given)}; an object, a dict, the path of a file or None was wanted.")
 
 
 def with_keys(config: E, keys: Mapping[str, Any]) -> E:
@@ -413,16 +417,7 @@ def load_as(
     """
     path = Path(path)
     try:
-        data = parse_json(read_text(path))
-    except OSError as error:
-        raise UserError(f"config {path}: {error.strerror}. A JSON file with config keys was wanted.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path}: not valid JSON: {error}.") from error
-    except UserError as error:
-        raise UserError(f"config {path}: {error}") from error
-    try:
-        if not isinstance(data, dict):
-            raise UserError(f"the file holds a {type(data).__name__}, an object with config keys was wanted.")
+        data = read_config_file(path)
         for override in overrides:
             apply_override(data, override)
         return parse_as(cls, _over(defaults or {}, data)).seen_from(path.parent)
@@ -437,7 +432,7 @@ def parse_as(cls: type[C], data: Mapping[str, Any]) -> C:
     """
     if not isinstance(data, Mapping):
         raise UserError(f"found {quoted(data)}; an object with config keys was wanted.")
-    not_for_us = KEYS_OF_TOOLS - {field.name for field in dataclasses.fields(cls)}
+    not_for_us = (KEYS_OF_TOOLS | {KEY_OF_EDITORS}) - {field.name for field in dataclasses.fields(cls)}
     return parse_object(cls, own_keys({name: data[name] for name in data if name not in not_for_us}, ""))
 
 

@@ -123,7 +123,7 @@ def conform(hint: Any, value: Any, where: str, rules: Mapping[str, Any] = types.
         return _conform_number(hint, value, where, rules.get("within"))
     if type(value) not in _PLAIN and hasattr(value, "tolist"):  # of numpy or torch: numbers and arrays
         value = value.tolist()
-    hint = _without_none(hint) if value is not None else hint
+    hint = without_none(hint) if value is not None else hint
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if value is None and type(None) in args:
         return None
@@ -195,7 +195,7 @@ def _number_of(name: Any) -> Any:
 
 
 def _wanted(hint: Any) -> str:
-    hint = _without_none(hint)
+    hint = without_none(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(quoted, args))
@@ -212,7 +212,7 @@ def _wanted_tuple(args: tuple[Any, ...]) -> str:
     return "a pair of " + " and ".join(map(_wanted, args))
 
 
-def _without_none(hint: Any) -> Any:
+def without_none(hint: Any) -> Any:
     """The type in a hint that may allow None beside it."""
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         return next(arg for arg in typing.get_args(hint) if arg is not type(None))

@@ -46,6 +46,13 @@ def parse_json(text: str) -> Any:
     return data
 
 
+def require_finite(data: Any) -> None:
+    """UserError where plain data of another notation has NaN or Infinity in it, which JSON has no word for."""
+    where = _first_not_finite(data, "")
+    if where is not None:
+        raise UserError(f"{quoted(where, limit=120)} is not finite; a finite number was wanted.")
+
+
 def read_text(path: str | Path) -> str:
     """The text of a file in UTF-8, without the mark that some editors put before it. OSError, UnicodeDecodeError."""
     return Path(path).read_text(encoding="utf-8-sig")

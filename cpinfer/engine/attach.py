@@ -65,7 +65,7 @@ def attach(
         model: a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
             whose active adapters are then in effect).
         topology: the ranks, and the layout, which it alone decides; default: one process.
-        config: an `EngineConfig` or more than one (a `JobConfig`, a tool's), a dict of keys, the path of a JSON file,
+        config: an `EngineConfig` or more than one (a `JobConfig`, a tool's), a dict of keys, the path of a file,
             or nothing. Of what a job or a run says only the engine's keys are read: sampling goes with each call.
         tokenizer: for prompts that are text, stop strings, and the text of results.
         keys: those of an `EngineConfig`, which win over `config`: `attach(model, topology, max_num_seqs=64)`.

@@ -262,7 +262,7 @@ def test_an_engine_has_the_very_config_that_was_given_neither_copied_nor_checked
         ({"max_num_seq": 3}, 'unknown key "max_num_seq"; the nearest known key is "max_num_seqs"'),
         ({"evaluations": {}}, 'unknown key "evaluations"'),
         ({"sampling": {"n": 2}}, 'the config has "sampling".* Give it to generate'),
-        (3, "the config is 3; an object, a dict, the path of a JSON file or None was wanted"),
+        (3, "the config is 3; an object, a dict, the path of a file or None was wanted"),
         ("no-such.json", r"config no-such\.json: No such file"),
         (ParallelConfig(), 'the config is "ParallelConfig'),
     ],

@@ -456,7 +456,7 @@ def test_a_job_that_is_told_nothing_has_the_defaults_and_one_of_an_engine_its_ke
 
 @pytest.mark.parametrize("bad", [3, ["block_size"], ParallelConfig(), SamplingParams(), True])
 def test_what_is_no_config_is_told_what_was_wanted(bad):
-    with pytest.raises(UserError, match="an object, a dict, the path of a JSON file or None was wanted"):
+    with pytest.raises(UserError, match="an object, a dict, the path of a file or None was wanted"):
         job_config(bad)
 
 

@@ -1,4 +1,6 @@
-"""Rewrite what comes from code: docs/reports.md, and parts of README.md between `<!-- begin NAME -->` and its end.
+"""Rewrite what comes from code: docs/reports.md, the JSON Schema of configs, and parts of README.md.
+
+The parts stand between `<!-- begin NAME -->` and its end.
 
 python tools/dev/docs.py            # rewrite
 python tools/dev/docs.py --check    # exit 1 when something is out of date
@@ -15,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from config_schema import config_schema
 from cpinfer.config import EngineConfig, JobConfig, LaunchConfig, ParallelConfig
 from cpinfer.engine.prompts import LINE_KEYS
 from cpinfer.layout.explain import draw_grid
@@ -28,6 +31,7 @@ from public_reports import reports_page
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 REPORTS = README.parent / "docs" / "reports.md"
+SCHEMA = README.parent / "configs" / "schema" / "cpinfer.schema.json"
 # From what an engine reads to what a tool does: each table has what its class adds, or says otherwise.
 CONFIG_CLASSES = (EngineConfig, ParallelConfig, JobConfig, LaunchConfig, RunConfig)
 # The layouts that the README draws: grid, query heads, KV heads.
@@ -43,8 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing, exit 1 when something is out of date")
     args = parser.parse_args(argv)
-    before = {page: page.read_text(encoding="utf-8") for page in (README, REPORTS) if page.exists()}
-    after = {README: refreshed(before[README]), REPORTS: reports_page()}
+    before = {page: page.read_text(encoding="utf-8") for page in (README, REPORTS, SCHEMA) if page.exists()}
+    schema = json.dumps(config_schema(), indent=2) + "\n"
+    after = {README: refreshed(before[README]), REPORTS: reports_page(), SCHEMA: schema}
     if args.check:
         print(json.dumps({"up_to_date": before == after}))
         return 0 if before == after else 1
