@@ -109,6 +109,10 @@ REFUSALS: dict[str, Refusal] = {
     "flashinfer_dtype": Refusal(
         "FlashInfer in float32 (its kernels take half precision)", 'Set backend to "torch", or dtype to "bfloat16".'
     ),
+    "flashinfer_capability": Refusal(
+        "FlashInfer on GPUs before Turing, and in bfloat16 before Ampere",
+        'Set backend to "torch", or dtype to "float16" on Turing.',
+    ),
     "flashinfer_head_dim": Refusal(
         "FlashInfer with head dims other than 64, 128, 256 and DeepSeek's", 'Set backend to "torch", or "auto".'
     ),

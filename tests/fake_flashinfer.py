@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend
+from cpinfer.attention.backends.flashinfer.kernels import Chip, KernelModule
 from cpinfer.attention.backends.self_check import check_backend
 
 SIGNATURES = json.loads((Path(__file__).parent / "flashinfer_signatures.json").read_text(encoding="utf-8"))
@@ -46,11 +47,16 @@ def signature(version: str, call: str) -> inspect.Signature:
 
 @dataclass
 class Log:
-    """What was asked of the library: wrappers made, plans and runs, by kind."""
+    """What was asked of the library: wrappers made, plans and runs, by kind; modules that it would have compiled.
+
+    `int_bytes`: of what wrappers were given to write plans to, in place of what they are made with.
+    """
 
     made: list[dict[str, Any]]
     plans: list[tuple[str, dict[str, Any]]]
     num_runs: int = 0
+    modules: set[KernelModule] = field(default_factory=set)
+    int_bytes: list[int] = field(default_factory=list)
 
 
 def fake_flashinfer(
@@ -77,10 +83,22 @@ def fake_flashinfer(
             given = bound(f"{self.name}.__init__", self, args, kwargs)
             log.made.append({"name": self.kind, **given})
             assert given.get("backend") in ("fa2", "fa3"), "a family that returns lse must be pinned"
-            self.family, self.fixed = given["backend"], None
+            self.family, self.fixed, self.tensor_cores = given["backend"], None, given.get("use_tensor_cores")
             if given.get("use_cuda_graph"):
                 self.fixed = {name: given[name] for name in self.buffers}
             self.planned: dict[str, Any] = {}
+
+        def reset_workspace_buffer(self, *args: Any, **kwargs: Any) -> None:
+            given = bound(f"{self.name}.reset_workspace_buffer", self, args, kwargs)
+            assert given["int_workspace_buffer"].dtype == torch.uint8
+            log.int_bytes.append(len(given["int_workspace_buffer"]))
+
+        def compile(self, name: Any) -> None:
+            """The module of what is planned. Windows are compiled for where one is planned, and caps above 0."""
+            p = self.planned
+            dtypes, dims = (p["q_data_type"], p["kv_data_type"]), (p["head_dim_qk"], p["head_dim_vo"])
+            made_for = (p["window_left"] >= 0, (p["logits_soft_cap"] or 0) > 0)
+            log.modules.add(KernelModule(name, self.family, *dtypes, *dims, *made_for))
 
         def hold(self, **arrays: Tensor) -> None:
             """Plan arrays are int32; a fixed wrapper copies them to where it was told, in order of `buffers`."""
@@ -167,6 +185,7 @@ def fake_flashinfer(
                 last_page_len=p["paged_kv_last_page_len"],
             )
             self.planned = {"causal": False, "window_left": -1, "head_dim_vo": p["head_dim_qk"], **p}
+            self.compile("batch_prefill")
             # Over pages, of keys and values of different dims it has none: cudaErrorNotSupported.
             is_square = self.planned["head_dim_qk"] == self.planned["head_dim_vo"]
             if self.family == "fa3" and not is_square:
@@ -188,6 +207,7 @@ def fake_flashinfer(
             self.hold(kv_indptr=p["indptr"], kv_indices=p["indices"], last_page_len=p["last_page_len"])
             same = {"causal": False, "window_left": -1, "head_dim_qk": p["head_dim"], "head_dim_vo": p["head_dim"]}
             self.planned = {**same, **p}
+            self.compile("batch_prefill" if self.tensor_cores else "batch_decode")
 
         run = Prefill.run
 
@@ -211,6 +231,7 @@ def fake_flashinfer(
                 "head_dim_qk": p["head_dim_ckv"] + p["head_dim_kpe"],
                 "head_dim_vo": p["head_dim_ckv"],
             }
+            self.compile("batch_mla")
 
         def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             r = bound(f"{self.name}.run", self, args, kwargs)
@@ -240,9 +261,12 @@ def _widened(pages: Tensor) -> Tensor:
     return wide.nan_to_num(480.0 if pages.dtype == torch.float8_e4m3fn else 114688.0)
 
 
-def checked_backend(device: torch.device, needs: AttentionNeeds, library: Any) -> FlashInferBackend:
-    """Our backend over a library, checked as an engine's is."""
+def checked_backend(
+    device: torch.device, needs: AttentionNeeds, library: Any, chip: Chip = Chip()
+) -> FlashInferBackend:
+    """Our backend over a library, checked as an engine's is, with kernels chosen as for a `chip`."""
     backend = FlashInferBackend(device, needs, library)
+    backend._chip = chip
     check_backend(backend, needs, device)
     return backend
 

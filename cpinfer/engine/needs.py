@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from cpinfer.attention.backends.base import AttentionNeeds, StepBackends
+from cpinfer.attention.backends.base import AttentionNeeds, FixedSize, LayerKind, StepBackends
 from cpinfer.attention.backends.ordered_backend import OrderedBackend
-from cpinfer.attention.backends.registry import make_backend
+from cpinfer.attention.backends.registry import backend_bytes, make_backend
+from cpinfer.attention.exchanges.registry import decode_exchange
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
 from cpinfer.errors import UserError
@@ -18,6 +19,7 @@ from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.kv_cache.state_pool import StatePool
 from cpinfer.kv_cache.state_store import StateStore
 from cpinfer.layout.capacity import KVLayout, PoolSize
+from cpinfer.layout.decode import cuda_graph_batch_size
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
@@ -46,7 +48,13 @@ class RankNeeds:
         """Those of the rank at its place in the topology."""
         heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
         cache_dtype = config.cache_dtype(_name(runner.dtype))
-        needs = attention_needs(runner.spec, heads, runner.dtype, getattr(torch, cache_dtype))
+        needs = attention_needs(
+            runner.spec,
+            heads,
+            runner.dtype,
+            getattr(torch, cache_dtype),
+            replayed_sizes(runner.spec, config, topology.grid),
+        )
         return cls(needs, runner.spec.kv_layout(len(heads.kv_heads)), cache_dtype, pool_size)
 
     def pool_bytes(self, spec: ModelSpec) -> int:
@@ -114,14 +122,49 @@ def own_pool(runner: ModelRunner, topology: Topology, config: EngineConfig) -> P
             f"kv_cache_gib={config.kv_cache_gib:g} is more than the {memory / 2**30:.1f} GiB of memory of "
             f"{runner.device}. Lower it."
         )
-    return affordable_pool(runner.spec, len(heads.kv_heads), topology.grid, config, _name(runner.dtype), runner.device)
+    dtype = _name(runner.dtype)
+    return affordable_pool(
+        runner.spec,
+        len(heads.kv_heads),
+        topology.grid,
+        config,
+        dtype,
+        runner.device,
+        kernel_bytes(runner.spec, heads, topology.grid, config, dtype, runner.device),
+    )
+
+
+def kernel_bytes(
+    spec: ModelSpec, heads: GroupHeads, grid: RankGrid, config: EngineConfig, dtype: str, device: torch.device
+) -> int:
+    """What the attention kernels of a rank with these heads keep on its device beside the KV pool, at most."""
+    if config.deterministic:  # Triton's, which work in registers
+        return 0
+    dtypes = (getattr(torch, dtype), getattr(torch, config.cache_dtype(dtype)))
+    needs = attention_needs(spec, heads, *dtypes, replayed_sizes(spec, config, grid))
+    return backend_bytes(config.backend, device, needs)
+
+
+def replayed_sizes(spec: ModelSpec, config: EngineConfig, grid: RankGrid) -> tuple[FixedSize, ...]:
+    """Rows and blocks of the decode steps that may be captured in CUDA graphs, of all ranks of a home."""
+    if not config.cuda_graphs:
+        return ()
+    row_ranks = decode_exchange(config.decode_exchange).row_ranks(grid)
+    own_rows = range(1, -(-config.max_num_seqs // row_ranks) + 1)
+    blocks = KVSharding(grid.dcp_size, config.interleave, config.block_size).num_blocks(spec.max_positions)
+    rows = sorted({row_ranks * cuda_graph_batch_size(n) for n in own_rows})
+    return tuple(FixedSize(n, n * blocks) for n in rows)
 
 
 def attention_needs(
-    spec: ModelSpec, heads: GroupHeads, dtype: torch.dtype, cache_dtype: torch.dtype | None = None
+    spec: ModelSpec,
+    heads: GroupHeads,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype | None = None,
+    replayed: tuple[FixedSize, ...] = (),
 ) -> AttentionNeeds:
     """What a rank with these heads asks of its attention backend."""
-    own_heads, has_windows = heads.num_q_heads, any(w is not None for w in spec.windows)
+    own_heads = heads.num_q_heads
     own_kv_heads = heads.own.stop - heads.own.start
     calls = {(own_heads, spec.kv_layout(own_kv_heads))}
     if len(set(heads.q_per_kv)) == 1:
@@ -131,19 +174,27 @@ def attention_needs(
     if spec.latent is not None:
         calls.add((own_heads, KVLayout(own_heads, spec.head_dim, spec.latent.v_head_dim)))
     ordered = sorted(calls, key=lambda call: (call[0], call[1].num_heads))
-    return AttentionNeeds(dtype, tuple(ordered), has_windows, cache_dtype)
+    layers = {LayerKind(window is not None, spec.has_soft_cap) for window in spec.windows}
+    return AttentionNeeds(dtype, tuple(ordered), cache_dtype, tuple(sorted(layers)), replayed)
 
 
 def affordable_pool(
-    spec: ModelSpec, num_heads: int, grid: RankGrid, config: EngineConfig, dtype: str, device: torch.device
+    spec: ModelSpec,
+    num_heads: int,
+    grid: RankGrid,
+    config: EngineConfig,
+    dtype: str,
+    device: torch.device,
+    beside_bytes: int = 0,
 ) -> PoolSize:
     """The KV pool that a rank's budget buys, of `num_heads` stored KV heads, for a model in `dtype`.
 
+    `beside_bytes` of the device are kept free of it, where the config leaves its size open.
     States have a place for each of `max_num_seqs` sequences, up to half the budget. UserError when it buys no single
     block, or no state.
     """
     per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_kv_layers, config.cache_dtype(dtype))
-    budget, num_states = _kv_budget_bytes(config, device), 0
+    budget, num_states = _kv_budget_bytes(config, device, beside_bytes), 0
     if spec.states is not None:
         per_state = spec.states.bytes_per_sequence(dtype)
         # A sequence has its state on one of the pcp ranks, whatever the number of homes.
@@ -172,8 +223,8 @@ def _memory_bytes(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _kv_budget_bytes(config: EngineConfig, device: torch.device) -> int:
+def _kv_budget_bytes(config: EngineConfig, device: torch.device, beside_bytes: int) -> int:
     """Bytes of KV pool on this rank: the config's, else a share of free memory on CUDA and a small pool on CPU."""
     if config.kv_cache_gib is None and device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * CUDA_KV_CACHE_SHARE)
+        return int(max(0, torch.cuda.mem_get_info(device)[0] - beside_bytes) * CUDA_KV_CACHE_SHARE)
     return int((config.kv_cache_gib or CPU_KV_CACHE_GIB) * 2**30)

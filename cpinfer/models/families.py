@@ -56,6 +56,7 @@ class Family:
         has_fused_qkv: queries, keys and values come from one projection, `c_attn`. AutoTP keeps its K and V whole on
             every rank, but cuts the queries by the number of KV heads that it reads in the config.
         has_position_table: positions are learned, a row of a table each, and there are no more.
+        has_soft_cap: its config may cap logits, by `attn_logit_softcapping`.
         window_in_mask_alone: its attention is told of no window, which Transformers puts into the mask.
         layers_drop_keywords: its layers do not hand keywords of a forward on to their attention.
         returns_router_scores: its blocks of experts return what their router found, beside their output.
@@ -73,6 +74,7 @@ class Family:
     window_on_every_layer: bool = False
     has_fused_qkv: bool = False
     has_position_table: bool = False
+    has_soft_cap: bool = False
     window_in_mask_alone: bool = False
     layers_drop_keywords: bool = False
     returns_router_scores: bool = False
@@ -94,7 +96,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral", "GQA, a window on every layer", window_on_every_layer=True),
     "mixtral": Family("Mixtral", "GQA, experts", window_on_every_layer=True),
     "qwen3_moe": Family("Qwen3-MoE", "GQA, experts", window_on_every_layer=True),
-    "gemma2": Family("Gemma 2", "GQA, alternating windows, soft cap"),
+    "gemma2": Family("Gemma 2", "GQA, alternating windows, soft cap", has_soft_cap=True),
     "gemma3_text": Family("Gemma 3 (text)", "GQA, alternating windows"),
     "gpt_oss": Family(
         "gpt-oss",

@@ -64,8 +64,9 @@ class ModelSpec:
     together. `windows`: for each layer how many of the last tokens a query sees, its own included, None for all.
     `latent` is None where K and V are cached as they are. `max_positions` bounds prompt and answer together,
     `positions` says how many there could be. `experts_per_token`: those that a router chooses; None without a mixture.
-    `norms_all_heads`: weights for all heads normalise queries and keys. `linear_layers` are those of linear attention,
-    which cache no K and V but keep `states` of sequences; None where there are no such layers.
+    `norms_all_heads`: weights for all heads normalise queries and keys. `has_soft_cap`: logits of attention are capped.
+    `linear_layers` are those of linear attention, which cache no K and V but keep `states` of sequences; None where
+    there are no such layers.
     """
 
     family: str
@@ -83,6 +84,7 @@ class ModelSpec:
     latent: LatentDims | None = None
     experts_per_token: int | None = None
     norms_all_heads: bool = False
+    has_soft_cap: bool = False
     linear_layers: tuple[int, ...] = ()
     states: StateLayout | None = None
 
@@ -123,6 +125,7 @@ class ModelSpec:
             latent=latent,
             experts_per_token=config.get("num_experts_per_tok"),
             norms_all_heads=bool(config.get(FAMILIES[config["model_type"]].flag_of_norm_of_all_heads or "")),
+            has_soft_cap=_has_soft_cap(config),
             linear_layers=linear_layers,
             states=_states(config, len(linear_layers)) if linear_layers else None,
         )
@@ -206,6 +209,10 @@ def _windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
         return (window,) * num_layers
     layer_types = config.get("layer_types") or ["full_attention"] * num_layers
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def _has_soft_cap(config: Mapping[str, Any]) -> bool:
+    return FAMILIES[config["model_type"]].has_soft_cap and config.get("attn_logit_softcapping") is not None
 
 
 def _linear_layers(config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds, LayerKind
 from cpinfer.attention.backends.registry import make_backend
 from cpinfer.layout.capacity import KVLayout
 from cpinfer_tools.gpu import gpu_check
@@ -23,7 +23,8 @@ pytestmark = [
 @pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_flashinfer_passes_its_own_check(dtype: torch.dtype, cache_dtype: torch.dtype | None) -> None:
-    needs = AttentionNeeds(dtype, ((8, KVLayout(2, 128, 128)),), has_windows=True, cache_dtype=cache_dtype)
+    layers = (LayerKind(), LayerKind(has_window=True))
+    needs = AttentionNeeds(dtype, ((8, KVLayout(2, 128, 128)),), cache_dtype, layers)
     assert make_backend("auto", torch.device("cuda"), needs).name == "flashinfer"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cpinfer.attention.backends import cpu_backend
-from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds, LayerKind
 from cpinfer.attention.backends.cpu_backend import CpuBackend
 from cpinfer.attention.backends.registry import make_backend
 from cpinfer.attention.backends.self_check import check_backend
@@ -115,7 +115,11 @@ def test_values_may_be_columns_of_keys(backend: CpuBackend) -> None:
 
 def test_it_passes_the_check_of_foreign_backends(backend: CpuBackend) -> None:
     calls = ((8, KVLayout(2, 64, 64)), (4, KVLayout(1, 40, 32, True)))
-    check_backend(backend, AttentionNeeds(torch.float32, calls, has_windows=True), CPU)
+    check_backend(
+        backend,
+        AttentionNeeds(torch.float32, calls, layers=(LayerKind(), LayerKind(has_window=True, has_cap=True))),
+        CPU,
+    )
 
 
 def test_plans_made_later_leave_earlier_ones_valid(backend: CpuBackend) -> None:

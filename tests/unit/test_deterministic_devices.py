@@ -13,7 +13,7 @@ from torch import Tensor
 
 import cpinfer.attention.backends.ordered_check as ordered_check
 import cpinfer.engine.deterministic as deterministic
-from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.attention.backends.base import AttentionNeeds, LayerKind
 from cpinfer.attention.backends.ordered_check import ordered_fault
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.errors import UnsupportedError, UserError
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 NEEDS = AttentionNeeds(
     torch.bfloat16,
     ((4, KVLayout(2, 16, 16)), (3, KVLayout(1, 24, 16, v_is_prefix_of_k=True))),
-    has_windows=True,
+    layers=(LayerKind(), LayerKind(has_window=True)),
     cache_dtype=torch.float8_e4m3fn,
 )
 

@@ -11,14 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cpinfer.attention.backends.base import AttentionNeeds, FixedSize
-from cpinfer.attention.backends.flashinfer.backend import (
-    FA3_TILE_QUERIES,
-    FlashInferBackend,
-    check_flashinfer,
-    unfit,
-)
-from cpinfer.attention.backends.flashinfer.limits import replayed_workspace_bytes
+from cpinfer.attention.backends.base import AttentionNeeds, FixedSize, LayerKind
+from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, check_flashinfer, unfit
+from cpinfer.attention.backends.flashinfer.kernels import FA3_TILE_QUERIES, Chip, refused
+from cpinfer.attention.backends.flashinfer.limits import replayed_int_bytes, workspace_bytes
 from cpinfer.attention.backends.registry import check_choice, make_backend
 from cpinfer.attention.backends.self_check import check_backend
 from cpinfer.attention.backends.torch_backend import TorchBackend
@@ -33,7 +29,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 GQA = KVLayout(2, 8, 8)
 LATENT = KVLayout(1, 12, 8, v_is_prefix_of_k=True)
 EXPANDED = KVLayout(8, 12, 8)
-NEEDS = AttentionNeeds(torch.float32, ((8, GQA), (8, LATENT), (8, EXPANDED)), has_windows=True)
+# No model has them all.
+NEEDS = AttentionNeeds(torch.float32, ((8, GQA), (8, LATENT), (8, EXPANDED)))
+WITH_WINDOWS = (LayerKind(), LayerKind(has_window=True))
+HOPPER = Chip((9, 0), has_fa3_prefill=True)
 TOLERANCE = 1e-5
 BLOCKS = {4: [[7, 8, 9, 2, 3], [], [4, 11], [0, 1]], 1: [list(range(40, 60)), [], [9, 3, 30, 31, 2, 0], list(range(9))]}
 
@@ -161,7 +160,7 @@ def test_on_hopper_many_queries_over_equal_head_dims_take_its_own_kernels(
 ) -> None:
     """The library has none for keys and values of different dims, and says so only when it runs."""
     backend = backend_of(library)
-    backend._is_hopper = True
+    backend._chip = HOPPER
     rows = AttentionRows.build([q_len], [18], BLOCKS[4][:1], block_size=4, causal=False)
     q, (k, v) = queries(rows, layout), store(layout)
     assert_equal(backend.plan(rows.over(layout)).run(q, k, v, scale=0.3), oracle(rows, q, k, v, 0.3, None))
@@ -170,7 +169,7 @@ def test_on_hopper_many_queries_over_equal_head_dims_take_its_own_kernels(
 
 def test_without_kernels_of_flashattention_3_prefill_takes_those_of_2_and_latents_their_own(library: Any) -> None:
     backend = backend_of(library)
-    backend._is_hopper = backend._lacks_fa3 = True
+    backend._chip = HOPPER._replace(has_fa3_prefill=False)
     rows = AttentionRows.build([200], [18], BLOCKS[4][:1], block_size=4, causal=False)
     for layout in (GQA, LATENT):
         q, (k, v) = queries(rows, layout), store(layout)
@@ -190,19 +189,29 @@ def test_keys_and_values_of_unequal_strides_are_refused(library: Any) -> None:
     backend_of(library).plan(rows).run(queries(rows, LATENT), latent, values, scale=0.3)
 
 
-def test_replayed_plans_of_many_rows_bring_a_workspace_of_their_own(library: Any) -> None:
-    """Splitting keys, they want room for every row; those of few rows share what all have."""
-    backend = backend_of(library)
-    backend._num_sms, backend._workspace = 4, torch.zeros(20_000, dtype=torch.uint8)
+def test_plans_that_are_replayed_share_a_workspace_and_have_little_room_of_their_own_for_what_they_say(
+    library: Any,
+) -> None:
+    """Wrappers come with 8 MiB each, and there is one for each size, window and call."""
+    sizes = (FixedSize(2, 24), FixedSize(8, 24))
+    backend = FlashInferBackend(CPU, AttentionNeeds(torch.float32, ((8, GQA),), replayed=sizes), library)
+    backend._num_sms = 4
     k, v = store(GQA)
-    for num_rows in (2, 8):
-        plan = backend.fixed_plan(FixedSize(num_rows, 24), single_tokens=False)
-        rows = AttentionRows.build([1] * num_rows, [3] * num_rows, [[7]] * num_rows, block_size=4, causal=False)
+    for size in sizes:
+        plan = backend.fixed_plan(size, single_tokens=False)
+        rows = AttentionRows.build([1] * size[0], [3] * size[0], [[7]] * size[0], block_size=4, causal=False)
         plan.update(rows)
         plan.run(queries(rows, GQA), k, v, scale=0.3)
-    few, many = (made["float_workspace_buffer"] for made in library.log.made)
-    assert few is backend._workspace
-    assert len(many) == replayed_workspace_bytes(8, 2, 8, 8, num_sms=4) > len(few)
+    assert all(made["float_workspace_buffer"] is backend._workspace for made in library.log.made)
+    assert library.log.int_bytes == [replayed_int_bytes(8, 2, 8, size.num_rows, num_sms=4) for size in sizes]
+    assert max(library.log.int_bytes) < 2**12
+
+
+def test_the_workspace_is_as_large_as_the_most_rows_that_are_replayed_want() -> None:
+    """Splitting keys, they want room for every row, and one that is grown later cannot be captured."""
+    needs = AttentionNeeds(torch.bfloat16, ((64, KVLayout(8, 128, 128)),))
+    few, many = (replace(needs, replayed=(FixedSize(n, 1),)) for n in (128, 256))
+    assert workspace_bytes(needs, 132) == workspace_bytes(few, 132) < workspace_bytes(many, 132) < 2**28
 
 
 def test_all_layers_share_one_plan_and_one_place_for_results(library: Any) -> None:
@@ -360,7 +369,7 @@ def test_on_hopper_fp8_pages_of_heads_take_the_older_family(
     library: Any, layout: KVLayout, key_dtype: torch.dtype, family: str
 ) -> None:
     backend = backend_of(library)
-    backend._is_hopper = True
+    backend._chip = HOPPER
     rows = AttentionRows.build([FA3_TILE_QUERIES + 1], [18], [BLOCKS[4][0]], block_size=4, causal=False)
     k, v = rounded_store(layout, key_dtype)
     backend.plan(rows.over(layout)).run(queries(rows, layout), k, v, scale=0.3)
@@ -391,10 +400,33 @@ def test_a_right_library_passes_in_every_dtype(library: Any, needs: AttentionNee
 )
 def test_the_check_asks_for_every_dtype_that_keys_come_in(library: Any, layout: KVLayout, dtype: torch.dtype) -> None:
     calls = ((8, layout), (8, EXPANDED)) if layout == LATENT else ((8, layout),)
-    checked_backend(CPU, AttentionNeeds(torch.bfloat16, calls, has_windows=True, cache_dtype=dtype), library)
+    layers = (LayerKind(),) if layout == LATENT else WITH_WINDOWS
+    checked_backend(CPU, AttentionNeeds(torch.bfloat16, calls, dtype, layers), library)
     asked = {(kind, plan["kv_data_type"]) for kind, plan in library.log.plans}
     new = {(kind, torch.bfloat16) for kind in (["prefill"] if layout == LATENT else ["prefill", "decode"])}
     assert asked == new | {(kind, dtype) for kind in (["latent"] if layout == LATENT else ["prefill", "decode"])}
+
+
+def test_the_check_asks_for_windows_and_caps_where_layers_have_them(library: Any) -> None:
+    layers = (LayerKind(), LayerKind(has_window=True, has_cap=True))
+    checked_backend(CPU, AttentionNeeds(torch.bfloat16, ((8, GQA),), layers=layers), library)
+    asked = {(m.has_window, m.has_cap) for m in library.log.modules}
+    # Decode in a window is over the keys that are left.
+    assert asked == {(False, False), (True, True), (False, True)}
+
+
+def test_a_library_that_forgets_the_cap_is_refused_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = fake_flashinfer()
+    plan = library.BatchPrefillWithPagedKVCacheWrapper.plan
+
+    def forgets(*args: Any, **kwargs: Any) -> None:
+        plan(*args, **{**kwargs, "logits_soft_cap": None})
+
+    needs = AttentionNeeds(torch.bfloat16, ((8, GQA),), layers=(LayerKind(has_cap=True),))
+    checked_backend(CPU, needs, library)
+    monkeypatch.setattr(library.BatchPrefillWithPagedKVCacheWrapper, "plan", forgets)
+    with pytest.raises(BackendFaultError, match=r"\(context under a soft cap, .* its logits have no soft cap"):
+        checked_backend(CPU, needs, library)
 
 
 @pytest.mark.parametrize("layout", [GQA, LATENT], ids=["gqa", "latents"])
@@ -449,6 +481,13 @@ def test_the_check_does_not_pass_a_backend_of_ours_in_base_2() -> None:
 
 # --- who gets it ---
 
+
+@pytest.fixture
+def some_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+
+
 HALF = AttentionNeeds(torch.bfloat16, ((32, KVLayout(8, 128, 128)),))
 
 
@@ -466,7 +505,7 @@ def test_on_cpu_it_is_refused_by_name() -> None:
         (AttentionNeeds(torch.float16, ((8, KVLayout(1, 320, 256, True)),)), "keys of 320 and values of 256"),
     ],
 )
-def test_what_no_kernel_exists_for_is_refused_by_name(needs: AttentionNeeds, words: str) -> None:
+def test_what_no_kernel_exists_for_is_refused_by_name(some_gpu: None, needs: AttentionNeeds, words: str) -> None:
     error = unfit(CUDA, needs)
     assert isinstance(error, UnsupportedError) and words in str(error) and "Set backend" in str(error)
 
@@ -507,7 +546,25 @@ def test_latents_in_fp8_are_refused_where_no_kernel_widens_them(
     assert unfit(CUDA, replace(HALF, dtype=dtype, cache_dtype=cache_dtype)) is None
 
 
-def test_known_shapes_want_the_package_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "capability", "is_refused"),
+    [
+        (torch.bfloat16, (7, 5), True),
+        (torch.float16, (7, 5), False),
+        (torch.float16, (7, 0), True),
+        (torch.bfloat16, (10, 0), False),
+    ],
+    ids=str,
+)
+def test_gpus_that_are_too_old_are_refused_by_name(
+    dtype: torch.dtype, capability: tuple[int, int], is_refused: bool
+) -> None:
+    error = refused(replace(HALF, dtype=dtype), capability, "Old GPU")
+    assert (error is not None) == is_refused
+    assert error is None or "Old GPU, compute capability 7." in str(error)
+
+
+def test_known_shapes_want_the_package_alone(some_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     latent = (128, KVLayout(1, 576, 512, v_is_prefix_of_k=True))
     for calls in (HALF.calls, (latent, (16, KVLayout(16, 192, 128))), ((8, KVLayout(1, 64, 64)),)):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.attention.backends.flashinfer import backend as flashinfer_backend
 from cpinfer.attention.backends.flashinfer import toolchain
+from cpinfer.attention.backends.flashinfer.kernels import Chip
 from cpinfer.errors import BackendFaultError
 from cpinfer.layout.capacity import KVLayout
 
@@ -77,10 +79,15 @@ def test_where_flashinfer_finds_no_toolkit_there_is_none(error: Any, monkeypatch
 
 def test_without_curands_headers_flashattention_2_is_taken_by_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flashinfer_backend, "cuda_home", lambda: home)
-    assert not flashinfer_backend._lacks_fa3()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert flashinfer_backend.chip_of(CUDA) == Chip((9, 0), has_fa3_prefill=True)
     (home / "include/curand_kernel.h").unlink()
     with pytest.warns(UserWarning, match=r"prefill runs on FlashAttention-2.*curand_kernel\.h in .*nvidia-curand"):
-        assert flashinfer_backend._lacks_fa3()
+        assert flashinfer_backend.chip_of(CUDA) == Chip((9, 0), has_fa3_prefill=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # other GPUs have no use for them
+        assert flashinfer_backend.chip_of(CUDA) == Chip((8, 0))
 
 
 def test_a_failed_check_says_what_is_missing(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +97,8 @@ def test_a_failed_check_says_what_is_missing(home: Path, monkeypatch: pytest.Mon
     needs = AttentionNeeds(torch.bfloat16, ((8, KVLayout(2, 128, 128)),))
     monkeypatch.setattr(flashinfer_backend, "cuda_home", lambda: home)
     monkeypatch.setattr(flashinfer_backend, "FlashInferBackend", lambda device, needs: None)
+    monkeypatch.setattr(flashinfer_backend, "chip_of", lambda device: Chip())
+    monkeypatch.setattr(flashinfer_backend, "build_modules", lambda *_, **__: iter(()))
     monkeypatch.setattr(flashinfer_backend, "check_backend", fail)
     flashinfer_backend.check_flashinfer.cache_clear()
     with pytest.raises(BackendFaultError, match=r"ninja failed\.$"):

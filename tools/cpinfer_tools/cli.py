@@ -43,6 +43,7 @@ COMMANDS: Mapping[str, Command] = {
     "check-rollout": Command("cpinfer_tools.verify.check_rollout", "a rollout's results beside Transformers'"),
     "reference-eval": Command("cpinfer_tools.verify.reference_eval", "the same evaluation by Transformers alone"),
     "train-grpo": Command("cpinfer_tools.grpo.train_grpo", "GRPO by TRL with rollouts from cpinfer", "rl"),
+    "build-kernels": Command("cpinfer_tools.build_kernels", "compile FlashInfer's kernels before a job asks for them"),
     "gpu-check": Command("cpinfer_tools.gpu.gpu_check", "check and measure on a GPU, stage by stage"),
 }
 

@@ -41,7 +41,7 @@ from cpinfer.config import ParallelConfig, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.deterministic import prepare_deterministic
 from cpinfer.engine.engine import Engine
-from cpinfer.engine.needs import affordable_pool, attention_needs
+from cpinfer.engine.needs import affordable_pool, attention_needs, kernel_bytes
 from cpinfer.engine.prompts import check_sampling
 from cpinfer.errors import EngineFaultError, ModelChangedError, OutputError, UserError
 from cpinfer.layout.capacity import PoolSize
@@ -252,6 +252,7 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
         weights_bytes=job.weights.bytes_per_rank(tp_size),
         kv_pool_bytes=pool.num_blocks * job.config.block_size * per_token + pool.num_states * per_state,
         loading_bytes=job.weights.bytes_per_rank(1 if loads_whole else tp_size),
+        kernels_bytes=_kernel_bytes(job.spec, job.grid, job.config, launch.device),
     )
     memory = Fit(needs, available_memory(launch, os.environ))
     print(f"{tool}: {memory.sentence}", file=sys.stderr, flush=True)
@@ -346,7 +347,13 @@ def check_layout(launch: Launch, config: RunConfig, spec: ModelSpec, config_path
 def pool_size(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: torch.device) -> PoolSize:
     """The KV pool of the rank that stores the most heads."""
     num_heads = spec.heads(grid.tp_size).max_stored_heads(grid)
-    return affordable_pool(spec, num_heads, grid, config, config.dtype, device)
+    beside_bytes = _kernel_bytes(spec, grid, config, device)
+    return affordable_pool(spec, num_heads, grid, config, config.dtype, device, beside_bytes)
+
+
+def _kernel_bytes(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: torch.device) -> int:
+    """Of the first rank; others have as many heads, or one less."""
+    return kernel_bytes(spec, spec.heads(grid.tp_size).in_group(grid, 0), grid, config, config.dtype, device)
 
 
 def wanted_output(config: RunConfig, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:

@@ -20,11 +20,15 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryNeeds:
-    """Bytes of one rank: of the weights that it keeps, of its KV pool, and of the weights that it loads to cut them."""
+    """Bytes of one rank: of the weights that it keeps, of its KV pool, and of the weights that it loads to cut them.
+
+    `kernels_bytes`: what its attention kernels work in, on the device.
+    """
 
     weights_bytes: int
     kv_pool_bytes: int
     loading_bytes: int
+    kernels_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Fit:
     @property
     def fits(self) -> bool | None:
         needs, there = self.needs, self.available
-        kept = needs.weights_bytes + needs.kv_pool_bytes
+        kept = needs.weights_bytes + needs.kv_pool_bytes + needs.kernels_bytes
         pairs = [(max(kept, needs.loading_bytes), there.host_bytes)]
         if there.device_bytes is not None:
             pairs = [(kept, there.device_bytes), (needs.loading_bytes, there.host_bytes)]
@@ -59,6 +63,7 @@ class Fit:
         return {
             "weights_bytes_per_rank": self.needs.weights_bytes,
             "kv_pool_bytes_per_rank": self.needs.kv_pool_bytes,
+            "kernels_bytes_per_rank": self.needs.kernels_bytes,
             "loading_bytes_per_rank": self.needs.loading_bytes,
             "device_available_bytes_per_rank": self.available.device_bytes,
             "host_available_bytes_per_rank": self.available.host_bytes,
@@ -70,10 +75,11 @@ class Fit:
         """For people."""
         verdict = {True: "fits in memory", False: "DOES NOT FIT IN THIS MACHINE'S MEMORY", None: "may fit in memory"}
         device = "" if self.available.device_bytes is None else f"{_gib(self.available.device_bytes)} of its device, "
+        kernels = f" and {_gib(self.needs.kernels_bytes)} for kernels" if self.needs.kernels_bytes else ""
         return (
             f"{verdict[self.fits]}: a rank keeps about {_gib(self.needs.weights_bytes)} of weights and "
-            f"{_gib(self.needs.kv_pool_bytes)} of KV pool, and loads {_gib(self.needs.loading_bytes)}; free for it are "
-            f"{device}{_gib(self.available.host_bytes)} of the host"
+            f"{_gib(self.needs.kv_pool_bytes)} of KV pool{kernels}, and loads {_gib(self.needs.loading_bytes)}; free "
+            f"for it are {device}{_gib(self.available.host_bytes)} of the host"
         )
 
 

@@ -15,10 +15,11 @@ import sys
 import zipfile
 from collections.abc import Sequence
 
+_RESET = {"reset_workspace_buffer": "reset_workspace_buffer"}
 # Class -> our name of a call -> the method that holds its parameters. Decode's `plan` passes `**kwargs` on.
 CALLS = {
-    "BatchPrefillWithPagedKVCacheWrapper": {"__init__": "__init__", "plan": "plan", "run": "run"},
-    "BatchDecodeWithPagedKVCacheWrapper": {"__init__": "__init__", "plan": "_plan_impl", "run": "run"},
+    "BatchPrefillWithPagedKVCacheWrapper": {"__init__": "__init__", "plan": "plan", "run": "run", **_RESET},
+    "BatchDecodeWithPagedKVCacheWrapper": {"__init__": "__init__", "plan": "_plan_impl", "run": "run", **_RESET},
     "BatchMLAPagedAttentionWrapper": {"__init__": "__init__", "plan": "plan", "run": "run"},
 }
 

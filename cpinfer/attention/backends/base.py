@@ -71,19 +71,30 @@ class FixedSizeBackend(AttentionBackend, Protocol):
         ...
 
 
+class LayerKind(NamedTuple):
+    """What kernels may be compiled for beside heads and dtypes.
+
+    `has_window`: the layer sees the last so many tokens only. `has_cap`: its logits have a soft cap.
+    """
+
+    has_window: bool = False
+    has_cap: bool = False
+
+
 @dataclass(frozen=True)
 class AttentionNeeds:
     """What a rank will ask of its backend: the dtype, and for each kind of call its query heads and KV layout.
 
     GQA has the heads of a rank and those of its DCP group; latent attention the layout of its cache, and the expanded
-    one of prefill. `has_windows`: some layer sees the last so many tokens only. `cache_dtype`: that of cached keys and
-    values where it is not `dtype`.
+    one of prefill. `cache_dtype`: that of cached keys and values where it is not `dtype`. `layers`: the kinds of layers
+    that the model has, each once. `replayed`: sizes of the plans that are replayed, as each kind of layer has them.
     """
 
     dtype: torch.dtype
     calls: tuple[tuple[int, KVLayout], ...]
-    has_windows: bool = False
     cache_dtype: torch.dtype | None = None
+    layers: tuple[LayerKind, ...] = (LayerKind(),)
+    replayed: tuple[FixedSize, ...] = ()
 
     def key_dtypes(self, layout: KVLayout) -> tuple[torch.dtype, ...]:
         """What keys of this layout come in: new tokens in `dtype`, cached ones in the cache's.

@@ -49,6 +49,11 @@ def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
     return None
 
 
+def device_bytes(device: torch.device, needs: AttentionNeeds) -> int:
+    """Nothing that lasts longer than a call."""
+    return 0
+
+
 def make(device: torch.device, needs: AttentionNeeds) -> CpuBackend:
     """It is ours, and tests hold it to the definition of attention."""
     return CpuBackend(MAX_QUERIES if _torch_multiplies_faster() else None)

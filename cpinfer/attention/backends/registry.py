@@ -3,7 +3,7 @@
     make_backend("auto", device, needs)      the first row that is made for the device and can do what is needed
 
 A row names a module, which is imported when the backend is first asked for, so that nobody needs the libraries of
-backends that they do not use. The module has the two functions of `BackendModule`.
+backends that they do not use. The module has the functions of `BackendModule`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ class BackendModule(Protocol):
 
     def unfit(self, device: torch.device, needs: AttentionNeeds) -> UserError | None:
         """Why the backend cannot do what is `needed` on `device`; None when it can. Runs nothing there."""
+        ...
+
+    def device_bytes(self, device: torch.device, needs: AttentionNeeds) -> int:
+        """What it keeps on the device at most, beside what it is given."""
         ...
 
     def make(self, device: torch.device, needs: AttentionNeeds) -> AttentionBackend:
@@ -79,20 +83,33 @@ def make_backend(
     Errors as `check_choice` has them; BackendFaultError when a library is there and wrong. When `auto` has to pass over
     a backend that is made for the device, it says why.
     """
+    chosen, passed_over = _choice(name, device, needs, backends)
+    if passed_over:
+        why = " ".join(map(str, passed_over))
+        warnings.warn(f"attention runs on {chosen}, which is slower on {device.type.upper()}: {why}", stacklevel=2)
+    return backends[chosen].code.make(device, needs)
+
+
+def backend_bytes(
+    name: str, device: torch.device, needs: AttentionNeeds, backends: Mapping[str, BackendRow] = BACKENDS
+) -> int:
+    """What the backend that `make_backend` would make keeps on `device`, at most. Errors as `check_choice` has them."""
+    chosen, _ = _choice(name, device, needs, backends)
+    return backends[chosen].code.device_bytes(device, needs)
+
+
+def _choice(
+    name: str, device: torch.device, needs: AttentionNeeds, backends: Mapping[str, BackendRow]
+) -> tuple[str, list[UserError]]:
+    """The name of a row, and why those before it that are made for the device were passed over."""
     check_choice(name, device, needs, backends)
     if name != "auto":
-        return backends[name].code.make(device, needs)
+        return name, []
     passed_over: list[UserError] = []
     for other, row in backends.items():
-        if not row.is_made_for(device, needs.dtype):
-            continue
-        error = row.code.unfit(device, needs)
-        if error is None:
-            if passed_over:
-                why = " ".join(map(str, passed_over))
-                warnings.warn(
-                    f"attention runs on {other}, which is slower on {device.type.upper()}: {why}", stacklevel=2
-                )
-            return row.code.make(device, needs)
-        passed_over.append(error)
+        if row.is_made_for(device, needs.dtype):
+            error = row.code.unfit(device, needs)
+            if error is None:
+                return other, passed_over
+            passed_over.append(error)
     raise UserError(" ".join(["no backend can do what is needed:", *map(str, passed_over)]))

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ from cpinfer.ops.states import State
 # Half precision keeps 8 bits of an output of size 1, and lse is float32 sums of products that are exact.
 MAX_OUT_ERROR = 5e-2
 MAX_LSE_ERROR = 2e-2
+# Of the size of the logits, so that it changes every one of them. A model's own is a number that kernels are told.
+SOFT_CAP = 3.0
 
 # Neighbours in a table are no neighbours in the store.
 _BLOCK_SIZE = 4
@@ -34,72 +38,92 @@ _SHORT_TABLES = [[5, 1], [6, 2, 0], [7]]
 _LONG_TABLE = [block * 5 % _NUM_BLOCKS for block in range(_NUM_BLOCKS)]
 
 
+class CheckCase(NamedTuple):
+    """Rows of one kind of call and of layer, over stores of `layout` in `key_dtype`."""
+
+    name: str
+    rows: AttentionRows
+    num_q_heads: int
+    layout: KVLayout
+    key_dtype: torch.dtype
+    soft_cap: float | None
+
+
 def check_backend(backend: AttentionBackend, needs: AttentionNeeds, device: torch.device) -> None:
     """BackendFaultError, saying what is wrong, when `backend` does not compute attention as everything here expects."""
-    each = [(heads, layout, dtype) for heads, layout in needs.calls for dtype in needs.key_dtypes(layout)]
-    for num_q_heads, layout, key_dtype in each:
-        only_cached = layout.v_is_prefix_of_k or key_dtype != needs.dtype
-        for name, plain in _cases(only_cached, needs.has_windows):
-            rows = plain.over(layout)
-            inputs = _inputs(rows, num_q_heads, layout, needs.dtype, key_dtype, device)
-            what = _fault(backend, rows, inputs, layout.k_dim**-0.5)
-            if what is not None:
-                raise BackendFaultError(
-                    f"the {backend.name} backend fails its check ({name}, {num_q_heads} heads over {layout}, "
-                    f'{needs.dtype} over {key_dtype}): {what}. Nothing was computed with it. Use backend "torch", or '
-                    "another version of its library."
-                )
+    for case in check_cases(needs):
+        what = _fault(backend, case, _inputs(case, needs.dtype, device))
+        if what is not None:
+            raise BackendFaultError(
+                f"the {backend.name} backend fails its check ({case.name}, {case.num_q_heads} heads over "
+                f"{case.layout}, {needs.dtype} over {case.key_dtype}): {what}. Nothing was computed with it. "
+                'Use backend "torch", or another version of its library.'
+            )
 
 
-def _fault(
-    backend: AttentionBackend, rows: AttentionRows, inputs: tuple[Tensor, Tensor, Tensor], scale: float
-) -> str | None:
+def check_cases(needs: AttentionNeeds) -> Iterator[CheckCase]:
+    """Everything that a model of these needs will ask for, in small: what it runs later is of one of these kinds."""
+    for num_q_heads, layout in needs.calls:
+        for key_dtype in needs.key_dtypes(layout):
+            only_cached = layout.v_is_prefix_of_k or key_dtype != needs.dtype
+            for kind in needs.layers:
+                cap, under = (SOFT_CAP, " under a soft cap") if kind.has_cap else (None, "")
+                for name, rows in _rows(kind.has_window, only_cached):
+                    yield CheckCase(name + under, rows.over(layout), num_q_heads, layout, key_dtype, cap)
+
+
+def _fault(backend: AttentionBackend, case: CheckCase, inputs: tuple[Tensor, Tensor, Tensor]) -> str | None:
     """What `backend` does wrong with these rows; None when nothing."""
     try:
-        found = backend.plan(rows).run(*inputs, scale=scale)
+        found = backend.plan(case.rows).run(*inputs, scale=_scale(case), soft_cap=case.soft_cap)
     except (RuntimeError, ValueError) as error:  # of libraries: no such kernel, compilation failed, out of memory
         return f"it raised {type(error).__name__}: {error}"
-    want = _oracle(rows, *inputs, scale)
-    return None if _equal(found, want) else _diagnosis(rows, *inputs, scale, found, want)
+    want = _oracle(case, *inputs)
+    return None if _equal(found, want) else _diagnosis(case, *inputs, found, want)
 
 
-def _cases(only_cached: bool, has_windows: bool) -> Iterator[tuple[str, AttentionRows]]:
-    """What a layout is used for, with few queries and with several tiles of them, which may be other kernels.
+def _rows(has_window: bool, only_cached: bool) -> Iterator[tuple[str, AttentionRows]]:
+    """What a layer runs, with few queries and with several tiles of them, which may be other kernels.
 
-    What is cached alone, as latents and fp8 are, is never attended to under a mask.
+    What is cached alone, as latents and fp8 are, is never attended to under a mask. Layers with windows have their
+    context in front of the new tokens, under the same mask, and decode over the keys that are left.
     """
 
     def rows(q_lens: list[int], kv_lens: list[int], *, causal: bool) -> AttentionRows:
         tables = _SHORT_TABLES if len(q_lens) > 1 else [_LONG_TABLE]
         return AttentionRows.build(q_lens, kv_lens, tables, block_size=_BLOCK_SIZE, causal=causal)
 
+    prefill, long_prefill = rows([5, 3, 2], [5, 10, 4], causal=True), rows([300], [387], causal=True)
+    decode = rows([1, 1, 1], [7, 9, 0], causal=False)
+    if has_window:
+        if not only_cached:
+            yield "prefill in a window", prefill.within(3)
+            yield "long prefill in a window", long_prefill.within(100)
+        yield "decode in a window", decode.above(decode.kv_hi - 3)
+        return
     yield "context", rows([5, 3, 2], [5, 10, 0], causal=False)
     yield "long context", rows([300], [387], causal=False)
     if not only_cached:
-        yield "prefill", rows([5, 3, 2], [5, 10, 4], causal=True)
-        yield "long prefill", rows([300], [387], causal=True)
-    if not only_cached and has_windows:
-        yield "prefill in a window", rows([5, 3, 2], [5, 10, 4], causal=True).within(3)
-        yield "long prefill in a window", rows([300], [387], causal=True).within(100)
-    yield "decode", rows([1, 1, 1], [7, 9, 0], causal=False)
+        yield "prefill", prefill
+        yield "long prefill", long_prefill
+    yield "decode", decode
 
 
-def _inputs(
-    rows: AttentionRows,
-    num_q_heads: int,
-    layout: KVLayout,
-    dtype: torch.dtype,
-    key_dtype: torch.dtype,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _scale(case: CheckCase) -> float:
+    return float(case.layout.k_dim**-0.5)
+
+
+def _inputs(case: CheckCase, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """q `[T, H, D]` as a model's attention has it (heads first in memory), keys and values of a store."""
+    layout, num_queries = case.layout, case.rows.num_queries
     generator = torch.Generator().manual_seed(0)
     slots = _NUM_BLOCKS * _BLOCK_SIZE
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, key_dtype)
+        return torch.randn(*shape, generator=generator).to(device, case.key_dtype)
 
-    q = 3 * torch.randn(num_q_heads, rows.num_queries, layout.k_dim, generator=generator)  # peaked logits: of std 3
+    # Peaked logits: of std 3.
+    q = 3 * torch.randn(case.num_q_heads, num_queries, layout.k_dim, generator=generator)
     q = q.to(device, dtype).transpose(0, 1)
     keys = normal(slots, layout.num_heads, layout.k_dim)
     if layout.v_is_prefix_of_k:
@@ -110,19 +134,18 @@ def _inputs(
     return q, both[..., : layout.k_dim], both[..., layout.k_dim :]
 
 
-def _oracle(
-    rows: AttentionRows, q: Tensor, keys: Tensor, values: Tensor, scale: float, *, top_left: bool = False
-) -> State:
+def _oracle(case: CheckCase, q: Tensor, keys: Tensor, values: Tensor, *, top_left: bool = False) -> State:
     """Row by row, in float32; under `top_left` with the causal mask aligned to the first key, as it must not be."""
     outs, lses = [], []
-    first = 0
+    rows, first = case.rows, 0
     for row, q_len in enumerate(rows.q_lens.tolist()):
         slots = torch.from_numpy(rows.slots(row)).to(q.device)
         if top_left and rows.causal:
             slots = slots[:q_len]
         part = q[first : first + q_len].float()
         k, v = take_rows(keys, slots).float(), take_rows(values, slots).float()
-        out, lse = dense_attention(part, k, v, scale=scale, causal=rows.causal, window=rows.window)
+        attend = partial(dense_attention, scale=_scale(case), soft_cap=case.soft_cap)
+        out, lse = attend(part, k, v, causal=rows.causal, window=rows.window)
         outs.append(out)
         lses.append(lse)
         first += q_len
@@ -138,15 +161,15 @@ def _equal(found: State, want: State) -> bool:
     return same_empty and bool((out_error <= MAX_OUT_ERROR).all()) and bool((lse_error <= MAX_LSE_ERROR).all())
 
 
-def _diagnosis(
-    rows: AttentionRows, q: Tensor, keys: Tensor, values: Tensor, scale: float, found: State, want: State
-) -> str:
+def _diagnosis(case: CheckCase, q: Tensor, keys: Tensor, values: Tensor, found: State, want: State) -> str:
     out, lse = found
     for factor, base in ((math.log(2), "2"), (1 / math.log(2), "e, where 2 was expected")):
         if _equal((out, lse * factor), want):
             return f"its lse is a logarithm to base {base}"
-    if rows.causal and _equal(found, _oracle(rows, q, keys, values, scale, top_left=True)):
+    if case.rows.causal and _equal(found, _oracle(case, q, keys, values, top_left=True)):
         return "its causal mask is aligned to the first key, not to the last"
+    if case.soft_cap is not None and _equal(found, _oracle(case._replace(soft_cap=None), q, keys, values)):
+        return "its logits have no soft cap"
     empty = want[1] == -torch.inf
     errors = ((out.float() - want[0]).abs().max(), torch.where(empty, 0.0, lse - want[1]).abs().max())
     return "out differs by {:.3g} and lse by {:.3g}, or a row without keys is not (0, -inf)".format(*errors)

@@ -82,6 +82,11 @@ def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
     return None
 
 
+def device_bytes(device: torch.device, needs: AttentionNeeds) -> int:
+    """Nothing that lasts longer than a call."""
+    return 0
+
+
 def make(device: torch.device, needs: AttentionNeeds) -> TorchBackend:
     """It needs no check: it is the definition of attention, and tests hold it to that."""
     return TorchBackend(device)

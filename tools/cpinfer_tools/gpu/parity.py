@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds
+from cpinfer.attention.backends.base import AttentionBackend, AttentionNeeds, LayerKind
 from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, unfit
 from cpinfer.attention.cascade import plan_cascade
 from cpinfer.layout.advice import legal_layouts
@@ -70,7 +70,8 @@ def _kernel_errors(setting: Setting) -> Iterator[Figure]:
         for dtype in (torch.float32,) if setting.is_smoke else half:
             has_fp8 = setting.is_smoke or layout.v_is_prefix_of_k or (has_all and dtype == torch.bfloat16)
             for key_dtype in (dtype, *(FP8 if has_fp8 else ())):
-                needs = AttentionNeeds(dtype, ((num_q_heads, layout),), has_windows=True, cache_dtype=key_dtype)
+                kinds = (LayerKind(), LayerKind(has_window=not layout.v_is_prefix_of_k))
+                needs = AttentionNeeds(dtype, ((num_q_heads, layout),), key_dtype, tuple(dict.fromkeys(kinds)))
                 if not _is_asked(needs, layout, setting):
                     continue
                 backend = setting.backend(needs)

@@ -31,77 +31,49 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import inspect
+import logging
 import math
 import warnings
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionNeeds, FixedSize
-from cpinfer.attention.backends.flashinfer.limits import has_latent_room, replayed_workspace_bytes, workspace_bytes
+from cpinfer.attention.backends.flashinfer import limits
+from cpinfer.attention.backends.flashinfer.building import build_modules
+from cpinfer.attention.backends.flashinfer.kernels import (
+    Call,
+    Chip,
+    KernelModule,
+    Kind,
+    kernel_modules,
+    kind_of,
+    refused,
+)
 from cpinfer.attention.backends.flashinfer.page_table import PageTable, page_table
 from cpinfer.attention.backends.flashinfer.toolchain import cuda_home, missing_for_fa3, missing_tools
+from cpinfer.attention.backends.flashinfer.wrapper import Wrapper
 from cpinfer.attention.backends.self_check import check_backend
 from cpinfer.errors import BackendFaultError, UserError
-from cpinfer.layout.rows import AttentionRows, Int32Array
+from cpinfer.layout.rows import AttentionRows
 from cpinfer.ops.states import State
 from cpinfer.refusals import refuse
 
 LN_2 = math.log(2)
-# Head dims (keys, values) that kernels exist for; of latent layouts (latent and rotated key, latent).
-HEAD_DIMS = frozenset({(64, 64), (128, 128), (256, 256), (192, 128)})
-LATENT_DIMS = frozenset({(576, 512)})
-# FlashAttention-3 style gives each head a tile of so many queries of a row, and splits no keys: with fewer queries most
-# of a tile, or of the SMs, has nothing to do. FlashAttention-2 style fills tiles with the heads of a group.
-FA3_TILE_QUERIES = 128
-
-
-@dataclass(frozen=True)
-class _Call:
-    """What FlashInfer plans for beside the rows: layers that agree in it share a plan."""
-
-    num_q_heads: int
-    num_kv_heads: int
-    k_dim: int
-    v_dim: int
-    dtype: torch.dtype
-    kv_dtype: torch.dtype
-    scale: float
-    soft_cap: float | None
-    is_latent: bool
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """Wrappers of one kind can stand in for each other."""
-
-    name: Literal["prefill", "decode", "latent"]
-    family: str
-    tensor_cores: bool = False
 
 
 def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
     """Why FlashInfer cannot do what is needed; None when it can."""
     if device.type != "cuda":
         return refuse("flashinfer_device", f'backend="flashinfer" on {device.type}')
-    if needs.dtype not in (torch.bfloat16, torch.float16):
-        return refuse("flashinfer_dtype", f'backend="flashinfer" with {_name(needs.dtype)}')
-    for _, layout in needs.calls:
-        known = LATENT_DIMS if layout.v_is_prefix_of_k else HEAD_DIMS
-        if (layout.k_dim, layout.v_dim) not in known:
-            return refuse("flashinfer_head_dim", f"keys of {layout.k_dim} and values of {layout.v_dim} per head")
-        cached = needs.cache_dtype or needs.dtype
-        if layout.v_is_prefix_of_k and cached != needs.dtype:
-            has_kernel = (cached, needs.dtype) == (torch.float8_e4m3fn, torch.bfloat16)
-            if not has_kernel or torch.cuda.get_device_capability(device)[0] != 9:
-                what = f"latents cached in {_name(cached)} under {_name(needs.dtype)}"
-                return refuse("flashinfer_fp8_latents", f"{what} on {torch.cuda.get_device_name(device)}")
+    error = refused(needs, torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    if error is not None:
+        return error
     if importlib.util.find_spec("flashinfer") is None:
         return UserError(
             'backend="flashinfer" needs the package flashinfer-python. '
@@ -110,24 +82,44 @@ def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
     return None
 
 
+def device_bytes(device: torch.device, needs: AttentionNeeds) -> int:
+    """Its workspace, its wrappers, and what plans that are replayed hold."""
+    return limits.device_bytes(needs, num_sms_of(device))
+
+
 def make(device: torch.device, needs: AttentionNeeds) -> FlashInferBackend:
-    """The backend, when it has passed its check."""
-    check_flashinfer(device, needs)
+    """The backend, when it has passed its check, which sizes of plans are nothing to."""
+    check_flashinfer(device, replace(needs, replayed=()))
     return FlashInferBackend(device, needs)
 
 
 @functools.cache
 def check_flashinfer(device: torch.device, needs: AttentionNeeds) -> None:
-    """BackendFaultError when FlashInfer is wrong in what is needed. Once per process: every phase makes an engine."""
+    """BackendFaultError when FlashInfer is wrong in what is needed. Once per process: every phase makes an engine.
+
+    All modules that will be asked for are compiled first, by one of the processes that share a cache of them.
+    """
     missing = " and ".join(missing_tools(cuda_home()))
     if missing:
         warnings.warn(f"FlashInfer compiles its kernels when they are first used, and lacks {missing}", stacklevel=2)
     try:
+        if not missing:
+            _compile_missing(kernel_modules(needs, chip_of(device)))
         check_backend(FlashInferBackend(device, needs), needs, device)
     except BackendFaultError as error:
         if not missing:
             raise
         raise BackendFaultError(f"{error} To compile its kernels FlashInfer lacks {missing}.") from error
+
+
+def _compile_missing(modules: Sequence[KernelModule]) -> None:
+    logger = logging.getLogger(__name__)
+    try:
+        for built in build_modules(modules, lambda what: logger.warning("FlashInfer: %s", what), only_missing=True):
+            if built.seconds:
+                logger.warning("FlashInfer: compiled %s in %.0f s", built.module, built.seconds)
+    except UserError as error:
+        raise BackendFaultError(f'{error}\nUse backend "torch", or mend what it says.') from error
 
 
 class FlashInferBackend:
@@ -139,14 +131,13 @@ class FlashInferBackend:
     def __init__(self, device: torch.device, needs: AttentionNeeds, library: Any = None) -> None:
         self._device = device
         self._library = importlib.import_module("flashinfer") if library is None else library
-        self._is_hopper, self._lacks_fa3, self._num_sms = False, False, 0
+        self._chip, self._num_sms, num_bytes = Chip(), 0, 1024
         if device.type == "cuda":
             _check_is_current(device)
-            properties = torch.cuda.get_device_properties(device)
-            self._is_hopper, self._num_sms = properties.major == 9, properties.multi_processor_count
-            self._lacks_fa3 = self._is_hopper and _lacks_fa3()
-        self._workspace = self._new_workspace(workspace_bytes(needs, self._num_sms) if self._num_sms else 1024)
-        self._free: dict[_Kind, list[_Wrapper]] = {}
+            self._chip, self._num_sms = chip_of(device), num_sms_of(device)
+            num_bytes = limits.workspace_bytes(needs, self._num_sms)
+        self._workspace = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self._free: dict[Kind, list[Wrapper]] = {}
 
     def plan(self, rows: AttentionRows) -> FlashInferPlan:
         return FlashInferPlan(self, page_table(rows))
@@ -154,40 +145,19 @@ class FlashInferBackend:
     def fixed_plan(self, size: FixedSize, *, single_tokens: bool) -> FlashInferPlan:
         return FlashInferPlan(self, None, size, single_tokens=single_tokens)
 
-    def wrapper_for(self, plan: FlashInferPlan, table: PageTable, call: _Call, fixed: FixedSize | None) -> _Wrapper:
+    def wrapper_for(self, plan: FlashInferPlan, table: PageTable, call: Call, fixed: FixedSize | None) -> Wrapper:
         """A wrapper of the right kind, `plan`'s until it is gone."""
-        kind = self._kind(table, call)
+        kind = kind_of(table, call, self._chip)
+        given = (self._library, kind, call, self._workspace, self._num_sms)
         if fixed is not None:
-            return _Wrapper(self._library, kind, self._workspace_for(kind, call, fixed), fixed)
+            return Wrapper(*given, fixed)
         free = self._free.setdefault(kind, [])
-        wrapper = free.pop() if free else _Wrapper(self._library, kind, self._workspace)
+        wrapper = free.pop() if free else Wrapper(*given)
         weakref.finalize(plan, free.append, wrapper).atexit = False
         return wrapper
 
     def on_device(self, array: np.ndarray[Any, Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-    def _workspace_for(self, kind: _Kind, call: _Call, fixed: FixedSize) -> Tensor:
-        """Graphs keep what they were captured with, so a plan of many rows brings memory of its own."""
-        if kind.name == "latent" or not kind.tensor_cores or not self._num_sms:
-            return self._workspace
-        shape = (call.num_q_heads, call.num_kv_heads, call.v_dim, fixed.num_rows)
-        needed = replayed_workspace_bytes(*shape, num_sms=self._num_sms)
-        return self._workspace if needed <= len(self._workspace) else self._new_workspace(needed)
-
-    def _new_workspace(self, num_bytes: int) -> Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._device)
-
-    def _kind(self, table: PageTable, call: _Call) -> _Kind:
-        if call.is_latent:
-            return _Kind("latent", "fa3" if self._is_hopper else "fa2")
-        # Kernels for one query per row, and FlashAttention-3 over pages, exist for equal head dims alone.
-        is_square = call.k_dim == call.v_dim
-        if table.is_decode and is_square:
-            return _Kind("decode", "fa2", tensor_cores=call.num_q_heads > call.num_kv_heads)
-        takes_fa3 = self._is_hopper and not self._lacks_fa3 and is_square and call.kv_dtype == call.dtype
-        is_wide = table.num_queries > FA3_TILE_QUERIES * table.num_rows
-        return _Kind("prefill", "fa3" if takes_fa3 and is_wide else "fa2")
 
 
 class FlashInferPlan:
@@ -208,8 +178,8 @@ class FlashInferPlan:
         self._table = table
         self._fixed = fixed
         self._single_tokens = single_tokens
-        self._wrappers: dict[_Call, _Wrapper] = {}
-        self._results: dict[_Call, State] = {}
+        self._wrappers: dict[Call, Wrapper] = {}
+        self._results: dict[Call, State] = {}
         self._empty: Tensor | None = None
         if table is not None and table.empty.any():
             self._empty = backend.on_device(table.empty)
@@ -250,7 +220,7 @@ class FlashInferPlan:
             lse.masked_fill_(self._empty[:, None], -torch.inf)
         return out, lse
 
-    def _room(self, call: _Call, q: Tensor) -> State:
+    def _room(self, call: Call, q: Tensor) -> State:
         if call not in self._results:
             T, H = len(q), call.num_q_heads
             out = q.new_zeros(T, H, call.v_dim)
@@ -258,144 +228,11 @@ class FlashInferPlan:
         return self._results[call]
 
 
-class _Wrapper:
-    """One of FlashInfer's wrappers, with the memory its plans are staged in."""
-
-    def __init__(self, library: Any, kind: _Kind, workspace: Tensor, fixed: FixedSize | None = None) -> None:
-        self._kind = kind
-        self._staging = _Staging(workspace.device)
-        buffers = None if fixed is None else _graph_buffers(fixed, workspace.device)
-        if kind.name == "prefill":
-            self._wrapper = library.BatchPrefillWithPagedKVCacheWrapper(
-                workspace,
-                kv_layout="NHD",
-                backend=kind.family,
-                **_named(buffers, "qo_indptr_buf", "paged_kv_indptr_buf", "paged_kv_indices_buf")
-                | _named(buffers and buffers[3:], "paged_kv_last_page_len_buf"),
-            )
-        elif kind.name == "decode":
-            names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
-            self._wrapper = library.BatchDecodeWithPagedKVCacheWrapper(
-                workspace,
-                kv_layout="NHD",
-                use_tensor_cores=kind.tensor_cores,
-                backend=kind.family,
-                **_named(buffers and buffers[1:], *names),
-            )
-        else:
-            self._wrapper = library.BatchMLAPagedAttentionWrapper(
-                workspace,
-                backend=kind.family,
-                **_named(buffers, "qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr"),
-            )
-
-    def plan(self, table: PageTable, call: _Call) -> None:
-        """Hand the rows to FlashInfer. Pages go to the device here; the rest it reads on the host first."""
-        arrays = (table.kv_indices, table.kv_indptr, table.qo_indptr, table.last_page_len, table.kv_lens)
-        staged, kv_indptr, qo_indptr, last_page_len, kv_lens = self._staging.hold(arrays)
-        kv_indices = staged.to(self._staging.device, non_blocking=True)
-        dtypes = {"q_data_type": call.dtype, "kv_data_type": call.kv_dtype}
-        if self._kind.name == "prefill":
-            self._wrapper.plan(
-                qo_indptr,
-                kv_indptr,
-                kv_indices,
-                last_page_len,
-                call.num_q_heads,
-                call.num_kv_heads,
-                call.k_dim,
-                table.page_size,
-                head_dim_vo=call.v_dim,
-                causal=table.causal,
-                sm_scale=call.scale,
-                window_left=table.window_left,
-                logits_soft_cap=call.soft_cap,
-                **dtypes,
-            )
-        elif self._kind.name == "decode":
-            self._wrapper.plan(
-                kv_indptr,
-                kv_indices,
-                last_page_len,
-                call.num_q_heads,
-                call.num_kv_heads,
-                call.k_dim,
-                table.page_size,
-                sm_scale=call.scale,
-                logits_soft_cap=call.soft_cap,
-                **dtypes,
-            )
-        else:
-            _check_latent(table, call)
-            # From 0.7 on a plan says what run will return.
-            lse_mode = "lse_mode" in inspect.signature(self._wrapper.plan).parameters
-            self._wrapper.plan(
-                qo_indptr=qo_indptr,
-                kv_indptr=kv_indptr,
-                kv_indices=kv_indices,
-                kv_len_arr=kv_lens,
-                num_heads=call.num_q_heads,
-                head_dim_ckv=call.v_dim,
-                head_dim_kpe=call.k_dim - call.v_dim,
-                page_size=table.page_size,
-                causal=False,
-                sm_scale=call.scale,
-                **dtypes,
-                **({"lse_mode": "base2"} if lse_mode else {}),
-            )
-        self._staging.release()
-
-    def run(
-        self, page_size: int, call: _Call, q: Tensor, keys: Tensor, values: Tensor, out: Tensor, lse: Tensor
-    ) -> None:
-        """Into `out [T, H, V]` and `lse [T, H]`, to base 2."""
-        paged_keys, paged_values = (x.view(-1, page_size, *x.shape[1:]) for x in (keys, values))
-        if self._kind.name != "latent":
-            self._wrapper.run(q, (paged_keys, paged_values), out=out, lse=lse, return_lse=True)
-            return
-        scales = {} if call.kv_dtype == call.dtype else {"ckv_scale": 1.0, "kpe_scale": 1.0}
-        self._wrapper.run(
-            q_nope=q[..., : call.v_dim],
-            q_pe=q[..., call.v_dim :],
-            ckv_cache=paged_values[:, :, 0],
-            kpe_cache=paged_keys[:, :, 0, call.v_dim :],
-            out=out,
-            lse=lse,
-            return_lse=True,
-            **scales,
-        )
-
-
-class _Staging:
-    """Pinned memory for the arrays of one plan at a time: they may be copied to the device while the host goes on."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._is_cuda = device.type == "cuda"
-        self._room = torch.empty(0, dtype=torch.int32)
-        self._copied: Any = None
-
-    def hold(self, arrays: Sequence[Int32Array]) -> list[Tensor]:
-        """The arrays, in this memory, until `release` and the next call. Waits for the copies of the last ones."""
-        if self._copied is not None:
-            self._copied.synchronize()
-        ends = np.cumsum([len(array) for array in arrays]).tolist()
-        if ends[-1] > len(self._room):
-            self._room = torch.empty(2 * ends[-1], dtype=torch.int32, pin_memory=self._is_cuda)
-        parts = [self._room[end - len(array) : end] for end, array in zip(ends, arrays, strict=True)]
-        for part, array in zip(parts, arrays, strict=True):
-            part.numpy()[:] = array
-        return parts
-
-    def release(self) -> None:
-        """All copies that were asked for are on the stream by now."""
-        if self._is_cuda:
-            self._copied = self._copied or torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._copied.record()
-
-
-def _lacks_fa3() -> bool:
-    """Whether FlashAttention-3's prefill kernels cannot be compiled: then FlashAttention-2's run, and that is said."""
+def chip_of(device: torch.device) -> Chip:
+    """What kernels are chosen by on a device. Where FlashAttention-3's cannot be compiled, that is said."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] != 9:
+        return Chip(capability)
     missing = missing_for_fa3(cuda_home())
     if missing is not None:
         warnings.warn(
@@ -403,7 +240,11 @@ def _lacks_fa3() -> bool:
             f"FlashInfer lacks {missing}",
             stacklevel=2,
         )
-    return missing is not None
+    return Chip(capability, has_fa3_prefill=missing is None)
+
+
+def num_sms_of(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _check_is_current(device: torch.device) -> None:
@@ -416,36 +257,6 @@ def _check_is_current(device: torch.device) -> None:
         )
 
 
-def _check_latent(table: PageTable, call: _Call) -> None:
-    """Latents are attended to in decode and as context, where no mask is needed: prefill expands them."""
-    if call.soft_cap is not None or table.window_left >= 0:
-        raise ValueError("FlashInfer's latent attention has neither windows nor soft caps")
-    if not has_latent_room(table.qo_indptr, call.num_q_heads):
-        raise ValueError(
-            f"{table.num_queries} queries of {call.num_q_heads} heads are more than a plan of FlashInfer's latent "
-            "attention has room for. Lower max_num_batched_tokens."
-        )
-    # Its causal kernels leave out a key where tiles of queries and keys end together, for some numbers of heads:
-    # 0.7.2 refuses such plans (`_validate_fa_causal_tile_bound`), 0.6.18 runs them.
-    if table.causal and not table.is_decode:
-        raise ValueError("latent attention of several queries per row is not causal here")
-
-
-def _call_of(table: PageTable, q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None) -> _Call:
+def _call_of(table: PageTable, q: Tensor, keys: Tensor, values: Tensor, scale: float, soft_cap: float | None) -> Call:
     heads_and_dims = (q.shape[1], keys.shape[1], keys.shape[2], values.shape[2])
-    return _Call(*heads_and_dims, q.dtype, keys.dtype, scale, soft_cap, table.v_is_prefix_of_k)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _graph_buffers(fixed: FixedSize, device: torch.device) -> list[Tensor]:
-    """Where plans of a fixed size lie: `qo_indptr`, `kv_indptr`, `kv_indices`, and a length for each row."""
-    sizes = (fixed.num_rows + 1, fixed.num_rows + 1, fixed.num_pages, fixed.num_rows)
-    return [torch.zeros(size, dtype=torch.int32, device=device) for size in sizes]
-
-
-def _named(buffers: list[Tensor] | None, *names: str) -> dict[str, Any]:
-    """Arguments of a wrapper's constructor that fix its memory; none where it may move."""
-    return {} if buffers is None else {"use_cuda_graph": True, **dict(zip(names, buffers, strict=False))}
+    return Call(*heads_and_dims, q.dtype, keys.dtype, scale, soft_cap, table.v_is_prefix_of_k)
