@@ -16,7 +16,7 @@ import torch
 
 from interpreted_cuda import interpreter
 from interpreted_cuda.build import guard_library, interpreter_folder
-from interpreted_cuda.modules import Module
+from interpreted_cuda.modules import LOADED, Module
 from interpreted_cuda.tensors import CUDA, made_on_cuda
 
 
@@ -56,7 +56,12 @@ def pretend(card: Card, *, num_sms: int = FEW_SMS, runs: bool = True) -> None:
     import tvm_ffi
 
     load = tvm_ffi.load_module
-    tvm_ffi.load_module = lambda *args, **kwargs: Module(load(*args, **kwargs))
+
+    def loaded(path: Any, *args: Any, **kwargs: Any) -> Module:
+        LOADED.append(str(path))
+        return Module(load(path, *args, **kwargs))
+
+    tvm_ffi.load_module = loaded
 
 
 def _describe(card: Card, num_sms: int) -> None:

@@ -83,6 +83,8 @@ class View:
 _LOCK = threading.RLock()
 # The kernels that were launched, since somebody emptied it.
 LAUNCHES: list[str] = []
+# The modules that were loaded, by their paths.
+LOADED: list[str] = []
 
 
 @contextmanager

@@ -92,12 +92,12 @@ def test_an_lse_to_base_2_is_seen(monkeypatch: Any) -> None:
 
 
 def spoilt_run(monkeypatch: Any, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-    run = flashinfer_backend._Wrapper.run
+    run = flashinfer_backend.Wrapper.run
 
     def spoilt(self: Any, page_size: int, call: Any, q: Tensor, keys: Tensor, values: Tensor, *results: Tensor) -> None:
         run(self, page_size, call, q, *change(keys, values), *results)
 
-    monkeypatch.setattr(flashinfer_backend._Wrapper, "run", spoilt)
+    monkeypatch.setattr(flashinfer_backend.Wrapper, "run", spoilt)
 
 
 def test_keys_and_values_swapped_are_seen(monkeypatch: Any) -> None:

@@ -1,9 +1,11 @@
 """Check and measure cpinfer on a GPU, stage by stage.
 
     cpinfer gpu-check                                    # everything that one GPU can show
-    cpinfer gpu-check --only parity                      # one stage; each is made to end within 8 minutes
+    cpinfer gpu-check --only parity                      # one stage
+    cpinfer gpu-check --build                            # compile what the stages ask for, and nothing else
     torchrun --nproc-per-node 8 -m cpinfer_tools gpu-check --only comm   # the exchanges, over NCCL
     cpinfer gpu-check --device cpu                       # smoke: tiny, torch alone; shows that the tool works
+    cpinfer gpu-check --smoke                            # the same on the GPU, by FlashInfer
 
 - parity         kernels and layouts against attention in float32
 - model          whole models, played ranks against Transformers
@@ -13,7 +15,9 @@
 - rollouts       tokens per second beside Transformers
 - comm           the exchanges between processes; needs torchrun
 
-The first stage that needs a kernel waits for FlashInfer to compile it. Cards of what was measured on a GPU go to
+FlashInfer's kernels are compiled first, some minutes for each module: parity asks for the most, about ten. What that
+takes is told by itself, and is no part of a stage's time, for which there is a budget, said beside it: what the stage
+was made to end within, on a GPU that nobody has had yet. Cards of what was measured on a GPU go to
 tools/bench/results/gpu_<stage>_<name of the GPU>.md. A table goes to stderr, the last stdout line of rank 0 is one JSON
 object. Exit codes: 0 all targets reached, 1 one missed or a stage failed, 2 nothing could be run.
 """
@@ -30,15 +34,17 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
-from cpinfer_tools.gpu import comm, deterministic, graphs, model, parity, rollouts, throughput
+from cpinfer_tools.gpu import build, comm, deterministic, graphs, model, parity, rollouts, throughput
 from cpinfer_tools.gpu.stage import Found, Setting
 from cpinfer_tools.measuring.harness import RESULTS, Card, say, slug, table, versions
 
@@ -51,6 +57,24 @@ STAGES: Mapping[str, Callable[[Setting], Found]] = {
     "rollouts": rollouts.run,
     "comm": comm.run,
 }
+# What the stages ask of FlashInfer; the others have kernels of Triton alone, or none.
+NEEDS: Mapping[str, Callable[[Setting], Iterable[AttentionNeeds]]] = {
+    "parity": parity.needs,
+    "model": model.needs,
+    "graphs": graphs.needs,
+    "throughput": throughput.needs,
+    "rollouts": rollouts.needs,
+}
+# Seconds that a stage should take at most once its kernels are there.
+BUDGET_S: Mapping[str, int] = {
+    "parity": 180,
+    "model": 240,
+    "deterministic": 240,
+    "graphs": 120,
+    "throughput": 240,
+    "rollouts": 480,
+    "comm": 120,
+}
 EXIT_DONE, EXIT_MISSED, EXIT_BAD_INPUT = 0, 1, 2
 
 
@@ -60,23 +84,29 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, results:
     )
     parser.add_argument("--only", choices=STAGES, action="append", help="run this stage; may be repeated")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is a smoke run")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes, to see that the tool works on the device")
+    parser.add_argument("--build", action="store_true", help="compile the kernels of the stages, and run none of them")
     parser.add_argument("--no-card", action="store_true", help="write no cards")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # launchers append it; ignored
     args = parser.parse_args(argv)
-    is_smoke = args.device == "cpu"
-    if not is_smoke and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available():
         say("gpu_check: there is no CUDA device. On CPU only a smoke run is possible: --device cpu.")
         return EXIT_BAD_INPUT
     launch = Launch.from_environ(os.environ)
-    device = torch.device("cpu") if is_smoke else launch.device
+    is_smoke = args.smoke or args.device == "cpu"
+    device = torch.device("cpu") if args.device == "cpu" else launch.device
     setting = Setting(device, is_smoke)
     command = "cpinfer gpu-check " + " ".join(argv if argv is not None else sys.argv[1:])
-    stages = {}
+    names, stages = args.only or list(STAGES), {}
     end_with_launcher(os.environ, program="gpu_check")
     with default_group(launch):
-        for name in args.only or STAGES:
+        if setting.is_cuda and any(name in NEEDS for name in names):
+            stages["build"] = _run(partial(_build, names), setting)
             if launch.rank == 0:
-                say(f"gpu_check: {name} ...")
+                _print("build", stages["build"])
+        for name in () if args.build else names:
+            if launch.rank == 0:
+                say(f"gpu_check: {name}, within {BUDGET_S[name]} s ...")
             stages[name] = told = _run(STAGES[name], setting)
             if launch.rank == 0:
                 _print(name, told)
@@ -85,6 +115,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, results:
     if launch.rank == 0:
         print(json.dumps({"device": _device_name(device), "is_smoke": is_smoke, "stages": stages}), flush=True)
     return EXIT_DONE if all(told["ok"] is not False for told in stages.values()) else EXIT_MISSED
+
+
+def _build(names: Sequence[str], setting: Setting) -> Found:
+    return build.run(setting, [needs for name in names if name in NEEDS for needs in NEEDS[name](setting)])
 
 
 def _run(stage: Callable[[Setting], Found], setting: Setting) -> dict[str, Any]:

@@ -15,9 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 import cpinfer
+from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import KV_CACHE_DTYPES, SamplingParams, parse_config
 from cpinfer.engine.request import RolloutResult
+from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.gpu.stage import Figure, Found, Setting
 from cpinfer_tools.measuring.workloads import QUICK_SHAPE, ModelShape, make_model, random_prompts
@@ -60,12 +62,27 @@ def _figures(
 
 def models(setting: Setting) -> Iterator[tuple[str, Any]]:
     """Random models on the setting's device, of GQA and of latents, with what they are like."""
+    yield "Qwen2-like", make_model(_shape(setting)).to(setting.device, setting.dtype)
     if setting.is_smoke:
-        yield "Qwen2-like", make_model(QUICK_SHAPE)
         return
-    shape = replace(ModelShape(), num_layers=4, hidden_size=1024, num_q_heads=16, num_kv_heads=4)
-    yield "Qwen2-like", make_model(shape).to(setting.device, setting.dtype)
     yield "DeepSeek-V3-like", _deepseek().to(setting.device, setting.dtype)
+
+
+def needs(setting: Setting) -> Iterator[AttentionNeeds]:
+    """What those models ask of their kernels, over a cache in fp8 too."""
+    shape = _shape(setting)
+    calls = ((shape.num_q_heads, KVLayout(shape.num_kv_heads, shape.head_dim, shape.head_dim)),)
+    yield AttentionNeeds(setting.dtype, calls, torch.float8_e4m3fn)
+    if not setting.is_smoke:
+        latents = KVLayout(1, 576, 512, v_is_prefix_of_k=True)
+        yield AttentionNeeds(setting.dtype, ((16, latents), (16, KVLayout(16, 192, 128))))
+
+
+def _shape(setting: Setting) -> ModelShape:
+    """Of the model with GQA; FlashInfer wants heads of 64 at least."""
+    if setting.is_smoke:
+        return replace(QUICK_SHAPE, head_dim=64) if setting.is_cuda else QUICK_SHAPE
+    return replace(ModelShape(), num_layers=4, hidden_size=1024, num_q_heads=16, num_kv_heads=4)
 
 
 def _deepseek() -> Any:

@@ -47,6 +47,12 @@ KERNELS: tuple[Kernel, ...] = (
     ("MLA 128 heads, latents", 128, KVLayout(1, 576, 512, v_is_prefix_of_k=True)),
     ("MLA 16 heads, expanded", 16, KVLayout(16, 192, 128)),
 )
+# Heads that FlashInfer has kernels for.
+CUDA_SMOKE_KERNELS: tuple[Kernel, ...] = (
+    ("GQA 4/2 d64", 4, KVLayout(2, 64, 64)),
+    ("MLA 4 heads, expanded", 4, KVLayout(4, 192, 128)),
+    ("MLA 4 heads, latents", 4, KVLayout(1, 576, 512, v_is_prefix_of_k=True)),
+)
 SMOKE_KERNELS: tuple[Kernel, ...] = (
     ("GQA 4/2 d8", 4, KVLayout(2, 8, 8)),
     ("MLA 4 heads, latents", 4, KVLayout(1, 12, 8, v_is_prefix_of_k=True)),
@@ -57,35 +63,53 @@ SMOKE_KERNELS: tuple[Kernel, ...] = (
 def run(setting: Setting) -> Found:
     """All of it; every figure is an error with the tolerance as its target."""
     figures = [*_kernel_errors(setting), *_layout_errors(setting)]
-    if setting.device.type == "cuda":
+    if setting.is_cuda:
         figures += [*_merge_errors(setting.device), *_copy_errors(setting.device)]
     return Found(tuple(figures))
 
 
-def _kernel_errors(setting: Setting) -> Iterator[Figure]:
-    for name, num_q_heads, layout in SMOKE_KERNELS if setting.is_smoke else KERNELS:
+def needs(setting: Setting) -> Iterator[AttentionNeeds]:
+    """What the kernels of this stage are made for; layouts spread 8 query heads over one KV head to 8."""
+    yield from (each for _, _, _, each in _kernels(setting))
+    for num_kv_heads in (2,) if setting.is_smoke else (1, 8):
+        layout = KVLayout(num_kv_heads, *(_head_dim(setting),) * 2)
+        yield AttentionNeeds(setting.dtype, ((8, layout),))
+
+
+def _kernels(setting: Setting) -> Iterator[tuple[str, int, KVLayout, AttentionNeeds]]:
+    """Each kind of kernel that is not refused by name, with what it is over."""
+    smoke = CUDA_SMOKE_KERNELS if setting.is_cuda else SMOKE_KERNELS
+    for name, num_q_heads, layout in smoke if setting.is_smoke else KERNELS:
         # Every dtype is minutes of compilation: of heads one kernel shows that all are right.
-        has_all = setting.is_smoke or name == KERNELS[0][0]
+        has_all = name in (KERNELS[0][0], SMOKE_KERNELS[0][0])
         half = (torch.bfloat16, torch.float16) if has_all else (torch.bfloat16,)
-        for dtype in (torch.float32,) if setting.is_smoke else half:
-            has_fp8 = setting.is_smoke or layout.v_is_prefix_of_k or (has_all and dtype == torch.bfloat16)
+        for dtype in half if setting.is_cuda else (torch.float32,):
+            has_fp8 = not setting.is_cuda or layout.v_is_prefix_of_k or (has_all and dtype == torch.bfloat16)
             for key_dtype in (dtype, *(FP8 if has_fp8 else ())):
                 kinds = (LayerKind(), LayerKind(has_window=not layout.v_is_prefix_of_k))
-                needs = AttentionNeeds(dtype, ((num_q_heads, layout),), key_dtype, tuple(dict.fromkeys(kinds)))
-                if not _is_asked(needs, layout, setting):
-                    continue
-                backend = setting.backend(needs)
-                outs, lses = [], []
-                for rows, num_slots in _rows(setting.is_smoke):
-                    if rows.causal and (layout.v_is_prefix_of_k or key_dtype != dtype):
-                        continue  # prefill expands latents, and has its keys before they are cached
-                    out_error, lse_error = _error(backend, rows, num_slots, num_q_heads, layout, needs, setting.device)
-                    outs.append(out_error)
-                    lses.append(lse_error)
-                over = "" if key_dtype == dtype else f" over {str(key_dtype).removeprefix('torch.')}"
-                kind = f"{name} {str(dtype).removeprefix('torch.')}{over}"
-                yield Figure(f"{kind}: out, relative", _worst(outs), "", target=OUT_TOLERANCE[dtype])
-                yield Figure(f"{kind}: lse", _worst(lses), "", target=LSE_TOLERANCE[dtype])
+                each = AttentionNeeds(dtype, ((num_q_heads, layout),), key_dtype, tuple(dict.fromkeys(kinds)))
+                if _is_asked(each, layout, setting):
+                    over = "" if key_dtype == dtype else f" over {str(key_dtype).removeprefix('torch.')}"
+                    yield f"{name} {str(dtype).removeprefix('torch.')}{over}", num_q_heads, layout, each
+
+
+def _kernel_errors(setting: Setting) -> Iterator[Figure]:
+    for kind, num_q_heads, layout, each in _kernels(setting):
+        backend = setting.backend(each)
+        outs, lses = [], []
+        for rows, num_slots in _rows(setting.is_smoke):
+            if rows.causal and (layout.v_is_prefix_of_k or each.cache_dtype != each.dtype):
+                continue  # prefill expands latents, and has its keys before they are cached
+            out_error, lse_error = _error(backend, rows, num_slots, num_q_heads, layout, each, setting.device)
+            outs.append(out_error)
+            lses.append(lse_error)
+        yield Figure(f"{kind}: out, relative", _worst(outs), "", target=OUT_TOLERANCE[each.dtype])
+        yield Figure(f"{kind}: lse", _worst(lses), "", target=LSE_TOLERANCE[each.dtype])
+
+
+def _head_dim(setting: Setting) -> int:
+    """Of the layouts."""
+    return 64 if setting.is_cuda else 8
 
 
 def _is_asked(needs: AttentionNeeds, layout: KVLayout, setting: Setting) -> bool:
@@ -93,7 +117,7 @@ def _is_asked(needs: AttentionNeeds, layout: KVLayout, setting: Setting) -> bool
     if needs.cache_dtype == needs.dtype:
         return True
     is_expanded = layout.k_dim != layout.v_dim and not layout.v_is_prefix_of_k
-    return not is_expanded and (setting.is_smoke or unfit(setting.device, needs) is None)
+    return not is_expanded and (not setting.is_cuda or unfit(setting.device, needs) is None)
 
 
 def _rows(is_smoke: bool) -> Iterator[tuple[AttentionRows, int]]:
@@ -166,11 +190,11 @@ def _error(
 def _layout_errors(setting: Setting) -> Iterator[Figure]:
     """One figure per number of ranks: the worst of its layouts."""
     lengths = (1, 17, 64, 130) if setting.is_smoke else (1, 17, 64, 129, 300)
-    head_dim = 8 if setting.is_smoke else 64
+    head_dim = _head_dim(setting)
     unchecked = AttentionNeeds(setting.dtype, ())
 
     def backend(inner: AttentionBackend) -> AttentionBackend:
-        return inner if setting.is_smoke else FlashInferBackend(setting.device, unchecked)
+        return FlashInferBackend(setting.device, unchecked) if setting.is_cuda else inner
 
     for num_ranks in (1, 2) if setting.is_smoke else range(1, 9):
         errors = []

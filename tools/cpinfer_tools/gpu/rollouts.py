@@ -7,6 +7,7 @@ how many samples agree with `generate` is reported, and has no target there.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -14,6 +15,8 @@ import torch
 from transformers import ContinuousBatchingConfig
 
 import cpinfer
+from cpinfer.attention.backends.base import AttentionNeeds
+from cpinfer.layout.capacity import KVLayout
 from cpinfer_tools.gpu.stage import Figure, Found, Setting
 from cpinfer_tools.measuring.contestants import Contestant, Cpinfer, Generate, GenerateBatch, attention_restored
 from cpinfer_tools.measuring.harness import Timing, rotated, timed
@@ -41,7 +44,7 @@ class _Raced:
 
 def run(setting: Setting) -> Found:
     """Tokens per second of each engine on each workload; ours must be ahead of both."""
-    shape = QUICK_SHAPE if setting.is_smoke else SHAPE
+    shape = _shape(setting)
     model = make_model(shape).to(setting.device, setting.dtype)
     figures, notes = [], []
     for workload in _workloads(shape, setting.is_smoke):
@@ -64,6 +67,19 @@ def run(setting: Setting) -> Found:
         notes.append(f"{workload.name}: {workload.described()}")
         notes += [f"{workload.name}, {c.name}: {c.given(workload)}" for c in contestants]
     return Found(tuple(figures), tuple(notes))
+
+
+def needs(setting: Setting) -> Iterator[AttentionNeeds]:
+    """What the model asks of our kernels."""
+    shape = _shape(setting)
+    layout = KVLayout(shape.num_kv_heads, shape.head_dim, shape.head_dim)
+    yield AttentionNeeds(setting.dtype, ((shape.num_q_heads, layout),))
+
+
+def _shape(setting: Setting) -> ModelShape:
+    if setting.is_smoke:
+        return replace(QUICK_SHAPE, head_dim=64) if setting.is_cuda else QUICK_SHAPE
+    return SHAPE
 
 
 def _workloads(shape: ModelShape, is_smoke: bool) -> list[Workload]:

@@ -19,18 +19,22 @@ _HEAD_START_CYCLES = 4_000_000  # about 2 ms
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a stage runs. `is_smoke`: tiny sizes on CPU, to see that the tool works; what it then says is no figure."""
+    """Where a stage runs. `is_smoke`: tiny sizes, to see that the tool works there; what it then says is no figure."""
 
     device: torch.device
     is_smoke: bool
 
     @property
     def dtype(self) -> torch.dtype:
-        return torch.float32 if self.is_smoke else torch.bfloat16
+        return torch.bfloat16 if self.is_cuda else torch.float32
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
 
     @property
     def backend_name(self) -> str:
-        return "torch" if self.is_smoke else "flashinfer"
+        return "flashinfer" if self.is_cuda else "torch"
 
     def backend(self, needs: AttentionNeeds) -> AttentionBackend:
         return make_backend(self.backend_name, self.device, needs)

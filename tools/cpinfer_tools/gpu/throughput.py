@@ -7,7 +7,7 @@ is there already. What the network would take is not in these figures. 32 query 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -89,9 +89,20 @@ class PlayedAxis:
         return x
 
 
+def needs(setting: Setting) -> Iterator[AttentionNeeds]:
+    """What is timed asks for this."""
+    yield _sizes(setting).needs(setting.dtype)
+
+
+def _sizes(setting: Setting) -> Sizes:
+    if setting.is_smoke:
+        return replace(SMOKE, head_dim=64) if setting.is_cuda else SMOKE
+    return Sizes()
+
+
 def run(setting: Setting) -> Found:
     """Prefill, decode and merge, each with its bound."""
-    sizes = SMOKE if setting.is_smoke else Sizes()
+    sizes = _sizes(setting)
     backend = setting.backend(sizes.needs(setting.dtype))
     copy_rate, flop_rate = copy_bytes_per_s(setting), flops_per_s(setting)
     return Found(
