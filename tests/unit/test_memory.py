@@ -69,5 +69,8 @@ def test_on_a_host_loading_and_keeping_must_both_fit_and_on_a_device_each_in_its
     assert [Fit(needs, AvailableMemory(*room)).fits for room in device] == [False, False, True]
     assert Fit(needs, AvailableMemory(14, None)).fits is False, "one that is known not to fit is enough"
     assert Fit(needs, AvailableMemory(15, None)).fits is None
+    with_kernels = MemoryNeeds(weights_bytes=10, kv_pool_bytes=5, loading_bytes=40, kernels_bytes=11)
+    assert Fit(with_kernels, AvailableMemory(25, 50)).fits is False
+    assert "for kernels" in Fit(with_kernels, AvailableMemory(25, 50)).sentence
     keeps_more = MemoryNeeds(weights_bytes=10, kv_pool_bytes=50, loading_bytes=20)
     assert Fit(keeps_more, AvailableMemory(None, 59)).fits is False

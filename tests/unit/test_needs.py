@@ -5,10 +5,12 @@ import dataclasses
 import pytest
 import torch
 
+from cpinfer.attention.backends.base import AttentionNeeds, FixedSize, LayerKind
+from cpinfer.attention.backends.flashinfer import limits
 from cpinfer.config import EngineConfig
-from cpinfer.engine.needs import affordable_pool
+from cpinfer.engine.needs import affordable_pool, attention_needs, kernel_bytes, replayed_sizes
 from cpinfer.errors import UserError
-from cpinfer.layout.capacity import PoolSize, StateLayout
+from cpinfer.layout.capacity import KVLayout, PoolSize, StateLayout
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.spec import ModelSpec
@@ -53,3 +55,71 @@ def test_what_all_ranks_can_afford_is_the_fewest_of_both():
     sharding = KVSharding(1, 16, 16)
     pools = [PoolSize(9, sharding, 30), PoolSize(2**39, sharding, 4)]
     assert PoolSize.smallest([p.number for p in pools], sharding) == PoolSize(9, sharding, 4)
+
+
+# --- what kernels are asked for, and keep beside the pool ---
+
+CUDA = torch.device("cuda")
+
+
+def heads_of(spec, grid=RankGrid()):
+    return spec.heads(grid.tp_size).in_group(grid, 0)
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds"),
+    [
+        ("llama", [(False, False)]),
+        ("mistral", [(True, False)]),
+        ("gpt_oss", [(False, False), (True, False)]),
+        ("gemma2", [(False, True), (True, True)]),
+    ],
+)
+def test_needs_name_each_kind_of_layer_once(family, kinds):
+    spec = ModelSpec.from_config(FAMILIES[family].to_dict())
+    assert attention_needs(spec, heads_of(spec), torch.bfloat16).layers == tuple(LayerKind(*kind) for kind in kinds)
+
+
+def test_replayed_plans_are_of_all_rows_of_a_home_in_each_batch_size():
+    config = EngineConfig(cuda_graphs=True, max_num_seqs=9, block_size=16)
+    spec = dataclasses.replace(SPEC, max_positions=100)
+    blocks = KVSharding(2, 16, 16).num_blocks(100)
+    # Nine sequences over two ranks are five at most on one.
+    assert replayed_sizes(spec, config, RankGrid(1, 2, 2)) == tuple(FixedSize(n, n * blocks) for n in (2, 4, 8, 12))
+    every_rank_all = dataclasses.replace(config, decode_exchange="replicate_q")
+    assert [size.num_rows for size in replayed_sizes(spec, every_rank_all, RankGrid(1, 2, 2))] == [1, 2, 4, 6, 8, 12]
+    assert replayed_sizes(spec, dataclasses.replace(config, cuda_graphs=False), RankGrid()) == ()
+
+
+def test_what_kernels_keep_grows_with_what_is_replayed_by_little_and_with_kinds_of_layers():
+    calls = ((32, KVLayout(8, 128, 128)),)
+    sizes = tuple(FixedSize(n, n * 64) for n in (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64))
+    plain = AttentionNeeds(torch.bfloat16, calls)
+    replayed = dataclasses.replace(plain, replayed=sizes)
+    both_kinds = dataclasses.replace(plain, layers=(LayerKind(), LayerKind(has_window=True)))
+    least, with_graphs, with_windows = (limits.device_bytes(x, 132) for x in (plain, replayed, both_kinds))
+    assert least > limits.MIN_WORKSPACE_BYTES + limits.WRAPPER_BYTES
+    # As they come, the wrappers of eleven sizes alone would take 89 MiB.
+    assert 0 < with_graphs - least < 4 * 2**20
+    assert with_windows - least >= limits.WRAPPER_BYTES
+
+
+def test_of_free_memory_the_pool_has_its_share_once_kernels_have_theirs(monkeypatch):
+    free = 2**30
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 2 * free))
+    config = EngineConfig(block_size=16)
+
+    def blocks(beside_bytes):
+        return affordable_pool(SPEC, 2, RankGrid(), config, "float32", CUDA, beside_bytes).num_blocks
+
+    per_block = PER_BLOCK * SPEC.num_kv_layers
+    assert blocks(0) == free // 2 // per_block and blocks(2**28) == (free - 2**28) // 2 // per_block
+    with pytest.raises(UserError, match="buys no block"):
+        blocks(2 * free)
+    asked = EngineConfig(block_size=16, kv_cache_gib=0.1)
+    assert affordable_pool(SPEC, 2, RankGrid(), asked, "float32", CUDA, 2 * free).num_blocks > 0
+
+
+def test_kernels_of_ours_keep_nothing_and_those_of_the_deterministic_mode_neither():
+    for config in (EngineConfig(), EngineConfig(backend="torch"), EngineConfig(deterministic=True)):
+        assert kernel_bytes(SPEC, heads_of(SPEC), RankGrid(), config, "float32", torch.device("cpu")) == 0
