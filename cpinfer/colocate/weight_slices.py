@@ -3,6 +3,7 @@
     q, k, v; gate, up    rows of this rank's heads (a KV head on several ranks where tp exceeds them); part of the MLP:
                          a ColumnParallelLinear, as Megatron and vLLM call it
     o; down              columns of the same, partial sums added over the tp axis: a RowParallelLinear
+    linear attention     the same of its projections, where its key heads divide over the ranks
 
 Projections are put in the place of the trainer's modules, which come back as they were. All else stays whole on every
 rank: embeddings, norms, latents and their projections down, routers and experts, the vocabulary.
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cpinfer.comm.axis import AxisComm
-from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.adapters import refuse_adapters_under_tp
 from cpinfer.models.decoder_layers import decoder_layers
+from cpinfer.models.gated_delta_net import LinearHeads, is_gated_delta_net
+from cpinfer.models.linear_cuts import SplitLinear
 from cpinfer.models.local_weights import shape_in_use
 from cpinfer.models.spec import ModelSpec
 from cpinfer.refusals import refuse
@@ -34,11 +36,11 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 
 @dataclass(frozen=True)
 class SlicedProjection:
-    """A projection, and the part `[start, stop)` of its rows (or columns) that this rank keeps."""
+    """A projection, and the parts `[start, stop)` of its rows, or the one of its columns, that this rank keeps."""
 
     parent: nn.Module
     name: str
-    part: slice
+    parts: tuple[slice, ...]
     sums: bool
 
     @property
@@ -51,8 +53,12 @@ class SlicedProjection:
         """The module that takes the projection's place; its weights, whole at this moment, are copied in part."""
         weight, bias = self.linear.weight, self.linear.bias
         if self.sums:
-            return RowParallelLinear(_copy(weight[:, self.part]), None if bias is None else _copy(bias), tp)
-        return ColumnParallelLinear(_copy(weight[self.part]), None if bias is None else _copy(bias[self.part]))
+            return RowParallelLinear(_copy(weight[:, self.parts[0]]), None if bias is None else _copy(bias), tp)
+        kept = [
+            ColumnParallelLinear(_copy(weight[part]), None if bias is None else _copy(bias[part]))
+            for part in self.parts
+        ]
+        return kept[0] if len(kept) == 1 else SplitLinear(kept)
 
 
 class ColumnParallelLinear(nn.Module):
@@ -81,23 +87,30 @@ class RowParallelLinear(ColumnParallelLinear):
 
 def sliced_projections(model: Any, spec: ModelSpec, tp_size: int, tp_rank: int) -> list[list[SlicedProjection]]:
     """For each layer, what tensor parallelism slices of it. UnsupportedError where that cannot be done."""
-    heads = spec.heads(tp_size)
     if tp_size > 1 and spec.why_no_tp is not None:
         raise refuse("family_tp", f'model_type "{spec.family}" with tp={tp_size} ({spec.why_no_tp})')
     refuse_adapters_under_tp(model)
-    found = [list(_sliced_projections_of(layer, heads, tp_rank)) for layer in decoder_layers(model)]
+    found = [list(_sliced_projections_of(layer, spec, tp_size, tp_rank)) for layer in decoder_layers(model)]
     for index, layer in enumerate(found):
         names = {projection.name for projection in layer}
-        if not {"o_proj"} < names or not names & {"q_proj", "q_b_proj"}:
+        if index not in spec.linear_layers and not ("o_proj" in names and names & {"q_proj", "q_b_proj"}):
             raise refuse("lent_tp", f'model_type "{spec.family}", layer {index}')
     return found
 
 
-def _sliced_projections_of(layer: nn.Module, heads: HeadPlacement, tp_rank: int) -> Iterator[SlicedProjection]:
-    q_heads, kv_heads, tp_size = heads.q_heads(tp_rank), heads.kv_heads(tp_rank), heads.tp_size
+def _sliced_projections_of(layer: nn.Module, spec: ModelSpec, tp_size: int, tp_rank: int) -> Iterator[SlicedProjection]:
+    heads = spec.heads(tp_size)
+    q_heads, kv_heads, mine = heads.q_heads(tp_rank), heads.kv_heads(tp_rank), range(tp_rank, tp_rank + 1)
     for parent in layer.modules():
         linears = {name: child for name, child in parent.named_children() if isinstance(child, nn.Linear)}
-        if "o_proj" in linears:
+        if spec.states is not None and is_gated_delta_net(parent):
+            if spec.states.divides(tp_size):  # else whole on every rank, which is right as well
+                channels = LinearHeads.of(spec.states, tp_size, tp_rank).channels
+                for name, linear in linears.items():
+                    dim = int(name == "out_proj")
+                    parts = channels if name == "in_proj_qkv" else _part(linear, dim, mine, tp_size)
+                    yield SlicedProjection(parent, name, parts, dim == 1)
+        elif "o_proj" in linears:
             for name in linears:
                 if name in _QUERIES:
                     yield SlicedProjection(parent, name, _part(linears[name], 0, q_heads, heads.num_q_heads), False)
@@ -109,14 +122,12 @@ def _sliced_projections_of(layer: nn.Module, heads: HeadPlacement, tp_rank: int)
             if inner % tp_size == 0:  # else whole on every rank, which is right as well
                 for name in _MLP:
                     dim = int(name == "down_proj")
-                    yield SlicedProjection(
-                        parent, name, _part(linears[name], dim, range(tp_rank, tp_rank + 1), tp_size), dim == 1
-                    )
+                    yield SlicedProjection(parent, name, _part(linears[name], dim, mine, tp_size), dim == 1)
 
 
-def _part(linear: nn.Linear, dim: int, mine: range, of: int) -> slice:
+def _part(linear: nn.Linear, dim: int, mine: range, of: int) -> tuple[slice]:
     each = shape_in_use(linear.weight)[dim] // of
-    return slice(mine.start * each, mine.stop * each)
+    return (slice(mine.start * each, mine.stop * each),)
 
 
 def _copy(part: Tensor) -> Tensor:

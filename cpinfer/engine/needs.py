@@ -189,9 +189,9 @@ def affordable_pool(
 ) -> PoolSize:
     """The KV pool that a rank's budget buys, of `num_heads` stored KV heads, for a model in `dtype`.
 
-    `beside_bytes` of the device are kept free of it, where the config leaves its size open.
-    States have a place for each of `max_num_seqs` sequences, up to half the budget. UserError when it buys no single
-    block, or no state.
+    `beside_bytes` of the device are kept free of it, where the config leaves its size open. `spec.states` are those of
+    one rank, which have a place for each of `max_num_seqs` sequences, up to half the budget. UserError when it buys no
+    single block, or no state.
     """
     per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_kv_layers, config.cache_dtype(dtype))
     budget, num_states = _kv_budget_bytes(config, device, beside_bytes), 0

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cpinfer.layout.shards import KVSharding
 
@@ -71,8 +71,13 @@ class StateLayout:
         return self.conv_width - 1
 
     @property
+    def channels_by_kind(self) -> tuple[int, int, int]:
+        """Of queries, of keys, of values, in this order."""
+        return self.num_k_heads * self.k_dim, self.num_k_heads * self.k_dim, self.num_v_heads * self.v_dim
+
+    @property
     def num_channels(self) -> int:
-        return 2 * self.num_k_heads * self.k_dim + self.num_v_heads * self.v_dim
+        return sum(self.channels_by_kind)
 
     @property
     def state_values(self) -> int:
@@ -82,6 +87,16 @@ class StateLayout:
     def map_values(self) -> int:
         """Of what a piece makes of any state before it."""
         return self.num_v_heads * self.k_dim * self.k_dim
+
+    def divides(self, tp_size: int) -> bool:
+        """Whether each of so many ranks can have whole key heads, with their value heads."""
+        return self.num_k_heads % tp_size == 0
+
+    def over(self, tp_size: int) -> StateLayout:
+        """That of one of `tp_size` ranks between which heads are cut; the same where they do not divide."""
+        if not self.divides(tp_size):
+            return self
+        return replace(self, num_k_heads=self.num_k_heads // tp_size, num_v_heads=self.num_v_heads // tp_size)
 
     def bytes_per_sequence(self, dtype: str) -> int:
         """Bytes of one sequence on the one rank that keeps them, all layers; `dtype` is the model's."""

@@ -25,7 +25,6 @@ _ONE_KV_HEAD = "one KV head: there is nothing to mix"
 _WHOLE_ATTENTION = "Transformers' plan for it leaves attention whole on every rank"
 _NO_PLAN = "Transformers has no plan for it"
 NORM_OF_ALL_HEADS = "its queries and keys are normalised over all heads, of which a rank has some"
-_LINEAR_HEADS = "its layers of linear attention are not cut by heads"
 _HYBRID = "gated delta rule, in some layers gated GQA; prefixes are not reused"
 _FUSED_HEADS = "its queries, keys and values come from one projection, which its code cuts where all heads end"
 
@@ -162,11 +161,9 @@ FAMILIES: dict[str, Family] = {
         refused={"transformers_tp": _NO_PLAN},
     ),
     "starcoder2": Family("StarCoder2", "GQA, a window where its config has one", window_on_every_layer=True),
-    "qwen3_next": Family("Qwen3-Next", f"{_HYBRID}, experts", has_gated_delta=True, refused=_no_tp(_LINEAR_HEADS)),
-    "qwen3_5_text": Family("Qwen3.5 (text)", _HYBRID, has_gated_delta=True, refused=_no_tp(_LINEAR_HEADS)),
-    "qwen3_5_moe_text": Family(
-        "Qwen3.5-MoE (text)", f"{_HYBRID}, experts", has_gated_delta=True, refused=_no_tp(_LINEAR_HEADS)
-    ),
+    "qwen3_next": Family("Qwen3-Next", f"{_HYBRID}, experts", has_gated_delta=True),
+    "qwen3_5_text": Family("Qwen3.5 (text)", _HYBRID, has_gated_delta=True),
+    "qwen3_5_moe_text": Family("Qwen3.5-MoE (text)", f"{_HYBRID}, experts", has_gated_delta=True),
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cpinfer.models.linear_cuts import prepare_linear_attention
 from cpinfer.models.spec import NUM_KV_HEADS_BEFORE_EXPANSION, ModelSpec
 
 
@@ -14,8 +15,9 @@ def expand_kv_heads(model: Any, tp_size: int) -> None:
     """Repeat the K and V projections of a model by whole heads, in place, until `tp_size` ranks can have one each.
 
     Call it before the framework shards the weights. Expanded head j is a copy of head `j // rep`, so a rank's query
-    heads find their own KV head beside them; the model computes what it computed before. Nothing happens when
-    `tp_size` is not above the number of KV heads.
+    heads find their own KV head beside them; the model computes what it computed before. Nothing is repeated when
+    `tp_size` is not above the number of KV heads. Where layers of linear attention would be cut through heads, their
+    projections become others too (`prepare_linear_attention`).
 
     Args:
         model: a Hugging Face causal LM, whole; its config is changed with it.
@@ -25,6 +27,8 @@ def expand_kv_heads(model: Any, tp_size: int) -> None:
         ValueError: when the heads cannot be shared evenly.
     """
     spec = ModelSpec.from_config(model.config.to_dict())
+    if spec.states is not None and tp_size > 1:
+        prepare_linear_attention(model, spec.states, tp_size)
     if spec.latent is not None:
         return  # its projection is whole on every rank
     if spec.traits.has_fused_qkv:

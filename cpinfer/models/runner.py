@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,11 @@ from cpinfer.models.attachment import Attachment, attending_by, claimed, replace
 from cpinfer.models.attention_keywords import HandedStep, windows_told
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.decoder_layers import check_layers, decoder_layers, is_attention
-from cpinfer.models.gated_delta_net import gated_delta_net, is_gated_delta_net
+from cpinfer.models.gated_delta_net import LinearHeads, gated_delta_net, is_gated_delta_net
 from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.latent_attention import check_latent_projections, is_latent_attention, latent_attention
 from cpinfer.models.layer_order import EveryLayerOnce
+from cpinfer.models.linear_cuts import heads_in_use
 from cpinfer.models.local_weights import (
     dtype_in_use,
     has_fsdp,
@@ -94,7 +95,8 @@ def _wanted(cp_step: RankStep | None) -> RankStep:
 class ModelRunner:
     """Runs steps of an attached model. Made by `attached`.
 
-    `entry` is called for a forward: of the model, or of what brings its weights.
+    `entry` is called for a forward: of the model, or of what brings its weights. The states of `spec` are those that
+    this rank keeps, of its own heads.
     """
 
     def __init__(
@@ -219,6 +221,9 @@ def attached(
     outermost, model = without_replication(outermost), unwrapped(outermost)
     entry, gathered_by_fsdp = _entry(outermost, model), has_fsdp(outermost)
     _check_model(model, spec, tp_size, gathered_by_fsdp)
+    linear = None
+    if spec.states is not None:
+        linear = heads_in_use(model, spec.states, tp_size, tp_rank, gathered_by_fsdp=gathered_by_fsdp)
     AttentionInterface.register(ATTENTION_NAME, attend_by_step)
     training = {module: module.training for module in outermost.modules()}
     unpadded_moe, handed = UnpaddedMoE(), HandedStep()
@@ -228,7 +233,7 @@ def attached(
         # AutoTP's pickles the arguments of the first batch to compare them between ranks, once: training's business.
         stack.enter_context(hooks_disabled(entry, "deepspeed", inside=False))
         for module in model.modules():
-            for name, value in _replacements(module, spec, tp_size, unpadded_moe, handed):
+            for name, value in _replacements(module, spec, tp_size, linear, unpadded_moe, handed):
                 stack.enter_context(replaced(module, name, value))
         stack.enter_context(windows_told(model))
         stack.callback(_set_modes, training)
@@ -236,8 +241,11 @@ def attached(
         attending = attending_by(model, ATTENTION_NAME, gathered_by_fsdp=gathered_by_fsdp)
         attachment = stack.enter_context(attending)
         dtype, cast = dtype_in_use(outermost, decoder_layers(model)[0]), autocast_dtype(outermost, model)
-        q_heads = spec.heads(tp_size).q_heads(tp_rank)
-        yield ModelRunner(attachment, entry, spec, q_heads, unpadded_moe, handed, dtype, cast, around)
+        q_heads, own = (
+            spec.heads(tp_size).q_heads(tp_rank),
+            replace(spec, states=None if linear is None else linear.own),
+        )
+        yield ModelRunner(attachment, entry, own, q_heads, unpadded_moe, handed, dtype, cast, around)
 
 
 def _check_model(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:
@@ -260,14 +268,21 @@ def _entry(outermost: Any, model: Any) -> Any:
 
 
 def _replacements(
-    module: Any, spec: ModelSpec, tp_size: int, unpadded_moe: UnpaddedMoE, handed: HandedStep
+    module: Any,
+    spec: ModelSpec,
+    tp_size: int,
+    linear: LinearHeads | None,
+    unpadded_moe: UnpaddedMoE,
+    handed: HandedStep,
 ) -> Iterator[tuple[str, Any]]:
     """The attributes of a module that are others while the engine runs it, beside its config."""
     heads = spec.heads(tp_size)
     if is_latent_attention(module):
         yield "forward", partial(_latent_forward, module)
-    elif is_gated_delta_net(module):
-        yield "forward", partial(_linear_forward, module)
+    elif linear is not None and is_gated_delta_net(module):
+        yield "forward", partial(_linear_forward, module, linear)
+        if linear.own != spec.states:
+            yield from linear.counts.items()
     elif is_moe_block(module):
         returns_scores = spec.traits.returns_router_scores
         yield "forward", partial(unpadded_moe.forward, module.forward, returns_scores=returns_scores)
@@ -297,10 +312,12 @@ def _latent_forward(
     return latent_attention(module, hidden_states, position_embeddings, _wanted(cp_step).step)
 
 
-def _linear_forward(module: Any, hidden_states: Tensor, cp_step: RankStep | None = None, **_: Any) -> Tensor:
+def _linear_forward(
+    module: Any, heads: LinearHeads, hidden_states: Tensor, cp_step: RankStep | None = None, **_: Any
+) -> Tensor:
     step = _wanted(cp_step).step
     assert isinstance(step, EveryLayerOnce), "the runner counts layers"
-    return gated_delta_net(module, hidden_states, step)
+    return gated_delta_net(module, hidden_states, step, heads)
 
 
 def _check_heads(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:

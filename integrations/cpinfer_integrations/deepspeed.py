@@ -23,6 +23,7 @@ from cpinfer.config import ConfigLike, JobConfig, job_config
 from cpinfer.engine.attach import config_errors, model_spec
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
+from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.kv_expansion import expand_kv_heads
 from cpinfer.packages import named
 from cpinfer.refusals import refuse
@@ -176,10 +177,29 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
             model,
             dtype=dtype,
             replace_with_kernel_inject=False,
+            injection_policy=_row_parallel(model),
             tensor_parallel={"tp_size": grid.tp_size, "mpu": _ModelParallelUnit(tp_group), "tp_group": tp_group},
         )
     topology = topology_from(engine, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size)
     return LaunchedInference(engine, topology.owning(owned))
+
+
+def _row_parallel(model: Any) -> dict[type, tuple[str, ...]] | None:
+    """The projections of attention whose partial sums are added, None where AutoTP finds them by itself.
+
+    It looks at the first layer of a class alone, and cuts the rows of what it has not seen there (seen in 0.19).
+    """
+    layers = decoder_layers(model)
+    found = [
+        {
+            ".".join(name.split(".")[-2:])
+            for name, module in layer.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.endswith(("o_proj", "out_proj"))
+        }
+        for layer in layers
+    ]
+    names = set().union(*found)
+    return None if names == found[0] else {type(layers[0]): tuple(sorted(names))}
 
 
 @dataclass(frozen=True)

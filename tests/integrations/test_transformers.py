@@ -42,6 +42,7 @@ def test_a_model_that_transformers_sharded_gives_the_answers_of_the_whole_one(tm
         {"family": "gemma2", "tp": 2, "pcp": 1, "dcp": 1},
         {"family": "mixtral", "tp": 2, "pcp": 1, "dcp": 2, "max_num_batched_tokens": 50},
         {"family": "deepseek_v2", "tp": 2, "pcp": 1, "dcp": 2},
+        {"family": "qwen3_5_text", "tp": 2, "pcp": 1, "dcp": 2},
     ]
     check(tmp_path, 2, cases, timeout_s=100)
 

@@ -172,7 +172,7 @@ def test_sequences_may_live_in_different_homes(family: str, grid: RankGrid) -> N
 @pytest.mark.parametrize(
     ("family", "grid"),
     [
-        *each(RankGrid(tp_size=2, pcp_size=2, dcp_size=2), often=OF_EACH_KIND),
+        *each(RankGrid(tp_size=2, pcp_size=2, dcp_size=2), often=OF_EACH_KIND, without=WITH_STATES),
         *(pytest.param(family, PCP2_DCP2, marks=SLOW) for family in sorted(WITHOUT_TP - WITH_STATES)),
     ],
     ids=name,
@@ -183,7 +183,10 @@ def test_queries_may_be_replicated(family: str, grid: RankGrid) -> None:
 
 @pytest.mark.parametrize(
     ("family", "grid"),
-    [*each(TP2_DCP2), *each(PCP2_DCP1, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND, without=WITH_STATES)],
+    [
+        *each(TP2_DCP2, without=WITH_STATES),
+        *each(PCP2_DCP1, slow=[TP2_PCP2_DCP4], often=OF_EACH_KIND, without=WITH_STATES),
+    ],
     ids=name,
 )
 def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str, grid: RankGrid) -> None:

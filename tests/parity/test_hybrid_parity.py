@@ -19,7 +19,7 @@ from thread_tp import on_ranks
 from transformers import AutoConfig
 
 import cpinfer
-from cpinfer.config import JobConfig, SamplingParams, TensorParallel
+from cpinfer.config import JobConfig, SamplingParams
 from cpinfer.engine import attach, step_plans
 from cpinfer.engine.attach import config_errors, model_spec
 from cpinfer.engine.request import RolloutResult
@@ -28,6 +28,7 @@ from cpinfer.engine.step_plans import StepPlanner
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.states import StatePlace, StatePlan
+from cpinfer.models.gated_delta_net import LinearHeads
 from cpinfer_tools.verify import check_rollout
 from tiny_models import GATED_DELTA, SETTINGS, TINY, make_model, prompts_of
 
@@ -36,6 +37,8 @@ SLOW = pytest.mark.slow
 # One, two homes of one rank, one home of two, two homes of two.
 GRIDS = [RankGrid(), *(RankGrid(pcp_size=pcp, dcp_size=dcp) for pcp, dcp in ((2, 1), (2, 2), (4, 2)))]
 SINGLE, PCP2_DCP1, PCP2_DCP2, PCP4_DCP2 = GRIDS
+# Two key heads: cut by tp2, whole on every rank of tp4. The second mixes KV heads.
+TP2, TP2_PCP2_DCP4, TP4 = RankGrid(tp_size=2), RankGrid(2, 2, 4), RankGrid(tp_size=4, dcp_size=2)
 CONFIG: dict[str, Any] = {"cp_kv_cache_interleave_size": 3, "block_size": 4, "kv_cache_gib": 2**-8}
 PROMPTS = prompts_of((1, 2, 3, 4, 63, 64, 65, 200), vocab_size=128)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
@@ -51,7 +54,9 @@ def every_prompt_is_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def name(value: Any) -> str:
-    return f"pcp{value.pcp_size}_dcp{value.dcp_size}" if isinstance(value, RankGrid) else str(value)
+    if not isinstance(value, RankGrid):
+        return str(value)
+    return f"tp{value.tp_size}_pcp{value.pcp_size}_dcp{value.dcp_size}"
 
 
 @functools.cache
@@ -92,8 +97,15 @@ def test_prompts_may_be_dealt_whole_to_other_ranks_than_their_states(
     assert largest_difference("qwen3_next", results) <= TOLERANCE
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=name)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "grid"),
+    [
+        *((family, grid) for grid in (*GRIDS, TP2, TP2_PCP2_DCP4) for family in FAMILIES),
+        ("qwen3_5_text", TP4),
+        pytest.param("qwen3_next", TP4, marks=SLOW),
+    ],
+    ids=name,
+)
 def test_greedy_tokens_and_logprobs_equal_transformers(family: str, grid: RankGrid) -> None:
     assert largest_difference(family, generated(family, grid)) <= TOLERANCE
 
@@ -277,8 +289,6 @@ def test_an_engine_that_has_slept_computes_states_anew() -> None:
             },
             "replicate_q.* with linear attention",
         ),
-        ({"tensor_parallel": TensorParallel(2)}, "not cut by heads"),
-        ({"tensor_parallel": TensorParallel(2, "transformers")}, "not cut by heads"),
     ],
 )
 def test_what_does_not_run_with_states_is_refused_by_name(keys: dict[str, Any], words: str) -> None:
@@ -327,6 +337,24 @@ def all_free_to_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KVHome, "check_integrity", lambda self, *_: None)
 
 
+def channels_of_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LinearHeads.of
+    monkeypatch.setattr(
+        LinearHeads, "of", lambda layout, tp_size=1, tp_rank=0: dataclasses.replace(
+            whole(layout, tp_size, tp_rank), channels=whole(layout, tp_size).channels
+        ),
+    )  # fmt: skip
+
+
+def decays_of_the_first_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LinearHeads.of
+    monkeypatch.setattr(
+        LinearHeads, "of", lambda layout, tp_size=1, tp_rank=0: dataclasses.replace(
+            whole(layout, tp_size, tp_rank), v_heads=whole(layout, tp_size).v_heads
+        ),
+    )  # fmt: skip
+
+
 FAULTS = {
     "another order": planned_otherwise(composed_backwards),
     "dropped tails": planned_otherwise(without_tails),
@@ -340,3 +368,9 @@ FAULTS = {
 def test_a_fault_is_seen(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
     FAULTS[fault](monkeypatch)
     assert largest_difference("qwen3_next", generated("qwen3_next", PCP2_DCP2)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("of_rank_0", [channels_of_the_first_rank, decays_of_the_first_rank])
+def test_heads_of_another_rank_are_seen(monkeypatch: pytest.MonkeyPatch, of_rank_0: Any) -> None:
+    of_rank_0(monkeypatch)
+    assert largest_difference("qwen3_5_text", generated("qwen3_5_text", TP2)) > 100 * TOLERANCE

@@ -3,6 +3,8 @@
     q, k, v of all heads -- rows of this rank --> own heads -> attention -> o_proj, columns of own heads -> partial sums
       -> all_gather over the replica (a topology has no tp axis) -> those of this rank's tp group are added
 
+Linear attention is cut in the same way, by the rows of each `nn.Linear`; its convolution and its decays stay whole.
+
 MLPs and experts, the larger part of AutoTP, have no say in what cpinfer does.
 
 Letters: T tokens of this rank, C hidden dims.
@@ -28,7 +30,7 @@ T = TypeVar("T")
 
 # Latents, their projections down, norms of heads and sinks stay whole on every rank, as under AutoTP.
 PROJECTIONS_TO_HEADS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
-PROJECTIONS_FROM_HEADS = ("o_proj", "c_proj")
+PROJECTIONS_FROM_HEADS = ("o_proj", "c_proj", "out_proj")
 
 
 def on_ranks(model: Any, grid: RankGrid, body: Callable[[cpinfer.Engine], T], **config: Any) -> list[T]:
@@ -65,9 +67,19 @@ def shard_attention(model: Any, topology: cpinfer.Topology) -> Any:
             elif name == "c_attn":  # fused: queries of all heads, then the one K and V, which every rank keeps
                 keep = _even_part(range(attention.embed_dim), tp_size, tp_rank)
                 setattr(attention, name, _rows_of(linear, [*keep, *range(attention.embed_dim, linear.out_features)]))
-            elif name in PROJECTIONS_FROM_HEADS:
+            elif name in PROJECTIONS_FROM_HEADS and isinstance(linear, nn.Linear):
                 setattr(attention, name, RowParallelLinear(linear, topology))
+            elif name.startswith("in_proj"):
+                _cut_rows(attention, name, tp_size, tp_rank)
     return model
+
+
+def _cut_rows(parent: nn.Module, name: str, tp_size: int, tp_rank: int) -> None:
+    child = parent.get_submodule(name)
+    if isinstance(child, nn.Linear):
+        setattr(parent, name, _rows_of(child, _even_part(range(child.out_features), tp_size, tp_rank)))
+    for inner, _ in list(child.named_children()):
+        _cut_rows(child, inner, tp_size, tp_rank)
 
 
 class RowParallelLinear(nn.Module):
@@ -97,7 +109,7 @@ class RowParallelLinear(nn.Module):
 
 def _is_attention(module: Any) -> bool:
     # GPT-BigCode's MLP has a c_proj too.
-    return hasattr(module, "o_proj") or hasattr(module, "c_attn")
+    return hasattr(module, "o_proj") or hasattr(module, "c_attn") or hasattr(module, "conv1d")
 
 
 def _even_part(of: Sequence[int], size: int, rank: int) -> Sequence[int]:

@@ -13,7 +13,7 @@ from cpinfer.kv_cache.state_store import StateStore
 from cpinfer.layout.capacity import StateLayout
 from cpinfer.layout.prefill import zigzag_split
 from cpinfer.layout.states import PromptStates, StatePlace, plan_states
-from cpinfer.models.gated_delta_net import gated_delta_net, is_gated_delta_net
+from cpinfer.models.gated_delta_net import LinearHeads, gated_delta_net, is_gated_delta_net
 
 SIZES = {
     "linear_num_key_heads": 2,
@@ -23,6 +23,7 @@ SIZES = {
     "linear_conv_kernel_dim": 4,
 }
 LAYOUT = StateLayout(1, *SIZES.values())
+ALL_HEADS = LinearHeads.of(LAYOUT)
 WORDS = {"hidden_size": 64, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], **SIZES}
 MODULES = {
     "qwen3_next": (Qwen3NextGatedDeltaNet, Qwen3NextConfig(**WORDS)),
@@ -52,9 +53,9 @@ def in_parts(module, hidden):
     """The module's output, in two chunks and two decode steps."""
     store = StateStore(LAYOUT, [0], 1, hidden.dtype, CPU)
     parts = [
-        gated_delta_net(module, hidden[:, :40], prefill(40, store)),
-        gated_delta_net(module, hidden[:, 40:68], prefill(28, store, StatePlace(0, 0))),
-        *(gated_delta_net(module, hidden[:, t : t + 1], DecodeStates([0], store)) for t in (68, 69)),
+        gated_delta_net(module, hidden[:, :40], prefill(40, store), ALL_HEADS),
+        gated_delta_net(module, hidden[:, 40:68], prefill(28, store, StatePlace(0, 0)), ALL_HEADS),
+        *(gated_delta_net(module, hidden[:, t : t + 1], DecodeStates([0], store), ALL_HEADS) for t in (68, 69)),
     ]
     return torch.cat(parts, dim=1)
 
@@ -82,7 +83,7 @@ def test_in_half_precision_they_are_as_near_to_float32_as_transformers_is(name):
 def test_a_past_that_is_left_out_shows():
     module, hidden = make("qwen3_next")
     store = StateStore(LAYOUT, [0], 1, torch.float32, CPU)
-    out = gated_delta_net(module, hidden[:, 40:], prefill(30, store))
+    out = gated_delta_net(module, hidden[:, 40:], prefill(30, store), ALL_HEADS)
     assert (out - module(hidden)[:, 40:]).abs().max() > 1e-3
 
 

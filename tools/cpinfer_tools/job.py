@@ -44,7 +44,7 @@ from cpinfer.engine.engine import Engine
 from cpinfer.engine.needs import affordable_pool, attention_needs, kernel_bytes
 from cpinfer.engine.prompts import check_sampling
 from cpinfer.errors import EngineFaultError, ModelChangedError, OutputError, UserError
-from cpinfer.layout.capacity import PoolSize
+from cpinfer.layout.capacity import PoolSize, StateLayout
 from cpinfer.layout.explain import draw_grid
 from cpinfer.layout.grid import RankGrid
 from cpinfer.logs import LEVELS, log_to
@@ -244,7 +244,8 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
     num_heads = job.spec.heads(job.grid.tp_size).max_stored_heads(job.grid)
     dtype = job.config.cache_dtype(job.config.dtype)
     per_token = job.spec.kv_layout(num_heads).bytes_per_token(job.spec.num_kv_layers, dtype)
-    per_state = 0 if job.spec.states is None else job.spec.states.bytes_per_sequence(job.config.dtype)
+    states = rank_states(job.spec, job.grid, job.config)
+    per_state = 0 if states is None else states.bytes_per_sequence(job.config.dtype)
     tp_size = job.grid.tp_size
     # AutoTP cuts a model that every rank has loaded whole, on the host.
     loads_whole = tp_size == 1 or job.config.tensor_parallel.provider == "autotp"
@@ -348,12 +349,20 @@ def pool_size(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: torch.
     """The KV pool of the rank that stores the most heads."""
     num_heads = spec.heads(grid.tp_size).max_stored_heads(grid)
     beside_bytes = _kernel_bytes(spec, grid, config, device)
+    spec = replace(spec, states=rank_states(spec, grid, config))
     return affordable_pool(spec, num_heads, grid, config, config.dtype, device, beside_bytes)
 
 
 def _kernel_bytes(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: torch.device) -> int:
     """Of the first rank; others have as many heads, or one less."""
     return kernel_bytes(spec, spec.heads(grid.tp_size).in_group(grid, 0), grid, config, config.dtype, device)
+
+
+def rank_states(spec: ModelSpec, grid: RankGrid, config: RunConfig) -> StateLayout | None:
+    """What a rank keeps of a sequence beside its KV, if anything; Transformers' plan leaves it whole on every rank."""
+    if spec.states is None or config.tensor_parallel.provider == "transformers":
+        return spec.states
+    return spec.states.over(grid.tp_size)
 
 
 def wanted_output(config: RunConfig, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:
