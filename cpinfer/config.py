@@ -210,6 +210,12 @@ class EngineConfig(Checked):
     )
     max_num_batched_tokens: int = _key("tokens that one step computes at most", 8192, within=_TOKENS)
     enable_prefix_caching: bool = _key("keep KV of finished sequences, for prompts that begin alike", True)
+    state_cache_gib: float = _key(
+        "per rank, beside the KV pool: states behind prompts of models with linear attention, for prompts that begin "
+        "alike; with 0 each is computed whole",
+        0.0,
+        within=Bounds(0, 2**14),
+    )
     context_exchange: Literal["auto", "queries", "kv"] = _key(
         "what travels when a prompt continues cached KV; auto is what moves fewer bytes, alone what computes less",
         "auto",

@@ -16,6 +16,7 @@ from cpinfer.config import EngineConfig
 from cpinfer.errors import UserError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
+from cpinfer.kv_cache.state_cache import StateCache
 from cpinfer.kv_cache.state_pool import StatePool
 from cpinfer.kv_cache.state_store import StateStore
 from cpinfer.layout.capacity import KVLayout, PoolSize
@@ -35,13 +36,14 @@ class RankNeeds:
     """What one rank's part of a model needs while its engine is awake.
 
     `attention`: what its kernels must be able to do. `kv_layout` and `cache_dtype`: of the rows that it stores.
-    `pool_size`: what all ranks can afford.
+    `pool_size`: what all ranks can afford. `num_cached_states`: those behind prefixes for which there is room.
     """
 
     attention: AttentionNeeds
     kv_layout: KVLayout
     cache_dtype: str
     pool_size: PoolSize
+    num_cached_states: int
 
     @classmethod
     def of(cls, runner: ModelRunner, topology: Topology, config: EngineConfig, pool_size: PoolSize) -> RankNeeds:
@@ -55,14 +57,16 @@ class RankNeeds:
             getattr(torch, cache_dtype),
             replayed_sizes(runner.spec, config, topology.grid),
         )
-        return cls(needs, runner.spec.kv_layout(len(heads.kv_heads)), cache_dtype, pool_size)
+        num_cached = cached_states(runner.spec, config, _name(runner.dtype))
+        return cls(needs, runner.spec.kv_layout(len(heads.kv_heads)), cache_dtype, pool_size, num_cached)
 
     def pool_bytes(self, spec: ModelSpec) -> int:
         """Bytes of the KV pool, and of states beside it."""
         per_token = self.kv_layout.bytes_per_token(spec.num_kv_layers, self.cache_dtype)
         num_bytes = self.pool_size.num_blocks * self.pool_size.sharding.block_size * per_token
         if spec.states is not None:
-            num_bytes += self.pool_size.num_states * spec.states.bytes_per_sequence(_name(self.attention.dtype))
+            num_states = self.pool_size.num_states + self.num_cached_states
+            num_bytes += num_states * spec.states.bytes_per_sequence(_name(self.attention.dtype))
         return num_bytes
 
     def make_cache(self, runner: ModelRunner, *, has_padding_block: bool) -> PagedKVCache:
@@ -83,7 +87,8 @@ class RankNeeds:
         spec = runner.spec
         if spec.states is None:
             return None
-        return StateStore(spec.states, spec.linear_layers, self.pool_size.num_states, runner.dtype, runner.device)
+        num_slots = self.pool_size.num_states + self.num_cached_states
+        return StateStore(spec.states, spec.linear_layers, num_slots, runner.dtype, runner.device)
 
     def make_backends(self, config: EngineConfig, device: torch.device) -> StepBackends:
         """The attention kernels, and what they work in."""
@@ -99,29 +104,34 @@ class RankNeeds:
     def empty_homes(self, num_homes: int, *, row_ranks: int, enable_prefix_caching: bool) -> list[KVHome]:
         """The blocks of the pool in each home, and places for states on its `row_ranks`, all of them free.
 
-        A prefix whose KV is remembered is of no use without the state behind it, which is not.
+        A prefix whose KV is remembered is of no use without the state behind it.
         """
         pool = self.pool_size
         return [
             KVHome(
                 pool.num_blocks,
                 pool.sharding,
-                enable_prefix_caching=enable_prefix_caching and not pool.num_states,
+                enable_prefix_caching=enable_prefix_caching and (self.num_cached_states > 0 or not pool.num_states),
                 states=StatePool(row_ranks, pool.num_states) if pool.num_states else None,
             )
             for _ in range(num_homes)
         ]
+
+    def empty_state_cache(self, pcp_size: int) -> StateCache | None:
+        """Places for states behind prefixes on all pcp ranks, None where none are kept."""
+        num_slots = self.num_cached_states
+        return StateCache(pcp_size, num_slots, self.pool_size.num_states) if num_slots else None
 
 
 def own_pool(runner: ModelRunner, topology: Topology, config: EngineConfig) -> PoolSize:
     """The KV pool that this rank alone could afford. UserError when it is no single block, or beyond all memory."""
     heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
     memory = _memory_bytes(runner.device)
-    if (config.kv_cache_gib or 0) * 2**30 > memory:
-        raise UserError(
-            f"kv_cache_gib={config.kv_cache_gib:g} is more than the {memory / 2**30:.1f} GiB of memory of "
-            f"{runner.device}. Lower it."
-        )
+    for name, gib in (("kv_cache_gib", config.kv_cache_gib or 0), ("state_cache_gib", config.state_cache_gib)):
+        if gib * 2**30 > memory:
+            raise UserError(
+                f"{name}={gib:g} is more than the {memory / 2**30:.1f} GiB of memory of {runner.device}. Lower it."
+            )
     dtype = _name(runner.dtype)
     return affordable_pool(
         runner.spec,
@@ -209,7 +219,24 @@ def affordable_pool(
     if pool.num_blocks == 0:
         needed = per_token * config.block_size
         raise UserError(f"the KV budget of {budget} bytes buys no block of {needed} bytes. Raise kv_cache_gib.")
+    cached_states(spec, config, dtype)
     return replace(pool, num_states=num_states)
+
+
+def cached_states(spec: ModelSpec, config: EngineConfig, dtype: str) -> int:
+    """How many states behind prefixes a rank keeps; those of `spec` are a rank's, in a model in `dtype`.
+
+    The same on every rank. UserError where the config wants some, and its budget buys none.
+    """
+    if spec.states is None or not config.state_cache_gib or not config.enable_prefix_caching:
+        return 0
+    budget, per_state = int(config.state_cache_gib * 2**30), spec.states.bytes_per_sequence(dtype)
+    if budget < per_state:
+        raise UserError(
+            f"state_cache_gib={config.state_cache_gib:g} is {budget} bytes, which buy no state of {per_state} bytes. "
+            "Raise it, or set it to 0, with which no prefix is kept."
+        )
+    return budget // per_state
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -13,20 +13,23 @@ order, no randomised hash.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
+from cpinfer.engine.home_load import HomeLoad, counted_load
 from cpinfer.engine.kept_requests import KeptRequests
 from cpinfer.engine.known_prefixes import KnownPrefixes
 from cpinfer.engine.request import FinishReason, Request, SampledRequest, SampledToken, TokenScore
-from cpinfer.engine.scheduler_stats import HomeLoad, SchedulerStats
-from cpinfer.engine.step import Chunk, Prefill, Step, StepDraft
+from cpinfer.engine.scheduler_stats import SchedulerStats
+from cpinfer.engine.step import Prefill, Step, StepDraft
 from cpinfer.engine.waiting_queue import WaitingQueue
 from cpinfer.errors import EngineFaultError
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.kv_cache.prefix_cache import Key
+from cpinfer.kv_cache.state_cache import StateCache
 from cpinfer.layout.shards import KVSharding
+from cpinfer.layout.states import StatePlace
 
 # Places of given answers that one step scores at most, so that logits stay small: 0.6 GB with 150k words.
 MAX_SCORED_POSITIONS = 1024
@@ -42,6 +45,7 @@ class Scheduler:
     `blocks_to_copy` are copied, per home, before the next step: what a forked sample may not share with its leader.
     `window`: how many of the last tokens any layer sees, None for all; blocks without such a token are given back as
     it moves on. `max_kept_tokens`: how many a home keeps at most of requests that have ended, None for any number.
+    `states`: those behind prefixes, of a model with states that remembers any.
     """
 
     homes: Sequence[KVHome]
@@ -50,6 +54,7 @@ class Scheduler:
     max_num_batched_tokens: int
     window: int | None = None
     max_kept_tokens: int | None = None
+    states: StateCache | None = None
     stats: SchedulerStats = field(default_factory=SchedulerStats)
     blocks_to_copy: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
     _waiting: WaitingQueue = field(default_factory=WaitingQueue)
@@ -60,7 +65,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._load = [HomeLoad() for _ in self.homes]
-        self._prefixes = KnownPrefixes(self.homes, self.sharding)
+        self._prefixes = KnownPrefixes(self.homes, self.sharding, self.states)
         self._kept = KeptRequests(len(self.homes), self.max_kept_tokens)
         # A decode step computes one token per request, so the token budget bounds the requests too.
         self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
@@ -86,7 +91,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """The next step, None when all is done. The blocks it writes to are taken here."""
-        draft = StepDraft(self.max_num_batched_tokens, MAX_SCORED_POSITIONS)
+        draft = StepDraft(self.max_num_batched_tokens, MAX_SCORED_POSITIONS, self.sharding.prefix_unit)
         for prefill in self._prefilling:
             self._add_chunk(prefill, draft)
         while draft.num_tokens > 0 and (admitted := self._admit()) is not None:
@@ -119,6 +124,7 @@ class Scheduler:
         for chunk in step.chunks:
             chunk.prefill.num_computed_tokens = chunk.end
             self.stats.num_computed_prefill_tokens += chunk.end - chunk.start
+            self._prefixes.note(chunk)
             if self.window is not None:
                 self._drop_dead_of_leaders(chunk.prefill)
             elif self._waiting and not chunk.is_last:  # somebody may wait for what they have in common
@@ -219,6 +225,7 @@ class Scheduler:
             self.max_num_batched_tokens,
             window=self.window,
             max_kept_tokens=self.max_kept_tokens,
+            states=None if self.states is None else self.states.emptied(),
             stats=self.stats,
         )
 
@@ -245,21 +252,11 @@ class Scheduler:
             holders = [r for r in self._holders() if r.home == index]
             blocks, states = (b for r in holders for b in r.held_blocks), (r.state for r in holders if r.state)
             home.check_integrity(blocks, announced, states)
-        counted = self._counted_load()
+        if self.states is not None:
+            self.states.check_integrity(Counter(key for p in self._prefilling for key in p.state_ends.values()))
+        counted = counted_load(len(self.homes), self._prefilling, self._running, self._num_mutable_blocks)
         if counted != self._load:
             raise ValueError(f"scheduler is inconsistent: it knows of {self._load}, under way are {counted}")
-
-    def _counted_load(self) -> list[HomeLoad]:
-        """What `_load` must be."""
-        load = [HomeLoad() for _ in self.homes]
-        for request in (*(r for p in self._prefilling for r in p.requests), *self._running):
-            load[request.home].num_active += 1
-        for prefill in self._prefilling:
-            mutable = self._num_mutable_blocks(len(prefill.token_ids))
-            for index in prefill.leaders:
-                num_forks = sum(r.home == index for r in prefill.requests) - 1
-                load[index].num_reserved_blocks += num_forks * mutable
-        return load
 
     def _holders(self) -> list[Request]:
         """Who holds blocks or a state. Of a prefill under way those who will fork have no block yet."""
@@ -267,16 +264,9 @@ class Scheduler:
 
     def _add_chunk(self, prefill: Prefill, draft: StepDraft) -> None:
         """Add the next chunk of a prefill to the step, as far as it has room for it."""
-        start = prefill.num_computed_tokens
-        end = min(start + draft.num_tokens, len(prefill.token_ids))
-        if end < len(prefill.token_ids):
-            # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
-            aligned = end // self.sharding.prefix_unit * self.sharding.prefix_unit
-            end = aligned if aligned > start else end
-        # Logits are as wide as the vocabulary, so few tokens may have theirs at once.
-        end -= max(0, len(Chunk(prefill, start, end).scored_positions) - draft.num_scored_positions)
-        if end > start:
-            draft.add(Chunk(prefill, start, end))
+        chunk = draft.next_of(prefill)
+        if chunk is not None:
+            draft.add(self._prefixes.placed(chunk, self._prefilling))
 
     def _admit(self) -> Prefill | None:
         """Start the first waiting request, with as many equal ones behind it as fit; None when it has to wait."""
@@ -361,13 +351,22 @@ class Scheduler:
             leader.blocks = blocks + self.homes[index].take(total - len(blocks), room=room)
         for request in group:
             self.homes[request.home].prefixes.recall(known, request.experts)
-        return self._prefill(group, leaders, self._prefixes.num_tokens(known))
+        states = self._prefixes.state_start(known), self._prefixes.state_ends(group[0], known, leaders)
+        return self._prefill(group, leaders, self._prefixes.num_tokens(known), *states)
 
-    def _prefill(self, group: Sequence[Request], leaders: dict[int, Request], num_cached: int) -> Prefill:
+    def _prefill(
+        self,
+        group: Sequence[Request],
+        leaders: dict[int, Request],
+        num_cached: int,
+        state_start: StatePlace | None = None,
+        state_ends: Mapping[int, Key] | None = None,
+    ) -> Prefill:
         """A prefill that is under way, of whose tokens so many are cached."""
         self.stats.num_cached_prefill_tokens += num_cached
         keys = self._prefixes.keys(group[0], group[0].num_tokens)
-        prefill = Prefill(group[0].all_token_ids, tuple(group), leaders, num_cached, keys)
+        tokens = group[0].all_token_ids
+        prefill = Prefill(tokens, tuple(group), leaders, num_cached, keys, state_start, state_ends or {})
         self._prefixes.announce(prefill)
         return prefill
 

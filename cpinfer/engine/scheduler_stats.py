@@ -1,4 +1,4 @@
-"""What a scheduler counts: what happened since it began, and what is under way in its homes."""
+"""What a scheduler counts: what happened since it began."""
 
 from __future__ import annotations
 
@@ -22,11 +22,3 @@ class SchedulerStats:
     def __add__(self, other: SchedulerStats) -> SchedulerStats:
         """The counts of two schedulers together."""
         return SchedulerStats(*map(add, astuple(self), astuple(other)))
-
-
-@dataclass
-class HomeLoad:
-    """What is under way in one home: the samples that are prefilled or run, and the blocks that forks will take."""
-
-    num_active: int = 0
-    num_reserved_blocks: int = 0

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cpinfer.engine.request import Request, SampledRequest, ScoredRequest
 from cpinfer.kv_cache.prefix_cache import Key
+from cpinfer.layout.states import StatePlace
 
 
 @dataclass(eq=False)
@@ -15,6 +16,9 @@ class Prefill:
 
     In each home with requests one of them is the leader, which owns the blocks until the others fork off.
     `num_computed_tokens` tokens have KV in the home of every leader. `prefix_keys` are those of all its whole units.
+
+    Where sequences have states: `state_start` is where that behind the tokens found cached lies, until a chunk has gone
+    on from it, and `state_ends` are the numbers of tokens behind which one is to be kept, ascending, with their keys.
     """
 
     token_ids: tuple[int, ...]
@@ -22,6 +26,8 @@ class Prefill:
     leaders: dict[int, Request]
     num_computed_tokens: int
     prefix_keys: Sequence[Key]
+    state_start: StatePlace | None = None
+    state_ends: Mapping[int, Key] = field(default_factory=dict)
 
     @property
     def samples(self) -> tuple[SampledRequest, ...]:
@@ -36,11 +42,15 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens `[start, end)` of a prefill, computed in one step. The last chunk of a prefill samples, if it is to."""
+    """Tokens `[start, end)` of a prefill, computed in one step. The last chunk of a prefill samples, if it is to.
+
+    `state_place`: where the state behind it is kept for others, if it is.
+    """
 
     prefill: Prefill
     start: int
     end: int
+    state_place: StatePlace | None = None
 
     @property
     def is_last(self) -> bool:
@@ -87,11 +97,25 @@ class Step:
 
 @dataclass
 class StepDraft:
-    """The chunks of a step so far, and how much more of it there may be."""
+    """The chunks of a step so far, and how much more of it there may be; `unit` as `KVSharding.prefix_unit` has it."""
 
     num_tokens: int
     num_scored_positions: int
+    unit: int
     chunks: list[Chunk] = field(default_factory=list)
+
+    def next_of(self, prefill: Prefill) -> Chunk | None:
+        """The next chunk of a prefill, as far as the step has room for it."""
+        start, length = prefill.num_computed_tokens, len(prefill.token_ids)
+        end = next((end for end in prefill.state_ends if end > start), length)
+        if end > start + self.num_tokens:
+            end = start + self.num_tokens
+            # On a multiple of the unit every shard holds whole blocks, and all of them equally many.
+            aligned = end // self.unit * self.unit
+            end = aligned if aligned > start else end
+        # Logits are as wide as the vocabulary, so few tokens may have theirs at once.
+        end -= max(0, len(Chunk(prefill, start, end).scored_positions) - self.num_scored_positions)
+        return Chunk(prefill, start, end) if end > start else None
 
     def add(self, chunk: Chunk) -> None:
         self.num_tokens -= chunk.end - chunk.start

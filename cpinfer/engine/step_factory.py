@@ -35,6 +35,7 @@ def make_scheduler(runner: ModelRunner, topology: Topology, config: EngineConfig
         config.max_num_batched_tokens,
         window=runner.spec.widest_window,
         max_kept_tokens=config.max_session_tokens,
+        states=needs.empty_state_cache(topology.grid.pcp_size),
     )
 
 

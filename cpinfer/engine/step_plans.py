@@ -168,13 +168,17 @@ class StepPlanner:
         )
 
     def _states(self, split: PrefillSplit, chunks: Sequence[Chunk]) -> StatePlan | None:
-        """Every request of a prefill has the state behind its last chunk, so that any of them can go on from it."""
+        """Every request of a prefill has the state behind its last chunk, so that any of them can go on from it.
+
+        A prefill that found a prefix begins with the state behind that.
+        """
         if self._num_tail is None:
             return None
-        ends = [tuple(map(self._state_place, chunk.prefill.requests)) for chunk in chunks]
-        prompts = [
-            PromptStates(places[0] if chunk.start else None, places) for chunk, places in zip(chunks, ends, strict=True)
-        ]
+        prompts = []
+        for chunk in chunks:
+            own = tuple(map(self._state_place, chunk.prefill.requests))
+            start = chunk.prefill.state_start or (own[0] if chunk.start else None)
+            prompts.append(PromptStates(start, own if chunk.state_place is None else (*own, chunk.state_place)))
         return plan_states(split, prompts, pcp_rank=self._pcp_rank, num_tail=self._num_tail)
 
     def _state_place(self, request: Request) -> StatePlace:

@@ -97,6 +97,10 @@ class PrefixCache:
         """How many of the first units are being computed."""
         return sum(1 for _ in takewhile(self._announced.__contains__, keys))
 
+    def num_begun(self, keys: Sequence[Key]) -> int:
+        """How many of the first units are here, or being computed."""
+        return sum(1 for _ in takewhile(lambda key: key in self._units or key in self._announced, keys))
+
     def match(self, keys: Sequence[Key]) -> list[int]:
         """Blocks of the first units as far as they are here, with a reference for the caller."""
         found = list(takewhile(self._units.__contains__, keys))

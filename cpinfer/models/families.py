@@ -25,7 +25,7 @@ _ONE_KV_HEAD = "one KV head: there is nothing to mix"
 _WHOLE_ATTENTION = "Transformers' plan for it leaves attention whole on every rank"
 _NO_PLAN = "Transformers has no plan for it"
 NORM_OF_ALL_HEADS = "its queries and keys are normalised over all heads, of which a rank has some"
-_HYBRID = "gated delta rule, in some layers gated GQA; prefixes are not reused"
+_HYBRID = "gated delta rule, in some layers gated GQA"
 _FUSED_HEADS = "its queries, keys and values come from one projection, which its code cuts where all heads end"
 
 

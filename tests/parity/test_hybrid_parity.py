@@ -25,7 +25,9 @@ from cpinfer.engine.attach import config_errors, model_spec
 from cpinfer.engine.request import RolloutResult
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step_plans import StepPlanner
+from cpinfer.errors import UserError
 from cpinfer.kv_cache.home import KVHome
+from cpinfer.kv_cache.state_cache import StateCache
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.states import StatePlace, StatePlan
 from cpinfer.models.gated_delta_net import LinearHeads
@@ -205,7 +207,7 @@ def test_a_session_whose_state_has_gone_is_computed_anew() -> None:
     assert turns[-1][1] > 0
 
 
-def test_no_prefix_is_found_without_the_state_behind_it() -> None:
+def test_without_a_state_cache_no_prefix_is_found() -> None:
     def body(engine: cpinfer.Engine) -> list[RolloutResult]:
         results = [*engine.generate([PROMPTS[7]], GREEDY), *engine.generate([[*PROMPTS[7], 3]], GREEDY)]
         assert engine.stats.num_cached_prefill_tokens == 0
@@ -213,6 +215,74 @@ def test_no_prefix_is_found_without_the_state_behind_it() -> None:
 
     for results in on_ranks(model_of("qwen3_next"), PCP2_DCP2, body, **CONFIG):
         assert largest_difference("qwen3_next", results) <= TOLERANCE
+
+
+DOCUMENT = PROMPTS[7][:120]
+ASKED = [[*DOCUMENT, *PROMPTS[4][:30]], [*DOCUMENT, *PROMPTS[5][:35]], [*DOCUMENT, *PROMPTS[6][:28]]]
+Reused = tuple[list[RolloutResult], list[int], int]
+
+
+def reusing(engine: cpinfer.Engine) -> Reused:
+    """Prompts that begin alike, one after another; the first again, in three samples; and all after other weights.
+
+    Tokens found cached in each call, and the states kept at the end.
+    """
+    results: list[RolloutResult] = []
+    found: list[int] = []
+
+    def generate(prompt: Sequence[int], sampling: SamplingParams = GREEDY) -> None:
+        results.extend(engine.generate([prompt], sampling))
+        found.append(engine.stats.num_cached_prefill_tokens)
+
+    for prompt in ASKED:
+        generate(prompt)
+    generate(ASKED[0], dataclasses.replace(GREEDY, n=3))
+    engine.sleep()
+    engine.wake()
+    generate(ASKED[0])
+    states = engine._core.scheduler.states
+    return results, found, 0 if states is None else len(states)
+
+
+@pytest.mark.parametrize(
+    "grid", [PCP2_DCP2, PCP4_DCP2, *(pytest.param(g, marks=SLOW) for g in (SINGLE, PCP2_DCP1, TP2_PCP2_DCP4))], ids=name
+)
+def test_prompts_that_begin_alike_go_on_from_the_state_behind_what_they_share(grid: RankGrid) -> None:
+    ranks = on_ranks(model_of("qwen3_next"), grid, reusing, **CONFIG, state_cache_gib=2**-8)
+    unit = 12 * grid.dcp_size
+    shared = len(DOCUMENT) // unit * unit
+    again = (len(ASKED[0]) - 1) // unit * unit
+    for results, found, num_states in ranks:
+        assert len(results) == 7 and largest_difference("qwen3_next", results) <= TOLERANCE
+        # The second finds where the first parts from it, and leaves a state there for the third.
+        # Samples are dealt over the homes, each of which would have to know the KV.
+        assert found == [0, 0, shared, again if grid.num_homes == 1 else 0, 0] and num_states == 1
+
+
+def test_a_state_cache_has_room_for_as_many_states_as_its_bytes_buy() -> None:
+    spec = model_spec(model_of("qwen3_next"))
+    assert spec.states is not None
+    per_state = spec.states.bytes_per_sequence("float32")
+    small = {"state_cache_gib": per_state / 2**30}
+
+    def body(engine: cpinfer.Engine) -> tuple[Reused, int]:
+        return reusing(engine), engine.kv_pool_bytes
+
+    [((results, found, _), num_bytes)] = on_ranks(model_of("qwen3_next"), SINGLE, body, **CONFIG, **small)
+    assert largest_difference("qwen3_next", results) <= TOLERANCE
+    # One place: the state where the second parts gives way to that behind the second.
+    assert found == [0, 0, 0, 0, 0]
+    [(_, without)] = on_ranks(model_of("qwen3_next"), SINGLE, body, **CONFIG)
+    assert num_bytes - without == per_state
+    with pytest.raises(UserError, match=f"buy no state of {per_state} bytes. Raise it, or set it to 0"):
+        on_ranks(model_of("qwen3_next"), SINGLE, body, **CONFIG, state_cache_gib=0.9 * per_state / 2**30)
+
+
+def test_the_state_behind_another_number_of_tokens_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = StateCache.use
+    monkeypatch.setattr(StateCache, "use", lambda self, key: used(self, next(iter(self._places))))
+    [(results, found, _)] = on_ranks(model_of("qwen3_next"), SINGLE, reusing, **CONFIG, state_cache_gib=2**-8)
+    assert max(found) > 0 and largest_difference("qwen3_next", results) > 100 * TOLERANCE
 
 
 def test_given_answers_are_scored_in_chunks_as_transformers_does() -> None:

@@ -6,7 +6,7 @@ a sequence reads through its block table must then be its own, at every position
 Under a window those are the last few, and what nobody sees any more has been given back.
 
 States of sequences are simulated alike: each step goes on from the number that stands for all tokens before it, which
-must be where the sequence says that its state lies.
+must be where the sequence says that its state lies, or where that behind a prefix is kept.
 """
 
 from collections import Counter
@@ -21,6 +21,7 @@ from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.kv_cache.home import KVHome
+from cpinfer.kv_cache.state_cache import StateCache
 from cpinfer.kv_cache.state_pool import StatePool
 from cpinfer.layout.decode import plan_decode
 from cpinfer.layout.prefill import assign_prompts, plan_prefill, zigzag_split
@@ -90,14 +91,20 @@ class SimulatedKV:
             for src, slot in zip(plan.write_src, plan.write_slots, strict=True):
                 cache[slot] = new[plan.gathered[src]]
 
-    def advance(self, sequences, token_ids, start, end):
-        """The states of `sequences`, alike, go on from token `start` to `end`. The first of them is read."""
+    def keep(self, chunk):
+        """The state behind a chunk is kept for others, where that is wanted."""
+        if chunk.state_place is not None:
+            self.states[chunk.state_place] = self.contents(chunk.prefill.token_ids)[chunk.end - 1]
+
+    def advance(self, sequences, token_ids, start, end, begin=None):
+        """The states of `sequences`, alike, go on from token `start` to `end`: from the first, or that at `begin`."""
         contents = self.contents(token_ids)
         if sequences[0].state is None:
             assert all(s.state is None for s in sequences)
             return
         places = [(s.home, s.state) for s in sequences]
-        assert start == 0 or self.states[places[0]] == contents[start - 1], "the state of another sequence, or time"
+        found = self.states.get(begin or places[0])
+        assert start == 0 or found == contents[start - 1], "the state of another sequence, or time"
         assert len(set(places)) == len(places)
         self.states |= dict.fromkeys(places, contents[end - 1])
 
@@ -124,9 +131,24 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         window=st.none() | st.integers(1, 12),
         max_kept_tokens=st.none() | st.integers(0, 40),
         states=st.none() | st.none() | st.tuples(st.integers(1, 3), st.integers(1, 4)),
+        num_cached_states=st.integers(0, 3),
     )
-    def start(
-        self, num_homes, num_blocks, sharding, max_num_seqs, budget, prefixes, pcp_size, window, max_kept_tokens, states
+    def start(self, **words):
+        self.begin(**words)
+
+    def begin(
+        self,
+        num_homes,
+        num_blocks,
+        sharding,
+        max_num_seqs,
+        budget,
+        prefixes,
+        pcp_size,
+        window,
+        max_kept_tokens,
+        states,
+        num_cached_states,
     ):
         self.window = window
         self.sharding, self.budget, self.max_num_seqs = sharding, budget, max_num_seqs
@@ -134,12 +156,13 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             KVHome(
                 num_blocks,
                 sharding,
-                enable_prefix_caching=prefixes and not states,
+                enable_prefix_caching=prefixes and (not states or num_cached_states > 0),
                 states=StatePool(*states) if states else None,
             )
             for _ in range(num_homes)
         ]
-        self.scheduler = Scheduler(self.homes, sharding, max_num_seqs, budget, window, max_kept_tokens)
+        cache = StateCache(pcp_size, num_cached_states, 4) if states and num_cached_states else None
+        self.scheduler = Scheduler(self.homes, sharding, max_num_seqs, budget, window, max_kept_tokens, cache)
         self.kv = SimulatedKV(num_homes, num_blocks, sharding, pcp_size)
         self.submitted, self.finished, self.tokens_of = [], [], {}
         self.sessions = []  # the last turn of each
@@ -256,6 +279,9 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
         assert 1 <= num_tokens <= self.budget
         assert len(step.samples) <= self.max_num_seqs
         assert len({id(c.prefill) for c in step.chunks}) == len(step.chunks)
+        kept = [c.state_place for c in step.chunks if c.state_place is not None]
+        read = {p.state_start for p in self.prefilling}
+        assert len(set(kept)) == len(kept) and read.isdisjoint(kept), "read by some, written by others"
         for chunk in step.chunks:
             assert chunk.start == chunk.prefill.num_computed_tokens < chunk.end <= len(chunk.prefill.token_ids)
             for leader in chunk.prefill.leaders.values():
@@ -275,9 +301,12 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
                 self.check_seen(home, sequence, sequence.all_token_ids, first_query=sequence.next_position)
                 self.kv.advance([sequence], sequence.all_token_ids, sequence.next_position, sequence.next_position + 1)
         for chunk in step.chunks:
-            self.kv.advance(chunk.prefill.requests, chunk.prefill.token_ids, chunk.start, chunk.end)
+            prefill = chunk.prefill
+            self.kv.advance(prefill.requests, prefill.token_ids, chunk.start, chunk.end, prefill.state_start)
             for home, leader in chunk.prefill.leaders.items():
                 self.check_seen(home, leader, chunk.prefill.token_ids[: chunk.end], first_query=chunk.start)
+        for chunk in step.chunks:
+            self.kv.keep(chunk)
 
     def check_seen(self, home, sequence, token_ids, first_query):
         """All that queries from `first_query` on see of computed tokens is the sequence's own."""
@@ -389,6 +418,7 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
                 self.kv.slots[home, shard][slots[slots >= 0]] = EMPTY
         for sequence in (*step.running, *(r for c in step.chunks for r in c.prefill.requests)):
             self.kv.states[sequence.home, sequence.state] = EMPTY
+        self.kv.states |= {chunk.state_place: EMPTY for chunk in step.chunks}
 
     @precondition(lambda self: self.sessions)
     @rule(back=st.integers(0, 5))
@@ -431,6 +461,29 @@ class SchedulerKeepsSequencesApart(RuleBasedStateMachine):
             assert home.states is None or home.states.num_free == home.states.num_ranks * home.states.num_slots
 
 
+class SchedulerFindsTheStateBehindAPrefix(SchedulerKeepsSequencesApart):
+    """The same where all sequences have states, and short units, so that prefixes are often found."""
+
+    @initialize(
+        num_homes=st.integers(1, 2),
+        num_blocks=st.integers(16, 40),
+        num_shards=st.integers(1, 2),
+        budget=st.integers(3, 24) | st.just(100),
+        pcp_size=st.integers(1, 2),
+        states=st.tuples(st.integers(1, 2), st.integers(2, 4)),
+        num_cached_states=st.integers(1, 3),
+    )
+    def start(self, num_homes, num_blocks, num_shards, budget, pcp_size, states, num_cached_states):
+        sharding, num_seqs = KVSharding(num_shards, 1, 2), 8
+        self.begin(
+            num_homes, num_blocks, sharding, num_seqs, budget, True, pcp_size, None, None, states, num_cached_states
+        )
+
+
+TestSchedulerFindsTheStateBehindAPrefix = SchedulerFindsTheStateBehindAPrefix.TestCase
+TestSchedulerFindsTheStateBehindAPrefix.settings = settings(
+    max_examples=60, stateful_step_count=15, deadline=None, derandomize=True
+)
 TestSchedulerKeepsSequencesApart = SchedulerKeepsSequencesApart.TestCase
 TestSchedulerKeepsSequencesApart.settings = settings(
     max_examples=250, stateful_step_count=25, deadline=None, derandomize=True

@@ -41,7 +41,7 @@ from cpinfer.config import ParallelConfig, config_to_dict
 from cpinfer.engine.attach import config_errors
 from cpinfer.engine.deterministic import prepare_deterministic
 from cpinfer.engine.engine import Engine
-from cpinfer.engine.needs import affordable_pool, attention_needs, kernel_bytes
+from cpinfer.engine.needs import affordable_pool, attention_needs, cached_states, kernel_bytes
 from cpinfer.engine.prompts import check_sampling
 from cpinfer.errors import EngineFaultError, ModelChangedError, OutputError, UserError
 from cpinfer.layout.capacity import PoolSize, StateLayout
@@ -244,14 +244,15 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
     num_heads = job.spec.heads(job.grid.tp_size).max_stored_heads(job.grid)
     dtype = job.config.cache_dtype(job.config.dtype)
     per_token = job.spec.kv_layout(num_heads).bytes_per_token(job.spec.num_kv_layers, dtype)
-    states = rank_states(job.spec, job.grid, job.config)
-    per_state = 0 if states is None else states.bytes_per_sequence(job.config.dtype)
+    spec = replace(job.spec, states=rank_states(job.spec, job.grid, job.config))
+    per_state = 0 if spec.states is None else spec.states.bytes_per_sequence(job.config.dtype)
+    num_states = pool.num_states + cached_states(spec, job.config, job.config.dtype)
     tp_size = job.grid.tp_size
     # AutoTP cuts a model that every rank has loaded whole, on the host.
     loads_whole = tp_size == 1 or job.config.tensor_parallel.provider == "autotp"
     needs = MemoryNeeds(
         weights_bytes=job.weights.bytes_per_rank(tp_size),
-        kv_pool_bytes=pool.num_blocks * job.config.block_size * per_token + pool.num_states * per_state,
+        kv_pool_bytes=pool.num_blocks * job.config.block_size * per_token + num_states * per_state,
         loading_bytes=job.weights.bytes_per_rank(1 if loads_whole else tp_size),
         kernels_bytes=_kernel_bytes(job.spec, job.grid, job.config, launch.device),
     )

@@ -1,0 +1,35 @@
+"""What is under way in the homes of a scheduler, which keeps count of it where it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from cpinfer.engine.request import SampledRequest
+from cpinfer.engine.step import Prefill
+
+
+@dataclass
+class HomeLoad:
+    """What is under way in one home: the samples that are prefilled or run, and the blocks that forks will take."""
+
+    num_active: int = 0
+    num_reserved_blocks: int = 0
+
+
+def counted_load(
+    num_homes: int,
+    prefilling: Sequence[Prefill],
+    running: Sequence[SampledRequest],
+    num_mutable_blocks: Callable[[int], int],
+) -> list[HomeLoad]:
+    """What the load of each home must be; `num_mutable_blocks`: of so many tokens, those that a fork takes."""
+    load = [HomeLoad() for _ in range(num_homes)]
+    for request in (*(r for p in prefilling for r in p.requests), *running):
+        load[request.home].num_active += 1
+    for prefill in prefilling:
+        mutable = num_mutable_blocks(len(prefill.token_ids))
+        for index in prefill.leaders:
+            num_forks = sum(r.home == index for r in prefill.requests) - 1
+            load[index].num_reserved_blocks += num_forks * mutable
+    return load
