@@ -163,10 +163,9 @@ class DecodeStep:
         self._write_src = cache.index(plan.write_src)
         self._write_slots = cache.index(plan.write_slots)
 
-    def update(self, plan: DecodePlan) -> None:
-        """Other sequences, in the memory of those before: as many rows, of which as many are written."""
-        self._write_src.copy_(torch.from_numpy(plan.write_src))
-        self._write_slots.copy_(torch.from_numpy(plan.write_slots))
+    def write_by(self, src: Tensor, slots: Tensor) -> None:
+        """From now on find which gathered rows are written, and where, in this memory, which its owner fills anew."""
+        self._write_src, self._write_slots = src, slots
 
     def attend(self, layer: AttentionLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q_rows, new_kv = self._exchange.gather_qkv(layer.absorb(q), self._cache.parts(*self._cache.rounded(k, v)))

@@ -11,20 +11,22 @@ records say that tokens have kept ids, these follow in a second gather, of as ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from itertools import accumulate, chain, pairwise, repeat
+from itertools import accumulate, chain, pairwise
 from typing import Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cpinfer.comm.axis import AxisComm
 from cpinfer.comm.topology import Topology
 from cpinfer.engine.fingerprint import difference, digest_of, table_of
 from cpinfer.engine.request import SampledToken, TokenScore
+from cpinfer.engine.token_records import NO_TOKEN, NUM_KEPT, STATUS, TokenRecords, read_tokens
 from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
 
 T = TypeVar("T")
@@ -32,8 +34,6 @@ Number = TypeVar("Number", bound=np.generic)
 
 # What a rank says before a call: it can begin, its user made a mistake, something else went wrong.
 _READY, _USER_ERROR, _ERROR = range(3)
-# Columns of a record, int32; floats as their bits. Behind them num_top likeliest tokens, then their logprobs.
-_TOKEN, _STATUS, _LOGPROB, _PROCESSED, _KEPT_MASS, _NUM_KEPT, _TOP = range(7)
 
 
 class Says(IntFlag):
@@ -48,10 +48,6 @@ class Says(IntFlag):
     LEAVES = 2
     NEWS = 4
     WAITS = 8
-
-
-# In the status of a row, beside what its rank says: no token could be chosen for it.
-_NO_TOKEN = 16
 
 
 def _nothing() -> Mapping[str, object]:
@@ -135,37 +131,29 @@ def agree_on_tokens(
     replica: AxisComm,
     tp_size: int,
     places: Sequence[tuple[int, int]],
-    own: Sequence[SampledToken | None],
-    device: torch.device,
+    own: TokenRecords,
     num_top: int = 0,
     *,
     says: Says = Says.NOTHING,
+    is_fault: Tensor | None = None,
 ) -> tuple[list[SampledToken | None], Says | None]:
     """The tokens of a step and what ranks say, the same on every rank; when it samples none, nobody is asked: None.
 
-    `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, None where no token could be
-    chosen, as it is in what is returned. `num_top` bounds the `top` of every token of the step. One collective, and
-    another where any token has `kept_ids`. EngineFaultError, on every rank, when any says `FAULT`; StreamEndedError
+    `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, on its device. What is
+    returned is None where no token could be chosen. `num_top` bounds the `top` of every token of the step. `is_fault`:
+    where this rank says `FAULT`, on its device, too. One collective, and another where any token has `kept_ids`; the
+    host waits for the device once in each. EngineFaultError, on every rank, when any says `FAULT`; StreamEndedError
     when one `LEAVES`.
     """
     if not places:  # as every rank knows: chunks of prompts that go on in another step
         return [], None
     num_rows = max(row for _, row in places) + 1
-    ints = np.zeros((num_rows, _TOP + 2 * num_top), dtype=np.int32)
-    floats = ints.view(np.float32)  # the same bits
-    rows = [row for row, token in enumerate(own) if token is not None]
-    ints[: len(own), _STATUS] = _NO_TOKEN
-    ints[rows, _STATUS] = 0
-    if rows:  # column by column: numbers that are written one by one cost as much as all of a column
-        token_ids, logprobs, processed, tops, masses, kept_ids = zip(*filter(None, own), strict=True)
-        ints[rows, _TOKEN] = token_ids
-        floats[rows, _LOGPROB], floats[rows, _PROCESSED], floats[rows, _KEPT_MASS] = logprobs, processed, masses
-        ints[rows, _NUM_KEPT] = [len(ids or ()) for ids in kept_ids]
-        if num_top:
-            _write_top(ints, rows, tops, num_top)
-    ints[0, _STATUS] |= says
-    gathered = replica.all_gather(torch.from_numpy(ints).to(device)).cpu().numpy()
-    said = gathered[:, 0, _STATUS]
+    record = own.padded(num_rows, num_top)
+    record[0, STATUS] |= int(says)
+    if is_fault is not None:
+        record[0, STATUS] |= is_fault * int(Says.FAULT)
+    gathered = replica.all_gather(record).cpu().numpy()
+    said = gathered[:, 0, STATUS]
     faults, left = (np.flatnonzero(said & flag).tolist() for flag in (Says.FAULT, Says.LEAVES))
     if left:
         raise ended_by(left)
@@ -175,17 +163,17 @@ def agree_on_tokens(
             "model's weights and dtype, and hooks that mask its logits"
         )
     pcp_ranks, places_there = np.array(places).T
-    tokens = _decode(gathered[pcp_ranks * tp_size, places_there], num_top)
-    num_kept = gathered[:, :, _NUM_KEPT].sum(axis=1)
+    tokens = read_tokens(gathered[pcp_ranks * tp_size, places_there])
+    num_kept = gathered[:, :, NUM_KEPT].sum(axis=1)
     if num_kept.any():
-        own_kept: list[Sequence[int]] = [(token and token.kept_ids) or () for token in own]
-        packed = pack_token_lists([*own_kept, *[()] * (num_rows - len(own))])
-        kept = gather_packed(replica, packed, (1 + num_rows + num_kept).tolist(), device)
+        own_kept = [ids or () for ids in own.kept_ids]
+        packed = pack_token_lists([*own_kept, *[()] * (num_rows - len(own_kept))])
+        kept = gather_packed(replica, packed, (1 + num_rows + num_kept).tolist(), own.numbers.device)
         tokens = [
             token and token._replace(kept_ids=kept[pcp_rank * tp_size][row] or None)
             for token, (pcp_rank, row) in zip(tokens, places, strict=True)
         ]
-    return tokens, Says(int(np.bitwise_or.reduce(said)) & ~_NO_TOKEN)
+    return tokens, Says(int(np.bitwise_or.reduce(said)) & ~NO_TOKEN)
 
 
 def ended_by(places: Sequence[int]) -> StreamEndedError:
@@ -201,42 +189,18 @@ def agree_on_scores(
     replica: AxisComm,
     tp_size: int,
     places: Sequence[tuple[int, int]],
-    own: Sequence[TokenScore],
-    device: torch.device,
+    own: TokenRecords,
     num_top: int = 0,
     *,
     says: Says = Says.NOTHING,
+    is_fault: Tensor | None = None,
 ) -> tuple[list[TokenScore], Says | None]:
-    """The scores of a step and what ranks say; arguments and errors as `agree_on_tokens` has them."""
-    as_tokens = [SampledToken(int(s.is_greedy), s.logprob, 0.0, s.top) for s in own]
-    agreed, heard = agree_on_tokens(replica, tp_size, places, as_tokens, device, num_top, says=says)
+    """The scores of a step and what ranks say; arguments and errors as `agree_on_tokens` has them.
+
+    Of a score the token says whether the given one is the likeliest.
+    """
+    agreed, heard = agree_on_tokens(replica, tp_size, places, own, num_top, says=says, is_fault=is_fault)
     return [TokenScore(token.logprob, bool(token.token_id), token.top) for token in agreed if token is not None], heard
-
-
-def _write_top(
-    ints: NDArray[np.int32], rows: Sequence[int], tops: Sequence[Sequence[tuple[int, float]]], num_top: int
-) -> None:
-    floats = ints.view(np.float32)
-    ints[rows, _TOP : _TOP + num_top] = -1
-    for row, top in zip(rows, tops, strict=True):
-        for i, (token_id, logprob) in enumerate(top):
-            ints[row, _TOP + i], floats[row, _TOP + num_top + i] = token_id, logprob
-
-
-def _decode(ints: NDArray[np.int32], num_top: int) -> list[SampledToken | None]:
-    """What records say, None where no token could be chosen."""
-    floats = ints.view(np.float32)
-    tops: Iterable[tuple[tuple[int, float], ...]] = repeat(())
-    if num_top:
-        listed = zip(ints[:, _TOP : _TOP + num_top].tolist(), floats[:, _TOP + num_top :].tolist(), strict=True)
-        tops = [tuple((i, p) for i, p in zip(*pair, strict=True) if i >= 0) for pair in listed]
-    numbers = (ints[:, _TOKEN], floats[:, _LOGPROB], floats[:, _PROCESSED])
-    tokens: list[SampledToken | None] = list(
-        map(SampledToken, *(column.tolist() for column in numbers), tops, floats[:, _KEPT_MASS].tolist())
-    )
-    for row in np.flatnonzero(ints[:, _STATUS] & _NO_TOKEN).tolist():
-        tokens[row] = None
-    return tokens
 
 
 def smallest(replica: AxisComm, value: int, device: torch.device) -> int:

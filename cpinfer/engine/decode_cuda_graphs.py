@@ -23,6 +23,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from cpinfer.layout.decode import DecodePlan, cuda_graph_batch_size, writing_all
 from cpinfer.layout.heads import GroupHeads
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
+from cpinfer.ops.staging import Staging
 
 # What captures: given a function that launches work, and gives None, one that launches it again.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -148,7 +150,7 @@ class DecodeCudaGraphs:
             for window in rows
         }
         step = DecodeStep(plan, planned, self._cache, self._exchange, self._heads)
-        return _Bucket(self._runner, step, planned, self._logits[: len(plan.own)])
+        return _Bucket(self._runner, step, planned, self._logits[: len(plan.own)], num_rows, self._cache.staging)
 
 
 class _Bucket:
@@ -160,21 +162,27 @@ class _Bucket:
         step: DecodeStep,
         planned: Mapping[int | None, ReplannedAttention],
         logits: Tensor,
+        num_gathered: int,
+        staging: Staging,
     ) -> None:
         self._runner = runner
         self._step = step
         self._planned = planned
-        self._token_ids = torch.zeros(len(logits), dtype=torch.int64, device=runner.device)
-        self._positions = torch.zeros_like(self._token_ids)
+        self._staging = staging
+        # Side by side, so that one copy brings them: ids, positions, gathered rows that are written, and slots.
+        sizes = [len(logits), len(logits), num_gathered, num_gathered]
+        self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=runner.device)
+        self._token_ids, self._positions, *writes = torch.split(self._numbers, sizes)
+        step.write_by(*writes)
         self._keep = torch.arange(len(logits), device=runner.device)
         self.logits = logits
         self.replay: Callable[[], None] | None = None
 
     def load(self, plan: DecodePlan, rows: RowsByWindow, token_ids: Sequence[int]) -> None:
         padded = [*token_ids, *[0] * (len(self._token_ids) - len(token_ids))]
-        self._token_ids.copy_(torch.tensor(padded))
-        self._positions.copy_(torch.from_numpy(plan.positions))
-        self._step.update(plan)
+        self._numbers.copy_(
+            self._staging.put(np.concatenate([padded, plan.positions, plan.write_src, plan.write_slots]))
+        )
         for window, planned in self._planned.items():
             planned.update(rows[window])
 

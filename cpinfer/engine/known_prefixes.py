@@ -42,14 +42,15 @@ class KnownPrefixes:
     def num_tokens(self, keys: Sequence[Key]) -> int:
         return len(keys) * self.sharding.prefix_unit
 
-    def are_worth_waiting_for(self, request: Request, keys: Sequence[Key], homes: Collection[int]) -> bool:
-        """Whether prefills under way compute at least half of what this request would have to.
+    def are_worth_waiting_for(
+        self, request: Request, keys: Sequence[Key], known: Sequence[Key], homes: Collection[int]
+    ) -> bool:
+        """Whether prefills under way compute at least half of what this request, `known` aside, would have to.
 
         To wait for less does not pay: until then a step is less full.
         """
         if request.experts is not None:  # whose prefills are told of theirs, nobody knows before they end
             return False
-        known = self.remembered(request, keys, homes)
         if self.states is None:
             num_coming = min(self.homes[index].prefixes.num_coming(keys[len(known) :]) for index in homes)
         else:

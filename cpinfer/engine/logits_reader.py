@@ -14,6 +14,7 @@ from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
 from cpinfer.engine.step_plans import TokenPlace
 from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.engine.token_records import TokenRecords
 from cpinfer.errors import NoTokenError, quoted
 from cpinfer.models.invariant_rows import invariant_rows
 
@@ -43,46 +44,54 @@ class LogitsReader:
 
         And what ranks say, as `agree_on_tokens` has it.
         """
-        topology, is_fault = self._topology, not usable(logits)
-        own: Sequence[SampledToken | None] = []
-        if topology.coords.tp_rank == 0 and not is_fault:
+        topology, own = self._topology, TokenRecords.none(self._device)
+        if topology.coords.tp_rank == 0:
             with self._around():
                 own = sample_tokens(logits, requests, self._stop_checker, as_trained=self._as_trained)
         num_top = max((s.params.top_logprobs for s in samples), default=0)
-        says |= Says.FAULT * is_fault
         agreed, heard = agree_on_tokens(
-            topology.replica, topology.grid.tp_size, places, own, self._device, num_top, says=says
+            topology.replica,
+            topology.grid.tp_size,
+            places,
+            own,
+            num_top,
+            says=says,
+            is_fault=usable(logits).logical_not(),
         )
-        tokens = []
-        for request, token in zip(samples, agreed, strict=True):
-            if token is None:
-                raise _no_token(request)
-            tokens.append(token)
+        tokens = [token for token in agreed if token is not None]
+        if len(tokens) < len(agreed):
+            raise _no_token(samples[agreed.index(None)])
         return tokens, heard
 
     def score(
-        self, logits: Tensor, targets: Sequence[int], places: Sequence[TokenPlace], num_top: int, says: Says
+        self, logits: Tensor, targets: Tensor, places: Sequence[TokenPlace], num_top: int, says: Says
     ) -> tuple[list[TokenScore], Says | None]:
         """The scores of all `places` of a step, from this rank's rows of them, which are asked for `targets`.
 
         With the `num_top` likeliest tokens of each. And what ranks say, as `agree_on_scores` has it.
         """
-        topology, is_fault = self._topology, not usable(logits)
-        own: Sequence[TokenScore] = []
-        if topology.coords.tp_rank == 0 and not is_fault:
+        topology, own = self._topology, TokenRecords.none(self._device)
+        if topology.coords.tp_rank == 0:
             with self._around():
                 own = score_tokens(logits, targets, num_top)
-        says |= Says.FAULT * is_fault
-        return agree_on_scores(topology.replica, topology.grid.tp_size, places, own, self._device, num_top, says=says)
+        return agree_on_scores(
+            topology.replica,
+            topology.grid.tp_size,
+            places,
+            own,
+            num_top,
+            says=says,
+            is_fault=usable(logits).logical_not(),
+        )
 
 
-def usable(logits: Tensor) -> bool:
-    """Whether every row of `logits [N, vocab]` is one to choose a token by.
+def usable(logits: Tensor) -> Tensor:
+    """Whether every row of `logits [N, vocab]` is one to choose a token by: a bool, where the logits are.
 
     A token may be ruled out (-inf), as hooks do that mask vocabulary which nobody trained. NaN, +inf, and rows that
     rule out all tokens, are faults: each of them shows in the largest of its row. True for N = 0.
     """
-    return bool(torch.isfinite(logits.amax(dim=-1)).all())
+    return torch.isfinite(logits.amax(dim=-1)).all()
 
 
 def _no_token(request: SampledRequest) -> NoTokenError:

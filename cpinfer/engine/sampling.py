@@ -7,7 +7,6 @@ where two tokens, or two groups of tokens, come out nearly equal.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import islice
 
@@ -17,9 +16,11 @@ from torch.nn.functional import pad
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.random_numbers import exponentials
-from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
+from cpinfer.engine.request import SampledRequest
 from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.engine.token_records import KeptIds, TokenRecords
 from cpinfer.models.logits import logits_cuts, logits_processors
+from cpinfer.ops.staging import Staging
 from cpinfer.ops.trained_logprobs import trained_logprobs
 
 # As many as `top_logprobs` may ask for: larger sets of kept ids are not reported.
@@ -31,42 +32,45 @@ GROUP_SIZE = 128
 
 def sample_tokens(
     logits: Tensor, requests: Sequence[SampledRequest], stop_checker: StopChecker, *, as_trained: bool = False
-) -> list[SampledToken | None]:
+) -> TokenRecords:
     """One token for each row of `logits [N, vocab]`, float32, chosen as each row's request wants. Empty for N = 0.
 
     A row that may not end yet (`min_new_tokens`) does not choose a token that would end it. None for a row that is left
-    with no token to choose. `as_trained`: processed logprobs are computed as trainers do it, where nothing but the
-    temperature made them.
+    with no token to choose. Of logits that are not finite some token comes, which means nothing. `as_trained`:
+    processed logprobs are computed as trainers do it, where nothing but the temperature made them.
     """
     alike: dict[tuple[tuple[object, ...], tuple[int, ...]], list[int]] = {}
+    shapes: dict[tuple[int, bool], list[int]] = {}  # of rows whose requests were given the same parameters
     for row, request in enumerate(requests):
         params = request.params
-        may_end = len(request.sampled) >= params.min_new_tokens
-        suppressed = () if may_end else stop_checker.stop_token_ids(params)
-        alike.setdefault((params.distribution, suppressed), []).append(row)
-    sampled: dict[int, SampledToken | None] = {}
+        is_free = not params.min_new_tokens or len(request.sampled) >= params.min_new_tokens
+        rows = shapes.get((id(params), is_free))
+        if rows is None:
+            suppressed = () if is_free else stop_checker.stop_token_ids(params)
+            rows = shapes[id(params), is_free] = alike.setdefault((params.distribution, suppressed), [])
+        rows.append(row)
+    parts = []
     for (_, suppressed), rows in alike.items():
-        chosen = _sample_alike(logits[rows], [requests[row] for row in rows], suppressed, as_trained=as_trained)
-        sampled.update(zip(rows, chosen, strict=True))
-    return [sampled[row] for row in range(len(requests))]
+        those = logits if len(alike) == 1 else logits[rows]
+        own = [requests[row] for row in rows]
+        parts.append((rows, _sample_alike(those, own, suppressed, as_trained=as_trained)))
+    return TokenRecords.joined(parts, len(requests)) if parts else TokenRecords.none(logits.device)
 
 
 def _sample_alike(
     logits: Tensor, requests: list[SampledRequest], suppressed: tuple[int, ...], *, as_trained: bool
-) -> list[SampledToken | None]:
+) -> TokenRecords:
     """Sample rows whose requests share the shape of their distribution."""
     params = requests[0].params
-    scores = _process(logits, requests, params, suppressed)
-    has_token = torch.ones(len(requests), dtype=torch.bool)
+    scores, has_token = _process(logits, requests, params, suppressed), None
     # Nothing else takes the last token away: logits are checked, and the cuts keep the likeliest.
     if suppressed:
         has_token = scores.amax(dim=-1) > -torch.inf
         scores = scores.masked_fill(~has_token.unsqueeze(-1), 0.0)  # whatever is drawn there is not used
-    masses = [1.0] * len(requests)
-    kept: Sequence[tuple[int, ...] | None] = [None] * len(requests)
+    processed = masses = None
+    kept: KeptIds = ()
     if params.greedy:
         tokens = scores.argmax(dim=-1)
-        processed = torch.zeros(len(requests))
         if params.kept_token_ids:
             kept = [(token,) for token in tokens.tolist()]
     else:
@@ -79,13 +83,12 @@ def _sample_alike(
         else:
             processed = _pick(logprobs, tokens)
         if params.cut_by:
-            masses = _kept_mass(torch.log_softmax(scores, dim=-1), logprobs).tolist()
+            masses = _kept_mass(torch.log_softmax(scores, dim=-1), logprobs)
         if params.kept_token_ids:
             kept = _kept_ids(logprobs)
     raw = torch.log_softmax(logits, dim=-1)
     top = _likeliest(raw, params.top_logprobs)
-    rows = zip(tokens.tolist(), _pick(raw, tokens).tolist(), processed.tolist(), top, masses, kept, strict=True)
-    return [SampledToken(*row) if has else None for row, has in zip(rows, has_token.tolist(), strict=True)]
+    return TokenRecords.of(tokens, _pick(raw, tokens), processed, masses, has_token, top, kept)
 
 
 def _kept_mass(uncut: Tensor, logprobs: Tensor) -> Tensor:
@@ -104,18 +107,16 @@ def _kept_ids(logprobs: Tensor) -> list[tuple[int, ...] | None]:
     return [tuple(islice(ids, n)) if n <= MAX_KEPT_IDS else None for n in counts.flatten().tolist()]
 
 
-def score_tokens(logits: Tensor, targets: Sequence[int], num_top: int = 0) -> list[TokenScore]:
-    """How likely each row of `logits [N, vocab]`, float32, finds its target, and its `num_top` likeliest tokens.
+def score_tokens(logits: Tensor, targets: Tensor, num_top: int = 0) -> TokenRecords:
+    """How likely each row of `logits [N, vocab]`, float32, finds its target, of `[N]`, and its likeliest tokens.
 
-    Empty for N = 0.
+    The token of a row is 1 where its target is the likeliest, else 0. Empty for N = 0.
     """
-    if not targets:
-        return []
-    tokens = torch.tensor(targets, device=logits.device)
+    if not len(targets):
+        return TokenRecords.none(logits.device)
     raw = torch.log_softmax(logits, dim=-1)
-    is_greedy = logits.argmax(dim=-1) == tokens
-    scores = zip(_pick(raw, tokens).tolist(), is_greedy.tolist(), _likeliest(raw, num_top), strict=True)
-    return [TokenScore(*score) for score in scores]
+    is_greedy = (logits.argmax(dim=-1) == targets).int()
+    return TokenRecords.of(is_greedy, _pick(raw, targets), top=_likeliest(raw, num_top))
 
 
 def _process(
@@ -132,12 +133,12 @@ def _process(
     return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])
 
 
-def _likeliest(logprobs: Tensor, num_top: int) -> list[tuple[tuple[int, float], ...]]:
-    """For each row its likeliest tokens that are possible, and their logprobs."""
+def _likeliest(logprobs: Tensor, num_top: int) -> tuple[Tensor, Tensor] | None:
+    """For each row the ids of its likeliest tokens, and their logprobs; None where none are asked for."""
     if not num_top:
-        return [()] * len(logprobs)
-    values, ids = (x.tolist() for x in logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1))
-    return [tuple((i, p) for i, p in zip(*row, strict=True) if p > -math.inf) for row in zip(ids, values, strict=True)]
+        return None
+    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
+    return ids, values
 
 
 def _draw(logprobs: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
@@ -155,12 +156,14 @@ def _draw(logprobs: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     vocab_size = logprobs.shape[-1]
     # float32 will do: a group's sum is off by 1e-6 of it at most, and logits differ between layouts by more.
     probs = pad(logprobs.exp(), (0, -vocab_size % GROUP_SIZE)).reshape(len(logprobs), -1, GROUP_SIZE)
-    numbers = torch.from_numpy(exponentials(requests, GROUP_SIZE + probs.shape[1])).to(probs.device)
+    # Made while the device is still at the model: they are a copy of their own.
+    numbers = Staging(probs.device).put(exponentials(requests, GROUP_SIZE + probs.shape[1]))
     # Divided by 0 they are infinite: what has no probability wins against nothing.
     groups = (numbers[:, GROUP_SIZE:] / probs.sum(dim=-1)).argmin(dim=-1)
     within = probs[torch.arange(len(probs), device=probs.device), groups]
     places: Tensor = (numbers[:, :GROUP_SIZE] / within).argmin(dim=-1)
-    return groups * GROUP_SIZE + places
+    # Of probabilities that are not finite the last place may win, behind the vocabulary.
+    return (groups * GROUP_SIZE + places).clamp(max=vocab_size - 1)
 
 
 def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:

@@ -281,12 +281,14 @@ class Scheduler:
         # Whose logits are read is computed.
         keys = self._prefixes.keys(first, first.first_logits_place)
         members = self._assign_to_homes(group)
-        if self._prefixes.are_worth_waiting_for(first, keys, _places(members)):
+        known = self._prefixes.remembered(first, keys, _places(members))
+        if self._prefixes.are_worth_waiting_for(first, keys, known, _places(members)):
             return None
-        while not self._make_room_for(first, keys, members):
+        while not self._make_room_for(first, known, members):
             if len(group) == 1:
                 return None
             members[group.pop().home] -= 1
+            known = self._prefixes.remembered(first, keys, _places(members))  # of fewer homes
         for request in group:
             self._waiting.remove(request)
             request.continues = None  # its KV is not kept; what is remembered of it is found like any prefix
@@ -304,14 +306,13 @@ class Scheduler:
             after[request.home] += 1
         return [now - then for now, then in zip(after, before, strict=True)]
 
-    def _make_room_for(self, request: Request, keys: Sequence[Key], members: Sequence[int]) -> bool:
+    def _make_room_for(self, request: Request, known: Sequence[Key], members: Sequence[int]) -> bool:
         """Whether every home has the blocks of its leader, and of what its other `members` cannot share with it.
 
-        What the samples of prefills under way will take when they fork is spoken for. Remembered prefixes of this very
-        prompt need no room, and give none. States have a place of their own for each sample.
+        What the samples of prefills under way will take when they fork is spoken for. Prefixes of this very prompt that
+        are `known` need no room, and give none. States have a place of their own for each sample.
         """
         homes, mutable = _places(members), self._num_mutable_blocks(request.num_tokens)
-        known = self._prefixes.remembered(request, keys, homes)
         new = self.sharding.num_blocks(request.num_tokens)
         new -= self.sharding.num_blocks(self._prefixes.num_tokens(known))
         taken = [(members[index] - 1) * mutable + self._load[index].num_reserved_blocks for index in homes]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cpinfer.attention.linear_attention import LinearStep
@@ -19,7 +19,7 @@ from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.step import Step
 from cpinfer.engine.step_attention import StepAttention
-from cpinfer.engine.step_plans import StepPlanner
+from cpinfer.engine.step_plans import DecodeInput, StepPlanner
 from cpinfer.engine.step_states import StepStates
 from cpinfer.kv_cache.expert_record import Experts
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
@@ -91,49 +91,64 @@ class StepRunner:
 
     def _prefill(self, step: Step, says: Says) -> StepOutput:
         planned = self._planner.prefill(step.chunks)
-        attention = self._attention.prefill(planned)
-        linear = None if self._states is None else self._states.prefill(planned)
+        staging = self._cache.staging
+        with staging.together():
+            attention = self._attention.prefill(planned)
+            linear = None if self._states is None else self._states.prefill(planned)
+            inputs = self._inputs(planned.token_ids, planned.plan.positions, planned.kept_rows)
+            drawn, targets = (staging.put(_int64(rows)) for rows in (planned.drawn, planned.targets))
         with self._experts.watching(planned.told) as watched:
-            logits = self._forward(planned.token_ids, planned.plan.positions, attention, planned.kept_rows, linear)
-        scored = logits[len(planned.sampled_rows) :]
+            logits = self._forward(inputs, attention, linear)
+        num_sampled = len(planned.sampled_rows)
+        # As a rule each row is drawn from once.
+        rows = logits[:num_sampled] if len(planned.drawn) == num_sampled else logits[drawn]
         num_top = max((c.prefill.requests[0].num_top for c in step.chunks if c.scored_positions), default=0)
-        sampled, heard = self._reader.sample(
-            logits[planned.drawn], planned.requests, step.samples, planned.places, says
-        )
-        scores, heard_again = self._reader.score(scored, planned.targets, planned.scored.places, num_top, says)
+        sampled, heard = self._reader.sample(rows, planned.requests, step.samples, planned.places, says)
+        scores, heard_again = self._reader.score(logits[num_sampled:], targets, planned.scored.places, num_top, says)
         experts = self._experts.agree(planned.told, watched, len(planned.token_ids))
         return StepOutput(sampled, scores, heard_again if heard is None else heard, experts)
 
     def _decode(self, running: Sequence[SampledRequest], says: Says) -> StepOutput:
         planned = self._planner.decode(running)
-        tokens, plan = planned.token_ids, planned.plan
-        linear = None if self._states is None else self._states.decode(planned)
         with self._experts.watching(planned.told) as watched:
-            if plan is None:
-                logits = self._forward([], [], self._attention.decode(planned), [], linear)
-            elif self._graphs is not None:  # of models without experts
-                logits = self._graphs.forward(plan, planned.rows, tokens)
-            else:
-                padding = [0] * (len(plan.own) - len(tokens))
-                logits = self._forward(
-                    tokens + padding, plan.positions, self._attention.decode(planned), range(len(tokens)), linear
-                )
+            logits = self._decode_logits(planned)
         sampled, heard = self._reader.sample(logits, planned.requests, running, planned.places, says)
-        return StepOutput(sampled, heard=heard, experts=self._experts.agree(planned.told, watched, len(tokens)))
+        experts = self._experts.agree(planned.told, watched, len(planned.requests))
+        return StepOutput(sampled, heard=heard, experts=experts)
 
-    def _forward(
-        self, token_ids: Any, positions: Any, attention: AttentionStep, keep: Any, linear: LinearStep | None
-    ) -> Tensor:
-        """`[len(keep), vocab]` logits. Models crash on zero rows, so where there is none a dummy is computed."""
-        has_tokens, has_keep = len(token_ids) > 0, len(keep) > 0
-        logits = self._runner.forward(
-            self._tensor(token_ids if has_tokens else [0]),
-            self._tensor(positions if has_tokens else [0]),
-            attention,
-            self._tensor(keep if has_keep else [0]),
-            linear,
-        )
-        return logits[: len(keep)]
+    def _decode_logits(self, planned: DecodeInput) -> Tensor:
+        """`[N, vocab]` of this rank's rows."""
+        tokens, plan = planned.token_ids, planned.plan
+        if plan is not None and self._graphs is not None:  # of models without experts
+            return self._graphs.forward(plan, planned.rows, tokens)
+        num_padding = 0 if plan is None else len(plan.own) - len(tokens)
+        positions: Any = [] if plan is None else plan.positions
+        with self._cache.staging.together():
+            attention = self._attention.decode(planned)
+            linear = None if self._states is None else self._states.decode(planned)
+            inputs = self._inputs([*tokens, *[0] * num_padding], positions, range(len(tokens)))
+        return self._forward(inputs, attention, linear)
 
-    def _tensor(self, values: Any) -> Tensor:
-        return torch.as_tensor(np.asarray(values, dtype=np.int64), device=self._runner.device)
+    def _inputs(self, token_ids: Sequence[int], positions: Any, keep: Sequence[int]) -> _Inputs:
+        """Where the model reads them. It crashes on zero rows, so where there is none a dummy is computed."""
+        put = self._cache.staging.put
+        ids, places, rows = (put(_int64(values if len(values) else [0])) for values in (token_ids, positions, keep))
+        return _Inputs(ids, places, rows, len(keep))
+
+    def _forward(self, inputs: _Inputs, attention: AttentionStep, linear: LinearStep | None) -> Tensor:
+        """`[num_kept, vocab]` logits."""
+        logits = self._runner.forward(inputs.token_ids, inputs.positions, attention, inputs.keep, linear)
+        return logits[: inputs.num_kept]
+
+
+class _Inputs(NamedTuple):
+    """What the model is given beside its step: ids, positions, and the rows whose logits are asked for."""
+
+    token_ids: Tensor
+    positions: Tensor
+    keep: Tensor
+    num_kept: int
+
+
+def _int64(values: Any) -> NDArray[np.int64]:
+    return np.asarray(values, dtype=np.int64)

@@ -27,8 +27,8 @@ class StopChecker:
 
     def stops(self, request: SampledRequest) -> bool:
         """Whether the newest token ends the request."""
-        params = request.params
-        if request.last_token_id in self.stop_token_ids(params):
+        params, token = request.params, request.last_token_id
+        if token in params.stop_token_ids or (token in self._eos_token_ids and not params.ignore_eos):
             return len(request.sampled) > params.min_new_tokens
         if not params.stop:
             return False

@@ -13,6 +13,7 @@ from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.shards import IntArray
 from cpinfer.ops.float8 import rounded_through
 from cpinfer.ops.row_copies import copy_rows
+from cpinfer.ops.staging import Staging
 from cpinfer.ops.states import State
 
 # Where torch's own tensors begin, in bytes: vectorised kernels may sum in another order elsewhere.
@@ -53,6 +54,7 @@ class PagedKVCache:
         self.dtype = dtype
         self.store_dtype = store_dtype or dtype
         self.device = device
+        self.staging = Staging(device)
         self.padding_slot = num_blocks * block_size
         slots = self.padding_slot + (block_size if has_padding_block else 0)
 
@@ -109,7 +111,7 @@ class PagedKVCache:
 
     def index(self, array: IntArray) -> Tensor:
         """Row numbers that a plan has made, where the cache can use them."""
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        return self.staging.put(array)
 
     def read(self, layer: int) -> tuple[Tensor, Tensor]:
         """The whole store of a layer, keys and values, without a copy; block tables say what is whose."""

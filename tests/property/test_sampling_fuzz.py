@@ -63,7 +63,7 @@ def check(rows):
         sequence.sampled += [SampledToken(token, 0.0, 0.0) for token in sampled]
         sequences.append(sequence)
     stop_checker = StopChecker(SPEC.eos_token_ids, None)
-    found = sample_tokens(torch.tensor([logits for logits, _, _ in rows]), sequences, stop_checker)
+    found = sample_tokens(torch.tensor([logits for logits, _, _ in rows]), sequences, stop_checker).tokens()
     for sequence, token in zip(sequences, found, strict=True):
         params = sequence.params
         assert 0 <= token.token_id < VOCAB

@@ -19,6 +19,7 @@ from cpinfer.engine.agreement import (
     smallest,
 )
 from cpinfer.engine.request import SampledToken
+from cpinfer.engine.token_records import LOGPROB, PROCESSED, TokenRecords
 from cpinfer.errors import EngineFaultError, RanksDifferError, StreamEndedError, UserError
 from cpinfer.layout.grid import RankGrid
 
@@ -32,10 +33,25 @@ def float32(bits):
     return struct.unpack("<f", struct.pack("<I", bits))[0]
 
 
+def bits_of(number):
+    return struct.unpack("<i", struct.pack("<f", number))[0]
+
+
 def token(pcp_rank, row, tp_rank=0):
     """Another token, with other logprobs, for every place and tp rank."""
     n = 100 * pcp_rank + 10 * row + tp_rank
     return SampledToken(n, -0.1 * n, -0.01 * n)
+
+
+def records(tokens):
+    """Rows of these tokens, None where none could be chosen."""
+    some = [token or SampledToken(0, 0.0, 0.0) for token in tokens]
+    columns = (torch.tensor([token[i] for token in some]) for i in (0, 1, 2, 4))
+    has_token = torch.tensor([token is not None for token in tokens], dtype=torch.bool)
+    made = TokenRecords.of(*columns, has_token, None, [token.kept_ids for token in some])
+    for column, i in ((LOGPROB, 1), (PROCESSED, 2)):  # of bits that no float of Python's keeps
+        made.numbers[:, column] = torch.tensor([bits_of(token[i]) for token in some])
+    return made
 
 
 def rows_of(pcp_rank):
@@ -45,13 +61,13 @@ def rows_of(pcp_rank):
 def everyone_samples(topology):
     _, pcp_rank, tp_rank = topology.coords
     own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
-    return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)[0]
+    return agree_on_tokens(topology.replica, 2, PLACES, records(own))[0]
 
 
 def only_the_authority_samples(topology):
     _, pcp_rank, tp_rank = topology.coords
     own = [token(pcp_rank, row) for row in range(rows_of(pcp_rank))] if tp_rank == 0 else []
-    return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)[0]
+    return agree_on_tokens(topology.replica, 2, PLACES, records(own))[0]
 
 
 @pytest.mark.parametrize("body", [everyone_samples, only_the_authority_samples])
@@ -74,7 +90,7 @@ def test_logprobs_arrive_bit_by_bit():
 
     def body(topology):
         own = tokens if topology.rank == 0 else []
-        return agree_on_tokens(topology.replica, 2, [(0, row) for row in range(len(tokens))], own, CPU)[0]
+        return agree_on_tokens(topology.replica, 2, [(0, row) for row in range(len(tokens))], records(own))[0]
 
     for result in run_ranks(GRID, body):
         for got, want in zip(result, tokens, strict=True):
@@ -94,7 +110,7 @@ def test_kept_sets_arrive_at_their_tokens_on_every_rank_in_two_collectives():
             for place in sorted(kept)
             if place[0] == pcp_rank and tp_rank == 0
         ]
-        return agree_on_tokens(replica, 2, PLACES, own, CPU)[0], replica.traffic.num_collectives
+        return agree_on_tokens(replica, 2, PLACES, records(own))[0], replica.traffic.num_collectives
 
     for tokens, num_collectives in run_ranks(GRID, body):
         assert [t.kept_ids for t in tokens] == [kept[place] for place in PLACES]
@@ -105,13 +121,13 @@ def test_kept_sets_arrive_at_their_tokens_on_every_rank_in_two_collectives():
 
 def test_a_row_without_a_token_stands_among_rows_with_kept_sets():
     tokens = [token(0, 0)._replace(kept_ids=(4, 7)), None, token(0, 2)._replace(kept_ids=(9,))]
-    found, _ = agree_on_tokens(SoloComm(), 1, [(0, 0), (0, 1), (0, 2)], tokens, CPU)
+    found, _ = agree_on_tokens(SoloComm(), 1, [(0, 0), (0, 1), (0, 2)], records(tokens))
     assert [t and t.kept_ids for t in found] == [(4, 7), None, (9,)]
 
 
 def test_a_large_token_id_survives():
     tokens = [SampledToken(2**31 - 1, 0.0, 0.0)]
-    assert agree_on_tokens(SoloComm(), 1, [(0, 0)], tokens, CPU) == (tokens, Says.NOTHING)
+    assert agree_on_tokens(SoloComm(), 1, [(0, 0)], records(tokens)) == (tokens, Says.NOTHING)
 
 
 @pytest.mark.parametrize("faulty", range(4))
@@ -123,7 +139,7 @@ def test_a_fault_on_one_rank_is_the_same_error_on_every_rank(faulty):
         _, pcp_rank, tp_rank = topology.coords
         own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
         try:
-            agree_on_tokens(topology.replica, 2, PLACES, own, CPU, says=Says.FAULT * (topology.rank == faulty))
+            agree_on_tokens(topology.replica, 2, PLACES, records(own), says=Says.FAULT * (topology.rank == faulty))
         except EngineFaultError as error:
             messages[topology.rank] = str(error)
 
@@ -139,7 +155,7 @@ def test_a_row_without_a_token_is_known_to_all_where_its_first_tp_rank_says_so()
         own = [token(pcp_rank, row, tp_rank) for row in range(rows_of(pcp_rank))]
         if (pcp_rank, tp_rank) == (1, 0):
             own[0] = None
-        return agree_on_tokens(topology.replica, 2, PLACES, own, CPU)[0]
+        return agree_on_tokens(topology.replica, 2, PLACES, records(own))[0]
 
     for tokens in run_ranks(GRID, body):
         assert [t is None for t in tokens] == [place == (1, 0) for place in PLACES]
@@ -150,7 +166,7 @@ def test_agreement_is_one_collective_however_many_rows():
         replica = CountingComm(topology.replica)
         places = [(0, row) for row in range(50)]
         own = [token(0, row) for row in range(50)] if topology.coords.pcp_rank == 0 else []
-        agree_on_tokens(replica, 2, places, own, CPU)
+        agree_on_tokens(replica, 2, places, records(own))
         return replica.traffic.num_collectives
 
     assert run_ranks(GRID, body) == [1] * 4
@@ -185,7 +201,7 @@ def errors_of(grid, body):
 def test_a_rank_that_leaves_is_an_error_on_all_with_its_place():
     def body(topology):
         own = [token(topology.coords.pcp_rank, row) for row in range(rows_of(topology.coords.pcp_rank))]
-        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, says=Says.LEAVES * (topology.rank == 3))
+        agree_on_tokens(topology.replica, 2, PLACES, records(own), says=Says.LEAVES * (topology.rank == 3))
 
     errors = errors_of(GRID, body)
     assert [type(error) for error in errors] == [StreamEndedError] * 4
@@ -195,7 +211,7 @@ def test_a_rank_that_leaves_is_an_error_on_all_with_its_place():
 def test_a_fault_and_a_leaving_rank_in_one_step_are_one_error_everywhere():
     def body(topology):
         own = [None] * rows_of(topology.coords.pcp_rank)
-        agree_on_tokens(topology.replica, 2, PLACES, own, CPU, says=Says.LEAVES * (topology.rank == 0))
+        agree_on_tokens(topology.replica, 2, PLACES, records(own), says=Says.LEAVES * (topology.rank == 0))
 
     assert {type(error) for error in errors_of(GRID, body)} == {StreamEndedError}
 

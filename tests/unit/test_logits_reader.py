@@ -85,7 +85,7 @@ def test_all_ranks_get_the_scores_of_every_place():
         own = OWN[topology.coords.pcp_rank]
         targets = [WANTED[r.prompt.index] if r.prompt.index else 0 for r in own]
         reader = LogitsReader(topology, CPU, StopChecker((), None))
-        return reader.score(logits_for(own), targets, PLACES, 0, Says.NOTHING)[0]
+        return reader.score(logits_for(own), torch.tensor(targets), PLACES, 0, Says.NOTHING)[0]
 
     likely, unlikely = (float(torch.log_softmax(logits_for(REQUESTS[:1])[0], -1)[i]) for i in (WANTED[0], 0))
     for scores in run_ranks(GRID, body):

@@ -18,7 +18,7 @@ EOS = 2
 
 
 def sample_tokens(logits, sequences):
-    return sampling.sample_tokens(logits, sequences, StopChecker((EOS,), None))
+    return sampling.sample_tokens(logits, sequences, StopChecker((EOS,), None)).tokens()
 
 
 def make_sequence(params=SamplingParams(), id="p", sample_index=0, prompt=(3, 5, 3), so_far=()):
@@ -244,7 +244,7 @@ def test_logprobs_as_trained_are_alike_beside_rows_that_may_not_end_yet():
 
     def processed(params):
         rows = [make_sequence(params if i == 0 else plain, id=f"p{i}", so_far=(5,)) for i in range(300)]
-        found = sampling.sample_tokens(logits, rows, StopChecker((EOS,), None), as_trained=True)
+        found = sampling.sample_tokens(logits, rows, StopChecker((EOS,), None), as_trained=True).tokens()
         return [token.processed_logprob for token in found]
 
     assert processed(minimum) == processed(plain)

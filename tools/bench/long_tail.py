@@ -177,9 +177,9 @@ class Way:
             finally:
                 watch.busy_s += time.perf_counter() - start_s
 
-        def counted_forward(token_ids: Sequence[int], *rest: Any) -> Any:
-            watch.num_tokens += len(token_ids)  # a rank without tokens computes a dummy, which is none
-            return forward(token_ids, *rest)
+        def counted_forward(inputs: Any, step: Any, linear: Any) -> Any:
+            watch.num_tokens += step.num_tokens  # a rank without tokens computes a dummy, which is none
+            return forward(inputs, step, linear)
 
         vars(steps).update(run=timed_run, _forward=counted_forward)
 

@@ -44,6 +44,7 @@ from cpinfer.engine.sampling import sample_tokens
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step import Step
 from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.engine.token_records import TokenRecords
 from cpinfer.kv_cache.home import KVHome
 from cpinfer.layout.decode import DecodePlan, plan_decode
 from cpinfer.layout.shards import KVSharding
@@ -168,6 +169,7 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
 
     backend, replica = make_backend("auto", CPU, AttentionNeeds(torch.float32, ())), SoloComm()
     places = [(0, i) for i in range(num_sequences)]
+    records = TokenRecords.of(torch.ones(num_sequences, dtype=torch.int64), torch.full((num_sequences,), -1.0))
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
 
     def timed(stage: str, call: Callable[[], Any]) -> Any:
@@ -182,7 +184,7 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
         if i == 0:
             check(plan, step.running, sharding)
         timed("backend plan", partial(backend.plan, plan.rows))
-        tokens, _ = timed("agree", partial(agree_on_tokens, replica, 1, places, sampled, CPU))
+        tokens, _ = timed("agree", partial(agree_on_tokens, replica, 1, places, records))
         timed("commit", partial(scheduler.commit, step, tokens, lambda sequence: False))
     return {stage: statistics.median(found) / num_sequences * 1e6 for stage, found in seconds.items()}
 
@@ -283,7 +285,7 @@ def sampling_us(params: SamplingParams, num_rows: int, num_steps: int) -> float:
     logits = 3 * torch.randn(num_rows, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
     rows = [SampledRequest(Prompt(i, str(i), (1,)), 0, params, 10) for i in range(num_rows)]
     stop_checker = StopChecker((), None)
-    chosen = sample_tokens(logits, rows, stop_checker)
+    chosen = sample_tokens(logits, rows, stop_checker).tokens()
     if params.greedy:
         assert [token and token.token_id for token in chosen] == logits.argmax(dim=-1).tolist(), (
             "greedy is not the argmax"
