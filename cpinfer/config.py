@@ -220,9 +220,7 @@ class EngineConfig(Checked):
         "what travels when a prompt continues cached KV; auto is what moves fewer bytes, alone what computes less",
         "auto",
     )
-    context_workspace_tokens: int = _key(
-        "cached tokens that are gathered at a time, when KV travels", 65536, within=_TOKENS
-    )
+    context_workspace_tokens: int = _key("cached tokens gathered at a time, when KV travels", 65536, within=_TOKENS)
     decode_exchange: str = _key(
         "how partial attention comes back: `a2a`, all-to-all; `ag_rs`, all-gather and reduce-scatter; `replicate_q`, "
         "all rows on all ranks",
@@ -284,7 +282,10 @@ class ParallelConfig(Checked):
     prefill_context_parallel_size: int | None = _key(
         "ranks that share the prefill of a prompt (pcp); default: 1", None, within=_RANKS
     )
-    decode_context_parallel_size: int | None = _key("KV shards of a sequence (dcp); default: pcp", None, within=_RANKS)
+    decode_context_parallel_size: int | Literal["auto"] | None = _key(
+        "KV shards of a sequence (dcp); default: pcp; auto is pcp or 1, whichever decodes a phase sooner", None,
+        within=_RANKS,
+    )  # fmt: skip
     data_parallel_size: int | None = _key(
         "independent replicas (dp); default: what is left of the world", None, within=_RANKS
     )
@@ -305,7 +306,8 @@ class ParallelConfig(Checked):
 
     @property
     def dcp_size(self) -> int:
-        return self.decode_context_parallel_size or self.pcp_size
+        said = self.decode_context_parallel_size
+        return said if isinstance(said, int) else self.pcp_size  # "auto" is that, or less
 
 
 @dataclass(frozen=True)

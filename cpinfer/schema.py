@@ -7,8 +7,9 @@
     Sizes(tp_size=0)                          UserError: "tp_size" is 0; it must be at least 1 and at most 64.
     parse_object(Sizes, {"tp_sise": 2})       UserError: unknown key "tp_sise"; the nearest known key is "tp_size".
 
-A field is a number within its bounds, a text, a bool, one of a few literals, a schema again, or a tuple of these. What
-numpy and torch made of numbers becomes Python's, a list becomes a tuple, and one text stands for a tuple of it.
+A field is a number within its bounds, a text, a bool, one of a few literals, a number or one of those, a schema again,
+or a tuple of these. What numpy and torch made of numbers becomes Python's, a list becomes a tuple, and one text stands
+for a tuple of it.
 """
 
 from __future__ import annotations
@@ -123,7 +124,7 @@ def conform(hint: Any, value: Any, where: str, rules: Mapping[str, Any] = types.
         return _conform_number(hint, value, where, rules.get("within"))
     if type(value) not in _PLAIN and hasattr(value, "tolist"):  # of numpy or torch: numbers and arrays
         value = value.tolist()
-    hint = without_none(hint) if value is not None else hint
+    hint = _kind_of(value, _without_none(hint)) if value is not None else hint
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if value is None and type(None) in args:
         return None
@@ -195,10 +196,12 @@ def _number_of(name: Any) -> Any:
 
 
 def _wanted(hint: Any) -> str:
-    hint = without_none(hint)
+    hint = _without_none(hint)
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if is_union(hint):
+        return " or ".join(map(_wanted, args))
     if origin is Literal:
-        return "one of " + ", ".join(map(quoted, args))
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(quoted, args))
     if origin is tuple:
         return _wanted_tuple(args)
     if dataclasses.is_dataclass(hint):
@@ -212,11 +215,28 @@ def _wanted_tuple(args: tuple[Any, ...]) -> str:
     return "a pair of " + " and ".join(map(_wanted, args))
 
 
-def without_none(hint: Any) -> Any:
-    """The type in a hint that may allow None beside it."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    return hint
+def is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (types.UnionType, typing.Union)
+
+
+def _without_none(hint: Any) -> Any:
+    """What a hint allows beside None: a type, or several where one is a word."""
+    if not is_union(hint):
+        return hint
+    kinds = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    return kinds[0] if len(kinds) == 1 else typing.Union[tuple(kinds)]  # noqa: UP007
+
+
+def _kind_of(value: Any, hint: Any) -> Any:
+    """Of a number or a word, whichever a text, or anything else, was meant as; the hint where it allows one kind."""
+    if not is_union(hint):
+        return hint
+    kinds = typing.get_args(hint)
+    is_word = isinstance(value, str)
+    wanted = next(kind for kind in kinds if (typing.get_origin(kind) is Literal) == is_word)
+    if is_word and value not in typing.get_args(wanted):
+        return hint  # neither: refused as what may be either
+    return wanted
 
 
 def _known(cls: Any, data: Mapping[Any, Any], where: str) -> dict[str, tuple[Any, Mapping[str, Any]]]:

@@ -129,6 +129,15 @@ class Topology:
         """Whether this rank speaks for its dp replica."""
         return self.replica.index == 0
 
+    def unsharded(self) -> Topology:
+        """The same ranks with dcp=1: each pcp rank is a home of its own, and no KV is sharded.
+
+        Returns:
+            A topology beside this one, which owns no groups.
+        """
+        grid = dataclasses.replace(self.grid, dcp_size=1)
+        return dataclasses.replace(self, grid=grid, dcp=SoloComm(), owned_groups=())
+
     def owning(self, groups: Sequence[Any]) -> Topology:
         """The same topology, which also destroys some groups when it closes.
 

@@ -23,6 +23,7 @@ from cpinfer.config import (
 from cpinfer.engine.agreement import Prepared, begin_together
 from cpinfer.engine.deterministic import check_deterministic, deterministic_errors, prepare_deterministic
 from cpinfer.engine.engine import Engine
+from cpinfer.engine.layout_choice import decode_layouts, is_open
 from cpinfer.engine.needs import RankNeeds, own_pool
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
@@ -118,7 +119,7 @@ def attach(
         needs = RankNeeds.of(runner, topology, wanted, PoolSize.smallest(pools, own.sharding))
         if wanted.deterministic:
             check_deterministic(runner, topology, wanted, needs)
-        engine = Engine(runner, topology, wanted, tokenizer, needs)
+        engine = Engine(runner, wanted, tokenizer, decode_layouts(topology, wanted, needs))
         stack.callback(engine.close)
         engine.wake()
         _tell(engine, runner, topology, wanted)
@@ -158,7 +159,15 @@ def what_runs(spec: ModelSpec, grid: RankGrid, config: EngineConfig, tokenizer: 
     keys = {field.name: getattr(config, field.name) for field in dataclasses.fields(EngineConfig)}
     num_words = len(tokenizer) if isinstance(tokenizer, Sized) else None
     words = None if tokenizer is None else (type(tokenizer).__name__, num_words)
-    return {"call": "attach", **keys, "grid": grid, "model": spec, "tokenizer": words, "version": software_versions()}
+    return {
+        "call": "attach",
+        **keys,
+        "grid": grid,
+        "dcp is open": is_open(config),
+        "model": spec,
+        "tokenizer": words,
+        "version": software_versions(),
+    }
 
 
 def _device_of(model: Any) -> torch.device:
@@ -196,7 +205,7 @@ def _refuse_other_sizes(config: ParallelConfig, grid: RankGrid) -> None:
     said = {
         "tp": (config.tensor_parallel.tp_size, grid.tp_size),
         "pcp": (config.prefill_context_parallel_size, grid.pcp_size),
-        "dcp": (config.decode_context_parallel_size, grid.dcp_size),
+        "dcp": (grid.pcp_size if is_open(config) else config.decode_context_parallel_size, grid.dcp_size),
         "dp": (config.data_parallel_size, grid.dp_size),
     }
     other = {axis: sizes for axis, sizes in said.items() if sizes[0] is not None and sizes[0] != sizes[1]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from cpinfer.engine.agreement import Says
+from cpinfer.engine.layout_choice import LayoutChoice
 from cpinfer.engine.request import Request, SampledRequest
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.scheduler_stats import SchedulerStats
@@ -73,6 +74,8 @@ class EngineCore:
         self._is_at_rest = True
         self.is_cut = False
         self.left_alone: StreamEndedError | None = None
+        # Where the layout of decode is open. It may bring another scheduler whenever nothing is under way.
+        self.layouts: LayoutChoice | None = None
 
     @property
     def homes(self) -> Sequence[KVHome]:
@@ -98,6 +101,8 @@ class EngineCore:
         """Queue the requests of a batch, on every rank the same between the same two steps."""
         with self.all_or_cut():
             for request in batch.requests:
+                if self.layouts is not None:
+                    self._scheduler = self.layouts.holding(self._scheduler, request)
                 self._scheduler.add(request)
                 self._batches[id(request)] = batch
                 batch.num_unfinished += 1
@@ -111,8 +116,12 @@ class EngineCore:
         assert not self.is_cut, "after a step that was cut the core has to be reset"
         with self.all_or_cut():
             if self._is_at_rest:
+                if self.layouts is not None:
+                    self._scheduler = self.layouts.for_next(self._scheduler)
                 steps.begin()
                 self._is_at_rest = False
+            if self.layouts is not None:
+                steps, self._home = steps.over(self._scheduler.sharding.num_shards), self.layouts.home(self._scheduler)
             try:
                 step = self._scheduler.schedule()
                 assert step is not None, "there is a request under way"
@@ -120,6 +129,8 @@ class EngineCore:
             except EngineFaultError:
                 steps.clear_cache()
                 raise
+            if self.layouts is not None:
+                self.layouts.note(finished)
             for request in finished:
                 batch = self._batches.pop(id(request))
                 batch.num_unfinished -= 1

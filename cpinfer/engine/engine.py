@@ -8,18 +8,17 @@ from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.agreement import Prepared, Says, begin_together, gather_packed
 from cpinfer.engine.core import Batch, EngineCore, Load
 from cpinfer.engine.input_processor import InputProcessor
-from cpinfer.engine.needs import RankNeeds
+from cpinfer.engine.layout_choice import DecodeLayout
 from cpinfer.engine.open_requests import OpenRequests, RequestOutput
 from cpinfer.engine.prompts import PromptLike, PromptsLike, longest_prompt
 from cpinfer.engine.request import Request, RolloutResult, SampledRequest, ScoreResult, in_waves
 from cpinfer.engine.scheduler_stats import SchedulerStats
 from cpinfer.engine.sessions import Session
-from cpinfer.engine.step_factory import make_scheduler, make_steps
+from cpinfer.engine.step_factory import make_layout_choice, make_scheduler, make_steps
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import StreamEndedError
@@ -40,17 +39,16 @@ class Engine:
     """
 
     def __init__(
-        self, runner: ModelRunner, topology: Topology, config: EngineConfig, tokenizer: Any | None, needs: RankNeeds
+        self, runner: ModelRunner, config: EngineConfig, tokenizer: Any | None, layouts: Sequence[DecodeLayout]
     ) -> None:
-        self._runner, self._config = runner, config
-        self.topology, self.tokenizer = topology, tokenizer
+        self._runner, self._config, self._layouts = runner, config, layouts
+        topology, self._needs = layouts[0].topology, layouts[0].needs
+        self.topology, self.tokenizer, self.weights_dtype = topology, tokenizer, runner.weights_dtype
         self._stop_checker = StopChecker(runner.spec.eos_token_ids, tokenizer)
         log, unseen = topology.logger(__name__), runner.expert_layers.unseen
-        self._inputs = InputProcessor(runner.spec, needs.pool_size, tokenizer, log, unseen)
-        self._needs, self.weights_dtype = needs, runner.weights_dtype
-        scheduler = make_scheduler(runner, topology, config, needs)
-        home, replica = topology.grid.home(topology.rank), topology.replica
-        self._core = EngineCore(scheduler, self._stop_checker, home, replica.size, log)
+        self._inputs = InputProcessor(runner.spec, self._needs.pool_size, tokenizer, log, unseen)
+        scheduler, home = make_scheduler(runner, layouts[0], config), topology.grid.home(topology.rank)
+        self._core = EngineCore(scheduler, self._stop_checker, home, topology.replica.size, log)
         self._open = OpenRequests(self._core, self._inputs, self._stop_checker, topology, runner.device)
         self._steps: StepRunner | None = None
         # Whether ranks have exchanged arrivals, and whether they do so before the next step.
@@ -117,13 +115,14 @@ class Engine:
         A rank that cannot is an error on all of them. Collective over the replica: one small gather.
         """
         self._refuse_when_closed()
-        made_of = self._runner, self.topology, self._config, self._needs, self._stop_checker
+        made_of = self._runner, self._layouts, self._config
         self._halt()
         self._steps = begin_together(
             self.topology,
             self._runner.device,
-            lambda: Prepared(self._steps or make_steps(*made_of), lambda: {"call": "wake"}),
+            lambda: Prepared(self._steps or make_steps(*made_of, self._stop_checker), lambda: {"call": "wake"}),
         )[0]
+        self._core.layouts = self._core.layouts or make_layout_choice(*made_of, self._steps)
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it.

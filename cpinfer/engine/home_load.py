@@ -1,12 +1,13 @@
-"""What is under way in the homes of a scheduler, which keeps count of it where it changes."""
+"""What is under way in the homes of a scheduler, kept as it changes, and counted anew to check that."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cpinfer.engine.request import SampledRequest
+from cpinfer.engine.request import Request
 from cpinfer.engine.step import Prefill
+from cpinfer.layout.shards import KVSharding
 
 
 @dataclass
@@ -18,17 +19,14 @@ class HomeLoad:
 
 
 def counted_load(
-    num_homes: int,
-    prefilling: Sequence[Prefill],
-    running: Sequence[SampledRequest],
-    num_mutable_blocks: Callable[[int], int],
+    num_homes: int, sharding: KVSharding, prefilling: Sequence[Prefill], running: Sequence[Request]
 ) -> list[HomeLoad]:
-    """What the load of each home must be; `num_mutable_blocks`: of so many tokens, those that a fork takes."""
+    """What the load of each home must be, from all that is under way."""
     load = [HomeLoad() for _ in range(num_homes)]
     for request in (*(r for p in prefilling for r in p.requests), *running):
         load[request.home].num_active += 1
     for prefill in prefilling:
-        mutable = num_mutable_blocks(len(prefill.token_ids))
+        mutable = sharding.num_mutable_blocks(len(prefill.token_ids))
         for index in prefill.leaders:
             num_forks = sum(r.home == index for r in prefill.requests) - 1
             load[index].num_reserved_blocks += num_forks * mutable

@@ -21,7 +21,7 @@ class KeptRequests:
         self.num_blocks = [0] * num_homes
 
     def __contains__(self, request: SampledRequest) -> bool:
-        return id(request) in self._homes[request.home]
+        return any(id(request) in home for home in self._homes)  # its own may be one of another layout
 
     def __iter__(self) -> Iterator[SampledRequest]:
         for home in self._homes:

@@ -75,6 +75,16 @@ class Scheduler:
         return len(self._waiting) + sum(len(p.requests) for p in self._prefilling) + len(self._running)
 
     @property
+    def waiting(self) -> Sequence[Request]:
+        """Those that have not begun, in the order in which they are to."""
+        return tuple(self._waiting)
+
+    @property
+    def keeps_any(self) -> bool:
+        """Whether KV of requests that have ended is kept for others."""
+        return any(True for _ in self._kept)
+
+    @property
     def running(self) -> Sequence[SampledRequest]:
         """Those that get a token in every step."""
         return self._running
@@ -195,7 +205,7 @@ class Scheduler:
         """Take requests out of a prefill under way; where a leader leaves, another one gets its blocks."""
         if prefill.num_computed_tokens:
             self._prefixes.remember(prefill)
-        mutable = self._num_mutable_blocks(len(prefill.token_ids))
+        mutable = self.sharding.num_mutable_blocks(len(prefill.token_ids))
         for index, leader in list(prefill.leaders.items()):
             here = [r for r in prefill.requests if r.home == index]
             staying = [r for r in here if id(r) not in leaving]
@@ -229,17 +239,18 @@ class Scheduler:
             stats=self.stats,
         )
 
-    def restarted(self, version: int | None) -> Scheduler:
+    def restarted(self, version: int | None, into: Scheduler | None = None) -> Scheduler:
         """`emptied`, with all unfinished requests waiting to be computed anew, those that were under way in front.
 
         Their tokens stay, sampled by weights of `version`, None: by those of now. They have no blocks afterwards, so
-        that this scheduler is not to be used again.
+        that this scheduler is not to be used again. `into`: another one without requests, of any homes.
         """
-        anew = self.emptied()
+        anew = self.emptied() if into is None else into
         requests = [*self._running, *(r for p in self._prefilling for r in p.requests), *self._waiting]
         for request in (*requests, *self._kept):
             request.take_blocks()
             request.take_state()
+            request.prefix_keys = []  # of other units, in other homes
         for request in requests:
             request.restart(version)
             anew._waiting.append(request)
@@ -254,7 +265,7 @@ class Scheduler:
             home.check_integrity(blocks, announced, states)
         if self.states is not None:
             self.states.check_integrity(Counter(key for p in self._prefilling for key in p.state_ends.values()))
-        counted = counted_load(len(self.homes), self._prefilling, self._running, self._num_mutable_blocks)
+        counted = counted_load(len(self.homes), self.sharding, self._prefilling, self._running)
         if counted != self._load:
             raise ValueError(f"scheduler is inconsistent: it knows of {self._load}, under way are {counted}")
 
@@ -294,7 +305,7 @@ class Scheduler:
             request.continues = None  # its KV is not kept; what is remembered of it is found like any prefix
         for load, num_samples in zip(self._load, members, strict=True):
             load.num_active += num_samples
-            load.num_reserved_blocks += max(0, num_samples - 1) * self._num_mutable_blocks(first.num_tokens)
+            load.num_reserved_blocks += max(0, num_samples - 1) * self.sharding.num_mutable_blocks(first.num_tokens)
         return self._start(keys, group)
 
     def _assign_to_homes(self, group: list[Request]) -> list[int]:
@@ -302,7 +313,9 @@ class Scheduler:
         before = [load.num_active for load in self._load]
         after = list(before)
         for request in group:
-            request.home = after.index(min(after)) if request.continues is None else request.continues.home
+            # Of what it continues, which may have been one of more homes than there are now.
+            before_it = request.continues
+            request.home = after.index(min(after)) if before_it is None else before_it.home % len(after)
             after[request.home] += 1
         return [now - then for now, then in zip(after, before, strict=True)]
 
@@ -312,7 +325,7 @@ class Scheduler:
         What the samples of prefills under way will take when they fork is spoken for. Prefixes of this very prompt that
         are `known` need no room, and give none. States have a place of their own for each sample.
         """
-        homes, mutable = _places(members), self._num_mutable_blocks(request.num_tokens)
+        homes, mutable = _places(members), self.sharding.num_mutable_blocks(request.num_tokens)
         new = self.sharding.num_blocks(request.num_tokens)
         new -= self.sharding.num_blocks(self._prefixes.num_tokens(known))
         taken = [(members[index] - 1) * mutable + self._load[index].num_reserved_blocks for index in homes]
@@ -333,10 +346,6 @@ class Scheduler:
             if home.has(num_blocks, beside, num_states):
                 return True
         return False
-
-    def _num_mutable_blocks(self, length: int) -> int:
-        """Blocks of a sequence of `length` tokens that samples cannot share when they fork: each takes its own."""
-        return self.sharding.num_blocks(length) - self.sharding.num_immutable_blocks(length)
 
     def _start(self, keys: Sequence[Key], group: list[Request]) -> Prefill:
         """Find what is remembered of the tokens, and take blocks for the rest."""

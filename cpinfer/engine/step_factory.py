@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 from cpinfer.attention.backends.base import StepBackends
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
 from cpinfer.engine.decode_cuda_graphs import make_decode_graphs
 from cpinfer.engine.exchanges import Exchanges
 from cpinfer.engine.experts_reader import ExpertsReader
+from cpinfer.engine.layout_choice import DecodeLayout, LayoutChoice, measured_rates
 from cpinfer.engine.logits_reader import LogitsReader
-from cpinfer.engine.needs import RankNeeds
 from cpinfer.engine.scheduler import Scheduler
 from cpinfer.engine.step_attention import StepAttention
 from cpinfer.engine.step_plans import StepPlanner
@@ -22,15 +25,14 @@ from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
 
 
-def make_scheduler(runner: ModelRunner, topology: Topology, config: EngineConfig, needs: RankNeeds) -> Scheduler:
+def make_scheduler(runner: ModelRunner, layout: DecodeLayout, config: EngineConfig) -> Scheduler:
     """A scheduler over homes of free blocks, as many as all ranks can afford."""
+    grid = layout.topology.grid
     return Scheduler(
-        needs.empty_homes(
-            topology.grid.num_homes,
-            row_ranks=topology.grid.row_ranks,
-            enable_prefix_caching=config.enable_prefix_caching,
+        layout.needs.empty_homes(
+            grid.num_homes, row_ranks=grid.row_ranks, enable_prefix_caching=config.enable_prefix_caching
         ),
-        needs.pool_size.sharding,
+        layout.sharding,
         config.max_num_seqs,
         config.max_num_batched_tokens,
         window=runner.spec.widest_window,
@@ -40,12 +42,39 @@ def make_scheduler(runner: ModelRunner, topology: Topology, config: EngineConfig
 
 
 def make_steps(
-    runner: ModelRunner, topology: Topology, config: EngineConfig, needs: RankNeeds, stop_checker: StopChecker
+    runner: ModelRunner, layouts: Sequence[DecodeLayout], config: EngineConfig, stop_checker: StopChecker
 ) -> StepRunner:
-    """A step runner with a KV pool and backends of its own, as the config asks for them."""
-    cache = needs.make_cache(runner, has_padding_block=config.cuda_graphs)
-    backends, store = needs.make_backends(config, runner.device), needs.make_states(runner)
-    return make_step_runner(runner, topology, config, needs.pool_size.sharding, backends, cache, stop_checker, store)
+    """The step runner of the first layout, with a KV pool and backends of its own, as the config asks for them.
+
+    Those of the others stand beside it, over the same pool.
+    """
+    needs = layouts[0].needs
+    cache, store = needs.make_cache(runner, has_padding_block=config.cuda_graphs), needs.make_states(runner)
+    backends = needs.make_backends(config, runner.device)
+
+    def runner_of(layout: DecodeLayout, others: Mapping[int, StepRunner]) -> StepRunner:
+        # Kernels of the deterministic mode know how many shards there are.
+        own = layout.needs.make_backends(config, runner.device) if config.deterministic else backends
+        return make_step_runner(
+            runner, layout.topology, config, layout.sharding, own, cache, stop_checker, store, others
+        )
+
+    return runner_of(layouts[0], {layout.sharding.num_shards: runner_of(layout, {}) for layout in layouts[1:]})
+
+
+def make_layout_choice(
+    runner: ModelRunner, layouts: Sequence[DecodeLayout], config: EngineConfig, steps: StepRunner
+) -> LayoutChoice | None:
+    """Who chooses between layouts, where there are several: by what their steps take, which is measured here.
+
+    Collective over the replica.
+    """
+    if len(layouts) == 1:
+        return None
+    rates = measured_rates(steps, layouts, runner.device)
+    told = ", ".join(f"dcp={n} {1e3 * r.first_s:.2f} ms" for n, r in sorted(rates.items()))
+    layouts[0].topology.logger(__name__).shared("a decode step of one row takes %s", told)
+    return LayoutChoice(layouts, rates, lambda layout: make_scheduler(runner, layout, config))
 
 
 def make_step_runner(
@@ -57,10 +86,11 @@ def make_step_runner(
     cache: PagedKVCache,
     stop_checker: StopChecker,
     store: StateStore | None = None,
+    others: Mapping[int, StepRunner] = MappingProxyType({}),
 ) -> StepRunner:
     """The step runner of one rank. Every rank makes the same decisions here, but for its place in the grid.
 
-    `store`: of a model that has states.
+    `store`: of a model that has states. `others` as `StepRunner` has them.
     """
     grid, spec = topology.grid, runner.spec
     heads = spec.heads(grid.tp_size).in_group(grid, topology.coords.tp_rank)
@@ -74,9 +104,10 @@ def make_step_runner(
     attention = StepAttention(spec, config, heads, exchanges, backends, cache)
     ordered = f"deterministic, {config.deterministic_kv_shards} virtual KV shards"
     topology.logger(__name__).shared(
-        "attention by %s (%s, device %s), cascade_attention %s, CUDA graphs %s",
+        "attention by %s (%s, device %s), cascade_attention %s, CUDA graphs %s, decode with dcp=%d",
         backends.prefill.name, ordered if config.deterministic else f"backend is {config.backend!r}", runner.device,
         config.cascade_attention if attention.may_cascade else "off", "off" if graphs is None else "on",
+        grid.dcp_size,
     )  # fmt: skip
     planner = StepPlanner(
         grid,
@@ -92,4 +123,6 @@ def make_step_runner(
     )
     reader = LogitsReader(topology, runner.device, stop_checker, as_trained=config.deterministic)
     states = None if store is None else StepStates(store, topology.pcp)
-    return StepRunner(runner, cache, planner, attention, reader, ExpertsReader(topology, runner), graphs, states)
+    return StepRunner(
+        runner, cache, planner, attention, reader, ExpertsReader(topology, runner), graphs, states, others
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,7 +44,8 @@ class StepOutput:
 class StepRunner:
     """Runs steps on one rank: each passes through its parts in turn.
 
-    `graphs` replay decode steps, where there are; `states` are those of layers of linear attention.
+    `graphs` replay decode steps, where there are; `states` are those of layers of linear attention. `others` run steps
+    of other layouts over the same cache, by number of KV shards.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class StepRunner:
         experts: ExpertsReader,
         graphs: DecodeCudaGraphs | None,
         states: StepStates | None = None,
+        others: Mapping[int, StepRunner] = MappingProxyType({}),
     ) -> None:
         self._runner = runner
         self._cache = cache
@@ -65,17 +68,24 @@ class StepRunner:
         self._experts = experts
         self._graphs = graphs
         self._states = states
+        self._others = others
+
+    def over(self, num_shards: int) -> StepRunner:
+        """Who runs steps of sequences in so many KV shards."""
+        return self._others.get(num_shards, self)
 
     def begin(self) -> None:
         """Before the first of many steps. Graphs of weights that have moved, on any rank, are forgotten by all."""
-        if self._graphs is not None:
-            self._graphs.forget_what_moved()
+        for runner in (self, *self._others.values()):
+            if runner._graphs is not None:
+                runner._graphs.forget_what_moved()
 
     def weights_changed(self) -> None:
         """Other adapters may be other modules: what was captured without them says nothing of them."""
         self._cache.forget_faults()
-        if self._graphs is not None:
-            self._graphs.forget()
+        for runner in (self, *self._others.values()):
+            if runner._graphs is not None:
+                runner._graphs.forget()
 
     def clear_cache(self) -> None:
         """Nothing of what is cached will be read again, and something in it is not finite."""
@@ -84,6 +94,11 @@ class StepRunner:
     def run(self, step: Step, says: Says = Says.NOTHING) -> StepOutput:
         """What `step` samples and scores, the same on every rank. `says` travels with it."""
         return self._prefill(step, says) if step.chunks else self._decode(step.running, says)
+
+    def rehearse(self, running: Sequence[SampledRequest]) -> None:
+        """Run the model on a decode step of which nothing comes, to its end. Their blocks are written to."""
+        planned = self._planner.decode(running)
+        self._decode_logits(planned)[:1, :1].cpu()
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copy KV blocks of this rank's home, (from, to)."""

@@ -7,9 +7,9 @@ for its own tokens, and the answers merge. Either the queries travel to the KV, 
     queries   all_gather of q; every rank attends to its own shard for all of them; (out, lse) back by all_to_all
     kv        all_gather of the cached k, v, a window at a time; every rank attends for its own queries
 
-`choose_exchange` takes what moves fewer bytes, or computes less where nothing moves. Layers with a window see little of
-the context and always have it travel as KV: its last `window - 1` tokens, gathered once and put in sequence order
-before the new ones.
+`choose_exchange` takes what moves fewer bytes, or computes less where nothing moves; where homes hold unequally much,
+the work of the busiest rank counts beside the bytes. Layers with a window see little of the context and always have it
+travel as KV: its last `window - 1` tokens, gathered once and put in sequence order before the new ones.
 
 The exchange runs along an axis that reaches every shard of the home from every rank that computes tokens: the pcp axis
 when `dcp <= pcp`, else the DCP group.
@@ -32,6 +32,10 @@ from cpinfer.layout.shards import IntArray, KVSharding
 from cpinfer.layout.traffic import LSE_BYTES
 
 Exchange = Literal["queries", "kv"]
+
+# What a rank computes in the time in which it receives a byte, roughly: 50 FLOP over gloo on CPU, from 1,000 on between
+# GPUs. It decides only where the ranks that hold a context would compute several times what is their share.
+_FLOPS_PER_BYTE = 200
 
 
 class Place(NamedTuple):
@@ -166,8 +170,9 @@ def choose_exchange(
 ) -> Exchange:
     """What moves fewer bytes, queries when equal: to first order they win when `T / P <= kvl / (k * hq)`, k columns.
 
-    At one place nothing moves. There latents are expanded ("kv") for prompts of more new tokens than
-    `max_absorbed_queries`, weighted by what each has cached; None where nothing is expanded.
+    Beside the bytes the busiest rank's work counts, which is alike but where homes hold unequally much. At one place
+    nothing moves. There latents are expanded ("kv") for prompts of more new tokens than `max_absorbed_queries`,
+    weighted by what each has cached; None where nothing is expanded.
     """
     if len(step.places) == 1 and max_absorbed_queries is not None:
         saved = sum(
@@ -175,8 +180,29 @@ def choose_exchange(
             for pieces in step.split.by_prompt
         )
         return "kv" if saved > 0 else "queries"
-    queries, cached = (exchange_bytes(exchange, step, q_heads, kv, dtype_bytes) for exchange in ("queries", "kv"))
+    per_pair = 2 * q_heads * (kv.k_dim + kv.v_dim) / _FLOPS_PER_BYTE
+    queries, cached = (
+        exchange_bytes(exchange, step, q_heads, kv, dtype_bytes) + per_pair * most_pairs(exchange, step)
+        for exchange in ("queries", "kv")
+    )
     return "queries" if queries <= cached else "kv"
+
+
+def most_pairs(exchange: Exchange, step: StepContext) -> int:
+    """Query-key pairs of the context that the busiest rank attends to, per layer and query head of a rank.
+
+    Queries go to who holds the keys, be it one home of many, with the heads of all columns; keys go to all, each for
+    its own queries. Where every context is spread over all ranks both are alike, up to what does not divide.
+    """
+    cached = [context.num_tokens for context in step.contexts]
+    if exchange == "kv":
+        return max(
+            sum(piece.num_tokens * cached[piece.prompt] for piece in step.pieces(index))
+            for index in range(len(step.places))
+        )
+    new = np.array([sum(piece.num_tokens for piece in pieces) for pieces in step.split.by_prompt], dtype=np.int64)
+    num_columns = len(step.places) // step.split.pcp_size
+    return num_columns * max(int((step.held(index) * new).sum()) for index in range(len(step.places)))
 
 
 def plan_query_exchange(step: StepContext, index: int) -> QueryExchange:

@@ -86,6 +86,10 @@ class KVSharding:
         """Blocks at the front of a sequence's table that no later token will be written to, on any shard."""
         return self.local_len(length, self.num_shards - 1) // self.block_size
 
+    def num_mutable_blocks(self, length: int) -> int:
+        """The others that it takes, which samples cannot share when they fork: each takes its own."""
+        return self.num_blocks(length) - self.num_immutable_blocks(length)
+
     def num_dead_blocks(self, length: int, window: int) -> int:
         """Blocks at the front of a sequence of `length` tokens that no later query sees, on any shard.
 

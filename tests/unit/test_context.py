@@ -17,6 +17,7 @@ from cpinfer.layout.context import (
     choose_exchange,
     exchange_bytes,
     exchange_places,
+    most_pairs,
     plan_kv_exchange,
     plan_query_exchange,
     plan_window_exchange,
@@ -256,7 +257,8 @@ def test_bytes_are_those_that_a_literal_exchange_moves(step, q_heads, dtype_byte
     )
     assert count("kv") == (len(places) - 1) * longest * kv.values_per_token * dtype_bytes
     choice = choose_exchange(whole, q_heads, kv, dtype_bytes)
-    assert count(choice) == min(count("queries"), count("kv"))
+    other = "kv" if choice == "queries" else "queries"
+    assert count(choice) <= count(other) or most_pairs(choice, whole) < most_pairs(other, whole)
     nothing = [replace(c, num_tokens=0) for c in contexts]
     assert count("kv", nothing) == 0
 
@@ -316,10 +318,28 @@ def test_of_several_prompts_what_is_cached_weighs():
 
 
 def test_homes_share_their_axis_with_ranks_that_hold_nothing_of_a_prompt():
-    """Two homes: the context is denser on its ranks, so queries win twice as long."""
+    """Two homes: the context is denser on its ranks, which have all to do where queries travel."""
     one, two = RankGrid(1, 4, 4), RankGrid(1, 4, 2)
-    assert (choice(one, 1500, 4000, 4, 1), choice(two, 1500, 4000, 4, 1)) == ("kv", "queries")
-    assert (choice(one, 900, 4000, 4, 1), choice(two, 2100, 4000, 4, 1)) == ("queries", "kv")
+    for grid, pairs in ((one, 1), (two, 2)):
+        sharding, split = KVSharding(grid.dcp_size, 16, 16), zigzag_split([400], 4)
+        step = StepContext(
+            split, [Context(4000, 0, range(sharding.num_blocks(4000)))], sharding, exchange_places(grid, 0)
+        )
+        assert most_pairs("queries", step) == pytest.approx(pairs * 400 * 4000 / 4, rel=0.01)
+        assert most_pairs("kv", step) == pytest.approx(400 * 4000 / 4, rel=0.01)
+    assert (choice(one, 1500, 4000, 4, 1), choice(two, 1500, 4000, 4, 1)) == ("kv", "kv")
+    assert (choice(one, 900, 4000, 4, 1), choice(two, 100, 4000, 4, 1)) == ("queries", "queries")
+
+
+def test_even_contexts_of_several_homes_are_decided_by_bytes_alone():
+    """Each home has one of four prompts: whichever travels, all ranks have as much to do."""
+    grid, sharding = RankGrid(1, 4, 1), KVSharding(1, 16, 16)
+    for new, expected in ((60, "queries"), (9000, "kv")):
+        split = zigzag_split([new] * 4, 4)
+        contexts = [Context(4000, home, range(sharding.num_blocks(4000))) for home in range(4)]
+        step = StepContext(split, contexts, sharding, exchange_places(grid, 0))
+        assert most_pairs("queries", step) == most_pairs("kv", step)
+        assert choose_exchange(step, 4, KVLayout(1, 128, 128), 2) == expected
 
 
 # --- layers with a window: the end of every context travels, in sequence order ---

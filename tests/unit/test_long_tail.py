@@ -12,7 +12,7 @@ import cpinfer
 import long_tail
 from cpinfer_tools.measuring.harness import Timing
 from cpinfer_tools.measuring.workloads import ModelShape, Speed, Workload, make_model
-from long_tail import FULL, NUM_SAMPLES, OURS, PLAIN, QUICK, Way, floor_s, floors_s, long_tail_workloads, unlikely
+from long_tail import FULL, NUM_SAMPLES, OPEN, OURS, PLAIN, QUICK, Way, floor_s, floors_s, long_tail_workloads, unlikely
 from talk import Talk
 
 SHAPE = ModelShape()
@@ -92,10 +92,12 @@ def test_a_way_counts_its_tokens_and_the_time_inside_steps():
 
 def outcome(ours, plain, complaints=()):
     watches = [
-        {"num_tokens": 10, "busy_s": 0.9, "collective_s": 0.3},
-        {"num_tokens": 6, "busy_s": 0.25, "collective_s": 0},
+        {"num_shards": 1, "num_tokens": 10, "busy_s": 0.9, "collective_s": 0.3},
+        {"num_shards": 1, "num_tokens": 6, "busy_s": 0.25, "collective_s": 0},
     ]
-    runs = {OURS: [{"taken_s": ours, "watches": watches}], PLAIN: [{"taken_s": plain, "watches": watches}]}
+    taken_s = {OURS: ours, OPEN: 2 * ours, PLAIN: plain}
+    runs = {name: [{"taken_s": seconds, "watches": watches}] for name, seconds in taken_s.items()}
+    steps = [{"rows": 1, "context": 64, "seconds": {1: 4e-3, 2: 2e-3}, "chosen": 2}]
     return {
         "complaints": list(complaints),
         "runs": {"w": runs},
@@ -103,7 +105,8 @@ def outcome(ours, plain, complaints=()):
         "num_same_answers": {"w": 8},
         "load": [2.0, 6.5],
         "speed": {"gflop_per_s": 50.0, "gbyte_per_s": 8.0},
-        "floors_s": {"w": {OURS: 0.4, PLAIN: 0.8}},
+        "floors_s": {"w": {OURS: 0.4, OPEN: 0.4, PLAIN: 0.8}},
+        "steps": steps,
     }
 
 
@@ -112,14 +115,15 @@ WORKLOAD = Workload("w", ((1,) * 4,), (8,))
 
 @pytest.mark.parametrize("plain, told", [(2.0, "**2.00** times as fast"), (0.5, "**behind**, 0.50 times as fast")])
 def test_the_card_says_plainly_who_is_ahead_and_who_idles(plain, told):
-    [(_, body), _] = long_tail.describe(outcome(1.0, plain), [WORKLOAD])
+    [(_, body), (_, steps), _] = long_tail.describe(outcome(1.0, plain), [WORKLOAD])
+    assert "pcp=2 dcp=auto (1)" in body and "**2.00** (4.0 / 2.0 ms)" in steps
     assert told in body and "the bounds allow 2.00" in body
     assert "| 10 / 6 | 10% / 75% | 30% / 0% |" in body
 
 
 def test_no_time_is_told_of_wrong_answers():
     good = long_tail.summarize(outcome(1.0, 2.0), [WORKLOAD], None)
-    assert good["ok"] and good["w"]["speedup"] == 2.0
+    assert good["ok"] and good["w"]["speedup"] == {OURS: 2.0, OPEN: 1.0}
     assert good["w"][PLAIN]["wall_s"] == Timing((2.0,)).as_json()
     assert good["w"][PLAIN]["num_tokens_per_rank"] == [10, 6]
     bad = long_tail.summarize(outcome(1.0, 2.0, ["w: wrong"]), [WORKLOAD], None)

@@ -3,9 +3,10 @@
     python tools/bench/long_tail.py             # minutes; writes a card to tools/bench/results/
     python tools/bench/long_tail.py --quick     # seconds; tiny, no card: only shows that it works
 
-Two ways to use two ranks that hold the same weights: plain data parallelism (each replica has half of the samples, and
-one of them waits for the other's long one) and pcp=2 dcp=2 (both ranks work on every sample). Three batches of eight:
-one answer is 16 times as long as the others, one prompt is, or both are.
+Three ways to use two ranks that hold the same weights: plain data parallelism (each replica has half of the samples,
+and one of them waits for the other's long one), pcp=2 dcp=2 (both ranks work on every sample) and pcp=2 with dcp left
+open ("auto": the engine chooses 1 or 2 for each batch, by steps that it measures when it attaches, which is not timed).
+Three batches of eight: one answer is 16 times as long as the others, one prompt is, or both are.
 
 One thread per process, float32, greedy, the same random model. The ways take turns within a round. Before any time is
 printed, every token of every answer must be the whole model's likeliest (one forward over prompt and answer), or within
@@ -13,7 +14,8 @@ a near-tie of it, and both ways' answers must be the same in every round. Exit 1
 
 Told for each rank: tokens it computed, the share of the wall time outside steps (it has nothing to do, and waits), and
 the share inside collectives (it exchanges, or waits for the other within a step). Ratios are data parallelism's median
-over ours: above 1, pcp=2 dcp=2 is ahead. A table goes to stderr, the last stdout line is one JSON object.
+over ours: above 1, ours is ahead. Behind that: decode steps of batches of equal sequences, with dcp=1 and dcp=2, for
+the contexts from where on shards pay. A table goes to stderr, the last stdout line is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from break_even import decode_steps, describe_steps
 from cpinfer_tools.measuring.harness import (
     Timing,
     bench_parser,
@@ -66,27 +69,29 @@ NUM_SAMPLES = 8
 TIMES_LONGER = 16
 BLOCK_SIZE = 16
 STEP_TOKENS = 2048
-OURS, PLAIN = "pcp=2 dcp=2", "dp=2"
-SIZES = {OURS: {"pcp_size": 2, "dcp_size": 2}, PLAIN: {"dp_size": 2}}
+OURS, OPEN, PLAIN = "pcp=2 dcp=2", "pcp=2 dcp=auto", "dp=2"
+SIZES = {OURS: {"pcp_size": 2, "dcp_size": 2}, OPEN: {"pcp_size": 2, "dcp_size": 2}, PLAIN: {"dp_size": 2}}
 
 
 @dataclass(frozen=True)
 class Size:
-    """How large the measured work is: the short samples' prompt and answer."""
+    """How large the measured work is: the short samples' prompt and answer, and the contexts of single steps."""
 
     shape: ModelShape
     prompt_tokens: int
     new_tokens: int
+    contexts: tuple[int, ...]
 
 
-FULL = Size(ModelShape(), prompt_tokens=512, new_tokens=16)
-QUICK = Size(QUICK_SHAPE, prompt_tokens=24, new_tokens=3)
+FULL = Size(ModelShape(), prompt_tokens=512, new_tokens=16, contexts=(1024, 4096, 16384, 65536))
+QUICK = Size(QUICK_SHAPE, prompt_tokens=24, new_tokens=3, contexts=(64, 256))
 
 
 @dataclass
 class Watch:
-    """What one rank did in one run."""
+    """What one rank did in one run, and into how many shards KV was cut."""
 
+    num_shards: int = 1
     num_tokens: int = 0
     busy_s: float = 0.0
     collective_s: float = 0.0
@@ -145,10 +150,11 @@ class Way:
     def run(self, workload: Workload, talk: Talk) -> tuple[list[list[int]], float, Watch]:
         """The tokens of its own samples, the seconds until both ranks had theirs, and what this rank did."""
         import cpinfer
-        from cpinfer.config import EngineConfig, SamplingParams
+        from cpinfer.config import JobConfig, SamplingParams
 
         blocks = workload.kv_blocks(BLOCK_SIZE) + NUM_SAMPLES + 1
-        config = EngineConfig(
+        config = JobConfig(
+            decode_context_parallel_size="auto" if self.name == OPEN else None,
             dtype="float32",
             block_size=BLOCK_SIZE,
             kv_cache_gib=blocks * BLOCK_SIZE * self._shape.kv_bytes_per_token / 2**30,
@@ -163,11 +169,18 @@ class Way:
             self._take_time_of(engine)
             self.watch.num_tokens, self.watch.busy_s, self.watch.collective_s = 0, 0.0, 0.0
             results, taken_s = timed(lambda: engine.generate(prompts, sampling), talk.barrier)
+            self.watch.num_shards = engine._core.scheduler.sharding.num_shards
         return [list(result.token_ids) for result in results], taken_s, dataclasses.replace(self.watch)
 
     def _take_time_of(self, engine: Any) -> None:
         """From outside: the engine has no use for these figures."""
-        steps, watch = engine._steps, self.watch
+        for steps in (engine._steps, *engine._steps._others.values()):
+            self._take_time_of_runner(steps)
+
+    def _take_time_of_runner(self, steps: Any) -> None:
+        from cpinfer.attention.steps import DecodeStep
+
+        watch = self.watch
         run, forward = steps.run, steps._forward
 
         def timed_run(step: Any, says: Any) -> Any:
@@ -178,7 +191,8 @@ class Way:
                 watch.busy_s += time.perf_counter() - start_s
 
         def counted_forward(inputs: Any, step: Any, linear: Any) -> Any:
-            watch.num_tokens += step.num_tokens  # a rank without tokens computes a dummy, which is none
+            # Padding of decode steps is computed, too; a rank without tokens computes a dummy, which is none.
+            watch.num_tokens += len(inputs.token_ids) if isinstance(step, DecodeStep) else step.num_tokens
             return forward(inputs, step, linear)
 
         vars(steps).update(run=timed_run, _forward=counted_forward)
@@ -219,8 +233,10 @@ def floor_s(samples: Sequence[tuple[int, int]], shape: ModelShape, speed: Speed,
 def floors_s(workload: Workload, shape: ModelShape, speed: Speed) -> dict[str, float]:
     """The bound of each way; under data parallelism that of the slower replica."""
     samples = [(len(p), n) for p, n in workload.samples()]
+    shared_s = floor_s(samples, shape, speed, NUM_RANKS)
     return {
-        OURS: floor_s(samples, shape, speed, NUM_RANKS),
+        OURS: shared_s,
+        OPEN: shared_s,
         PLAIN: max(floor_s(samples[rank::NUM_RANKS], shape, speed, 1) for rank in range(NUM_RANKS)),
     }
 
@@ -250,7 +266,7 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         resolved |= {"num_samples": NUM_SAMPLES, "times_longer": TIMES_LONGER}
         resolved |= {"max_num_batched_tokens": STEP_TOKENS, "rounds": task["rounds"], "budget_s": args.budget_s}
         resolved |= {"threads_per_process": 1, "dtype": "float32"}
-        title = "One sample 16 times longer than the rest: pcp=2 dcp=2 beside data parallelism"
+        title = "One sample 16 times longer than the rest: pcp=2 beside data parallelism"
         card = write_card("long_tail", title, sections, resolved, args, argv)
     print(json.dumps(summarize(outcome, workloads, card)), flush=True)
     return 1 if complaints else 0
@@ -275,7 +291,11 @@ def work(task: Mapping[str, Any]) -> int:
         model = make_model(size.shape)
         topologies = {name: cpinfer.Topology.from_world(RankGrid(**sizes)) for name, sizes in SIZES.items()}
         ways = {name: Way(name, topology, model, size.shape) for name, topology in topologies.items()}
-        outcome = run_rounds(task, workloads, ways, Talk(launch.rank, launch.world_size), size.shape, model)
+        talk = Talk(launch.rank, launch.world_size)
+        outcome = run_rounds(task, workloads, ways, talk, size.shape, model)
+        outcome["steps"] = []
+        if not outcome["complaints"]:
+            outcome["steps"] = decode_steps(model, topologies[OPEN], size.shape, size.contexts, talk)
         for topology in topologies.values():
             topology.close()
     if launch.rank == 0:
@@ -323,7 +343,8 @@ def run_rounds(
     best = talk.all((max(s.gflop_per_s for s in speeds), max(s.gbyte_per_s for s in speeds)))
     speed = Speed(*(min(each) for each in zip(*best, strict=True)))
     num_same = {
-        w.name: sum(a == b for a, b in zip(*(answers[w.name, n] for n in ways), strict=True)) for w in workloads
+        w.name: sum(all(a == each[0] for a in each) for each in zip(*(answers[w.name, n] for n in ways), strict=True))
+        for w in workloads
     }
     return {
         "complaints": complaints,
@@ -371,10 +392,11 @@ def describe(outcome: Mapping[str, Any], workloads: Sequence[Workload]) -> list[
         for name, each in runs.items():
             shares = [_shares(each, rank) for rank in range(NUM_RANKS)]
             timing = timings[name]
+            chosen = sorted({run["watches"][0]["num_shards"] for run in each})
             rows.append(
                 [
                     workload.name,
-                    name,
+                    f"{name} ({', '.join(map(str, chosen))})" if name == OPEN else name,
                     str(timing),
                     " / ".join(f"{share['num_tokens']:,}" for share in shares),
                     " / ".join(f"{share['idle']:.0%}" for share in shares),
@@ -383,10 +405,11 @@ def describe(outcome: Mapping[str, Any], workloads: Sequence[Workload]) -> list[
                     f"{floors[name] / timing.median_s:.0%}",
                 ]
             )
-        ratio = timings[PLAIN].median_s / timings[OURS].median_s
-        on_paper = floors[PLAIN] / floors[OURS]
-        told = f"**{ratio:.2f}** times as fast as" if ratio >= 1 else f"**behind**, {ratio:.2f} times as fast as"
-        verdicts.append(f"- {workload.name}: {OURS} is {told} {PLAIN}; the bounds allow {on_paper:.2f}.")
+        for name in (OURS, OPEN):
+            ratio = timings[PLAIN].median_s / timings[name].median_s
+            on_paper = floors[PLAIN] / floors[name]
+            told = f"**{ratio:.2f}** times as fast as" if ratio >= 1 else f"**behind**, {ratio:.2f} times as fast as"
+            verdicts.append(f"- {workload.name}: {name} is {told} {PLAIN}; the bounds allow {on_paper:.2f}.")
     header = ["batch", "ranks as", "median (min..max)", "tokens computed, rank 0 / 1", "idle", "in collectives"]
     header += ["bound", "of the bound"]
     same = ", ".join(f"{n} of {NUM_SAMPLES} ({name})" for name, n in outcome["num_same_answers"].items())
@@ -396,12 +419,17 @@ def describe(outcome: Mapping[str, Any], workloads: Sequence[Workload]) -> list[
         "Idle: outside steps, waiting for the other replica. In collectives: exchanging, or waiting for the other rank "
         f"within a step. Bound: arithmetic and bytes alone at {speed['gflop_per_s']:.0f} GFLOP/s and "
         f"{speed['gbyte_per_s']:.1f} GB/s a rank, both measured here; every rank reads all weights in every step, rows "
-        f"and KV are shared in {OURS}. Every token of both ways is the whole model's likeliest, up to near-ties of "
-        f"{NEAR_TIE:g} in its logit; the same answers both ways: {same}. Load of the machine when the rounds began and "
+        f"and KV are shared with pcp=2. Behind {OPEN}: the number of shards it took. Every token is the whole model's "
+        f"likeliest, up to near-ties of "
+        f"{NEAR_TIE:g} in its logit; the same answers all ways: {same}. Load of the machine when the rounds began and "
         f"ended: {load[0]:.1f}, {load[1]:.1f} (2 are these processes; what is above shared the cores with them)."
     )
     batches = "\n".join(f"- **{w.name}**: {w.described()}" for w in workloads)
-    return [("Two ranks of one thread each", body), ("Batches", batches)]
+    return [
+        ("Two ranks of one thread each", body),
+        ("From where on shards pay", describe_steps(outcome["steps"])),
+        ("Batches", batches),
+    ]
 
 
 def summarize(outcome: Mapping[str, Any], workloads: Sequence[Workload], card: Path | None) -> dict[str, Any]:
@@ -418,8 +446,9 @@ def summarize(outcome: Mapping[str, Any], workloads: Sequence[Workload], card: P
                 "idle_share_per_rank": [share["idle"] for share in shares],
                 "collective_share_per_rank": [share["collective"] for share in shares],
             }
-        speedup = of_ways[PLAIN]["wall_s"]["median_s"] / of_ways[OURS]["wall_s"]["median_s"]
-        summary[workload.name] = {**of_ways, "speedup": speedup}
+        plain_s = of_ways[PLAIN]["wall_s"]["median_s"]
+        speedups = {name: plain_s / of_ways[name]["wall_s"]["median_s"] for name in (OURS, OPEN)}
+        summary[workload.name] = {**of_ways, "speedup": speedups}
     return {**summary, "card": None if card is None else str(card)}
 
 

@@ -238,7 +238,7 @@ def _question(args: argparse.Namespace) -> Question:
     sizes = LayoutSizes(
         tp_size=_first(args.tp, config and config.tp_size, 1),
         pcp_size=pcp,
-        dcp_size=_first(args.dcp, config and config.decode_context_parallel_size, pcp),
+        dcp_size=_first(args.dcp, config and config.decode_context_parallel_size and config.dcp_size, pcp),
         num_q_heads=num_q_heads,
         num_kv_heads=num_kv_heads,
         dp_size=_first(args.dp, config and config.data_parallel_size, 1),

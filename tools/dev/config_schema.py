@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from cpinfer.config import KEY_OF_EDITORS
-from cpinfer.schema import MAX_TEXT, Bounds, without_none
+from cpinfer.schema import MAX_TEXT, Bounds, is_union
 from cpinfer_tools.run_config import RunConfig
 
 _PLAIN = {int: "integer", float: "number", bool: "boolean", str: "string"}
@@ -37,8 +37,10 @@ def _object(cls: Any) -> dict[str, Any]:
 
 def _value(hint: Any, rules: Mapping[str, Any]) -> dict[str, Any]:
     """What a field of type `hint` may be."""
-    if (inner := without_none(hint)) is not hint:
-        return {"anyOf": [_value(inner, rules), {"type": "null"}]}
+    if is_union(hint):
+        return {"anyOf": [_value(kind, rules) for kind in typing.get_args(hint)]}
+    if hint is type(None):
+        return {"type": "null"}
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return {"enum": list(args)}

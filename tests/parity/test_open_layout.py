@@ -1,0 +1,204 @@
+"""The layout of decode left open ("auto"): what is chosen, by all ranks alike, and that answers are the same."""
+
+import copy
+from itertools import count
+
+import pytest
+
+import cpinfer
+from cpinfer.comm.threads import run_ranks
+from cpinfer.config import EngineConfig, JobConfig, SamplingParams
+from cpinfer.engine import layout_choice
+from cpinfer.errors import RanksDifferError, UserError
+from cpinfer.layout.decode_choice import DecodeRates
+from cpinfer.layout.grid import RankGrid
+from tiny_models import FAMILIES, make_model, prompts_of
+
+GRID = RankGrid(pcp_size=2, dcp_size=2)
+PROMPTS = prompts_of((30, 5, 12, 9), vocab_size=128)
+SAMPLING = SamplingParams(temperature=0, max_new_tokens=6, ignore_eos=True)
+# A home per rank is the faster, or all ranks together are.
+APART, TOGETHER = ({1: DecodeRates(a, 0.0, 0.0), 2: DecodeRates(b, 0.0, 0.0)} for a, b in ((1.0, 2.0), (2.0, 1.0)))
+
+
+def config_of(**keys):
+    sizes = {"prefill_context_parallel_size": 2, "decode_context_parallel_size": "auto"}
+    return JobConfig(**{"dtype": "float32", "kv_cache_gib": 0.001, "block_size": 4, **sizes, **keys})
+
+
+def with_engine(body, family="qwen2", grid=GRID, config_for=None, **keys):
+    """What `body` gives on every rank, each with an engine over the same weights."""
+    model = make_model(copy.deepcopy(FAMILIES[family]))
+
+    def on_rank(topology):
+        config = config_of(**keys) if config_for is None else config_for(topology.rank)
+        with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
+            return body(engine)
+
+    return run_ranks(grid, on_rank)
+
+
+def shards(engine):
+    return engine._core.scheduler.sharding.num_shards
+
+
+def rated(monkeypatch, rates):
+    monkeypatch.setattr("cpinfer.engine.step_factory.measured_rates", lambda steps, layouts, device: rates)
+
+
+def tokens_of(results):
+    return [result.token_ids for result in results]
+
+
+@pytest.fixture(scope="module")
+def expected():
+    model = make_model(copy.deepcopy(FAMILIES["qwen2"]))
+    with cpinfer.attach(model, config=JobConfig(dtype="float32", kv_cache_gib=0.001)) as engine:
+        return tokens_of(engine.generate(PROMPTS, SAMPLING))
+
+
+@pytest.mark.parametrize(("rates", "chosen"), [(APART, 1), (TOGETHER, 2)], ids=["apart", "together"])
+def test_the_faster_layout_is_chosen_for_a_phase_and_the_answers_are_the_same(monkeypatch, expected, rates, chosen):
+    rated(monkeypatch, rates)
+
+    def body(engine):
+        return tokens_of(engine.generate(PROMPTS, SAMPLING)), shards(engine), engine.kv_capacity_tokens
+
+    found = with_engine(body)
+    assert [(tokens, n) for tokens, n, _ in found] == [(expected, chosen)] * 2
+    assert len({capacity for _, _, capacity in found}) == 1, "that of all shards, whatever was chosen"
+
+
+def test_ranks_whose_clocks_differ_choose_alike(monkeypatch):
+    """One finds shards slow, the other fast; all take the longest times that any of them had."""
+    numbers = count()
+    monkeypatch.setattr(layout_choice, "_seconds_of", lambda runner, requests: 1.0 + next(numbers) % 7)
+    rates = []
+    made = layout_choice.LayoutChoice
+
+    class Noted(made):
+        def __init__(self, layouts, found, empty):
+            rates.append(found)
+            super().__init__(layouts, found, empty)
+
+    monkeypatch.setattr("cpinfer.engine.step_factory.LayoutChoice", Noted)
+    found = with_engine(lambda engine: (tokens_of(engine.generate(PROMPTS, SAMPLING)), shards(engine)))
+    assert found[0] == found[1]
+    assert rates[0] == rates[1]
+
+
+def test_a_request_for_the_memory_of_all_ranks_is_held_and_those_under_way_are_computed_anew(monkeypatch):
+    rated(monkeypatch, APART)
+    long = prompts_of((300,), vocab_size=128)[0]  # one rank's pool holds 248 tokens
+
+    def body(engine):
+        assert len(long) + 6 <= engine.kv_capacity_tokens
+        short = [engine.add(prompt, SAMPLING) for prompt in PROMPTS] if engine.topology.rank == 0 else []
+        engine.step(), engine.step()
+        before = shards(engine)
+        late = [engine.add(long, SAMPLING)] if engine.topology.rank == 0 else []
+        outputs, left = {}, {*short, *late}
+
+        def has_all(new):
+            for output in new:
+                if output.result is not None:
+                    outputs[output.request_id] = output.result.token_ids
+                    left.discard(output.request_id)
+            return not left
+
+        engine.run_until(has_all)
+        return before, shards(engine), [outputs[i] for i in short], bool(late) and len(outputs[late[0]])
+
+    first, second = with_engine(body, kv_cache_gib=6e-5)
+    assert first[:2] == second[:2] == (1, 2)
+    assert first[3] == 6
+    model = make_model(copy.deepcopy(FAMILIES["qwen2"]))
+    with cpinfer.attach(model, config=JobConfig(dtype="float32", kv_cache_gib=0.001)) as engine:
+        assert first[2] == tokens_of(engine.generate(PROMPTS, SAMPLING))
+
+
+def test_what_is_cached_and_sessions_keep_an_engine_where_it_is(monkeypatch):
+    """A little faster is not worth what would be computed anew, nor is anything worth the KV of sessions."""
+    rates = {1: DecodeRates(1.0, 0.0, 0.0), 2: DecodeRates(1.1, 0.05, 0.0)}
+    rated(monkeypatch, dict.fromkeys(rates, rates[2]))
+
+    def body(engine):
+        engine.generate(PROMPTS, SAMPLING)
+        engine._core.layouts._rates = rates
+        engine.generate(PROMPTS, SAMPLING)
+        cached = shards(engine)
+        engine.weights_changed()
+        engine.generate(PROMPTS, SAMPLING)
+        forgotten = shards(engine)
+        engine._core.layouts._rates = TOGETHER
+        session = engine.open_session(PROMPTS[0]) if engine.topology.rank == 0 else None
+        engine.weights_changed()
+
+        def turn(prompt):
+            left = {engine.add(prompt, SAMPLING, session=session)} if session is not None else set()
+            engine.run_until(lambda new: not left.difference_update(o.request_id for o in new if o.result) and not left)
+
+        turn([])
+        began = shards(engine)
+        engine._core.layouts._rates = APART
+        turn([3, 4])
+        kept = shards(engine)
+        if session is not None:
+            engine.close_session(session)
+        return cached, forgotten, began, kept
+
+    assert with_engine(body) == [(2, 1, 2, 2)] * 2
+
+
+@pytest.mark.parametrize(
+    "family", ["qwen3_next", *(pytest.param(f, marks=pytest.mark.slow) for f in ("deepseek_v2", "gpt_oss"))]
+)
+def test_states_latents_and_windows_decode_either_way_and_are_measured(monkeypatch, family):
+    """By real measurements; then once in either layout, in one engine."""
+
+    def body(engine):
+        found = []
+        for rates in (None, APART, TOGETHER, APART):
+            if rates is not None:
+                engine._core.layouts._rates = rates
+            engine.weights_changed()
+            found.append(tokens_of(engine.generate(PROMPTS, SAMPLING)))
+        return found, engine._core.layouts._rates
+
+    for found, _ in with_engine(body, family):
+        assert found == [found[0]] * 4
+
+
+def test_shards_of_the_deterministic_mode_may_be_left_open(monkeypatch):
+    rated(monkeypatch, APART)
+
+    def body(engine):
+        found = []
+        for rates in (APART, TOGETHER):
+            engine._core.layouts._rates = rates
+            engine.weights_changed()
+            found.append([(r.token_ids, r.logprobs) for r in engine.generate(PROMPTS, SAMPLING)])
+        return found
+
+    for apart, together in with_engine(body, deterministic=True, deterministic_kv_shards=2):
+        assert apart == together
+
+
+def test_ranks_of_which_one_leaves_the_layout_open_do_not_begin():
+    closed = JobConfig(dtype="float32", kv_cache_gib=0.001, block_size=4)
+
+    with pytest.raises(RanksDifferError, match="dcp is open"):
+        with_engine(lambda engine: None, config_for=lambda rank: closed if rank else config_of())
+
+
+def test_a_topology_with_less_than_what_it_may_choose_from_is_refused():
+    with pytest.raises(UserError, match="says dcp=2, the topology dcp=1"):
+        with_engine(lambda engine: None, grid=RankGrid(pcp_size=2, dcp_size=1))
+
+
+def test_alone_and_for_an_engines_own_config_nothing_is_open():
+    model = make_model(copy.deepcopy(FAMILIES["qwen2"]))
+    alone = {"decode_context_parallel_size": "auto", "kv_cache_gib": 0.001, "dtype": "float32"}
+    for config in (alone, EngineConfig(dtype="float32", kv_cache_gib=0.001)):
+        with cpinfer.attach(model, config=config) as engine:
+            assert engine._core.layouts is None
