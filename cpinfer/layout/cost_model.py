@@ -7,8 +7,8 @@ What a rank does is added up; nothing is taken to overlap but, on a GPU, the hos
     links        collectives: the latency of each, and the bytes that the rank receives (`step_traffic` counts them)
     host         what a step, a layer and a sequence cost whatever their size
 
-Rates come from a machine's data sheet (`machines`) or from small measurements, none of them of a step that is predicted.
-exchanges of decode states it knows the default, "a2a". All ranks of a layout wait for the slowest.
+Rates come from a machine's data sheet (`machines`) or from small measurements, none of them of a step to predict. Of the
+exchanges of decode states the default is known, "a2a". All ranks of a layout wait for the slowest.
 
     n  ranks of a group    m  of them on one host    R  decode rows of a rank    T  new tokens of a rank
 
@@ -26,8 +26,8 @@ exchanges of decode states it knows the default, "a2a". All ranks of a layout wa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
@@ -35,6 +35,7 @@ import numpy as np
 from cpinfer.layout.grid import Group, RankGrid
 from cpinfer.layout.shards import IntArray
 from cpinfer.layout.step_traffic import (
+    Axis,
     Kind,
     ModelSizes,
     Moved,
@@ -122,13 +123,18 @@ class Rates:
 
 @dataclass(frozen=True)
 class StepSeconds:
-    """Seconds of a step, by what they go to; `host_overlaps` as `Rates` has it."""
+    """Seconds of a step, by what they go to; those of links by axis. `host_overlaps` as `Rates` has it."""
 
     products: float = 0.0
     attention: float = 0.0
-    links: float = 0.0
     host: float = 0.0
+    links_by_axis: Mapping[Axis, float] = field(default_factory=dict)
     host_overlaps: bool = False
+
+    @property
+    def links(self) -> float:
+        """Of all axes."""
+        return sum(self.links_by_axis.values())
 
     @property
     def seconds(self) -> float:
@@ -142,19 +148,24 @@ class StepSeconds:
         parts: tuple[Part, ...] = get_args(Part)
         return max(parts, key=lambda part: float(getattr(self, part)))
 
-    def times(self, n: int) -> StepSeconds:
+    @property
+    def busiest_axis(self) -> Axis | None:
+        """The axis whose links take the longest; None where nothing travels."""
+        return max(self.links_by_axis, key=lambda axis: self.links_by_axis[axis], default=None)
+
+    def times(self, n: float) -> StepSeconds:
         """Of `n` steps like this one."""
-        return StepSeconds(
-            n * self.products, n * self.attention, n * self.links, n * self.host, host_overlaps=self.host_overlaps
-        )
+        links = {axis: n * seconds for axis, seconds in self.links_by_axis.items()}
+        return StepSeconds(n * self.products, n * self.attention, n * self.host, links, self.host_overlaps)
 
     def __add__(self, other: StepSeconds) -> StepSeconds:
+        axes = {**self.links_by_axis, **other.links_by_axis}
         return StepSeconds(
             self.products + other.products,
             self.attention + other.attention,
-            self.links + other.links,
             self.host + other.host,
-            host_overlaps=self.host_overlaps,
+            {axis: self.links_by_axis.get(axis, 0.0) + other.links_by_axis.get(axis, 0.0) for axis in axes},
+            self.host_overlaps,
         )
 
 
@@ -191,7 +202,9 @@ def prefill_step(
         products=_products_s(model, grid, rates, tokens, sampled, widths)
         + _expansion_s(model, grid, rates, work, tokens, widths),
         attention=_prefill_attention_s(model, grid, rates, work),
-        links=_links_s(grid, rates, prefill_moved(model, grid, work, widths, workspace_tokens=workspace_tokens)),
+        links_by_axis=_links_s(
+            grid, rates, prefill_moved(model, grid, work, widths, workspace_tokens=workspace_tokens)
+        ),
         host=rates.step_s + model.num_layers * rates.layer_s,
         host_overlaps=rates.host_overlaps,
     )
@@ -222,7 +235,7 @@ def _home_step(
     return StepSeconds(
         products=_products_s(model, grid, rates, rows, rows, widths),
         attention=_decode_attention_s(model, grid, rates, home, widths),
-        links=_links_s(grid, rates, decode_moved(model, grid, rows, widths)),
+        links_by_axis=_links_s(grid, rates, decode_moved(model, grid, rows, widths)),
         host=rates.step_s + model.num_layers * rates.layer_s + num_sequences * rates.row_s,
         host_overlaps=rates.host_overlaps,
     )
@@ -337,6 +350,15 @@ def _pairs(start: int, end: int, window: int | None) -> int:
     return below(end) - below(start)
 
 
-def _links_s(grid: RankGrid, rates: Rates, moved: Sequence[Moved]) -> float:
-    groups = {"tp": grid.tp_groups, "pcp": grid.pcp_groups, "dcp": grid.dcp_groups, "replica": grid.replica_groups}
-    return sum(rates.collective_s(groups[each.axis], each.kind, each.num, each.received_bytes) for each in moved)
+def _links_s(grid: RankGrid, rates: Rates, moved: Sequence[Moved]) -> dict[Axis, float]:
+    seconds: dict[Axis, float] = {}
+    for each in moved:
+        took = rates.collective_s(groups_of(grid, each.axis), each.kind, each.num, each.received_bytes)
+        seconds[each.axis] = seconds.get(each.axis, 0.0) + took
+    return seconds
+
+
+def groups_of(grid: RankGrid, axis: Axis) -> tuple[Group, ...]:
+    """The ranks that meet along an axis."""
+    of_axis = {"tp": grid.tp_groups, "pcp": grid.pcp_groups, "dcp": grid.dcp_groups, "replica": grid.replica_groups}
+    return of_axis[axis]

@@ -57,8 +57,9 @@ def test_a_decode_step_is_the_sum_that_can_be_written_by_hand():
 
 
 def test_with_a_device_the_longer_of_it_and_its_host_counts():
-    step = StepSeconds(1.0, 2.0, 0.5, 3.0)
-    assert step.seconds == 6.5 and step.limit == "host"
+    step = StepSeconds(1.0, 2.0, 3.0, {"tp": 0.4, "dcp": 0.1})
+    assert step.seconds == 6.5 and step.limit == "host" and step.busiest_axis == "tp"
+    assert (step + step).seconds == step.times(2).seconds == 13
     assert replace(step, host_overlaps=True).seconds == 3.5
     assert replace(step, host_overlaps=True, host=5.0).seconds == 5.0
 
@@ -129,7 +130,7 @@ def test_prefill_over_two_ranks_halves_products_and_attention_and_adds_its_gathe
     one, two = (prefill(MODEL, RankGrid(pcp_size=n, dcp_size=n), RATES, [16_384], 2**20) for n in (1, 2))
     assert two.attention == pytest.approx(one.attention / 2, rel=1e-3)
     assert two.products == pytest.approx(one.products / 2, rel=1e-2)
-    assert one.links == 0 < two.links
+    assert one.links == 0 < two.links and one.busiest_axis is None and two.busiest_axis == "pcp"
 
 
 def test_prefill_in_chunks_computes_the_same_pairs_in_more_steps():
