@@ -30,6 +30,7 @@ from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.rules import LayoutSizes, layout_errors
 from cpinfer.models.invariant_rows import invariant_rows
+from cpinfer.models.refused_models import tensor_parallel_errors
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
@@ -237,8 +238,7 @@ def _errors(spec: ModelSpec, config: EngineConfig, sizes: LayoutSizes, provider:
     error = decode_exchange(config.decode_exchange).layout_error(sizes)
     if error is not None:
         errors.append(str(error))
-    if sizes.tp_size > 1:
-        errors += _tensor_parallel_errors(spec, sizes.tp_size, provider)
+    errors += tensor_parallel_errors(spec.family, spec.num_kv_heads, spec.why_no_tp, sizes.tp_size, provider)
     if config.deterministic:
         errors += deterministic_errors(config, sizes)
     if spec.states is not None:
@@ -256,23 +256,6 @@ def _state_errors(spec: ModelSpec, config: EngineConfig) -> list[str]:
     if config.decode_exchange == "replicate_q":
         errors.append(str(refuse("state_replicas", found)))
     return errors
-
-
-def _tensor_parallel_errors(spec: ModelSpec, tp_size: int, provider: Provider) -> list[str]:
-    """What the provider of tensor parallelism cannot do with a family."""
-    found = f'model_type "{spec.family}" with tp={tp_size}'
-    if spec.traits.has_fused_qkv and spec.num_kv_heads > 1:
-        return [str(refuse("fused_heads", found))]
-    if spec.why_no_tp is not None:
-        return [str(refuse("family_tp", f"{found} ({spec.why_no_tp})"))]
-    if provider == "autotp":
-        return []
-    why = spec.traits.refused.get("transformers_tp")
-    if why is not None:
-        return [str(refuse("transformers_tp", f"{found} ({why})"))]
-    if spec.latent is None and tp_size > spec.num_kv_heads:
-        return [str(refuse("transformers_tp_copies", f"{found} over {spec.num_kv_heads} KV heads"))]
-    return []
 
 
 def layout_sizes(spec: ModelSpec, config: EngineConfig, axes: AxisSizes, dp_size: int = 1) -> LayoutSizes:

@@ -1,7 +1,8 @@
 """Which layouts a machine allows, best first: for one long prompt, and for many sequences.
 
 A layout is judged by what it fixes whatever the hardware: how many ranks work on a prompt, how many tokens the same
-bytes hold, how much travels. It is not judged by weights, which take `1/tp` of the model on every rank and must fit.
+bytes hold, how much travels, and whether tp stays within a host. It is not judged by weights, which take `1/tp` of the
+model on every rank and must fit, nor by seconds; `planning` does both, for a model and a machine.
 
 The published advice (vLLM's "Context Parallel Deployment" and the guide of vllm-ascend) counts KV shards inside TP, on
 top of pcp. In our terms, where `dcp` counts all shards of a sequence, it is one rule: pcp=2 and `dcp = pcp * rep`, with
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.rules import LayoutSizes, layout_errors
@@ -32,9 +34,17 @@ from cpinfer.layout.traffic import decode_collectives
 
 @dataclass(frozen=True)
 class LayoutOption:
-    """One legal layout of a machine and what it fixes."""
+    """One legal layout of a machine and what it fixes.
+
+    `kv_head`: what one KV head caches; unknown, its K and V are as wide as a query, whose width is then the unit of all
+    that travels. `hidden_size`: of a token; None is as wide as its query heads, or with a latent as what of them is
+    rotated. `ranks_per_host`: None for one host.
+    """
 
     sizes: LayoutSizes
+    kv_head: KVLayout = KVLayout(1, 1, 1)
+    hidden_size: int | None = None
+    ranks_per_host: int | None = None
 
     @property
     def grid(self) -> RankGrid:
@@ -46,8 +56,13 @@ class LayoutOption:
 
     @property
     def is_advised(self) -> bool:
-        """Whether it follows the published advice (head of this module)."""
-        return self.sizes.pcp_size == 2 and self.sizes.dcp_size == 2 * self.heads.rep
+        """Whether it follows the published advice (head of this module), which is for tp within a host."""
+        return self.sizes.pcp_size == 2 and self.sizes.dcp_size == 2 * self.heads.rep and not self.tp_spans_hosts
+
+    @property
+    def tp_spans_hosts(self) -> bool:
+        """Whether ranks of a tp group are on several hosts."""
+        return self.ranks_per_host is not None and self.ranks_per_host % self.sizes.tp_size != 0
 
     @property
     def is_mixed(self) -> bool:
@@ -74,23 +89,26 @@ class LayoutOption:
 
     @property
     def prefill_values(self) -> float:
-        """Values (units of head_dim) that a rank receives per prompt token and layer: K/V gather and all-reduces."""
+        """Values that a rank receives per prompt token and layer: K/V gather and all-reduces."""
         places = self.grid.dcp_size if self.is_mixed else self.grid.pcp_size
-        gather = (places - 1) * 2 * self.heads.kv_heads_per_rank
+        gather = (places - 1) * self.heads.kv_heads_per_rank * self.kv_head.width
         return (gather + self._all_reduce_values) / self.grid.pcp_size
 
     @property
     def decode_values(self) -> float:
-        """Values (units of head_dim) that a rank receives per running sequence of the machine and layer."""
-        hq, kvl = self.heads.q_heads_per_rank, self.heads.kv_heads_per_rank
+        """Values that a rank receives per running sequence of the machine and layer."""
         sends_new_kv = self.grid.pcp_size > 1 or self.is_mixed
-        exchange = (self.grid.dcp_size - 1) * (2 * hq + (2 * kvl if sends_new_kv else 0))
+        of_queries = self.heads.q_heads_per_rank * (self.kv_head.k_dim + self.kv_head.v_dim)
+        new = self.heads.kv_heads_per_rank * self.kv_head.width if sends_new_kv else 0
+        exchange = (self.grid.dcp_size - 1) * (of_queries + new)
         return (exchange + self._all_reduce_values) / (self.grid.pcp_size * self.grid.dp_size)
 
     @property
     def _all_reduce_values(self) -> float:
-        """Two ring all-reduces of a token's hidden state, taken to be as wide as its query heads."""
-        return 4 * self.sizes.num_q_heads * (self.grid.tp_size - 1) / self.grid.tp_size
+        """Two ring all-reduces of a token's hidden state."""
+        of_head = self.kv_head.k_dim - self.kv_head.v_dim if self.kv_head.v_is_prefix_of_k else self.kv_head.k_dim
+        hidden_size = self.hidden_size or self.sizes.num_q_heads * of_head
+        return 4 * hidden_size * (self.grid.tp_size - 1) / self.grid.tp_size
 
 
 def legal_layouts(
@@ -102,8 +120,14 @@ def legal_layouts(
     pcp_size: int | None = None,
     dcp_size: int | None = None,
     dp_size: int | None = None,
+    kv_head: KVLayout | None = None,
+    hidden_size: int | None = None,
+    ranks_per_host: int | None = None,
 ) -> list[LayoutOption]:
-    """Every legal layout that uses all `num_ranks`, with the given sizes where they are given; empty when none does."""
+    """Every legal layout that uses all `num_ranks`, with the given sizes where they are given; empty when none does.
+
+    `kv_head`, `hidden_size` and `ranks_per_host` as `LayoutOption` has them.
+    """
 
     def wanted(size: int, given: int | None) -> bool:
         return given is None or size == given
@@ -117,15 +141,16 @@ def legal_layouts(
             for dcp in legal_dcp_sizes(tp, pcp):
                 option = replace(sizes, dcp_size=dcp)
                 if wanted(dcp, dcp_size) and not layout_errors(option):
-                    options.append(LayoutOption(option))
+                    options.append(LayoutOption(option, kv_head or KVLayout(1, 1, 1), hidden_size, ranks_per_host))
     return options
 
 
 def for_long_prompt(options: Sequence[LayoutOption]) -> list[LayoutOption]:
-    """Best first: most ranks on one prompt, the longest sequence, unmixed, published advice, least traffic."""
+    """Best first: tp within hosts, most ranks on a prompt, the longest sequence, unmixed, advised, least traffic."""
     return sorted(
         options,
         key=lambda o: (
+            o.tp_spans_hosts,
             -o.grid.ranks_per_replica,
             -o.longest_sequence,
             o.is_mixed,
@@ -136,10 +161,11 @@ def for_long_prompt(options: Sequence[LayoutOption]) -> list[LayoutOption]:
 
 
 def for_many_sequences(options: Sequence[LayoutOption]) -> list[LayoutOption]:
-    """Best first: most tokens held in all, least decode traffic, unmixed, fewest collectives, most ranks a prompt."""
+    """Best first: tp within hosts, most tokens in all, least decode traffic, unmixed, fewest collectives, ranks."""
     return sorted(
         options,
         key=lambda o: (
+            o.tp_spans_hosts,
             -o.total_tokens,
             o.decode_values,
             o.is_mixed,

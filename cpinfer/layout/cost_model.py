@@ -7,8 +7,8 @@ What a rank does is added up; nothing is taken to overlap but, on a GPU, the hos
     links        collectives: the latency of each, and the bytes that the rank receives (`step_traffic` counts them)
     host         what a step, a layer and a sequence cost whatever their size
 
-Rates come from a machine's data sheet (`machines`) or from small measurements, none of them of a step to predict. Of the
-exchanges of decode states the default is known, "a2a". All ranks of a layout wait for the slowest.
+Rates come from a machine's data sheet (`machines`) or from small measurements, none of them of a step to predict. The
+exchange of decode states is the default, "a2a". All ranks of a layout wait for the slowest.
 
     n  ranks of a group    m  of them on one host    R  decode rows of a rank    T  new tokens of a rank
 

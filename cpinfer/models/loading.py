@@ -40,7 +40,8 @@ from cpinfer.models.expected_weights import (
 )
 from cpinfer.models.generation_config import sampling_keys
 from cpinfer.models.quantization import QUANTIZATION_KEYS, Quantization, as_plain, plain_tensors, quantization
-from cpinfer.models.spec import ModelSpec, refuse_unsupported
+from cpinfer.models.refused_models import refuse_unsupported
+from cpinfer.models.spec import ModelSpec
 from cpinfer.models.tokenizer_files import check_tokenizer_values, knows_words, tokenizer_files
 
 

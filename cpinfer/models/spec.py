@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from cpinfer.errors import UserError
 from cpinfer.layout.capacity import KVLayout, StateLayout
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.config_values import (
@@ -17,9 +16,9 @@ from cpinfer.models.config_values import (
     check_values,
     wrong_value,
 )
-from cpinfer.models.families import FAMILIES, NORM_OF_ALL_HEADS, OTHER_NAMES, RECURRENT, RECURRENT_LAYERS, Family
-from cpinfer.models.positions import Positions, rope_types
-from cpinfer.refusals import refuse
+from cpinfer.models.families import FAMILIES, Family
+from cpinfer.models.positions import Positions
+from cpinfer.models.refused_models import refuse_unsupported, why_no_tp
 
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
 NUM_KV_HEADS_BEFORE_EXPANSION = "cpinfer_num_key_value_heads"
@@ -32,7 +31,6 @@ _STATE_SIZES = {
     "linear_value_head_dim": 2**14,
     "linear_conv_kernel_dim": 2**10,
 }
-_MULTIMODAL_KEYS = ("vision_config", "audio_config", "vision_tower", "image_token_id", "audio_token_id")
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ class ModelSpec:
     @property
     def why_no_tp(self) -> str | None:
         """Why tensor parallelism cannot cut it, whoever does; None where that can be done."""
-        return NORM_OF_ALL_HEADS if self.norms_all_heads else self.traits.refused.get("autotp")
+        return why_no_tp(self.family, norms_all_heads=self.norms_all_heads)
 
     @property
     def num_kv_layers(self) -> int:
@@ -233,34 +231,3 @@ def _states(config: Mapping[str, Any], num_layers: int) -> StateLayout:
     if num_v_heads % num_k_heads:
         raise wrong_value(config, "linear_num_value_heads", f"a multiple of linear_num_key_heads ({num_k_heads})")
     return StateLayout(num_layers, num_k_heads, num_v_heads, k_dim, v_dim, width)
-
-
-def refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """UnsupportedError when a config, whole or as its file has it, names a model that cannot run here."""
-    family = config.get("model_type")
-    if not isinstance(family, str):
-        raise UserError('the model\'s config.json has no "model_type"; a Hugging Face causal LM was wanted.')
-    found = f'model_type "{family}"'
-    layer_types = config.get("layer_types")
-    layer_types = {x for x in layer_types if isinstance(x, str)} if isinstance(layer_types, (list, tuple)) else set()
-    if any(config.get(key) is not None for key in _MULTIMODAL_KEYS):
-        raise refuse("multimodal", found)
-    runs = {"linear_attention"} if family in FAMILIES and FAMILIES[family].has_gated_delta else set()
-    if family in RECURRENT or layer_types & RECURRENT_LAYERS - runs:
-        raise refuse("recurrent", found)
-    if config.get("is_encoder_decoder") is True:
-        raise refuse("encoder_decoder", found)
-    if family in OTHER_NAMES:
-        raise refuse("other_name", f'{found}, which is "{OTHER_NAMES[family]}",')
-    if family not in FAMILIES and config.get("auto_map"):
-        raise refuse("remote_code", found)
-    if family not in FAMILIES:
-        raise refuse("family", found)
-    if config.get("use_bidirectional_attention"):
-        raise refuse("bidirectional", found)
-    if unknown := layer_types - {"full_attention", "sliding_attention"} - runs:
-        raise refuse("layer_type", f"{found} with layers of {', '.join(sorted(unknown))}")
-    # Ranks and steps see different longest positions, so they would rotate one sequence by different angles. (`dynamic`
-    # does so beyond max_position_embeddings, where `Positions` ends.)
-    if "longrope" in rope_types(config):
-        raise refuse("length_dependent_rope", f'{found} with rope_type "longrope"')
