@@ -123,12 +123,9 @@ def explain(question: Question) -> Explanation:
     sharding = KVSharding(sizes.dcp_size, sizes.interleave, sizes.block_size)
     length = question.seq_len
 
-    token_bytes = capacity = total = concurrency = None
-    if question.num_layers is not None and question.kv_head is not None:
-        kv = replace(question.kv_head, num_heads=heads.max_stored_heads(grid))
-        token_bytes = kv.bytes_per_token(question.num_layers, question.cache_dtype or question.dtype)
-    if token_bytes is not None and question.kv_cache_gib is not None:
-        pool = PoolSize.from_bytes(int(question.kv_cache_gib * 2**30), token_bytes, sharding)
+    capacity = total = concurrency = None
+    pool = pool_size(question)
+    if pool is not None:
         capacity, total = pool.capacity_tokens, pool.capacity_tokens * grid.num_homes
         if question.max_model_len is not None:
             concurrency = pool.max_concurrency(question.max_model_len) * grid.num_homes
@@ -138,13 +135,33 @@ def explain(question: Question) -> Explanation:
         groups={"tp": grid.tp_groups, "pcp": grid.pcp_groups, "dcp": grid.dcp_groups},
         ranks=tuple(rank_places(grid, heads)),
         kv_local_lens=None if length is None else tuple(sharding.local_len(length, s) for s in range(sizes.dcp_size)),
-        kv_bytes_per_token_per_rank=token_bytes,
+        kv_bytes_per_token_per_rank=token_bytes(question),
         kv_capacity_tokens=capacity,
         kv_capacity_tokens_total=total,
         max_concurrency=concurrency,
         prefill=None if length is None else _prefill_cost(question, length, grid, heads),
         decode=_decode_cost(question, grid, heads),
     )
+
+
+def token_bytes(question: Question) -> int | None:
+    """Bytes of a token on a rank of a legal layout that stores it; None where the model is not known."""
+    sizes = question.sizes
+    if question.num_layers is None or question.kv_head is None:
+        return None
+    grid = RankGrid(sizes.tp_size, sizes.pcp_size, sizes.dcp_size, sizes.dp_size)
+    stored = HeadPlacement(sizes.num_q_heads, sizes.num_kv_heads, sizes.tp_size).max_stored_heads(grid)
+    kv = replace(question.kv_head, num_heads=stored)
+    return kv.bytes_per_token(question.num_layers, question.cache_dtype or question.dtype)
+
+
+def pool_size(question: Question) -> PoolSize | None:
+    """The KV pool of each rank of a legal layout; None where the model or the budget is not known."""
+    sizes, per_token = question.sizes, token_bytes(question)
+    if per_token is None or question.kv_cache_gib is None:
+        return None
+    sharding = KVSharding(sizes.dcp_size, sizes.interleave, sizes.block_size)
+    return PoolSize.from_bytes(int(question.kv_cache_gib * 2**30), per_token, sharding)
 
 
 def rank_places(grid: RankGrid, heads: HeadPlacement) -> list[RankPlace]:

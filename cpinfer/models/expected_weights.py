@@ -18,8 +18,11 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from cpinfer.errors import UserError
+from cpinfer.layout.step_traffic import ModelSizes
 from cpinfer.models.checkpoint import Checkpoint, StoredTensor, first_line, named
 from cpinfer.models.decoder_layers import decoder_layers
+from cpinfer.models.model_sizes import model_sizes
+from cpinfer.models.spec import ModelSpec
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -47,6 +50,12 @@ class Weights:
 def expected_weights(config: Any, dtype: torch.dtype) -> Weights:
     """The weights of a config's model, by the config alone. UserError when no model can be built from it."""
     return _weights(_empty_model(config, dtype))
+
+
+def expected_sizes(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[Weights, ModelSizes]:
+    """The weights of a config's model, and what the cost of its steps depends on. UserError as `expected_weights`."""
+    model = _empty_model(config, dtype)
+    return _weights(model), model_sizes(spec, model)
 
 
 def check_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Weights:

@@ -29,12 +29,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.hub import cached_file
 
 from cpinfer.errors import UserError
+from cpinfer.layout.step_traffic import ModelSizes
 from cpinfer.models.checkpoint import fetched_folder, first_line, local_folder, read_checkpoint
 from cpinfer.models.config_values import check_file_values, check_generation_values
 from cpinfer.models.expected_weights import (
     Weights,
     check_loading_info,
     check_weights,
+    expected_sizes,
     expected_weights,
     without_load_report,
 )
@@ -99,6 +101,11 @@ def known_weights(model: str, dtype: torch.dtype, *, in_files: bool = True) -> W
     config, quantized = _read_config(model)
     folder = local_folder(model) if in_files else None
     return expected_weights(config, dtype) if folder is None else _checked(folder, config, quantized, dtype)
+
+
+def known_sizes(model: str, dtype: torch.dtype) -> tuple[Weights, ModelSizes]:
+    """A model's weights, and what the cost of its steps depends on, by its config alone. UserError as `load_spec`."""
+    return expected_sizes(load_spec(model), _read_config(model)[0], dtype)
 
 
 def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:

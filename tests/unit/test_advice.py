@@ -1,6 +1,7 @@
 import pytest
 
 from cpinfer.layout.advice import for_long_prompt, for_many_sequences, legal_layouts
+from cpinfer.layout.capacity import KVLayout
 
 
 @pytest.mark.parametrize("kv, dcp", [(8, 2), (4, 2), (2, 4), (1, 8)])
@@ -46,3 +47,25 @@ def test_what_a_mixed_layout_holds_and_moves_counts_all_heads_of_its_groups():
     assert legal_layouts(2, 8, 1, tp_size=2, dcp_size=2)[0].decode_values == 1 * 2 * 4 + all_reduces
     assert legal_layouts(2, 8, 2, tp_size=2, dcp_size=2)[0].decode_values == 1 * (2 * 4 + 2) + all_reduces
     assert legal_layouts(2, 8, 2, tp_size=2, dcp_size=2)[0].prefill_values == 1 * 2 + all_reduces
+
+
+def test_what_a_latent_moves_is_counted_in_its_own_widths():
+    latent = KVLayout(1, 576, 512, v_is_prefix_of_k=True)
+    (option,) = legal_layouts(8, 128, 1, tp_size=4, pcp_size=2, dcp_size=8, kv_head=latent, hidden_size=7168)
+    all_reduces = 4 * 7168 * 3 / 4
+    assert option.prefill_values == (576 + all_reduces) / 2
+    assert option.decode_values == (7 * (32 * (576 + 512) + 576) + all_reduces) / 2
+    # By the widths of heads a latent would be taken for two times one of them.
+    (as_heads,) = legal_layouts(8, 128, 1, tp_size=4, pcp_size=2, dcp_size=8)
+    assert as_heads.decode_values / as_heads.prefill_values != option.decode_values / option.prefill_values
+    # Where no config says how wide a token is, the rotated part of its heads stands for it: 8,192 values here.
+    (unknown,) = legal_layouts(8, 128, 1, tp_size=4, pcp_size=2, dcp_size=8, kv_head=latent)
+    assert unknown.prefill_values == (576 + 4 * 128 * 64 * 3 / 4) / 2
+
+
+def test_tp_across_hosts_comes_last_whatever_else_it_has():
+    options = legal_layouts(16, 64, 8, ranks_per_host=8)
+    for order in (for_long_prompt(options), for_many_sequences(options)):
+        assert {o.sizes.tp_size for o in order if o.tp_spans_hosts} == {16}
+        assert [o.tp_spans_hosts for o in order] == sorted(o.tp_spans_hosts for o in order)
+    assert not any(o.tp_spans_hosts for o in legal_layouts(16, 64, 8))

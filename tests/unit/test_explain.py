@@ -77,6 +77,7 @@ def write_config(folder, model=None, **keys):
 
 
 QWEN = {
+    "model_type": "qwen2",
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
     "num_hidden_layers": 4,
@@ -366,12 +367,18 @@ def test_head_dim_of_the_model_wins_over_the_quotient_and_missing_kv_heads_mean_
     "kinds", [{"layer_types": [*["linear_attention"] * 3, "full_attention"]}, {"full_attention_interval": 4}]
 )
 def test_layers_of_linear_attention_cache_no_keys(explain, tmp_path, kinds):
-    _, answer, _, _ = explain("--config", write_config(tmp_path, QWEN | kinds))
+    _, answer, _, _ = explain("--config", write_config(tmp_path, QWEN | {"model_type": "qwen3_next"} | kinds))
     assert answer["kv_bytes_per_token_per_rank"] == 1 * 2 * 2 * 32 * 2
 
 
 def test_the_latent_of_a_deepseek_config_is_its_one_kv_head_whatever_heads_it_names(explain, tmp_path):
-    model = QWEN | {"num_key_value_heads": 8, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "head_dim": 8}
+    model = QWEN | {
+        "model_type": "deepseek_v3",
+        "num_key_value_heads": 8,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "head_dim": 8,
+    }
     path = write_config(tmp_path, model, tensor_parallel={"tp_size": 4}, decode_context_parallel_size=4)
     code, answer, text, _ = explain("--config", path)
     assert (code, answer["kv_bytes_per_token_per_rank"]) == (0, 4 * (32 + 8) * 2)
@@ -407,7 +414,8 @@ def test_a_hub_id_needs_the_heads_as_flags(explain, tmp_path):
 @pytest.mark.parametrize(
     "model, message",
     [
-        ({"text_config": QWEN}, "Pass --num-q-heads"),
+        ({"text_config": QWEN}, 'no "model_type"'),
+        ({"model_type": "qwen2"}, "Pass --num-q-heads"),
         (QWEN | {"num_attention_heads": "eight"}, '"num_attention_heads" is "eight"'),
         (QWEN | {"kv_lora_rank": 512}, "Pass both --kv-lora-rank and --qk-rope-head-dim"),
         (QWEN | {"kv_lora_rank": 0, "qk_rope_head_dim": 64}, '"kv_lora_rank" is 0'),
@@ -472,3 +480,65 @@ def test_given_sizes_narrow_the_list_and_a_machine_without_a_legal_layout_is_an_
     code, answer, text, _ = explain("--gpus", 8, "--tp", 3, "--num-q-heads", 64, "--num-kv-heads", 8)
     assert (code, answer["valid"], text) == (2, False, "")
     assert "no legal layout with tp=3" in answer["errors"][0]
+
+
+@pytest.mark.parametrize(
+    "model, flags, message",
+    [
+        (QWEN | {"model_type": "mamba2"}, (), "recurrent and hybrid models"),
+        (QWEN | {"model_type": "qwen9", "auto_map": {"AutoModel": "x"}}, (), "models that bring code of their own"),
+        (QWEN | {"model_type": "qwen9"}, (), "model families without a row"),
+        (QWEN | {"rope_scaling": {"rope_type": "longrope"}}, (), "RoPE whose frequencies depend on the longest"),
+        (QWEN | {"model_type": "olmo2"}, ("--tp", 2), "tensor parallelism of families whose code"),
+        (QWEN | {"model_type": "cohere", "use_qk_norm": True}, ("--tp", 2), "normalised over all heads"),
+        (QWEN | {"model_type": "olmo2"}, ("--gpus", 4, "--tp", 4), "tensor parallelism of families whose code"),
+    ],
+)
+def test_what_the_tools_refuse_is_refused_here(explain, tmp_path, model, flags, message):
+    """In a config's words alone, as the one table has it; the same family at tp=1 is explained."""
+    path = write_config(tmp_path, model)
+    code, answer, text, _ = explain("--config", path, *flags)
+    assert (code, answer["valid"], text) == (2, False, "")
+    assert message in answer["errors"][0]
+    if flags:
+        assert explain("--config", path)[0] == 0
+
+
+def test_layouts_that_a_family_cannot_run_are_left_out_of_the_list_and_told(explain, tmp_path):
+    path = write_config(tmp_path, QWEN | {"model_type": "olmo2"})
+    code, answer, text, _ = explain("--gpus", 4, "--config", path)
+    assert code == 0
+    assert {row["tp"] for row in answer["long_prompt"]} == {1}
+    assert 'layouts refused, as model_type "olmo2" with tp=2' in text
+
+
+def test_a_model_folder_needs_no_config_beside_it(explain, tmp_path):
+    write_config(tmp_path, QWEN)
+    code, answer, _, _ = explain("--model", tmp_path / "model", "--tp", 2)
+    assert (code, answer["kv_bytes_per_token_per_rank"]) == (0, 4 * 1 * 2 * 32 * 2)
+
+
+def test_a_budget_shows_in_the_list_as_the_tokens_of_the_longest_sequence(explain):
+    known = {"num-q-heads": 8, "num-kv-heads": 2, "num-layers": 2, "head-dim": 64}
+    _, answer, text, _ = explain("--gpus", 4, *flags_of(known), "--kv-cache-gib", 1)
+    assert "tokens of the longest seq" in text
+    for row in answer["many_sequences"]:
+        sizes = (row["tp"], row["pcp"], row["dcp"])
+        alone = explain(*layout(*sizes, dp=row["dp"], **known, **{"kv-cache-gib": 1}))[1]
+        assert row["kv_capacity_tokens"] == alone["kv_capacity_tokens"] > 0
+    _, answer, text, _ = explain("--gpus", 4, *flags_of(known))
+    assert "tokens of the longest seq" not in text and answer["long_prompt"][0]["kv_capacity_tokens"] is None
+
+
+def test_tensor_parallelism_across_hosts_is_marked_comes_last_and_is_never_advised(explain):
+    heads = ("--num-q-heads", 64, "--num-kv-heads", 8)
+    _, answer, text, _ = explain("--gpus", 32, *heads, "--gpus-per-host", 8)
+    for order in (answer["long_prompt"], answer["many_sequences"]):
+        spans = [row["tp"] > 8 for row in order]
+        assert spans == sorted(spans) and any(spans)
+        assert [row["tp_spans_hosts"] for row in order] == spans
+        assert not any(row["advised"] for row in order if row["tp"] > 8)
+    assert "h    16    2    4    1 |" in text
+    # Without hosts nobody knows.
+    _, answer, _, _ = explain("--gpus", 32, *heads)
+    assert any(row["advised"] and row["tp"] > 8 for row in answer["long_prompt"])

@@ -4,12 +4,15 @@
     cpinfer explain --config configs/pcp2_dcp2.json --json
     cpinfer explain --gpus 8 --num-q-heads 64 --num-kv-heads 8
     cpinfer explain --tp 4 --pcp 2 --dcp 8 --num-q-heads 128 --kv-lora-rank 512 --qk-rope-head-dim 64
+    cpinfer explain --plan --model FOLDER --machine h100 --gpus 16 --seq-len 32k --batch 64 --new-tokens 1k
 
 Nothing is measured and no device is needed. numpy is enough: `PYTHONPATH=. python tools/explain.py` from a checkout.
 The second form reads a rollout config and the `config.json` of its model; flags win over both. The third lists the
-legal layouts of a machine, best first. The last is a model with MLA (DeepSeek): its cache is one latent head, whose
-copies on all tp ranks can become shards. With `--json` the last line of stdout is one JSON object. Exit 0 for a legal
-layout, 2 for one that is not.
+legal layouts of a machine, best first. The fourth is a model with MLA (DeepSeek): its cache is one latent head, whose
+copies on all tp ranks can become shards. The last says which layouts of a machine fit a model, and what prefill and
+decode would take, and wait for, in each; it alone needs torch and Transformers, to build the model without weights.
+With `--json` the last line of stdout is one JSON object. Exit 0 for a legal layout, 2 for one that is not and for
+models that are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,12 +29,15 @@ from cpinfer.config import KV_CACHE_DTYPES, LaunchConfig, load_as
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
 from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout
-from cpinfer.layout.explain import Explanation, Question, draw_grid, explain
+from cpinfer.layout.explain import Explanation, Question, draw_grid, explain, pool_size
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
+from cpinfer.layout.machines import MACHINES
 from cpinfer.layout.prefill import assign_prompts
 from cpinfer.layout.rules import LayoutSizes
+from cpinfer.models.families import FAMILIES
 from cpinfer.models.positions import Positions
+from cpinfer.models.refused_models import refuse_unsupported, tensor_parallel_errors, why_no_tp
 from cpinfer_tools.lengths import length
 
 AXES = ("tp", "pcp", "dcp", "dp")
@@ -40,14 +46,18 @@ ADVICE = """\
    shard, else dcp = pcp; MLA has one KV head, its latent, so dcp = pcp * tp.
 m  mixes KV heads in DCP groups, whose ranks then store all of them: sequences get no longer than with the largest
    unmixed dcp of the same tp and pcp, and more travels.
-Longest sequence and tokens in all are relative to the best. A rank holds 1/tp of the weights, which must fit; in a
-trainer tp is given, so add --tp."""
+h  a tensor-parallel group spans hosts (--gpus-per-host), whose all-reduces are then the network's; these come last.
+Longest sequence and tokens in all are relative to the best. A rank holds 1/tp of the weights, which must fit: --plan
+knows weights and machines. In a trainer tp is given, so add --tp."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's `config.json` says; None where it says nothing."""
+    """What a model's `config.json` says; None where it says nothing. `family`: its model_type, of the table's."""
 
+    family: str | None = None
+    norms_all_heads: bool = False
+    hidden_size: int | None = None
     num_q_heads: int | None = None
     num_kv_heads: int | None = None
     num_layers: int | None = None
@@ -69,7 +79,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     result: dict[str, Any]
     try:
         args = _parser(prog).parse_args(argv)
-        result = _list_layouts(args) if args.gpus else _explain_layout(args)
+        result = _plan(args) if args.plan else _list_layouts(args) if args.gpus else _explain_layout(args)
     except UserError as error:
         result = asdict(Explanation(valid=False, errors=[str(error)]))
     for message in result["errors"]:
@@ -81,17 +91,28 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _explain_layout(args: argparse.Namespace) -> dict[str, Any]:
-    question = _question(args)
-    answer = explain(question)
+    config = load_as(LaunchConfig, args.config) if args.config else None
+    model = _model_facts(args, config)
+    question = _question(args, config, model)
+    errors = _refused_tp(model, question.sizes.tp_size, config)
+    answer = Explanation(valid=False, errors=errors) if errors else explain(question)
     if answer.valid:
         print(describe(question, answer))
     return asdict(answer)
 
 
+def _plan(args: argparse.Namespace) -> dict[str, Any]:
+    from cpinfer_tools.plan import plan  # torch and Transformers, which all else here is quick without
+
+    return plan(args)
+
+
 def _list_layouts(args: argparse.Namespace) -> dict[str, Any]:
-    model = _model_facts(args, load_as(LaunchConfig, args.config).model if args.config else None)
-    num_q_heads, num_kv_heads = _heads(args, model, _latent(args, model))
-    options = legal_layouts(
+    config = load_as(LaunchConfig, args.config) if args.config else None
+    model = _model_facts(args, config)
+    latent = _latent(args, model)
+    num_q_heads, num_kv_heads = _heads(args, model, latent)
+    legal = legal_layouts(
         args.gpus,
         num_q_heads,
         num_kv_heads,
@@ -99,12 +120,22 @@ def _list_layouts(args: argparse.Namespace) -> dict[str, Any]:
         pcp_size=args.pcp,
         dcp_size=args.dcp,
         dp_size=args.dp,
+        kv_head=_kv_head(args, model, latent),
+        hidden_size=model.hidden_size,
+        ranks_per_host=args.gpus_per_host,
     )
+    refused = {o.sizes.tp_size: _refused_tp(model, o.sizes.tp_size, config) for o in legal}
+    options = [o for o in legal if not refused[o.sizes.tp_size]]
     title = f"{_count(args.gpus, 'GPU')}, {_count(num_q_heads, 'query head')} over {_count(num_kv_heads, 'KV head')}"
+    if legal and not options:
+        raise UserError(" ".join(refused[legal[0].sizes.tp_size]))
     if not options:
         sizes = " ".join(f"{axis}={getattr(args, axis)}" for axis in AXES if getattr(args, axis) is not None)
         wish = f" with {sizes}" if sizes else ""
         raise UserError(f"{title}: no legal layout{wish} uses them all. Use another number of GPUs, or other sizes.")
+    question = _question(args, config, model)
+    pools = {o.sizes: pool_size(replace(question, sizes=o.sizes)) for o in options}
+    tokens = {sizes: pool.capacity_tokens if pool else None for sizes, pool in pools.items()}
     print(f"{title}: {_count(len(options), 'legal layout')}, best first.")
     result: dict[str, Any] = {"valid": True, "errors": []}
     orders = (
@@ -113,10 +144,22 @@ def _list_layouts(args: argparse.Namespace) -> dict[str, Any]:
     )
     for key, title, best_first in orders:
         order = best_first(options)
-        print(f"\nFor {title}:\n{_table(order)}")
-        result[key] = [_plain(option) for option in order]
+        print(f"\nFor {title}:\n{_table(order, tokens)}")
+        result[key] = [_plain(option, tokens[option.sizes]) for option in order]
+    if len(options) < len(legal):
+        told = next(" ".join(errors) for errors in refused.values() if errors)
+        print(f"\n{_count(len(legal) - len(options), 'layout')} refused, as {told}")
     print(f"\n{ADVICE}")
     return result
+
+
+def _refused_tp(model: ModelFacts, tp_size: int, config: LaunchConfig | None) -> list[str]:
+    """Why the model's family is not cut over so many tp ranks; nothing where it is, or where no model is known."""
+    if model.family is None or model.num_kv_heads is None:
+        return []
+    why_not = why_no_tp(model.family, norms_all_heads=model.norms_all_heads)
+    provider = config.tensor_parallel.provider if config else "autotp"
+    return tensor_parallel_errors(model.family, model.num_kv_heads, why_not, tp_size, provider)
 
 
 def describe(question: Question, answer: Explanation) -> str:
@@ -196,22 +239,29 @@ def _describe_prefill(question: Question, answer: Explanation) -> list[str]:
     return lines
 
 
-def _table(options: Sequence[LayoutOption]) -> str:
-    """Rows in the given order; `*` marks the published advice, `m` groups that mix KV heads."""
+def _table(options: Sequence[LayoutOption], tokens: Mapping[LayoutSizes, int | None]) -> str:
+    """Rows in the given order; `*` marks the published advice, `m` groups that mix KV heads, `h` tp across hosts."""
     longest = max(o.longest_sequence for o in options)
     most = max(o.total_tokens for o in options)
     header = "     tp  pcp  dcp   dp | longest seq | tokens in all | decode collectives/layer (with TP's) | weights"
+    knows_pool = None not in tokens.values()
+    if knows_pool:
+        header += " | tokens of the longest seq"
     rows = [
-        f"{'*' if o.is_advised else 'm' if o.is_mixed else ' '} {s.tp_size:5} {s.pcp_size:4} {s.dcp_size:4} "
-        f"{s.dp_size:4} | {o.longest_sequence / longest:11.3f} | {o.total_tokens / most:13.3f} | "
-        f"{o.collectives_per_layer:36} | 1/{s.tp_size}"
+        f"{_mark(o)} {s.tp_size:5} {s.pcp_size:4} {s.dcp_size:4} {s.dp_size:4} | {o.longest_sequence / longest:11.3f} "
+        f"| {o.total_tokens / most:13.3f} | {o.collectives_per_layer:36} | 1/{s.tp_size:<5}"
+        + (f" | {tokens[s]:25,}" if knows_pool else "")
         for o in options
         for s in (o.sizes,)
     ]
     return "\n".join([header, *rows])
 
 
-def _plain(option: LayoutOption) -> dict[str, Any]:
+def _mark(option: LayoutOption) -> str:
+    return "h" if option.tp_spans_hosts else "*" if option.is_advised else "m" if option.is_mixed else " "
+
+
+def _plain(option: LayoutOption, capacity_tokens: int | None) -> dict[str, Any]:
     sizes = option.sizes
     return {
         "tp": sizes.tp_size,
@@ -223,16 +273,15 @@ def _plain(option: LayoutOption) -> dict[str, Any]:
         "longest_sequence": option.longest_sequence,
         "total_tokens": option.total_tokens,
         "collectives_per_layer": option.collectives_per_layer,
+        "tp_spans_hosts": option.tp_spans_hosts,
+        "kv_capacity_tokens": capacity_tokens,
     }
 
 
-def _question(args: argparse.Namespace) -> Question:
+def _question(args: argparse.Namespace, config: LaunchConfig | None, model: ModelFacts) -> Question:
     """Flags, then the config, then the model's `config.json`, then defaults."""
-    config = load_as(LaunchConfig, args.config) if args.config else None
-    model = _model_facts(args, config.model if config else None)
     latent = _latent(args, model)
     num_q_heads, num_kv_heads = _heads(args, model, latent)
-    head_dim = _first(args.head_dim, model.head_dim)
     pcp = _first(args.pcp, config and config.pcp_size, 1)
     block_size = _first(args.block_size, config and config.block_size, 16)
     sizes = LayoutSizes(
@@ -250,7 +299,7 @@ def _question(args: argparse.Namespace) -> Question:
     return Question(
         sizes,
         num_layers=_first(args.num_layers, model.num_layers),
-        kv_head=latent or (KVLayout(1, head_dim, head_dim) if head_dim is not None else None),
+        kv_head=_kv_head(args, model, latent),
         dtype=dtype,
         cache_dtype=KV_CACHE_DTYPES[kept],
         wire_dtype=config.cp_wire_dtype if config and config.cp_wire_dtype != "auto" else None,
@@ -258,6 +307,12 @@ def _question(args: argparse.Namespace) -> Question:
         max_model_len=_first(args.max_model_len, model.max_model_len),
         seq_len=args.seq_len,
     )
+
+
+def _kv_head(args: argparse.Namespace, model: ModelFacts, latent: KVLayout | None) -> KVLayout | None:
+    """What one KV head caches of a token; None where its width is not known."""
+    head_dim = _first(args.head_dim, model.head_dim)
+    return latent or (KVLayout(1, head_dim, head_dim) if head_dim is not None else None)
 
 
 def _heads(args: argparse.Namespace, model: ModelFacts, latent: KVLayout | None) -> tuple[int, int]:
@@ -286,8 +341,9 @@ def _latent(args: argparse.Namespace, model: ModelFacts) -> KVLayout | None:
     return KVLayout(1, rank + rope, rank, v_is_prefix_of_k=True)
 
 
-def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
-    """Read from the folder of `model`. UserError when it is none and the flags do not say what is needed."""
+def _model_facts(args: argparse.Namespace, config: LaunchConfig | None) -> ModelFacts:
+    """Read from the model's folder. UserError when it is none and the flags do not say what is needed."""
+    model = args.model or (config.model if config else None)
     if model is None:
         return ModelFacts()
     path = Path(model) / "config.json"
@@ -311,8 +367,13 @@ def _model_facts(args: argparse.Namespace, model: str | None) -> ModelFacts:
             raise UserError(f'{path}: "{key}" is {json.dumps(value)}; a whole number from 1 was wanted.')
         return value
 
+    refuse_unsupported(data)
     heads, width = size("num_attention_heads"), size("hidden_size")
+    family: str = data["model_type"]
     return ModelFacts(
+        family=family,
+        norms_all_heads=bool(data.get(FAMILIES[family].flag_of_norm_of_all_heads or "")),
+        hidden_size=width,
         num_q_heads=heads,
         num_kv_heads=_first(size("num_key_value_heads"), heads),
         num_layers=_num_kv_layers(data, size("num_hidden_layers"), size("full_attention_interval")),
@@ -380,6 +441,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     layout.add_argument("--interleave", type=int, help="tokens dealt to a shard at a time (default block size)")
     layout.add_argument("--block-size", type=int, help="tokens of one shard per KV block (default 16)")
     model = parser.add_argument_group("model")
+    model.add_argument("--model", metavar="FOLDER", help="a folder with a config.json (default: the config's model)")
     model.add_argument("--num-q-heads", type=int)
     model.add_argument("--num-kv-heads", type=int, help="not with MLA, whose latent counts as one")
     model.add_argument("--num-layers", type=positive_int)
@@ -396,6 +458,17 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     )
     load.add_argument("--kv-cache-gib", type=positive_number, help="KV pool per rank")
     load.add_argument("--max-model-len", type=length, metavar="N", help="tokens of a sequence for max_concurrency")
+    plan = parser.add_argument_group("plan")
+    plan.add_argument("--plan", action="store_true", help="which layouts fit, and what they take")
+    plan.add_argument("--machine", choices=sorted(MACHINES), default="h100", help="whose GPUs (default h100)")
+    plan.add_argument("--gpus-per-host", type=positive_int, metavar="N", help="(default: the machine's, or all)")
+    plan.add_argument("--batch", type=positive_int, default=1, metavar="N", help="prompts in all (default 1)")
+    plan.add_argument("--new-tokens", type=length, default=256, metavar="N", help="of each answer (default 256)")
+    plan.add_argument("--gpu-gib", type=positive_number, help="memory of a GPU; these figures win over the machine's")
+    plan.add_argument("--hbm-tb-s", type=positive_number, help="bandwidth of that memory, TB/s")
+    plan.add_argument("--tflops", type=positive_number, help="of products in the dtype, TFLOP/s")
+    plan.add_argument("--link-gb-s", type=positive_number, help="what a GPU receives on its host, GB/s")
+    plan.add_argument("--network-gb-s", type=positive_number, help="what a GPU receives from other hosts, GB/s")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     return parser
