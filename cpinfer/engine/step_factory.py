@@ -37,7 +37,7 @@ def make_scheduler(runner: ModelRunner, layout: DecodeLayout, config: EngineConf
         config.max_num_batched_tokens,
         window=runner.spec.widest_window,
         max_kept_tokens=config.max_session_tokens,
-        states=needs.empty_state_cache(topology.grid.pcp_size),
+        states=layout.needs.empty_state_cache(grid.pcp_size),
     )
 
 

@@ -100,7 +100,8 @@ class HeadPlacement:
 
     def max_stored_heads(self, grid: RankGrid) -> int:
         """KV heads that a rank stores, the most of all groups."""
-        return max(len(self.in_group(grid, t).kv_heads) for t in range(self.tp_size))
+        first_of_groups = range(0, self.tp_size, grid.columns_per_dcp_group)
+        return max(len(self.in_group(grid, t).kv_heads) for t in first_of_groups)
 
     def mixes_heads(self, grid: RankGrid) -> bool:
         """Whether some DCP group of `grid` spans tp ranks with different KV heads."""

@@ -5,6 +5,18 @@ takes; a layout fits when one sequence of the wanted length has room in the pool
 is that of the seconds in which all sequences are prefilled and answered.
 
     GPU memory  | weights | activations | workspace | runtime |        KV pool: what is left, or what is given        |
+
+Why pcp goes across hosts before tp does, in bytes that a rank receives per token that it computes, and layer:
+
+>>> from cpinfer.layout.capacity import KVLayout
+>>> from cpinfer.layout.step_traffic import PrefillWork, prefill_moved
+>>> llama = ModelSizes(num_layers=1, hidden_size=8192, vocab_size=128256, num_q_heads=64, num_kv_heads=8,
+...     kv_head=KVLayout(1, 128, 128), layer_params=0, windows=(None,))
+>>> for grid in RankGrid(tp_size=8, pcp_size=2, dcp_size=2), RankGrid(tp_size=16):
+...     work = PrefillWork.of([8192], [0], grid.pcp_size)
+...     print({m.axis: m.received_bytes // work.split.part_len for m in prefill_moved(llama, grid, work, Widths())})
+{'pcp': 512, 'tp': 57344, 'replica': 0}
+{'tp': 61440, 'replica': 0}
 """
 
 from __future__ import annotations
@@ -208,7 +220,8 @@ def _plan(option: LayoutOption, model: PlannedModel, machine: Machine, rates: tu
     room = memory.kv_pool // memory.kv_of_sequence * grid.num_homes
     at_once = min(wanted, room, work.max_num_seqs)
     one = prefill(model.sizes, grid, rates[0], [work.prompt_tokens], work.step_tokens, widths)
-    seen = min(wanted, _MAX_PROMPTS)
+    # Prompts that fill steps take as many times as long as one; those that share steps are looked at together.
+    seen = 1 if work.prompt_tokens >= work.step_tokens else min(wanted, _MAX_PROMPTS)
     prompts = prefill(model.sizes, grid, rates[0], [work.prompt_tokens] * seen, work.step_tokens, widths)
     context = work.prompt_tokens + work.new_tokens // 2
     decode = decode_step(model.sizes, grid, rates[1], [context] * at_once, widths)

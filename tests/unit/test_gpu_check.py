@@ -24,7 +24,7 @@ def check(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, dict[str
     return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-@pytest.mark.parametrize("stage", ["parity", "model", "deterministic", "rollouts", "throughput"])
+@pytest.mark.parametrize("stage", ["parity", "model", "deterministic", "rollouts", "throughput", "plan"])
 def test_a_stage_runs_alone_on_cpu_and_says_that_it_is_no_measurement(
     stage: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

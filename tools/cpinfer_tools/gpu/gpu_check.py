@@ -12,6 +12,7 @@
 - deterministic  the same bits in several layouts, chunks and batches, by the kernels of the deterministic mode
 - graphs         decode replayed from CUDA graphs against the same steps launch by launch
 - throughput     prefill, decode and merge, each with its bound
+- plan           prefill and decode beside what the model of cost predicts
 - rollouts       tokens per second beside Transformers
 - comm           the exchanges between processes; needs torchrun
 
@@ -44,7 +45,7 @@ import torch.distributed as dist
 
 from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.comm.bootstrap import Launch, default_group, end_with_launcher
-from cpinfer_tools.gpu import build, comm, deterministic, graphs, model, parity, rollouts, throughput
+from cpinfer_tools.gpu import build, comm, deterministic, graphs, model, parity, plan, rollouts, throughput
 from cpinfer_tools.gpu.stage import Found, Setting
 from cpinfer_tools.measuring.harness import RESULTS, Card, say, slug, table, versions
 
@@ -54,6 +55,7 @@ STAGES: Mapping[str, Callable[[Setting], Found]] = {
     "deterministic": deterministic.run,
     "graphs": graphs.run,
     "throughput": throughput.run,
+    "plan": plan.run,
     "rollouts": rollouts.run,
     "comm": comm.run,
 }
