@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -204,23 +204,24 @@ def affordable_pool(
     single block, or no state.
     """
     per_token = spec.kv_layout(num_heads).bytes_per_token(spec.num_kv_layers, config.cache_dtype(dtype))
-    budget, num_states = _kv_budget_bytes(config, device, beside_bytes), 0
+    sharding = KVSharding(grid.dcp_size, config.interleave, config.block_size)
+    budget = _kv_budget_bytes(config, device, beside_bytes)
+    pool = PoolSize.from_bytes(budget, per_token, sharding)
     if spec.states is not None:
-        per_state = spec.states.bytes_per_sequence(dtype)
         # A sequence has its state on one of the pcp ranks, whatever the number of homes.
-        num_states = min(-(-config.max_num_seqs // grid.pcp_size), budget // 2 // per_state)
-        if num_states == 0:
+        per_state, max_states = spec.states.bytes_per_sequence(dtype), -(-config.max_num_seqs // grid.pcp_size)
+        pool = PoolSize.beside_states(budget, per_token, sharding, per_state, max_states)
+        if pool.num_states == 0:
             raise UserError(
                 f"half the KV budget of {budget} bytes buys no state of a sequence, {per_state} bytes. Raise "
                 "kv_cache_gib."
             )
-        budget -= num_states * per_state
-    pool = PoolSize.from_bytes(budget, per_token, KVSharding(grid.dcp_size, config.interleave, config.block_size))
+        budget -= pool.num_states * per_state
+        cached_states(spec, config, dtype)
     if pool.num_blocks == 0:
         needed = per_token * config.block_size
         raise UserError(f"the KV budget of {budget} bytes buys no block of {needed} bytes. Raise kv_cache_gib.")
-    cached_states(spec, config, dtype)
-    return replace(pool, num_states=num_states)
+    return pool
 
 
 def cached_states(spec: ModelSpec, config: EngineConfig, dtype: str) -> int:

@@ -1,4 +1,4 @@
-"""What one token of KV costs and how many tokens a budget holds.
+"""What one token of KV costs, and the state of a sequence, and how many of both a budget holds.
 
 >>> kv = KVLayout(num_heads=1, k_dim=128, v_dim=128)
 >>> kv.bytes_per_token(num_layers=28, dtype="bfloat16")
@@ -127,6 +127,18 @@ class PoolSize:
     def from_bytes(cls, num_bytes: int, bytes_per_token: int, sharding: KVSharding) -> PoolSize:
         """The largest pool within `num_bytes` per rank; 0 blocks when not even one fits."""
         return cls(num_bytes // (bytes_per_token * sharding.block_size), sharding)
+
+    @classmethod
+    def beside_states(
+        cls, num_bytes: int, bytes_per_token: int, sharding: KVSharding, bytes_per_state: int, max_states: int
+    ) -> PoolSize:
+        """The largest pool within `num_bytes` per rank beside states of sequences, on half of these bytes at most.
+
+        There are at most `max_states` of them, none when not even one fits.
+        """
+        num_states = min(max_states, num_bytes // 2 // bytes_per_state)
+        pool = cls.from_bytes(num_bytes - num_states * bytes_per_state, bytes_per_token, sharding)
+        return replace(pool, num_states=num_states)
 
     @property
     def capacity_tokens(self) -> int:

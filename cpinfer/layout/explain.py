@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout, PoolSize
+from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout, PoolSize, StateLayout
 from cpinfer.layout.grid import Group, RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import zigzag_split
@@ -34,7 +34,9 @@ class Question:
     """A layout, and as much of the model, the memory and the prompts as is known; None leaves its answers out.
 
     `kv_head`: what one KV head stores per token and layer. With MLA that is the latent, the one KV head of `sizes`.
-    `dtype` is that of activations, in which K and V travel, and of the cache where `cache_dtype` is None.
+    `dtype` is that of activations, in which K and V travel, and of the cache where `cache_dtype` is None. `states`:
+    what a rank keeps of a sequence beside its KV, in layers that `num_layers` does not count; `max_num_seqs` run at
+    once.
     """
 
     sizes: LayoutSizes
@@ -46,6 +48,8 @@ class Question:
     kv_cache_gib: float | None = None
     max_model_len: int | None = None
     seq_len: int | None = None
+    states: StateLayout | None = None
+    max_num_seqs: int = 256
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Explanation:
 
     Groups of `dcp` are in shard order. Capacity is that of one dp replica: of one home, which a single sequence can
     fill, and of all homes together, which is what `max_concurrency` sequences of `max_model_len` tokens share. The rank
-    that stores the most KV heads bounds it, since all ranks have the same blocks.
+    that stores the most KV heads bounds it, since all ranks have the same blocks. Where sequences have states, each
+    lies on one pcp rank, and `max_states` of a replica may run at once.
     """
 
     valid: bool
@@ -110,6 +115,8 @@ class Explanation:
     max_concurrency: float | None = None
     prefill: PrefillCost | None = None
     decode: DecodeCost | None = None
+    state_bytes_per_sequence: int | None = None
+    max_states: int | None = None
 
 
 def explain(question: Question) -> Explanation:
@@ -123,9 +130,10 @@ def explain(question: Question) -> Explanation:
     sharding = KVSharding(sizes.dcp_size, sizes.interleave, sizes.block_size)
     length = question.seq_len
 
-    capacity = total = concurrency = None
+    capacity = total = concurrency = num_states = None
     pool = pool_size(question)
     if pool is not None:
+        num_states = pool.num_states * grid.pcp_size if question.states is not None else None
         capacity, total = pool.capacity_tokens, pool.capacity_tokens * grid.num_homes
         if question.max_model_len is not None:
             concurrency = pool.max_concurrency(question.max_model_len) * grid.num_homes
@@ -141,6 +149,10 @@ def explain(question: Question) -> Explanation:
         max_concurrency=concurrency,
         prefill=None if length is None else _prefill_cost(question, length, grid, heads),
         decode=_decode_cost(question, grid, heads),
+        state_bytes_per_sequence=None
+        if question.states is None
+        else question.states.bytes_per_sequence(question.dtype),
+        max_states=num_states,
     )
 
 
@@ -160,8 +172,15 @@ def pool_size(question: Question) -> PoolSize | None:
     sizes, per_token = question.sizes, token_bytes(question)
     if per_token is None or question.kv_cache_gib is None:
         return None
+    num_bytes = int(question.kv_cache_gib * 2**30)
     sharding = KVSharding(sizes.dcp_size, sizes.interleave, sizes.block_size)
-    return PoolSize.from_bytes(int(question.kv_cache_gib * 2**30), per_token, sharding)
+    if question.states is None:
+        return PoolSize.from_bytes(num_bytes, per_token, sharding)
+    per_state, max_states = (
+        question.states.bytes_per_sequence(question.dtype),
+        -(-question.max_num_seqs // sizes.pcp_size),
+    )
+    return PoolSize.beside_states(num_bytes, per_token, sharding, per_state, max_states)
 
 
 def rank_places(grid: RankGrid, heads: HeadPlacement) -> list[RankPlace]:

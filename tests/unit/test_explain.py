@@ -371,6 +371,44 @@ def test_layers_of_linear_attention_cache_no_keys(explain, tmp_path, kinds):
     assert answer["kv_bytes_per_token_per_rank"] == 1 * 2 * 2 * 32 * 2
 
 
+LINEAR = {
+    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+@pytest.mark.parametrize(("provider", "share"), [("autotp", 2), ("transformers", 1)])
+def test_states_of_sequences_are_told_beside_kv_and_taken_out_of_its_budget(explain, tmp_path, provider, share):
+    path = write_config(
+        tmp_path,
+        QWEN | LINEAR,
+        tensor_parallel={"tp_size": 2, "provider": provider},
+        prefill_context_parallel_size=2,
+        max_num_seqs=5,
+        kv_cache_gib=2**-10,
+    )
+    _, answer, text, _ = explain("--config", path)
+    per_state = 3 * (4 * 16 * 8 * 4 + 3 * (2 * 2 * 16 + 4 * 8) * 2) // share
+    assert answer["state_bytes_per_sequence"] == per_state
+    assert answer["max_states"] == 6  # three on each of two ranks
+    per_block = 16 * answer["kv_bytes_per_token_per_rank"]
+    assert answer["kv_capacity_tokens"] == (2**20 - 3 * per_state) // per_block * 16 * 2
+    assert f"a state of {per_state:,} bytes" in text and "states of 6 sequences" in text
+    (tmp_path / "other").mkdir()
+    _, without, text, _ = explain("--config", write_config(tmp_path / "other", QWEN, kv_cache_gib=2**-10))
+    assert without["state_bytes_per_sequence"] is without["max_states"] is None and "state" not in text
+
+
+def test_half_the_budget_is_left_to_kv(explain, tmp_path):
+    path = write_config(tmp_path, QWEN | LINEAR, max_num_seqs=10**6, kv_cache_gib=2**-10)
+    _, answer, _, _ = explain("--config", path)
+    assert answer["max_states"] == 2**19 // answer["state_bytes_per_sequence"]
+
+
 def test_the_latent_of_a_deepseek_config_is_its_one_kv_head_whatever_heads_it_names(explain, tmp_path):
     model = QWEN | {
         "model_type": "deepseek_v3",

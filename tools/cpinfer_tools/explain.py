@@ -25,10 +25,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cpinfer.config import KV_CACHE_DTYPES, LaunchConfig, load_as
+from cpinfer.config import KV_CACHE_DTYPES, EngineConfig, LaunchConfig, load_as
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
-from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout
+from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout, StateLayout
 from cpinfer.layout.explain import Explanation, Question, draw_grid, explain, pool_size
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
@@ -41,6 +41,14 @@ from cpinfer.models.refused_models import refuse_unsupported, tensor_parallel_er
 from cpinfer_tools.lengths import length
 
 AXES = ("tp", "pcp", "dcp", "dp")
+# Of layers of linear attention, in the order of `StateLayout`.
+STATE_SIZES = (
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)
 ADVICE = """\
 *  the published advice, in our terms: pcp=2 and dcp = pcp * tp / num_kv_heads while there are copies of KV heads to
    shard, else dcp = pcp; MLA has one KV head, its latent, so dcp = pcp * tp.
@@ -65,6 +73,7 @@ class ModelFacts:
     kv_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
     max_model_len: int | None = None
+    states: StateLayout | None = None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -212,6 +221,9 @@ def _describe_capacity(question: Question, answer: Explanation, homes: int) -> l
         f"capacity    a token is {answer.kv_bytes_per_token_per_rank:,} bytes of "
         f"{question.cache_dtype or question.dtype} where it is stored"
     ]
+    if answer.state_bytes_per_sequence is not None:
+        size = f"{answer.state_bytes_per_sequence:,}"
+        lines.append(f"            a sequence has a state of {size} bytes beside it, on one pcp rank")
     if answer.kv_capacity_tokens is None:
         return lines
     lines.append(f"            {question.kv_cache_gib} GiB per rank hold {answer.kv_capacity_tokens:,} tokens")
@@ -219,6 +231,8 @@ def _describe_capacity(question: Question, answer: Explanation, homes: int) -> l
         lines[-1] += f" in a home, {answer.kv_capacity_tokens_total:,} in {homes}"
     if answer.max_concurrency is not None:
         lines[-1] += f": {answer.max_concurrency:,.1f} sequences of {question.max_model_len:,}"
+    if answer.max_states is not None:
+        lines.append(f"            and states of {_count(answer.max_states, 'sequence')}, which run at once at most")
     return lines
 
 
@@ -306,6 +320,11 @@ def _question(args: argparse.Namespace, config: LaunchConfig | None, model: Mode
         kv_cache_gib=_first(args.kv_cache_gib, config and config.kv_cache_gib),
         max_model_len=_first(args.max_model_len, model.max_model_len),
         seq_len=args.seq_len,
+        # Transformers' plan leaves linear attention whole on every rank.
+        states=model.states.over(1 if config and config.tensor_parallel.provider == "transformers" else sizes.tp_size)
+        if model.states
+        else None,
+        max_num_seqs=config.max_num_seqs if config else EngineConfig.max_num_seqs,
     )
 
 
@@ -370,17 +389,23 @@ def _model_facts(args: argparse.Namespace, config: LaunchConfig | None) -> Model
     refuse_unsupported(data)
     heads, width = size("num_attention_heads"), size("hidden_size")
     family: str = data["model_type"]
+    num_layers = size("num_hidden_layers")
+    num_kv_layers = _num_kv_layers(data, num_layers, size("full_attention_interval"))
+    of_states = [found for name in STATE_SIZES if (found := size(name)) is not None]
     return ModelFacts(
         family=family,
         norms_all_heads=bool(data.get(FAMILIES[family].flag_of_norm_of_all_heads or "")),
         hidden_size=width,
         num_q_heads=heads,
         num_kv_heads=_first(size("num_key_value_heads"), heads),
-        num_layers=_num_kv_layers(data, size("num_hidden_layers"), size("full_attention_interval")),
+        num_layers=num_kv_layers,
         head_dim=_first(size("head_dim"), width // heads if width and heads else None),
         kv_lora_rank=size("kv_lora_rank"),
         qk_rope_head_dim=size("qk_rope_head_dim"),
         max_model_len=Positions.of(data, has_table=False).made_for if size("max_position_embeddings") else None,
+        states=StateLayout(num_layers - num_kv_layers, *of_states)
+        if num_layers and num_kv_layers and len(of_states) == len(STATE_SIZES)
+        else None,
     )
 
 

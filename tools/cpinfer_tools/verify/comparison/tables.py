@@ -186,7 +186,7 @@ def expected_capacity(layout: Layout, spec: ModelSpec) -> int:
                 sizes.tp_size, sizes.pcp_size, sizes.dcp_size, spec.num_q_heads, spec.num_kv_heads, sizes.dp_size,
                 config.interleave, config.block_size,
             ),
-            num_layers=spec.num_layers,
+            num_layers=spec.num_kv_layers,
             kv_head=spec.kv_layout(1),
             dtype=config.dtype,
             cache_dtype=config.cache_dtype(config.dtype),
