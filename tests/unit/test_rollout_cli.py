@@ -3,6 +3,7 @@
 Everything that is wrong with config or input is found before a model is loaded, ends with 2 and says one thing clearly.
 """
 
+import copy
 import datetime
 import errno
 import json
@@ -21,7 +22,7 @@ from cpinfer_tools import job, opening, rollout
 from cpinfer_tools.results import output as output_module
 from cpinfer_tools.results.output_lock import locked
 from routers import experts_of
-from tiny_models import FAMILIES, make_model
+from tiny_models import FAMILIES, make_model, prompts_of
 from tool_folder import ToolFolder, summary_of
 
 ROOT = Path(__file__).parents[2]
@@ -429,6 +430,30 @@ def test_a_resumed_run_computes_what_is_missing_and_equals_an_undisturbed_one(fo
     code, out, _ = folder.run("--resume", sampling=sampling)  # nothing is missing now
     assert code == 0 and (summary_of(out)["num_samples"], summary_of(out)["num_generated_tokens"]) == (6, 0)
     assert sampled(folder.lines()) == sampled(undisturbed)
+
+
+@pytest.mark.parametrize("state_cache_gib", [0, 0.01])
+def test_a_resumed_run_of_a_model_with_states_equals_an_undisturbed_one(folder, tmp_path, state_cache_gib):
+    make_model(copy.deepcopy(FAMILIES["qwen3_5_text"])).save_pretrained(tmp_path / "hybrid")
+    # The third has what the first begins with, so that with a cache it may go on from its state, or may not.
+    first, second = (prompt for prompt in prompts_of((60, 20), 128))
+    folder.file("in.jsonl", *({"prompt_token_ids": p} for p in (first, second, [*first[:40], *second])))
+    keys = {
+        "model": str(tmp_path / "hybrid"),
+        "block_size": 4,
+        "max_num_batched_tokens": 32,
+        "max_num_seqs": 4,
+        "state_cache_gib": state_cache_gib,
+        "sampling": {"temperature": 1, "n": 2, "max_new_tokens": 6, "seed": 7, "ignore_eos": True},
+    }
+    assert folder.run(**keys)[0] == 0
+    undisturbed = folder.lines()
+    assert len({tuple(x["token_ids"]) for x in undisturbed}) > 3
+    kept = b"".join(folder.output.read_bytes().splitlines(keepends=True)[:3])
+    folder.output.write_bytes(kept)
+    code, out, _ = folder.run("--resume", **keys)
+    assert code == 0 and summary_of(out)["num_samples_resumed"] == 3
+    assert folder.output.read_bytes().startswith(kept) and sampled(folder.lines()) == sampled(undisturbed)
 
 
 @pytest.fixture
