@@ -290,9 +290,9 @@ class ParallelConfig(Checked):
         "independent replicas (dp); default: what is left of the world", None, within=_RANKS
     )
     collective_timeout_s: float = _key(
-        "seconds that a collective may wait for a rank before those that wait end; more than the slowest needs to load "
-        "weights and build kernels",
-        600.0,
+        "seconds that ranks wait for one that has stopped, is stuck or is too slow, before they end and name it; at "
+        "least half an hour where it may build kernels or load weights",
+        300.0,
         within=_SECONDS,
     )
 

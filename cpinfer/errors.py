@@ -34,6 +34,17 @@ class PeerLostError(RuntimeError):
     """A collective failed because another rank ended. That rank's error is the cause; this one is only its echo."""
 
 
+class RanksMissingError(PeerLostError):
+    """Some ranks did not come to what others waited for. The message names them, their hosts and the step.
+
+    `ranks` are those, of the world; empty where it is not known who.
+    """
+
+    def __init__(self, message: str, ranks: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.ranks = ranks
+
+
 class BackendFaultError(RuntimeError):
     """An attention backend does not compute what it should, on a few tokens at start-up. Nothing was run with it."""
 

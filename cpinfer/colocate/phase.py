@@ -98,10 +98,12 @@ def rollout_phase(
         The engine, awake.
 
     Raises:
-        RuntimeError: when an optimiser steps inside the block; other errors as `cpinfer.attach`.
+        RuntimeError: when an optimiser steps inside the block; other errors as `cpinfer.attach`. RanksMissingError
+            comes on those that wait when a rank is stopped or stuck.
     """
     laps = [time.perf_counter()]
-    with no_optimizer_steps(), lent.weights() as most_bytes:
+    watch = lent.topology.watch
+    with watch.running(), watch.at("a rollout phase"), no_optimizer_steps(), lent.weights() as most_bytes:
         laps.append(time.perf_counter())
         with attach(lent.module, lent.topology, config, tokenizer=tokenizer) as engine:
             engine.weights_version = weights_version

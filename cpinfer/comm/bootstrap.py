@@ -15,20 +15,23 @@ import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
+from cpinfer.comm.losses import is_peer_loss, is_timeout
 from cpinfer.comm.parent import first_parent
+from cpinfer.comm.rank_watch import BEAT_S, OVERDUE_S, PATIENCE_S, SILENT_S, RankWatch
 from cpinfer.config import ParallelConfig
 from cpinfer.errors import (
     EngineFaultError,
     ModelChangedError,
     OutputError,
-    PeerLostError,
     RanksDifferError,
+    RanksMissingError,
     StreamEndedError,
     UserError,
 )
@@ -41,21 +44,11 @@ PEER_GRACE_S = 5.0
 # How long the first rank leaves one that has more to say of the same failure, before the launcher ends them all.
 OWN_ERROR_GRACE_S = 0.5
 
+# How long a collective of a job waits when nothing else ends it.
+_AT_MOST_S = 24 * 3600.0
+
 # How often a rank looks whether its launcher is still there.
 _LAUNCHER_CHECK_S = 1.0
-
-# Words of gloo and NCCL for "the other end is gone".
-_PEER_LOSS_WORDS = (
-    "closed by peer",
-    "connection reset",
-    "broken pipe",
-    "socket closed",
-    "remote process exited",
-    "ncclremoteerror",
-)
-
-# Words of gloo, of the store in which ranks meet, and of NCCL for "the other end is there and does not answer".
-_TIMEOUT_WORDS = ("timed out waiting", "wait timeout", "collective operation timeout", "socket timeout")
 
 
 @dataclass(frozen=True)
@@ -87,8 +80,9 @@ class Launch:
 def default_group(launch: Launch, timeout_s: float = ParallelConfig.collective_timeout_s) -> Iterator[None]:
     """The default process group for the length of the block: gloo on CPU, NCCL beside it on CUDA.
 
-    A collective of this group, or of any that is made in the block without a timeout of its own, whoever makes it,
-    waits `timeout_s` seconds for the other ranks and then fails.
+    Of ranks that wait in a collective, each for itself ends this process, with the names of those that do not come:
+    `timeout_s` after some of them have shown no sign of life, or when some show them and have been at one place, in no
+    collective, for half an hour (or `timeout_s`). Others are awaited: a replica may have more to do, or load longer.
     After an error it is not torn down in an orderly way, since that would wait for ranks that may wait for us.
     """
     if launch.world_size == 1:
@@ -97,9 +91,19 @@ def default_group(launch: Launch, timeout_s: float = ParallelConfig.collective_t
     cuda = launch.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(launch.device)
-    timeout = datetime.timedelta(seconds=timeout_s)
+    # Not that of the collectives themselves, which know nothing of signs of life.
+    timeout = datetime.timedelta(seconds=max(timeout_s, _AT_MOST_S))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
-    with _default_timeout(timeout):
+    watch = RankWatch(
+        launch.rank,
+        range(launch.world_size),
+        "job",
+        partial(end_process, launch.rank),
+        stuck_s=max(timeout_s, PATIENCE_S),
+        overdue_s=3 * OVERDUE_S,  # the watch of a replica knows the step
+        sets_timeouts=False,
+    )
+    with _default_timeout(timeout), watch.running(), watch.waiting(timeout_s), watch.at("a collective of the job"):
         yield
     # A group that outlives its destruction, in a reference cycle of anyone's, ends with the interpreter, and gloo's
     # threads then abort the process about once in ten runs.
@@ -178,18 +182,13 @@ def world_size_error(world_size: int, grid_size: int, dp_is_free: bool) -> str |
     return f"{world_size} process(es) were started, the layout needs {wanted} (tp x pcp x dp). {hint}"
 
 
-def is_peer_loss(error: BaseException) -> bool:
-    """Whether `error` only echoes the end of another rank (a framework's own collectives raise what they like)."""
-    if isinstance(error, PeerLostError):
-        return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in words for word in _PEER_LOSS_WORDS)
-
-
-def is_timeout(error: BaseException) -> bool:
-    """Whether `error` says that another rank did not come to a collective in time."""
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(word in words for word in _TIMEOUT_WORDS)
+def end_process(rank: int, missing: RanksMissingError, *, program: str = "cpinfer") -> NoReturn:
+    """End this rank, which waits for others that do not come."""
+    print(f"{program}: rank {rank} ends: {missing}", file=sys.stderr, flush=True)
+    # The launcher ends all with the first that ends, and the first rank may hold the store that others still read: they
+    # find out within a beat of each other.
+    time.sleep(OWN_ERROR_GRACE_S if rank else OWN_ERROR_GRACE_S + 2 * BEAT_S)
+    os._exit(1)
 
 
 def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
@@ -198,6 +197,11 @@ def die(launch: Launch, error: BaseException, *, program: str) -> NoReturn:
         if launch.rank == 0:
             print(f"{program}: {error}", file=sys.stderr, flush=True)
         time.sleep(PEER_GRACE_S if launch.rank else 0)
+    elif isinstance(error, RanksMissingError):
+        # Who has ended may say why; the roll call has taken part of that time.
+        lost = error.__cause__ is not None and is_peer_loss(error.__cause__)
+        time.sleep(max(0.0, PEER_GRACE_S - SILENT_S) if lost else 0)
+        end_process(launch.rank, error, program=program)
     elif is_peer_loss(error):
         time.sleep(PEER_GRACE_S)
         print(f"{program}: rank {launch.rank} ends because another rank ended", file=sys.stderr, flush=True)

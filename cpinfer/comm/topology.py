@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from cpinfer.comm.axis import AxisComm, ProcessGroupComm, SoloComm
-from cpinfer.errors import RanksDifferError
+from cpinfer.comm.rank_watch import NoWatch, RankWatch, Watch
+from cpinfer.errors import RanksDifferError, RanksMissingError
 from cpinfer.layout.grid import Coords, Group, RankGrid
 from cpinfer.logs import RankLogger
 
@@ -29,6 +30,7 @@ class Topology:
             communicates on it.
         owned_groups: process groups that were made here, and end with `close`.
         tp: the tp axis where cpinfer slices the weights itself, for a phase.
+        watch: notices when ranks of this replica do not come.
     """
 
     grid: RankGrid
@@ -39,6 +41,7 @@ class Topology:
     tp_group: Any = None
     owned_groups: tuple[Any, ...] = ()
     tp: AxisComm = SoloComm()
+    watch: Watch = NoWatch()
 
     @classmethod
     def single(cls) -> Topology:
@@ -98,7 +101,9 @@ class Topology:
 
         pcp, dcp, replica = comm(grid.pcp_groups), comm(grid.dcp_groups), comm(grid.replica_groups)
         tp = comm(grid.tp_groups) if slices_weights else SoloComm()
-        return cls(grid, rank, pcp, dcp, replica, tp_group, tuple(owned), tp)
+        ranks = _own(grid.replica_groups, rank)
+        watch = RankWatch(rank, ranks, "replica") if len(ranks) > 1 else NoWatch()
+        return cls(grid, rank, pcp, dcp, replica, tp_group, tuple(owned), tp, watch)
 
     @property
     def coords(self) -> Coords:
@@ -148,6 +153,19 @@ class Topology:
             A topology beside this one, which should then not be closed as well.
         """
         return dataclasses.replace(self, owned_groups=(*self.owned_groups, *groups))
+
+    def ending(self, end: Callable[[RanksMissingError], object]) -> Topology:
+        """The same topology, of a process that may end where ranks do not come and nothing raises.
+
+        Args:
+            end: called then, in another thread, with what would be raised.
+
+        Returns:
+            A topology in place of this one, on the same groups.
+        """
+        if self.replica.size == 1:
+            return self
+        return dataclasses.replace(self, watch=RankWatch(self.rank, self.replica_ranks, "replica", end))
 
     def close(self) -> None:
         """Destroy the groups made here; the job's own are left alone."""

@@ -91,7 +91,8 @@ def begin_together(topology: Topology, device: torch.device, prepare: Callable[[
         own_error = error
         record[0] = _USER_ERROR if isinstance(error, UserError) else _ERROR
     try:
-        states, *digests, numbers = replica.all_gather(torch.tensor(record, device=device)).T.tolist()
+        with topology.watch.at("the comparison before a call"):
+            states, *digests, numbers = replica.all_gather(torch.tensor(record, device=device)).T.tolist()
     except RuntimeError as lost:  # the others have gone: what is wrong here may be why
         if own_error is not None:
             raise own_error from lost

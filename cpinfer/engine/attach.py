@@ -80,6 +80,7 @@ def attach(
             topology's, or a dtype that is not the weights'.
         UnsupportedError: for what the table of refusals names.
         RanksDifferError: when ranks do not bring the same.
+        RanksMissingError: from what the engine does, when some ranks do not come to it.
     """
     if not isinstance(topology, Topology | None):
         raise UserError(
@@ -88,6 +89,7 @@ def attach(
         )
     topology = topology or Topology.single()
     with ExitStack() as stack:
+        stack.enter_context(topology.watch.running())
 
         def prepare() -> Prepared[tuple[EngineConfig, ModelRunner, PoolSize]]:
             wanted = engine_config(config, keys)
@@ -115,15 +117,18 @@ def attach(
                 number=pool.number,
             )
 
-        (wanted, runner, own), pools = begin_together(topology, _device_of(model), prepare)
-        # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
-        needs = RankNeeds.of(runner, topology, wanted, PoolSize.smallest(pools, own.sharding))
-        if wanted.deterministic:
-            check_deterministic(runner, topology, wanted, needs)
-        engine = Engine(runner, wanted, tokenizer, decode_layouts(topology, wanted, needs))
-        stack.callback(engine.close)
-        engine.wake()
+        with topology.watch.at("attaching an engine", builds=True):
+            (wanted, runner, own), pools = begin_together(topology, _device_of(model), prepare)
+            # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
+            needs = RankNeeds.of(runner, topology, wanted, PoolSize.smallest(pools, own.sharding))
+            if wanted.deterministic:
+                check_deterministic(runner, topology, wanted, needs)
+            engine = Engine(runner, wanted, tokenizer, decode_layouts(topology, wanted, needs))
+            stack.callback(engine.close)
+            engine.wake()
         _tell(engine, runner, topology, wanted)
+        if isinstance(wanted, ParallelConfig):
+            stack.enter_context(topology.watch.waiting(wanted.collective_timeout_s))
         yield engine
         engine.close()
         engine.raise_if_left_alone()

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
+from cpinfer.comm.rank_watch import NoWatch, Watch
 from cpinfer.engine.agreement import Says
 from cpinfer.engine.layout_choice import LayoutChoice
 from cpinfer.engine.request import Request, SampledRequest
@@ -62,13 +63,22 @@ class EngineCore:
     """
 
     def __init__(
-        self, scheduler: Scheduler, stop_checker: StopChecker, home: int, num_ranks: int, log: RankLogger
+        self,
+        scheduler: Scheduler,
+        stop_checker: StopChecker,
+        home: int,
+        num_ranks: int,
+        log: RankLogger,
+        watch: Watch = NoWatch(),
     ) -> None:
         self._scheduler = scheduler
         self._stop_checker = stop_checker
         self._home = home
         self._num_ranks = num_ranks
         self._log = log
+        self._watch = watch
+        self._num_steps = 0
+        self._kinds_run: set[str] = set()
         # By `id` of each unfinished request, in the order in which they came.
         self._batches: dict[int, Batch] = {}
         self._is_at_rest = True
@@ -214,7 +224,11 @@ class EngineCore:
             self._log.debug(
                 "step: %d chunk(s), %d running, %d token(s)", len(step.chunks), len(step.running), num_tokens
             )
-        output = steps.run(step, says)
+        kind = "prefill" if step.chunks else "decode"
+        self._num_steps += 1
+        with self._watch.at(f"step {self._num_steps} ({kind})", builds=kind not in self._kinds_run):
+            output = steps.run(step, says)
+        self._kinds_run.add(kind)
         now = time.perf_counter()
         begin = 0
         for requests, start, end in step.told_of_experts:

@@ -48,7 +48,7 @@ class Engine:
         log, unseen = topology.logger(__name__), runner.expert_layers.unseen
         self._inputs = InputProcessor(runner.spec, self._needs.pool_size, tokenizer, log, unseen)
         scheduler, home = make_scheduler(runner, layouts[0], config), topology.grid.home(topology.rank)
-        self._core = EngineCore(scheduler, self._stop_checker, home, topology.replica.size, log)
+        self._core = EngineCore(scheduler, self._stop_checker, home, topology.replica.size, log, topology.watch)
         self._open = OpenRequests(self._core, self._inputs, self._stop_checker, topology, runner.device)
         self._steps: StepRunner | None = None
         # Whether ranks have exchanged arrivals, and whether they do so before the next step.

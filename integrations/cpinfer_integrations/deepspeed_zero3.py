@@ -27,7 +27,7 @@ from cpinfer.packages import named
 
 try:
     import deepspeed
-    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus, free_param
 except ModuleNotFoundError as error:
     raise named(error, __name__) from error
 
@@ -54,7 +54,7 @@ def layerwise(module: nn.Module) -> Iterator[int]:
     moving = [_Layer(parameters) for parameters in inside]
     with hooks_disabled(module, _OWNER), whole(outside), ExitStack() as stack:
         for index, (layer, its) in enumerate(zip(layers, moving, strict=True)):
-            stack.callback(its.release)
+            stack.callback(its.give_back)
             following = moving[(index + 1) % len(moving)]
             stack.callback(layer.register_forward_pre_hook(_bring(its, following)).remove)
             stack.callback(layer.register_forward_hook(_release(its)).remove)
@@ -109,6 +109,15 @@ class _Layer:
         if self._is_whole:
             self._is_whole = False
             self._parameters[0].partition(param_list=self._parameters)
+
+    def give_back(self) -> None:
+        """Be sharded again, also where what is on its way never comes: whoever waited for it has said so."""
+        try:
+            self.release()
+        except RuntimeError:
+            self._coming = None
+            for parameter in self._parameters:
+                free_param(parameter)
 
 
 def _bring(its: _Layer, following: _Layer) -> Any:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
-from cpinfer.comm.bootstrap import world_size_error
+from cpinfer.comm.bootstrap import end_process, world_size_error
 from cpinfer.comm.topology import Topology
 from cpinfer.config import LaunchConfig, ParallelConfig
 from cpinfer.errors import UserError
@@ -34,8 +35,14 @@ def check_packages(config: ParallelConfig) -> None:
 def launch_inference(config: LaunchConfig, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
     """The config's model on `device`, its weights sharded by the config's provider when there is tensor parallelism.
 
-    The default process group must exist and span the grid. Collective over all ranks.
+    The default process group must exist and span the grid. The process is a tool's, and ends where ranks that it waits
+    for do not come. Collective over all ranks.
     """
+    model, topology = _launched(config, grid, device)
+    return model, topology.ending(partial(end_process, topology.rank))
+
+
+def _launched(config: LaunchConfig, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
     assert config.model is not None, "who calls has checked that a model is named"
     dtype = getattr(torch, config.dtype)
     if grid.tp_size == 1:

@@ -27,7 +27,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from cpinfer.comm.bootstrap import is_peer_loss
+from cpinfer.comm.losses import is_peer_loss
 from cpinfer.config import SamplingParams
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.open_requests import RequestOutput

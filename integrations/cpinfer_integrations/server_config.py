@@ -41,7 +41,7 @@ class ServerConfig(Checked):
     )
     max_pause_s: float = _key(
         "seconds after which a pause that a client wanted ends by itself; less than collective_timeout_s",
-        300.0,
+        240.0,
         within=_SECONDS,
     )
     max_drain_s: float = _key(

@@ -2,8 +2,10 @@
 
 torchrun --nproc-per-node 2 tests/distributed/failing_rollout.py FAULT --config ...
 
-FAULT is raise, kill, stop, orphan, orphan_in_load or full. `orphan` kills the launcher, after which this rank comes to
-no collective any more; `full` is a disk that is full after a few lines, of every rank that writes.
+FAULT is raise, kill, stop, sleep, orphan, orphan_in_load or full; of rank 1, or of the one behind a colon ("stop:0").
+`sleep` is code that does not come back; `orphan` kills the launcher, after which this rank comes to no collective any
+more; `full` is a disk that is full after a few lines, of every rank that writes. With "+forever" at its end gloo waits
+for ever, as NCCL does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import signal
 import sys
 import time
 from typing import Any, NoReturn
+
+from torch.distributed import ProcessGroupGloo
 
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer_tools import rollout
@@ -39,10 +43,14 @@ def fill_the_disk() -> None:
 
 def put_fault(fault: str) -> None:
     """Make this rank fail after a few decode steps, if it is the faulty one."""
+    fault, _, forever = fault.partition("+")
+    fault, _, rank = fault.partition(":")
+    if forever:
+        ProcessGroupGloo._set_default_timeout = lambda *given: None
     if fault == "full":
         fill_the_disk()
         return
-    if int(os.environ["RANK"]) == FAULTY_RANK:
+    if int(os.environ["RANK"]) == int(rank or FAULTY_RANK):
         decode = StepRunner._decode
         steps = iter(range(STEPS_BEFORE_FAULT))
 
@@ -69,12 +77,16 @@ def stop() -> None:
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def sleep() -> None:
+    time.sleep(10**6)
+
+
 def orphan() -> None:
     os.kill(os.getppid(), signal.SIGKILL)
     time.sleep(10**6)
 
 
-FAULTS = {"raise": fail, "kill": kill, "stop": stop, "orphan": orphan}
+FAULTS = {"raise": fail, "kill": kill, "stop": stop, "sleep": sleep, "orphan": orphan}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import datetime
 import os
 import threading
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from cpinfer.comm import bootstrap
-from cpinfer.comm.bootstrap import Launch, default_group, die, end_with_launcher, is_peer_loss, is_timeout
+from cpinfer.comm.bootstrap import Launch, default_group, die, end_with_launcher
+from cpinfer.comm.losses import is_peer_loss, is_timeout
+from cpinfer.comm.rank_watch import RankWatch
 from cpinfer.comm.topology import new_group
 from cpinfer.config import JobConfig
-from cpinfer.errors import ModelChangedError, RanksDifferError
+from cpinfer.errors import ModelChangedError, RanksDifferError, RanksMissingError
 
 TIMED_OUT = "[unbound_buffer.cc:78] Timed out waiting 4000ms for recv operation to complete"
 LAUNCHED = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
@@ -31,6 +34,7 @@ def ended(monkeypatch):
     monkeypatch.setattr(os, "_exit", exit_)
     monkeypatch.setattr(bootstrap, "PEER_GRACE_S", 0)
     monkeypatch.setattr(bootstrap, "OWN_ERROR_GRACE_S", 0)
+    monkeypatch.setattr(bootstrap, "BEAT_S", 0)
     return codes
 
 
@@ -39,6 +43,7 @@ def ended(monkeypatch):
     [
         TIMED_OUT,
         "[unbound_buffer.cc:129] Timed out waiting 4000ms for send operation to complete",
+        "Application timeout caused pair closure",
         "wait timeout after 4000ms, keys: /default_pg/0//1//cpu//0/1",
         "Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7) ran for 600010 milliseconds",
     ],
@@ -97,20 +102,31 @@ def timeouts_of_new_groups():
 
 
 def test_groups_that_frameworks_make_wait_as_long_as_the_default_group(started):
-    before, wanted = timeouts_of_new_groups(), datetime.timedelta(seconds=7)
+    before = timeouts_of_new_groups()
     with default_group(Launch(0, 0, 2), 7.0):
-        assert started == [wanted] and timeouts_of_new_groups() == (wanted, wanted)
+        assert timeouts_of_new_groups() == (started[0], started[0])
     assert timeouts_of_new_groups() == before
     with pytest.raises(ZeroDivisionError), default_group(Launch(0, 0, 2), 7.0):
         raise ZeroDivisionError
     assert timeouts_of_new_groups() == before
 
 
-def test_a_rank_waits_well_under_half_an_hour_unless_it_is_told_to(started):
-    with default_group(Launch(0, 0, 2)):
-        pass
-    assert started == [datetime.timedelta(seconds=JobConfig().collective_timeout_s)]
-    assert started[0] <= datetime.timedelta(minutes=15)
+def test_a_job_is_watched_for_as_long_as_its_config_says(started, monkeypatch):
+    """Its collectives themselves wait for a replica that has more to do, and for checkpoints."""
+    waiting = []
+    monkeypatch.setattr(RankWatch, "waiting", lambda watch, timeout_s: waiting.append(timeout_s) or nullcontext())
+    for timeout_s in (JobConfig().collective_timeout_s, 1e6):
+        with default_group(Launch(0, 0, 2), timeout_s):
+            pass
+        assert waiting.pop() == timeout_s and started.pop() >= datetime.timedelta(seconds=max(timeout_s, 12 * 3600))
+    assert JobConfig().collective_timeout_s == 300
+
+
+def test_who_waited_names_those_that_did_not_come(ended, capsys):
+    with pytest.raises(SystemExit):
+        die(Launch(3, 1, 4), RanksMissingError("step 7 did not end: rank 1 is silent.", (1,)), program="tool")
+    assert ended == [1]
+    assert capsys.readouterr().err == "tool: rank 3 ends: step 7 did not end: rank 1 is silent.\n"
 
 
 def test_a_group_of_ours_waits_as_long_as_the_jobs():

@@ -8,7 +8,8 @@ import torch
 
 import cpinfer.comm.axis as axis
 from cpinfer.comm.axis import CountingComm, ProcessGroupComm, SoloComm
-from cpinfer.comm.bootstrap import Launch, is_peer_loss, world_size_error
+from cpinfer.comm.bootstrap import Launch, world_size_error
+from cpinfer.comm.losses import is_peer_loss
 from cpinfer.comm.threads import run_ranks
 from cpinfer.comm.topology import Topology
 from cpinfer.errors import PeerLostError
