@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: rollout test slow kernels check docs clean
+.PHONY: rollout test slow kernels hosts check docs clean
 
 # The second command runs the same prompts through the whole model, without us, and compares.
 rollout: $(VENV)/.installed
@@ -28,6 +28,10 @@ slow: $(VENV)/.installed-test
 # FlashInfer's own kernels, interpreted; minutes of compilation the first time. Skipped, and said so, where they cannot be.
 kernels: $(VENV)/.installed-test
 	$(BIN)/python tests/kernels/run.py
+
+# Jobs over two hosts: network namespaces with a virtual cable. Skipped, and said so, where they are not permitted.
+hosts: $(VENV)/.installed-test
+	$(BIN)/pytest -q -m slow -rs tests/hosts
 
 # Style, types, floors.
 check: $(VENV)/.installed-test

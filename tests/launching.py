@@ -23,7 +23,7 @@ from cpinfer_tools.verify.comparison.launches import end_processes
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
 
-_ENVIRON = {
+ENVIRON = {
     "OMP_NUM_THREADS": "1",
     "PATH": f"{BIN}:{os.environ['PATH']}",
     # As pytest has it, and this checkout's packages before those of any other that is installed.
@@ -80,7 +80,7 @@ def launch(command: Sequence[str], timeout_s: float, env: Mapping[str, str] | No
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, **_ENVIRON, **(env or {})},
+        env={**os.environ, **ENVIRON, **(env or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -138,7 +138,7 @@ def _fork_server() -> subprocess.Popen[str]:
         [sys.executable, "tests/fork_server.py"],
         cwd=ROOT,
         # Scripts find what lies beside them.
-        env={**os.environ, **_ENVIRON, "PYTHONPATH": f"{_ENVIRON['PYTHONPATH']}:{SCRIPTS}"},
+        env={**os.environ, **ENVIRON, "PYTHONPATH": f"{ENVIRON['PYTHONPATH']}:{SCRIPTS}"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
