@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -31,6 +31,7 @@ class Topology:
         owned_groups: process groups that were made here, and end with `close`.
         tp: the tp axis where cpinfer slices the weights itself, for a phase.
         watch: notices when ranks of this replica do not come.
+        measured: what engines have found out about these ranks together, by what of; kept as long as the topology is.
     """
 
     grid: RankGrid
@@ -42,6 +43,7 @@ class Topology:
     owned_groups: tuple[Any, ...] = ()
     tp: AxisComm = SoloComm()
     watch: Watch = NoWatch()
+    measured: dict[int, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def single(cls) -> Topology:

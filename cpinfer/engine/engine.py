@@ -18,7 +18,7 @@ from cpinfer.engine.prompts import PromptLike, PromptsLike, longest_prompt
 from cpinfer.engine.request import Request, RolloutResult, SampledRequest, ScoreResult, in_waves
 from cpinfer.engine.scheduler_stats import SchedulerStats
 from cpinfer.engine.sessions import Session
-from cpinfer.engine.step_factory import make_layout_choice, make_scheduler, make_steps
+from cpinfer.engine.step_factory import make_layout_choice, make_scheduler, prepared_steps
 from cpinfer.engine.step_runner import StepRunner
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.errors import StreamEndedError
@@ -117,12 +117,11 @@ class Engine:
         self._refuse_when_closed()
         made_of = self._runner, self._layouts, self._config
         self._halt()
-        self._steps = begin_together(
-            self.topology,
-            self._runner.device,
-            lambda: Prepared(self._steps or make_steps(*made_of, self._stop_checker), lambda: {"call": "wake"}),
-        )[0]
-        self._core.layouts = self._core.layouts or make_layout_choice(*made_of, self._steps)
+        steps, known = begin_together(
+            self.topology, self._runner.device, lambda: prepared_steps(self._steps, *made_of, self._stop_checker)
+        )
+        self._steps = steps
+        self._core.layouts = self._core.layouts or make_layout_choice(*made_of, steps, is_known=all(known))
 
     def sleep(self) -> None:
         """Free the KV pool and all scratch, for the optimiser to use; cached prefixes are gone with it.

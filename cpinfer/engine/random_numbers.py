@@ -6,7 +6,6 @@ its text stays what it was. They are made on the host, and so the same whatever 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,9 +29,9 @@ def exponentials(requests: Sequence[SampledRequest], num: int) -> NDArray[np.flo
     counter, key = state["state"]["counter"], state["state"]["key"]
     bits = np.empty((len(requests), num), dtype=np.uint64)
     for row, request in zip(bits, requests, strict=True):
-        prompt_key = int.from_bytes(hashlib.blake2b(request.prompt.id.encode(), digest_size=8).digest())
         # Number by number: numpy would turn a list with large numbers into floats, and ids would share numbers.
-        counter[0], counter[1], counter[2], counter[3] = 0, len(request.sampled), request.sample_index, prompt_key
+        counter[0], counter[1] = 0, len(request.sampled)
+        counter[2], counter[3] = request.sample_index, request.prompt.random_key
         key[0] = request.params.seed
         generator.state = state
         row[:] = generator.random_raw(num)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from cpinfer.config import SamplingParams
@@ -37,6 +39,11 @@ class Prompt:
     id: str
     token_ids: tuple[int, ...]
     sampling: OwnSampling | None = None
+
+    @cached_property
+    def random_key(self) -> int:
+        """64 bits of its id, by which its samples draw."""
+        return int.from_bytes(hashlib.blake2b(self.id.encode(), digest_size=8).digest())
 
 
 class SampledToken(NamedTuple):

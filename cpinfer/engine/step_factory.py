@@ -8,9 +8,11 @@ from types import MappingProxyType
 from cpinfer.attention.backends.base import StepBackends
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
+from cpinfer.engine.agreement import Prepared
 from cpinfer.engine.decode_cuda_graphs import make_decode_graphs
 from cpinfer.engine.exchanges import Exchanges
 from cpinfer.engine.experts_reader import ExpertsReader
+from cpinfer.engine.fingerprint import digest_of
 from cpinfer.engine.layout_choice import DecodeLayout, LayoutChoice, measured_rates
 from cpinfer.engine.logits_reader import LogitsReader
 from cpinfer.engine.scheduler import Scheduler
@@ -21,6 +23,7 @@ from cpinfer.engine.step_states import StepStates
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.kv_cache.state_store import StateStore
+from cpinfer.layout.decode_choice import DecodeRates
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
 
@@ -62,18 +65,39 @@ def make_steps(
     return runner_of(layouts[0], {layout.sharding.num_shards: runner_of(layout, {}) for layout in layouts[1:]})
 
 
-def make_layout_choice(
-    runner: ModelRunner, layouts: Sequence[DecodeLayout], config: EngineConfig, steps: StepRunner
-) -> LayoutChoice | None:
-    """Who chooses between layouts, where there are several: by what their steps take, which is measured here.
+def prepared_steps(
+    awake: StepRunner | None,
+    runner: ModelRunner,
+    layouts: Sequence[DecodeLayout],
+    config: EngineConfig,
+    stop_checker: StopChecker,
+) -> Prepared[StepRunner]:
+    """`make_steps`, as ranks begin it together; `awake` where it was done. Its number: whether rates are known."""
+    steps = awake or make_steps(runner, layouts, config, stop_checker)
+    is_known = len(layouts) == 1 or _key(runner, config) in layouts[0].topology.measured
+    return Prepared(steps, lambda: {"call": "wake"}, number=int(is_known))
 
-    Collective over the replica.
+
+def _key(runner: ModelRunner, config: EngineConfig) -> int:
+    """By what a topology keeps rates of decode steps: those of another model, or config, may be others."""
+    return digest_of({"model": runner.spec, "config": config})
+
+
+def make_layout_choice(
+    runner: ModelRunner, layouts: Sequence[DecodeLayout], config: EngineConfig, steps: StepRunner, *, is_known: bool
+) -> LayoutChoice | None:
+    """Who chooses between layouts, where there are several: by what their steps take.
+
+    Which is measured here, collectively over the replica, unless all ranks know it of an engine before.
     """
     if len(layouts) == 1:
         return None
-    rates = measured_rates(steps, layouts, runner.device)
+    topology, key = layouts[0].topology, _key(runner, config)
+    if not is_known:
+        topology.measured[key] = measured_rates(steps, layouts, runner.device)
+    rates: Mapping[int, DecodeRates] = topology.measured[key]
     told = ", ".join(f"dcp={n} {1e3 * r.first_s:.2f} ms" for n, r in sorted(rates.items()))
-    layouts[0].topology.logger(__name__).shared("a decode step of one row takes %s", told)
+    topology.logger(__name__).shared("a decode step of one row takes %s", told)
     return LayoutChoice(layouts, rates, lambda layout: make_scheduler(runner, layout, config))
 
 

@@ -1,11 +1,13 @@
 """The layout of decode left open ("auto"): what is chosen, by all ranks alike, and that answers are the same."""
 
 import copy
+from dataclasses import replace
 from itertools import count
 
 import pytest
 
 import cpinfer
+from cpinfer.comm.axis import CountingComm
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import EngineConfig, JobConfig, SamplingParams
 from cpinfer.engine import layout_choice
@@ -202,3 +204,47 @@ def test_alone_and_for_an_engines_own_config_nothing_is_open():
     for config in (alone, EngineConfig(dtype="float32", kv_cache_gib=0.001)):
         with cpinfer.attach(model, config=config) as engine:
             assert engine._core.layouts is None
+
+
+def test_rates_are_measured_once_for_many_engines_and_anew_unless_all_ranks_know_them(monkeypatch):
+    """Ranks of which one has forgotten would else wait for each other."""
+    model, measured = make_model(copy.deepcopy(FAMILIES["qwen2"])), layout_choice.measured_rates
+    calls = []
+
+    def counted(steps, layouts, device):
+        calls.append(layouts[0].topology.rank)
+        return measured(steps, layouts, device)
+
+    monkeypatch.setattr("cpinfer.engine.step_factory.measured_rates", counted)
+
+    def body(topology):
+        own = copy.deepcopy(model)
+        for phase in range(3):
+            if phase == 2 and topology.rank == 1:
+                topology.measured.clear()
+            with cpinfer.attach(own, topology, config_of()) as engine:
+                engine.generate(PROMPTS, SAMPLING)
+
+    run_ranks(GRID, body)
+    assert sorted(calls) == [0, 0, 1, 1]
+
+
+def test_a_short_phase_of_homes_has_a_third_of_the_collectives(monkeypatch):
+    """Two layers, six tokens: what is left is a gather of K and V per layer, one of tokens per step, and the calls'."""
+    model = make_model(copy.deepcopy(FAMILIES["qwen2"]))
+
+    def collectives(rates):
+        rated(monkeypatch, rates)
+
+        def body(topology):
+            pcp = CountingComm(topology.pcp)
+            counted = replace(topology, pcp=pcp, dcp=pcp, replica=CountingComm(topology.replica, pcp.traffic))
+            with cpinfer.attach(copy.deepcopy(model), counted, config_of()) as engine:
+                engine.generate(PROMPTS, SAMPLING)
+            return pcp.traffic.num_collectives
+
+        return run_ranks(GRID, body)
+
+    apart, together = collectives(APART), collectives(TOGETHER)
+    assert apart == [1 + 1 + 1 + 2 + 6] * 2  # attach, wake, generate; prefill; tokens
+    assert together == [a + 5 * 2 * 2 for a in apart]

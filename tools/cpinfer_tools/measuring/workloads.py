@@ -109,12 +109,16 @@ def make_model(shape: ModelShape) -> Any:
 
 @dataclass(frozen=True)
 class Workload:
-    """Prompts as token ids, how many tokens each is to be continued by, and how many samples there are of each."""
+    """Prompts as token ids, how many tokens each is to be continued by, and how many samples there are of each.
+
+    `num_shared`: tokens that all prompts begin with, which bounds count once.
+    """
 
     name: str
     prompts: tuple[tuple[int, ...], ...]
     max_new_tokens: tuple[int, ...]
     num_samples: int = 1
+    num_shared: int = 0
 
     def __post_init__(self) -> None:
         if len(self.prompts) != len(self.max_new_tokens):
@@ -138,8 +142,10 @@ class Workload:
 
     def described(self) -> str:
         lens, new = list(map(len, self.prompts)), self.max_new_tokens
+        shared = f" ({self.num_shared:,} of them shared)" if self.num_shared else ""
         return (
-            f"{len(lens)} prompt(s) of {_range(lens)} tokens x {self.num_samples} sample(s), {_range(new)} new tokens; "
+            f"{len(lens)} prompt(s) of {_range(lens)} tokens{shared} x {self.num_samples} sample(s), "
+            f"{_range(new)} new tokens; "
             f"{self.num_prompt_tokens:,} prompt tokens (each prompt once), {self.num_generated_tokens:,} generated"
         )
 
@@ -168,16 +174,19 @@ def spread(low: int, high: int, num: int, *, geometric: bool, seed: int) -> list
 
 
 def engine_workloads(shape: ModelShape, *, quick: bool) -> list[Workload]:
-    """A GRPO group, a ragged batch with a long tail of answers, and one long prompt."""
+    """A GRPO group, a ragged batch with a long tail of answers, one long prompt, many short ones, and many questions
+    about one document."""
     vocab = shape.vocab_size
     if quick:
         groups, samples, group_len, group_new = 2, 2, 32, 8
         ragged, lens, new = 4, (8, 48), (4, 16)
         long_len, long_new = 256, 8
+        short, questions, document = 8, 4, 96
     else:
         groups, samples, group_len, group_new = 8, 8, 512, 128
         ragged, lens, new = 32, (64, 1024), (32, 512)
         long_len, long_new = 16384, 64
+        short, questions, document = 256, 64, 8192
     ragged_lens = spread(*lens, ragged, geometric=False, seed=11)
     return [
         Workload("group", random_prompts([group_len] * groups, vocab, 1), (group_new,) * groups, samples),
@@ -188,6 +197,16 @@ def engine_workloads(shape: ModelShape, *, quick: bool) -> list[Workload]:
             tuple(spread(*new, ragged, geometric=True, seed=12)),
         ),
         Workload("long", random_prompts([long_len], vocab, 3), (long_new,)),
+        Workload("short", random_prompts([32] * short, vocab, 4), (16,) * short),
+        Workload(
+            "shared",
+            tuple(
+                (*random_prompts([document], vocab, 5)[0], *question)
+                for question in random_prompts([32] * questions, vocab, 6)
+            ),
+            (16,) * questions,
+            num_shared=document,
+        ),
     ]
 
 
@@ -204,8 +223,10 @@ def floor_s(workload: Workload, shape: ModelShape, speed: Speed, tp_size: int = 
 
     Prefill is bound by arithmetic, decode steps as `decode_floor_s` has them.
     """
-    pairs = sum(len(p) * (len(p) + 1) // 2 for p in workload.prompts)
-    flops = 2.0 * shape.params_per_token * workload.num_prompt_tokens + shape.flops_per_pair * pairs
+    shared, again = workload.num_shared, len(workload.prompts) - 1
+    pairs = sum(len(p) * (len(p) + 1) // 2 for p in workload.prompts) - again * shared * (shared + 1) // 2
+    num_tokens = workload.num_prompt_tokens - again * shared
+    flops = 2.0 * shape.params_per_token * num_tokens + shape.flops_per_pair * pairs
     flops += 2.0 * shape.vocab_params * len(workload.prompts)
     seconds = flops / (tp_size * speed.gflop_per_s * 1e9)
     steps = range(1, max(workload.max_new_tokens))
@@ -226,7 +247,8 @@ def decode_floor_s(
     num_rows, num_reads = len(prompts) * workload.num_samples, 1 if prompt_reads is None else prompt_reads
     num_keys = sum(prompts) * workload.num_samples + step * num_rows
     flops = 2.0 * params * num_rows + shape.flops_per_pair * num_keys
-    num_bytes = params * FLOAT32_BYTES + shape.kv_bytes_per_token * (sum(prompts) * num_reads + step * num_rows)
+    read = sum(prompts) - max(0, len(prompts) - 1) * workload.num_shared
+    num_bytes = params * FLOAT32_BYTES + shape.kv_bytes_per_token * (read * num_reads + step * num_rows)
     return max(flops / (speed.gflop_per_s * 1e9), num_bytes / (speed.gbyte_per_s * 1e9))
 
 
