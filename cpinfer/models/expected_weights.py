@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from cpinfer.errors import UserError
@@ -23,6 +25,7 @@ from cpinfer.models.checkpoint import Checkpoint, StoredTensor, first_line, name
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.model_sizes import model_sizes
 from cpinfer.models.spec import ModelSpec
+from cpinfer.models.stored_tensors import Unread
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _EXPERT = re.compile(r"(?<=\.experts\.)\d+(?=\.)")
@@ -58,13 +61,30 @@ def expected_sizes(spec: ModelSpec, config: Any, dtype: torch.dtype) -> tuple[We
     return _weights(model), model_sizes(spec, model)
 
 
+@dataclass(frozen=True)
+class Placed:
+    """Where the tensors of a checkpoint go in its model.
+
+    `weights` is what `check_weights` gives, `wanted` the names of the tensors that the model has a place for. `linear`
+    has, by the names that parameters of linear layers have in the model, the tensors that they are, as they are:
+    neither joined with others nor changed in any way, and in no other place too.
+    """
+
+    weights: Weights
+    wanted: frozenset[str]
+    linear: Mapping[str, str]
+
+
 def check_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Weights:
     """The weights of a config's model, all found in a checkpoint. UserError names one that is missing or differs."""
+    return place_weights(checkpoint, config, dtype).weights
+
+
+def place_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Placed:
+    """Where the weights of a config's model are in a checkpoint. UserError as `check_weights`."""
     floats = {name: tensor for name, tensor in checkpoint.tensors.items() if tensor.dtype in _DTYPES}
     _check_experts(checkpoint, floats)
-    tensors = {
-        name: torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta") for name, tensor in floats.items()
-    }
+    tensors = {name: Unread(tensor.shape) for name, tensor in floats.items()}
     try:
         with without_load_report():
             model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
@@ -85,7 +105,30 @@ def check_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> We
     others = sorted({tensor.dtype for tensor in checkpoint.tensors.values()} - _DTYPES.keys())
     hint = f" (tensors of {', '.join(others)} are no plain weights and do not count)" if others else ""
     check_loading_info(str(checkpoint.folder), model, info, hint)
-    return replace(_weights(model), unexpected=tuple(sorted(info["unexpected_keys"])))
+    became = {name: tensor.became for name, tensor in tensors.items() if tensor.became is not None}
+    weights = replace(_weights(model), unexpected=tuple(sorted(info["unexpected_keys"])))
+    return Placed(weights, frozenset(became), _linear_weights(model, became))
+
+
+def _linear_weights(model: Any, became: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """See `Placed.linear`: which tensors of a checkpoint became parameters, and nothing else became of them."""
+    # A version counts what was done to a tensor in place.
+    names = {_storage(tensor): name for name, tensor in became.items() if tensor._version == 0}
+    uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
+    found = {}
+    for module_name, module in model.named_modules():
+        for key, weight in module.named_parameters(recurse=False):
+            name = names.get(_storage(weight))
+            if isinstance(module, nn.Linear) and name is not None and uses[id(weight)] == 1:
+                tensor = became[name]
+                if (weight.shape, weight.stride(), weight.dtype) == (tensor.shape, tensor.stride(), tensor.dtype):
+                    found[f"{module_name}.{key}"] = name
+    return found
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Of two tensors the same where they are views of the same memory, though it has no address (on meta)."""
+    return StorageWeakRef(tensor.untyped_storage()).cdata
 
 
 def check_loading_info(name: str, model: Any, info: Mapping[str, Any], hint: str = "") -> None:

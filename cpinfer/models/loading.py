@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,20 +32,22 @@ from transformers.utils.hub import cached_file
 
 from cpinfer.errors import UserError
 from cpinfer.layout.step_traffic import ModelSizes
-from cpinfer.models.checkpoint import fetched_folder, first_line, local_folder, read_checkpoint
+from cpinfer.models.checkpoint import fetched_folder, first_line, local_folder, named, read_checkpoint
 from cpinfer.models.config_values import check_file_values, check_generation_values
 from cpinfer.models.expected_weights import (
+    Placed,
     Weights,
     check_loading_info,
-    check_weights,
     expected_sizes,
     expected_weights,
+    place_weights,
     without_load_report,
 )
 from cpinfer.models.generation_config import sampling_keys
 from cpinfer.models.quantization import QUANTIZATION_KEYS, Quantization, as_plain, plain_tensors, quantization
 from cpinfer.models.refused_models import refuse_unsupported
 from cpinfer.models.spec import ModelSpec
+from cpinfer.models.stored_tensors import OnRead, Readable, ReadBytes, Unread, stored_tensors
 from cpinfer.models.tokenizer_files import check_tokenizer_values, knows_words, tokenizer_files
 
 
@@ -98,9 +102,10 @@ def known_weights(model: str, dtype: torch.dtype, *, in_files: bool = True) -> W
     Files are looked at where they are on this machine already, never fetched, and by their headers; not `in_files`:
     not at all.
     """
-    config, quantized = _read_config(model)
-    folder = local_folder(model) if in_files else None
-    return expected_weights(config, dtype) if folder is None else _checked(folder, config, quantized, dtype)
+    source = _source(model, dtype)
+    if not in_files or source.folder is None:
+        return expected_weights(source.config, dtype)
+    return source.placed(source.folder).weights
 
 
 def known_sizes(model: str, dtype: torch.dtype) -> tuple[Weights, ModelSizes]:
@@ -108,49 +113,47 @@ def known_sizes(model: str, dtype: torch.dtype) -> tuple[Weights, ModelSizes]:
     return expected_sizes(load_spec(model), _read_config(model)[0], dtype)
 
 
-def load_model(model: str, dtype: torch.dtype, **options: Any) -> Any:
+def load_model(model: str, dtype: torch.dtype, *, on_read: OnRead | None = None, **options: Any) -> Any:
     """The causal LM with its weights, in evaluation mode, on CPU. UserError when its files lack any of them.
 
-    Weights in mxfp4 or fp8 are dequantized. `options` as `AutoModelForCausalLM.from_pretrained` has them, for who wants
-    it sharded as it loads.
+    Weights in mxfp4 or fp8 are dequantized. Those that have `dtype` in their files are views of these, mapped: ranks of
+    a host share their pages. `on_read` is told of bytes as they are read. `options` as
+    `AutoModelForCausalLM.from_pretrained` has them, for who wants it sharded as it loads.
     """
-    config, quantized = _read_config(model)
-    seen = local_folder(model)
-    # Under ZeRO-3 Transformers makes no model on the meta device, which the check of all tensors needs.
-    whole = partial(_checked, config=config, quantized=quantized, dtype=dtype)
-    check: Callable[[Path], Any] = read_checkpoint if is_deepspeed_zero3_enabled() else whole
-    if seen is not None:
-        check(seen)
-    log, start_s = logging.getLogger(__name__), time.perf_counter()
-    told = "" if quantized is None else f", dequantized from {type(quantized).__name__.lower()}"
-    log.info("loading %s in %s%s", model, str(dtype).removeprefix("torch."), told)
-    try:
-        with without_load_report():
-            load = _load_plain if quantized is None else partial(_load_quantized, quantized)
-            loaded, info = load(
-                model,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are refused below, by name
-                output_loading_info=True,
-                **options,
-            )
-    except UserError:
-        raise
-    except Exception as error:
-        if seen is None and (folder := local_folder(model)) is not None:  # by now; this check names the tensor
-            check(folder)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise UserError(f"model {model}: its weights could not be read ({first_line(error)}).") from error
-        raise
-    if getattr(loaded, "_hf_peft_config_loaded", False):
-        raise UserError(f"model {model}: it comes with an adapter; a whole model was wanted. Merge it into the model.")
-    check_loading_info(model, loaded, info)
-    if seen is None and (folder := local_folder(model)) is not None:
-        check(folder)  # also what was loaded: codes would have been taken for numbers
-    log.info("loaded %s in %.1f s", model, time.perf_counter() - start_s)
-    return loaded.eval()
+    source = _source(model, dtype)
+    by_name = is_deepspeed_zero3_enabled() or source.folder is None
+    if by_name and source.quantized is None:
+        return _loaded(source, partial(_by_name, model), options)
+    with _readable(source):
+        folder = fetched_folder(model)
+    tensors = source.tensors(folder, ReadBytes(on_read))
+    if is_deepspeed_zero3_enabled():  # which wants tensors, where other ways of loading ask for them one by one
+        return _loaded(source, partial(_from_tensors, source, {name: x[...] for name, x in tensors.items()}), options)
+    wanted = source.placed(folder).wanted
+    return _loaded(source, partial(_from_tensors, source, {name: tensors[name] for name in wanted}), options)
+
+
+@dataclass(frozen=True)
+class PartlyRead:
+    """A causal LM whose linear layers lie on the meta device, `unread`: parameters by name, each a tensor of a file."""
+
+    model: Any
+    unread: Mapping[str, Readable]
+
+
+def load_partly(model: str, dtype: torch.dtype, *, on_read: OnRead | None = None) -> PartlyRead:
+    """As `load_model`, but linear layers stay in the files, where a tensor there is their weight as it is."""
+    source = _source(model, dtype)
+    with _readable(source):
+        folder = fetched_folder(model)
+    placed, tensors = source.placed(folder), source.tensors(folder, ReadBytes(on_read))
+    unread = {key: tensors[name] for key, name in placed.linear.items()}
+    given: dict[str, Any] = {name: tensors[name] for name in placed.wanted}
+    given |= {name: Unread(tensors[name].get_shape()) for name in placed.linear.values()}
+    loaded = _loaded(source, partial(_from_tensors, source, given), {})
+    if odd := {key for key, weight in loaded.named_parameters() if weight.is_meta} ^ unread.keys():
+        raise RuntimeError(f"model {model}: Transformers has loaded {named(sorted(odd))} otherwise than it said before")
+    return PartlyRead(loaded, unread)
 
 
 def fresh_model(model: str, dtype: torch.dtype) -> Any:
@@ -158,34 +161,95 @@ def fresh_model(model: str, dtype: torch.dtype) -> Any:
     return AutoModelForCausalLM.from_config(_read_config(model)[0], dtype=dtype, trust_remote_code=False)
 
 
-def _load_plain(model: str, **options: Any) -> tuple[Any, Any]:
-    return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, **options)
+@dataclass(frozen=True)
+class _Source:
+    """Where a model comes from: its config, quantization left out of it, and the folder of its files, if it is here."""
+
+    model: str
+    dtype: torch.dtype
+    config: Any
+    quantized: Quantization | None
+    folder: Path | None
+
+    def check(self, folder: Path) -> None:
+        """UserError when the weights in the folder are not those of its config, as far as can be seen."""
+        if is_deepspeed_zero3_enabled():  # no model is made on the meta device then
+            read_checkpoint(folder)
+        else:
+            self.placed(folder)
+
+    def placed(self, folder: Path) -> Placed:
+        """Where its weights are in the folder. UserError when they are not those of its config."""
+        checkpoint = read_checkpoint(folder)
+        plain = checkpoint if self.quantized is None else as_plain(checkpoint, self.quantized)
+        return place_weights(plain, self.config, self.dtype)
+
+    def tensors(self, folder: Path, read: ReadBytes) -> Mapping[str, Readable]:
+        """Its tensors in the folder, those that are quantized dequantized as they are read."""
+        checkpoint = read_checkpoint(folder)
+        stored = stored_tensors(checkpoint, self.dtype, read)
+        return stored if self.quantized is None else plain_tensors(checkpoint, self.quantized, self.dtype, stored)
 
 
-def _load_quantized(
-    how: Quantization, model: str, *, config: Any, dtype: torch.dtype, **options: Any
-) -> tuple[Any, Any]:
-    """As `_load_plain`, the tensors of the files dequantized on the way."""
-    tensors = plain_tensors(read_checkpoint(fetched_folder(model)), how, dtype)
-    if is_deepspeed_zero3_enabled():  # which wants tensors, where other ways of loading ask for them one by one
-        tensors = {name: tensor[...] for name, tensor in tensors.items()}
-    generation = _read_generation_config(model)
-    loaded, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+def _source(model: str, dtype: torch.dtype) -> _Source:
+    return _Source(model, dtype, *_read_config(model), local_folder(model))
+
+
+def _loaded(source: _Source, load: Callable[..., tuple[Any, Any]], options: Mapping[str, Any]) -> Any:
+    """What `load` makes of a model, all of it found. UserError where it is not."""
+    told = "" if source.quantized is None else f", dequantized from {type(source.quantized).__name__.lower()}"
+    log, start_s = logging.getLogger(__name__), time.perf_counter()
+    log.info("loading %s in %s%s", source.model, str(source.dtype).removeprefix("torch."), told)
+    with without_load_report(), _readable(source):
+        loaded, info = load(
+            config=source.config,
+            dtype=source.dtype,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            output_loading_info=True,
+            **options,
+        )
+    if getattr(loaded, "_hf_peft_config_loaded", False):
+        raise UserError(
+            f"model {source.model}: it comes with an adapter; a whole model was wanted. Merge it into the model."
+        )
+    check_loading_info(source.model, loaded, info)
+    if source.folder is None and (folder := local_folder(source.model)) is not None:
+        source.check(folder)  # also what was loaded: codes would have been taken for numbers
+    log.info("loaded %s in %.1f s", source.model, time.perf_counter() - start_s)
+    return loaded.eval()
+
+
+@contextmanager
+def _readable(source: _Source) -> Iterator[None]:
+    """A block that reads a model's files. UserError where they cannot be read, or have come and are another model's."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if source.folder is None and (folder := local_folder(source.model)) is not None:  # by now
+            source.check(folder)  # names the tensor
+        if isinstance(error, (OSError, SafetensorError)):
+            raise UserError(f"model {source.model}: its weights could not be read ({first_line(error)}).") from error
+        raise
+
+
+def _by_name(model: str, **options: Any) -> tuple[Any, Any]:
+    """By Transformers alone, which finds a model's files, or fetches them."""
+    return AutoModelForCausalLM.from_pretrained(model, trust_remote_code=False, use_safetensors=True, **options)
+
+
+def _from_tensors(source: _Source, tensors: Mapping[str, Any], **options: Any) -> tuple[Any, Any]:
+    """As `from_pretrained` by a model's name, of these tensors."""
+    generation = _read_generation_config(source.model)
+    loaded, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(source.config)].from_pretrained(
         None,
-        config=config,
-        dtype=dtype,
         state_dict=tensors,
         generation_config=None if generation is None else GenerationConfig.from_dict(generation),
         **options,
     )
-    loaded.name_or_path = loaded.config.name_or_path = model
+    loaded.name_or_path = loaded.config.name_or_path = source.model
     return loaded, info
-
-
-def _checked(folder: Path, config: Any, quantized: Quantization | None, dtype: torch.dtype) -> Weights:
-    """The weights in a folder. UserError when they are not those of its config."""
-    checkpoint = read_checkpoint(folder)
-    return check_weights(checkpoint if quantized is None else as_plain(checkpoint, quantized), config, dtype)
 
 
 def _read_config(model: str) -> tuple[Any, Quantization | None]:

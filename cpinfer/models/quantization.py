@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from cpinfer.errors import UserError
-from cpinfer.models.checkpoint import Checkpoint, StoredTensor, weight_files
+from cpinfer.models.checkpoint import Checkpoint, StoredTensor
 from cpinfer.models.config_values import wrong_value
+from cpinfer.models.stored_tensors import Readable
 from cpinfer.refusals import refuse
 
 # What a config.json may call it, now and before.
@@ -134,16 +134,15 @@ def as_plain(checkpoint: Checkpoint, how: Quantization) -> Checkpoint:
     return replace(checkpoint, tensors={k: v for k, v in tensors.items() if not k.endswith(".activation_scale")})
 
 
-def plain_tensors(checkpoint: Checkpoint, how: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """Tensor by name, for `from_pretrained` as `state_dict`: none is read, or dequantized, before it is asked for."""
-    stored: dict[str, Any] = {}
-    for path in weight_files(checkpoint.folder):
-        file = safe_open(path, framework="pt")
-        stored |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+def plain_tensors(
+    checkpoint: Checkpoint, how: Quantization, dtype: torch.dtype, stored: Mapping[str, Readable]
+) -> dict[str, Readable]:
+    """Tensor by name, of those `stored` in the files: none is read, or dequantized, before it is asked for."""
+    tensors = dict(stored)
     plain = as_plain(checkpoint, how).tensors
     for name, codes, scales in _quantized(checkpoint, how):
-        stored[name] = _Dequantized(how, stored.pop(codes), stored.pop(scales), plain[name].shape, dtype)
-    return {name: stored[name] for name in plain}
+        tensors[name] = _Dequantized(how, tensors.pop(codes), tensors.pop(scales), plain[name].shape, dtype)
+    return {name: tensors[name] for name in plain}
 
 
 def _quantized(checkpoint: Checkpoint, how: Quantization) -> Iterator[tuple[str, str, str]]:
@@ -165,18 +164,22 @@ def _quantized(checkpoint: Checkpoint, how: Quantization) -> Iterator[tuple[str,
 
 @dataclass(frozen=True)
 class _Dequantized:
-    """A tensor that is not there yet, with what Transformers' loader asks of those in a file."""
+    """A tensor that is not there yet: a `Readable`."""
 
     how: Quantization
-    codes: Any
-    scales: Any
+    codes: Readable
+    scales: Readable
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     def get_shape(self) -> list[int]:
-        """The whole tensor's."""
+        """See `Readable`."""
         return list(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Values at an index of the whole tensor."""
+        """See `Readable`."""
         return self.how.dequantized(self.codes[...], self.scales[...], self.dtype)[index]
+
+    def copied(self, index: Any) -> Tensor:
+        """See `Readable`."""
+        return self[index].clone(memory_format=torch.contiguous_format)

@@ -25,9 +25,11 @@ from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.kv_expansion import expand_kv_heads
+from cpinfer.models.loading import PartlyRead
 from cpinfer.packages import named
 from cpinfer.refusals import refuse
 from cpinfer_integrations import deepspeed_zero3 as zero3
+from cpinfer_integrations.deepspeed_loading import cut_as_read
 from cpinfer_integrations.deepspeed_rollout import CpinferRolloutBatch, CpinferRolloutEngine
 
 try:
@@ -157,8 +159,8 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
     The default process group must exist. Collective over all ranks.
 
     Args:
-        model: a Hugging Face causal LM, whole on every rank; it is changed in place, its K/V heads expanded first where
-            tp exceeds them.
+        model: a Hugging Face causal LM, whole on every rank, or a `PartlyRead` one, of which each rank then reads the
+            part that it keeps; it is changed in place, its K/V heads expanded first where tp exceeds them.
         grid: the layout, of all ranks.
         dtype: of the weights.
 
@@ -171,17 +173,24 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
         group = new_group(ranks)
         if dist.get_rank() in ranks:
             tp_group, owned = group, [group]
+    partly = model if isinstance(model, PartlyRead) else PartlyRead(model, {})
+    cut = partial(cut_by_autotp, grid=grid, tp_group=tp_group, dtype=dtype)
+    engine = cut_as_read(partly, dtype, model_spec(partly.model).head_dim, cut)
+    topology = topology_from(engine, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size)
+    return LaunchedInference(engine, topology.owning(owned))
+
+
+def cut_by_autotp(model: Any, grid: RankGrid, tp_group: Any, dtype: torch.dtype) -> Any:
+    """AutoTP's engine of a model."""
     expand_kv_heads(model, grid.tp_size)
     with redirect_stdout(io.StringIO()):  # every rank prints what it shards
-        engine = deepspeed.init_inference(
+        return deepspeed.init_inference(
             model,
             dtype=dtype,
             replace_with_kernel_inject=False,
             injection_policy=_row_parallel(model),
             tensor_parallel={"tp_size": grid.tp_size, "mpu": _ModelParallelUnit(tp_group), "tp_group": tp_group},
         )
-    topology = topology_from(engine, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size)
-    return LaunchedInference(engine, topology.owning(owned))
 
 
 def _row_parallel(model: Any) -> dict[type, tuple[str, ...]] | None:

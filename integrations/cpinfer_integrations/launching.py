@@ -12,7 +12,8 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import LaunchConfig, ParallelConfig
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
-from cpinfer.models.loading import load_model
+from cpinfer.models.loading import load_model, load_partly
+from cpinfer.models.stored_tensors import OnRead
 from cpinfer.packages import need_package
 
 
@@ -32,28 +33,33 @@ def check_packages(config: ParallelConfig) -> None:
         need_package("deepspeed", f'tp_size={config.tp_size} with the provider "autotp"')
 
 
-def launch_inference(config: LaunchConfig, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
+def launch_inference(
+    config: LaunchConfig, grid: RankGrid, device: torch.device, on_read: OnRead | None = None
+) -> tuple[Any, Topology]:
     """The config's model on `device`, its weights sharded by the config's provider when there is tensor parallelism.
 
-    The default process group must exist and span the grid. The process is a tool's, and ends where ranks that it waits
-    for do not come. Collective over all ranks.
+    Each rank reads what it keeps, and `on_read` is told of it. The default process group must exist and span the grid.
+    The process is a tool's, and ends where ranks that it waits for do not come. Collective over all ranks.
     """
-    model, topology = _launched(config, grid, device)
+    model, topology = _launched(config, grid, device, on_read)
     return model, topology.ending(partial(end_process, topology.rank))
 
 
-def _launched(config: LaunchConfig, grid: RankGrid, device: torch.device) -> tuple[Any, Topology]:
+def _launched(
+    config: LaunchConfig, grid: RankGrid, device: torch.device, on_read: OnRead | None
+) -> tuple[Any, Topology]:
     assert config.model is not None, "who calls has checked that a model is named"
     dtype = getattr(torch, config.dtype)
     if grid.tp_size == 1:
-        return load_model(config.model, dtype).to(device), Topology.from_world(grid)
+        return load_model(config.model, dtype, on_read=on_read).to(device), Topology.from_world(grid)
     # A neighbour is imported by those alone who shard with it.
     if config.tensor_parallel.provider == "transformers":
         from cpinfer_integrations import transformers as by_transformers
 
-        sharded = by_transformers.launch_inference(config.model, grid, dtype=dtype)
+        sharded = by_transformers.launch_inference(config.model, grid, dtype=dtype, on_read=on_read)
         return sharded.module, sharded.topology
     from cpinfer_integrations import deepspeed as by_deepspeed
 
-    launched = by_deepspeed.launch_inference(load_model(config.model, dtype), grid, dtype=dtype)
+    partly = load_partly(config.model, dtype, on_read=on_read)
+    launched = by_deepspeed.launch_inference(partly, grid, dtype=dtype)
     return launched.module, launched.topology

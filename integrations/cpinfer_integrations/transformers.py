@@ -20,6 +20,7 @@ from cpinfer.config import ConfigLike, job_config
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
+from cpinfer.models.stored_tensors import OnRead
 
 __all__ = ["LaunchedModel", "launch_inference", "lend", "topology_from"]
 
@@ -85,7 +86,7 @@ class LaunchedModel:
     topology: Topology
 
 
-def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype) -> LaunchedModel:
+def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype, on_read: OnRead | None = None) -> LaunchedModel:
     """Load `model`, a folder or Hugging Face id, sharded over the tp axis of `grid`. Collective over all ranks.
 
     The default process group must exist and span the grid; the groups of the mesh end with it.
@@ -94,6 +95,7 @@ def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype) -> Launc
         model: a folder or Hugging Face id.
         grid: the layout, of all ranks.
         dtype: of the weights.
+        on_read: told of bytes as they are read.
 
     Returns:
         The model and its topology.
@@ -101,7 +103,7 @@ def launch_inference(model: str, grid: RankGrid, *, dtype: torch.dtype) -> Launc
     replicas = grid.world_size // grid.tp_size
     more = {"fsdp_size": 1, "dp_replicate_size": replicas} if replicas > 1 else {}
     config = DistributedConfig(tp_size=grid.tp_size, **more)
-    module = load_model(model, dtype, distributed_config=config)
+    module = load_model(model, dtype, on_read=on_read, distributed_config=config)
     return LaunchedModel(module, topology_from(module, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size))
 
 

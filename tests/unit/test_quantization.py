@@ -21,6 +21,7 @@ from cpinfer.models import checkpoint, loading
 from cpinfer.models.checkpoint import read_checkpoint
 from cpinfer.models.loading import fresh_model, known_weights, load_model, load_spec
 from cpinfer.models.quantization import Float8, Mxfp4, plain_tensors, quantization
+from cpinfer.models.stored_tensors import ReadBytes, stored_tensors
 from quantized_checkpoints import fp8_of, make_fp8, make_mxfp4
 from tiny_models import FAMILIES, make_model
 
@@ -111,7 +112,8 @@ def test_a_slice_of_a_tensor_is_that_of_the_whole_for_who_loads_it_sharded(famil
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     how = quantization(config)
     assert how is not None
-    tensors = plain_tensors(read_checkpoint(tmp_path), how, torch.float32)
+    found = read_checkpoint(tmp_path)
+    tensors = plain_tensors(found, how, torch.float32, stored_tensors(found, torch.float32, ReadBytes()))
     assert tensors.keys() == plain.keys()
     for name, tensor in tensors.items():
         assert tuple(tensor.get_shape()) == plain[name].shape

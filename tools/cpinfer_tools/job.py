@@ -56,7 +56,7 @@ from cpinfer.packages import need_package
 from cpinfer_integrations.launching import check_packages, grid_for
 from cpinfer_tools.memory import Fit, MemoryNeeds, available_memory
 from cpinfer_tools.opening import is_writer, open_together
-from cpinfer_tools.progress import Tokens, loading
+from cpinfer_tools.progress import Loading, Tokens, loading
 from cpinfer_tools.quiet import quiet_others
 from cpinfer_tools.results.output import Existing, check_output, default_output
 from cpinfer_tools.run_config import RunConfig
@@ -248,12 +248,10 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
     per_state = 0 if spec.states is None else spec.states.bytes_per_sequence(job.config.dtype)
     num_states = pool.num_states + cached_states(spec, job.config, job.config.dtype)
     tp_size = job.grid.tp_size
-    # AutoTP cuts a model that every rank has loaded whole, on the host.
-    loads_whole = tp_size == 1 or job.config.tensor_parallel.provider == "autotp"
     needs = MemoryNeeds(
         weights_bytes=job.weights.bytes_per_rank(tp_size),
         kv_pool_bytes=pool.num_blocks * job.config.block_size * per_token + num_states * per_state,
-        loading_bytes=job.weights.bytes_per_rank(1 if loads_whole else tp_size),
+        loading_bytes=job.weights.bytes_per_rank(tp_size),  # a rank reads what it keeps
         kernels_bytes=_kernel_bytes(job.spec, job.grid, job.config, launch.device),
     )
     memory = Fit(needs, available_memory(launch, os.environ))
@@ -262,7 +260,7 @@ def dry_run_summary(tool: str, job: Job, launch: Launch) -> dict[str, Any]:
     return {"dry_run": True, **job.counts, **capacity, **memory.summary, "layout": job.meta["layout"]}
 
 
-def loading_weights(tool: str, job: Job, launch: Launch) -> AbstractContextManager[None]:
+def loading_weights(tool: str, job: Job, launch: Launch) -> AbstractContextManager[Loading]:
     """A block in which the job's weights load; the first rank says so."""
     weights = f"{job.weights.bytes_per_rank(1) / 1e9:.2g} GB in {job.config.dtype}"
     where = f"on {launch.world_size} rank(s) ({launch.device.type})"

@@ -1,7 +1,8 @@
 """Signs of life while a tool runs: tqdm's bar on a terminal, elsewhere (a Slurm log, `| tee`) a line now and then.
 
     rollout: loading configs/recall-tiny: 0.0018 GB in float32, on 2 rank(s) (cpu)
-    rollout: loaded in 12.3 s
+    rollout: 0.9 of 2.1 GB of weights read after 5 s, 0.18 GB/s
+    rollout: loaded in 12.3 s, 2.1 GB of weights read
     rollout: 12/64 samples after 30 s; 3,240 tokens generated, 108/s; 36,279 of prompts computed; about 130 s left
 
 A thread writes the lines, since samples may be long in coming: it reads counts, and nothing reads it.
@@ -13,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TextIO
@@ -187,21 +188,61 @@ class Lines:
                 return
 
 
+class Loading:
+    """Weights as they load, in its block: how long that took, and, to who looks on, how much is read already."""
+
+    def __init__(self, tool: str, clock: Clock) -> None:
+        self._tool = tool
+        self._clock = clock
+        self._read_bytes = self._total_bytes = 0
+        self._start_s = clock()
+        self._bar: Any = None
+        self.load_s: float | None = None  # once its block has ended
+
+    def on_read(self, read_bytes: int, total_bytes: int) -> None:
+        """Take note of bytes that were read, and how many will have been in the end; one call at a time."""
+        self._read_bytes, self._total_bytes = read_bytes, total_bytes
+        if self._bar is not None:
+            self._bar.total = total_bytes
+            self._bar.update(read_bytes - self._bar.n)
+
+    @contextmanager
+    def shown(self, what: str, stream: TextIO) -> Iterator[None]:
+        """Say that weights load, now and then how far they are, and in the end how long it took."""
+        print(f"{self._tool}: loading {what}", file=stream, flush=True)
+        with ExitStack() as stack:
+            if stream.isatty():
+                self._bar = stack.enter_context(tqdm(unit="B", unit_scale=True, leave=False, file=stream))
+            else:
+                lines = Lines(self._line, stream, self._clock)
+                stack.callback(lines.stop)
+                lines.start()
+            yield
+        read = f", {_gb(self._read_bytes)} GB of weights read" if self._read_bytes else ""
+        print(f"{self._tool}: loaded in {self._clock() - self._start_s:.1f} s{read}", file=stream, flush=True)
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """Set `load_s` where the block ends."""
+        yield
+        self.load_s = self._clock() - self._start_s
+
+    def _line(self, after_s: float) -> str:
+        if not self._read_bytes or after_s <= 0:
+            return f"{self._tool}: still loading after {duration(after_s)}"
+        told = f"{_gb(self._read_bytes)} of {_gb(self._total_bytes)} GB of weights read after {duration(after_s)}"
+        return f"{self._tool}: {told}, {_gb(self._read_bytes / after_s)} GB/s"
+
+
 @contextmanager
 def loading(
     tool: str, what: str, *, shown: bool, stream: TextIO | None = None, clock: Clock = time.monotonic
-) -> Iterator[None]:
-    """Say that weights load, now and then that they still do, and in the end how long it took."""
-    if not shown:
-        yield
-        return
-    stream = stream or sys.stderr
-    print(f"{tool}: loading {what}", file=stream, flush=True)
-    start_s = clock()
-    lines = Lines(lambda after_s: f"{tool}: still loading after {duration(after_s)}", stream, clock)
-    lines.start()
-    try:
-        yield
-    finally:
-        lines.stop()
-    print(f"{tool}: loaded in {clock() - start_s:.1f} s", file=stream, flush=True)
+) -> Iterator[Loading]:
+    """A block in which weights load, to people too where it is `shown`."""
+    told = Loading(tool, clock)
+    with told.timed(), told.shown(what, stream or sys.stderr) if shown else nullcontext():
+        yield told
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2g}"

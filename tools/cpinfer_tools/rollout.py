@@ -170,8 +170,8 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Rollout:
 def rollout(launch: Launch, job: Rollout) -> None:
     """Load, generate, write. Collective over all ranks."""
     with ExitStack() as stack:
-        with loading_weights("rollout", job, launch):
-            model, topology = launch_inference(job.config, job.grid, launch.device)
+        with loading_weights("rollout", job, launch) as loaded:
+            model, topology = launch_inference(job.config, job.grid, launch.device, loaded.on_read)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
@@ -188,6 +188,7 @@ def rollout(launch: Launch, job: Rollout) -> None:
         **summarize([sample for part, _ in told for sample in part], len(job.inputs), wall_s),
         "num_samples": num_samples,
         **asdict(reduce(add, (stats for _, stats in told))),
+        "load_s": loaded.load_s,
         "kv_capacity_tokens": capacity,
         "kv_capacity_tokens_total": capacity * job.grid.num_homes * job.grid.dp_size,
         "num_samples_resumed": len(job.done),

@@ -103,8 +103,8 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Serving:
 def serve(launch: Launch, job: Serving) -> None:
     """Load, listen, answer, drain. Collective over all ranks."""
     with ExitStack() as stack:
-        with loading_weights("serve", job, launch):
-            model, topology = launch_inference(job.config, job.grid, launch.device)
+        with loading_weights("serve", job, launch) as loaded:
+            model, topology = launch_inference(job.config, job.grid, launch.device, loaded.on_read)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         ended = stack.enter_context(_ended_by_signal())
@@ -117,7 +117,8 @@ def serve(launch: Launch, job: Serving) -> None:
                 sys.stderr.write(f"serve: {server.url} answers as {job.config.server.model_name}\n")
             # The first rank of a replica says when it ends; launchers signal all ranks, and none may leave the others.
             server.run_until(ended.is_set if topology.is_writer else lambda: True)
-        summary = {"wall_s": round(time.perf_counter() - start_s, 3), **asdict(engine.load.stats), "url": server.url}
+        times = {"wall_s": round(time.perf_counter() - start_s, 3), "load_s": loaded.load_s}
+        summary = {**times, **asdict(engine.load.stats), "url": server.url}
     if launch.rank == 0:
         print(json.dumps({**summary, "layout": job.meta["layout"]}), flush=True)
 

@@ -193,8 +193,8 @@ def with_flags(evaluation: EvaluationConfig, args: argparse.Namespace) -> Evalua
 def evaluate(launch: Launch, job: EvaluationJob) -> None:
     """Load, ask, write. Collective over all ranks."""
     with ExitStack() as stack:
-        with loading_weights("eval_longctx", job, launch):
-            model, topology = launch_inference(job.config, job.grid, launch.device)
+        with loading_weights("eval_longctx", job, launch) as loaded:
+            model, topology = launch_inference(job.config, job.grid, launch.device, loaded.on_read)
         stack.callback(topology.close)
         engine = stack.enter_context(cpinfer.attach(model, topology, job.config, tokenizer=job.tokenizer))
         start_s = time.perf_counter()
@@ -207,6 +207,7 @@ def evaluate(launch: Launch, job: EvaluationJob) -> None:
         measured = {
             "num_generated_tokens": sum(generated for generated, _ in told),
             "wall_s": wall_s,
+            "load_s": loaded.load_s,
             "kv_capacity_tokens": capacity,
             "peak_memory_bytes_per_rank": max(peak for _, peak in told),
         }

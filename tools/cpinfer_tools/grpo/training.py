@@ -81,8 +81,12 @@ def train(
     arguments = _arguments(config, folder, device)
     # After the arguments: under ZeRO-3 Transformers then deals the weights out while it loads them.
     named = f"{'random weights of ' if path is None else ''}{path or config.model} in {config.dtype}"
-    with loading("train_grpo", named, shown=not dist.is_initialized() or dist.get_rank() == 0):
-        model = fresh_model(str(config.model), _dtype(config)) if path is None else load_model(path, _dtype(config))
+    with loading("train_grpo", named, shown=not dist.is_initialized() or dist.get_rank() == 0) as loaded:
+        dtype = _dtype(config)
+        if path is None:
+            model = fresh_model(str(config.model), dtype)
+        else:
+            model = load_model(path, dtype, on_read=loaded.on_read)
     rollouts = make_rollout_func(config) if training.generator == "cpinfer" else None
     with (
         redirect_stdout(io.StringIO()),  # DeepSpeed and TRL print on every rank what nobody asked for

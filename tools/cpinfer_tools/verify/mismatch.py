@@ -203,8 +203,9 @@ def judge(job: Job, sampled: Mapping[str, Sampled], by_tp: Mapping[int, Mapping[
     `by_tp`: what the forwards under tensor parallelism said of the samples of their layouts.
     """
     assert job.config.model is not None, "prepare has refused that"
-    with loading("mismatch", f"{job.config.model} in {job.config.dtype}", shown=True):
-        model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(Launch().device)
+    with loading("mismatch", f"{job.config.model} in {job.config.dtype}", shown=True) as loaded:
+        model = load_model(job.config.model, getattr(torch, job.config.dtype), on_read=loaded.on_read)
+        model = model.to(Launch().device)
     dtype, config = job.config.dtype, job.config
     is_exact = config.deterministic and not config.sampling.cut_by  # whose logarithm is added to what was sampled
     rows: list[Row] = []
@@ -265,8 +266,9 @@ def run_forward(task_file: Path) -> int:
     compared = Compared.of(config.sampling)
     end_with_launcher(os.environ, program="mismatch")
     with default_group(launched, config.collective_timeout_s):
-        with loading("mismatch", f"{config.model} in {config.dtype}", shown=launched.rank == 0):
-            model, topology = launch_inference(config, RankGrid(tp_size=launched.world_size), launched.device)
+        with loading("mismatch", f"{config.model} in {config.dtype}", shown=launched.rank == 0) as loaded:
+            grid = RankGrid(tp_size=launched.world_size)
+            model, topology = launch_inference(config, grid, launched.device, loaded.on_read)
         found = {
             name: _forward(
                 model, Sampled.read(Path(output), compared), config, compared.temperature, task["batch_size"]

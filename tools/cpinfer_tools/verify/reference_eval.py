@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 def evaluate(job: EvaluationJob, device: torch.device) -> None:
     """Load, ask, write."""
     assert job.config.model is not None, "prepare has refused that"
+    load_start_s = time.perf_counter()
     model = load_model(job.config.model, getattr(torch, job.config.dtype)).to(device)
     num_generated = 0
     start_s = time.perf_counter()
@@ -79,6 +80,7 @@ def evaluate(job: EvaluationJob, device: torch.device) -> None:
     measured = {
         "num_generated_tokens": num_generated,
         "wall_s": time.perf_counter() - start_s,
+        "load_s": start_s - load_start_s,
         "kv_capacity_tokens": None,
         "peak_memory_bytes_per_rank": peak_memory_bytes(device),
     }
