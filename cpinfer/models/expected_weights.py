@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -92,9 +93,9 @@ def place_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Pl
                 config=config,
                 state_dict=tensors,
                 dtype=dtype,
-                device_map="meta",
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **_without_values(),
             )
     except Exception as error:  # as from its converters, where tensors of experts do not fit together
         _empty_model(config, dtype)  # says so where the config alone is at fault
@@ -107,22 +108,39 @@ def place_weights(checkpoint: Checkpoint, config: Any, dtype: torch.dtype) -> Pl
     check_loading_info(str(checkpoint.folder), model, info, hint)
     became = {name: tensor.became for name, tensor in tensors.items() if tensor.became is not None}
     weights = replace(_weights(model), unexpected=tuple(sorted(info["unexpected_keys"])))
-    return Placed(weights, frozenset(became), _linear_weights(model, became))
+    return Placed(weights, frozenset(became), _as_stored(model, became))
 
 
-def _linear_weights(model: Any, became: Mapping[str, torch.Tensor]) -> dict[str, str]:
+def _without_values() -> dict[str, Any]:
+    """What `from_pretrained` is told so that it gives values to no weight.
+
+    It asks for accelerate then. Without that, values are made up of those that are missing, which is an error here.
+    """
+    return {"device_map": "meta"} if find_spec("accelerate") else {}
+
+
+def linear_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Weights and biases of a model's linear layers, by name."""
+    return {
+        f"{name}.{key}": weight
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        for key, weight in module.named_parameters(recurse=False)
+    }
+
+
+def _as_stored(model: Any, became: Mapping[str, torch.Tensor]) -> dict[str, str]:
     """See `Placed.linear`: which tensors of a checkpoint became parameters, and nothing else became of them."""
     # A version counts what was done to a tensor in place.
     names = {_storage(tensor): name for name, tensor in became.items() if tensor._version == 0}
     uses = Counter(id(weight) for _, weight in model.named_parameters(remove_duplicate=False))
     found = {}
-    for module_name, module in model.named_modules():
-        for key, weight in module.named_parameters(recurse=False):
-            name = names.get(_storage(weight))
-            if isinstance(module, nn.Linear) and name is not None and uses[id(weight)] == 1:
-                tensor = became[name]
-                if (weight.shape, weight.stride(), weight.dtype) == (tensor.shape, tensor.stride(), tensor.dtype):
-                    found[f"{module_name}.{key}"] = name
+    for key, weight in linear_weights(model).items():
+        name = names.get(_storage(weight))
+        if name is not None and uses[id(weight)] == 1:
+            tensor = became[name]
+            if (weight.shape, weight.stride(), weight.dtype) == (tensor.shape, tensor.stride(), tensor.dtype):
+                found[key] = name
     return found
 
 

@@ -40,6 +40,7 @@ from cpinfer.models.expected_weights import (
     check_loading_info,
     expected_sizes,
     expected_weights,
+    linear_weights,
     place_weights,
     without_load_report,
 )
@@ -143,7 +144,7 @@ class PartlyRead:
 
 def load_partly(model: str, dtype: torch.dtype, *, on_read: OnRead | None = None) -> PartlyRead:
     """As `load_model`, but linear layers stay in the files, where a tensor there is their weight as it is."""
-    source = _source(model, dtype)
+    source, log = _source(model, dtype), logging.getLogger(__name__)
     with _readable(source):
         folder = fetched_folder(model)
     placed, tensors = source.placed(folder), source.tensors(folder, ReadBytes(on_read))
@@ -153,6 +154,8 @@ def load_partly(model: str, dtype: torch.dtype, *, on_read: OnRead | None = None
     loaded = _loaded(source, partial(_from_tensors, source, given), {})
     if odd := {key for key, weight in loaded.named_parameters() if weight.is_meta} ^ unread.keys():
         raise RuntimeError(f"model {model}: Transformers has loaded {named(sorted(odd))} otherwise than it said before")
+    if whole := [key for key in linear_weights(loaded) if key not in unread]:
+        log.info("%s: not as they are in its files, and so read whole by every rank: %s", model, named(whole))
     return PartlyRead(loaded, unread)
 
 

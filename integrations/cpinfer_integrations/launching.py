@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def _launched(
     assert config.model is not None, "who calls has checked that a model is named"
     dtype = getattr(torch, config.dtype)
     if grid.tp_size == 1:
-        return load_model(config.model, dtype, on_read=on_read).to(device), Topology.from_world(grid)
+        # By accelerate, where it is, tensor by tensor as they are read; else once all are.
+        options = {"device_map": {"": device}} if device.type != "cpu" and find_spec("accelerate") else {}
+        return load_model(config.model, dtype, on_read=on_read, **options).to(device), Topology.from_world(grid)
     # A neighbour is imported by those alone who shard with it.
     if config.tensor_parallel.provider == "transformers":
         from cpinfer_integrations import transformers as by_transformers

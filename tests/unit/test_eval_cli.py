@@ -37,6 +37,7 @@ SUMMARY_KEYS = {
     "num_samples",
     "num_generated_tokens",
     "wall_s",
+    "load_s",
     "tokens_per_s",
     "ttft_s_p50",
     "tpot_s_p50",

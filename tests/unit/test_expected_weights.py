@@ -15,10 +15,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cpinfer.errors import UserError
+from cpinfer.models import expected_weights as placed
 from cpinfer.models import families
 from cpinfer.models.checkpoint import Checkpoint, StoredTensor, read_checkpoint
-from cpinfer.models.expected_weights import Weights, check_weights, expected_weights
-from cpinfer.models.loading import known_weights, load_model
+from cpinfer.models.expected_weights import Weights, check_weights, expected_weights, place_weights
+from cpinfer.models.loading import known_weights, load_model, load_partly
 from every_family import EVERY_FAMILY
 from tiny_models import FAMILIES, make_model
 
@@ -95,6 +96,19 @@ def test_a_whole_checkpoint_is_whole_and_its_bytes_are_those_of_the_loaded_model
     assert weights == expected_weights(config, torch.float32), "the config alone says the same"
     half = load_model(str(checkpoint.folder), torch.bfloat16)  # some families keep some weights in float32 there
     assert expected_weights(config, torch.bfloat16).bytes_per_rank(1) == bytes_of(half)
+    for loaded, dtype in ((model, torch.float32), (half, torch.bfloat16)):
+        plain = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=dtype)
+        assert_same_values(loaded, plain)
+
+
+def assert_same_values(found: Any, wanted: Any) -> None:
+    """Bit by bit, dtypes and what is in several places included."""
+    for kind in ("named_parameters", "named_buffers"):
+        ours, theirs = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (found, wanted))
+        assert ours.keys() == theirs.keys()
+        other = [k for k in ours if ours[k].dtype != theirs[k].dtype or not torch.equal(ours[k], theirs[k])]
+        assert other == []
+        assert len(set(map(id, ours.values()))) == len(set(map(id, theirs.values())))
 
 
 @pytest.mark.parametrize("family", EVERY_FAMILY)
@@ -176,6 +190,44 @@ def test_an_expert_that_is_missing_or_has_anothers_number_is_named(family: str, 
         without(checkpoint, *(n for n in checkpoint.tensors if "experts" in n and n.endswith(f"{parts[0]}.weight"))),
         config,
     )
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_without_accelerate_the_same_is_known_of_a_checkpoint(
+    family: str, stored: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, config = stored(family)
+    known = place_weights(checkpoint, config, torch.float32)
+    monkeypatch.setattr("transformers.integrations.accelerate.is_accelerate_available", lambda: False)
+    monkeypatch.setattr(placed, "find_spec", lambda name: None)
+    assert place_weights(checkpoint, config, torch.float32) == known
+    name = next(iter(known.linear.values()))
+    assert_refused(without(checkpoint, name), config, name, "in none of its files")
+
+
+def test_a_weight_of_a_linear_layer_stays_in_a_file_where_a_tensor_there_is_it_as_it_is(stored: Any) -> None:
+    checkpoint, config = stored("mixtral")
+    place = place_weights(checkpoint, config, torch.bfloat16)
+    kinds = {name.rsplit(".", 2)[-2] for name in place.linear}
+    assert kinds == {"q_proj", "k_proj", "v_proj", "o_proj", "lm_head"}, "experts are joined, embeddings no such layer"
+    assert all(key == name for key, name in place.linear.items()) and place.wanted == checkpoint.tensors.keys()
+    bare = changed(checkpoint, lambda ts: {k.removeprefix("model."): v for k, v in ts.items()})
+    renamed = place_weights(bare, config, torch.float32).linear
+    assert renamed.keys() == place.linear.keys() and set(renamed.values()) <= bare.tensors.keys()
+
+
+def test_a_tied_head_is_no_weight_of_its_own_and_the_log_says_that_it_is_read_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = type(FAMILIES["qwen2"])(**{**FAMILIES["qwen2"].to_dict(), "tie_word_embeddings": True})
+    make_model(config).save_pretrained(tmp_path)
+    place = place_weights(read_checkpoint(tmp_path), config, torch.float32)
+    assert not any("lm_head" in key or "embed" in name for key, name in place.linear.items())
+    with caplog.at_level("INFO", "cpinfer"):
+        partly = load_partly(str(tmp_path), torch.float32)
+    assert [r.getMessage() for r in caplog.records if "read whole by every rank: lm_head.weight" in r.getMessage()]
+    left = {name for name, weight in partly.model.named_parameters() if weight.is_meta}
+    assert left == partly.unread.keys() == place.linear.keys()
 
 
 def test_tied_embeddings_are_wanted_once(tmp_path: Path) -> None:

@@ -103,6 +103,40 @@ def test_loading_says_what_it_loads_that_it_still_does_and_how_long_it_took(monk
     assert stream.getvalue().splitlines()[1:] == ["rollout: still loading after 4 s", "rollout: loaded in 12.3 s"]
 
 
+def test_loading_says_how_much_is_read_and_how_fast(monkeypatch):
+    now, stream = [0.0], io.StringIO()
+    monkeypatch.setattr(progress, "TICK_S", 0.001)
+    with loading("rollout", "a model", shown=True, stream=stream, clock=lambda: now[0]) as loaded:
+        loaded.on_read(500_000_000, 2_000_000_000)
+        assert loaded.load_s is None
+        now[0] = 4.0
+        wait_for(lambda: stream.getvalue().count("\n") == 2)
+        loaded.on_read(1_900_000_000, 1_900_000_000)
+        now[0] = 9.5
+    assert stream.getvalue().splitlines()[1:] == [
+        "rollout: 0.5 of 2 GB of weights read after 4 s, 0.12 GB/s",
+        "rollout: loaded in 9.5 s, 1.9 GB of weights read",
+    ]
+    assert loaded.load_s == 9.5
+
+
+def test_on_a_terminal_what_is_read_is_a_bar_with_bytes_and_rate():
+    stream = Terminal()
+    with loading("rollout", "a model", shown=True, stream=stream) as loaded:
+        loaded.on_read(500_000_000, 2_000_000_000)
+        loaded._bar.refresh()
+        shown = stream.getvalue()
+    assert "500M/2.00G" in shown and "B/s" in shown and "25%" in shown
+
+
+def test_ranks_that_do_not_speak_know_how_long_it_took():
+    now, stream = [0.0], io.StringIO()
+    with loading("rollout", "a model", shown=False, stream=stream, clock=lambda: now[0]) as loaded:
+        loaded.on_read(1, 2)
+        now[0] = 3.0
+    assert loaded.load_s == 3.0 and stream.getvalue() == ""
+
+
 def test_weights_that_do_not_load_are_not_said_to_be_loaded():
     stream = io.StringIO()
     with pytest.raises(ZeroDivisionError), loading("rollout", "a model", shown=True, stream=stream):
