@@ -24,7 +24,7 @@ from torch.distributed import distributed_c10d as c10d
 
 from cpinfer.comm.losses import is_peer_loss, is_timeout
 from cpinfer.comm.parent import first_parent
-from cpinfer.comm.rank_watch import BEAT_S, OVERDUE_S, PATIENCE_S, SILENT_S, RankWatch
+from cpinfer.comm.rank_watch import BEAT_S, OVERDUE_S, PATIENCE_S, SILENT_S, RankWatch, set_timeout
 from cpinfer.config import ParallelConfig
 from cpinfer.errors import (
     EngineFaultError,
@@ -91,9 +91,12 @@ def default_group(launch: Launch, timeout_s: float = ParallelConfig.collective_t
     cuda = launch.device.type == "cuda"
     if cuda:
         torch.cuda.set_device(launch.device)
-    # Not that of the collectives themselves, which know nothing of signs of life.
+    start = datetime.timedelta(seconds=max(timeout_s, ParallelConfig.collective_timeout_s))  # of ranks that never begin
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=start)
+    # From here on ranks show signs of life, of which collectives themselves know nothing.
     timeout = datetime.timedelta(seconds=max(timeout_s, _AT_MOST_S))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    if dist.is_initialized():
+        set_timeout(dist.group.WORLD, timeout)
     watch = RankWatch(
         launch.rank,
         range(launch.world_size),

@@ -350,6 +350,12 @@ def gloo_timeouts(ranks: Sequence[int], timeout_s: float) -> Iterator[None]:
             backend._set_default_timeout(timeout)
 
 
+def set_timeout(group: Any, timeout: datetime.timedelta) -> None:
+    """How long collectives of a group wait from now on, over whatever they run."""
+    for backend in _backends_of(group):
+        backend._set_default_timeout(timeout)
+
+
 def _groups_within(ranks: Sequence[int]) -> list[Any]:
     return [group for group in c10d._world.pg_map if set(dist.get_process_group_ranks(group)) <= set(ranks)]
 
