@@ -74,6 +74,22 @@ def test_layouts_that_a_family_cannot_run_are_counted_with_the_reason(plan):
     assert "2 layout(s) are refused: " in text
 
 
+def test_flags_that_would_not_be_read_are_errors(plan, capsys):
+    code, answer, _, _ = plan("llama", "--num-q-heads", 8)
+    assert code == 2 and "--num-q-heads: --plan reads the model's config.json" in answer["errors"][0]
+    assert main(["--gpus", "8", "--num-q-heads", "8", "--num-kv-heads", "2", "--batch", "4"]) == 2
+    assert "--batch is of plans. Add --plan" in capsys.readouterr().err
+
+
+def test_flops_that_are_given_are_those_of_the_dtype(plan):
+    for dtype in ("float32", "bfloat16"):
+        slow, fast = (
+            plan("llama", "--dtype", dtype, "--tflops", flops, "--gpus", 1, "--seq-len", 512)[1]["plans"][0]
+            for flops in (0.001, 1)
+        )
+        assert slow["parts"]["prefill"]["products_s"] > 100 * fast["parts"]["prefill"]["products_s"]
+
+
 def test_a_plan_needs_a_model(capsys):
     assert main(["--plan"]) == 2
     assert "--plan needs a model" in capsys.readouterr().err

@@ -23,22 +23,21 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from cpinfer.config import KV_CACHE_DTYPES, EngineConfig, LaunchConfig, load_as
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
-from cpinfer.layout.capacity import DTYPE_BYTES, KVLayout, StateLayout
+from cpinfer.layout.capacity import KVLayout, StateLayout
 from cpinfer.layout.explain import Explanation, Question, draw_grid, explain, pool_size
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
-from cpinfer.layout.machines import MACHINES
 from cpinfer.layout.prefill import assign_prompts
 from cpinfer.layout.rules import LayoutSizes
 from cpinfer.models.families import FAMILIES
 from cpinfer.models.positions import Positions
 from cpinfer.models.refused_models import refuse_unsupported, tensor_parallel_errors, why_no_tp
-from cpinfer_tools.lengths import length
+from cpinfer_tools.explain_flags import parse_flags
 
 AXES = ("tp", "pcp", "dcp", "dp")
 # Of layers of linear attention, in the order of `StateLayout`.
@@ -76,18 +75,11 @@ class ModelFacts:
     states: StateLayout | None = None
 
 
-class _Parser(argparse.ArgumentParser):
-    """Bad flags end like any other bad input: one message, and one JSON line when that was asked for."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see --help)")
-
-
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     result: dict[str, Any]
     try:
-        args = _parser(prog).parse_args(argv)
+        args = parse_flags(argv, prog, __doc__)
         result = _plan(args) if args.plan else _list_layouts(args) if args.gpus else _explain_layout(args)
     except UserError as error:
         result = asdict(Explanation(valid=False, errors=[str(error)]))
@@ -431,69 +423,3 @@ def _times(counts: set[int]) -> str:
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}" + ("" if n == 1 else "s")
-
-
-def positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
-    return value
-
-
-def positive_number(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return value
-
-
-def _parser(prog: str | None) -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog=prog,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    layout = parser.add_argument_group("layout")
-    layout.add_argument("--config", metavar="FILE", help="a rollout config; flags win over it")
-    layout.add_argument(
-        "--gpus", type=positive_int, help="list the legal layouts of so many ranks (sizes given narrow it)"
-    )
-    layout.add_argument("--tp", type=int, help="ranks that share the weights (default 1)")
-    layout.add_argument("--pcp", type=int, help="ranks that share a prefill (default 1)")
-    layout.add_argument("--dcp", type=int, help="KV shards of a sequence (default pcp)")
-    layout.add_argument("--dp", type=int, help="independent replicas (default 1)")
-    layout.add_argument("--interleave", type=int, help="tokens dealt to a shard at a time (default block size)")
-    layout.add_argument("--block-size", type=int, help="tokens of one shard per KV block (default 16)")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="FOLDER", help="a folder with a config.json (default: the config's model)")
-    model.add_argument("--num-q-heads", type=int)
-    model.add_argument("--num-kv-heads", type=int, help="not with MLA, whose latent counts as one")
-    model.add_argument("--num-layers", type=positive_int)
-    model.add_argument("--head-dim", type=positive_int)
-    model.add_argument("--kv-lora-rank", type=positive_int, metavar="R", help="MLA: width of the latent")
-    model.add_argument("--qk-rope-head-dim", type=positive_int, metavar="D", help="MLA: width of the rotated key")
-    model.add_argument("--dtype", choices=sorted(DTYPE_BYTES), help="of activations and KV cache (default bfloat16)")
-    model.add_argument(
-        "--kv-cache-dtype", choices=KV_CACHE_DTYPES, help="of the KV cache alone, as the config key has it"
-    )
-    load = parser.add_argument_group("load")
-    load.add_argument(
-        "--seq-len", type=length, metavar="N", help="show the split of a sequence of N tokens, as 12000 or 12k"
-    )
-    load.add_argument("--kv-cache-gib", type=positive_number, help="KV pool per rank")
-    load.add_argument("--max-model-len", type=length, metavar="N", help="tokens of a sequence for max_concurrency")
-    plan = parser.add_argument_group("plan")
-    plan.add_argument("--plan", action="store_true", help="which layouts fit, and what they take")
-    plan.add_argument("--machine", choices=sorted(MACHINES), default="h100", help="whose GPUs (default h100)")
-    plan.add_argument("--gpus-per-host", type=positive_int, metavar="N", help="(default: the machine's, or all)")
-    plan.add_argument("--batch", type=positive_int, default=1, metavar="N", help="prompts in all (default 1)")
-    plan.add_argument("--new-tokens", type=length, default=256, metavar="N", help="of each answer (default 256)")
-    plan.add_argument("--gpu-gib", type=positive_number, help="memory of a GPU; these figures win over the machine's")
-    plan.add_argument("--hbm-tb-s", type=positive_number, help="bandwidth of that memory, TB/s")
-    plan.add_argument("--tflops", type=positive_number, help="of products in the dtype, TFLOP/s")
-    plan.add_argument("--link-gb-s", type=positive_number, help="what a GPU receives on its host, GB/s")
-    plan.add_argument("--network-gb-s", type=positive_number, help="what a GPU receives from other hosts, GB/s")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    return parser

@@ -29,7 +29,6 @@ _GIB = 2**30
 MACHINE_FLAGS: Mapping[str, tuple[str, float]] = {
     "gpu_gib": ("gpu_bytes", _GIB),
     "hbm_tb_s": ("memory_bandwidth", 1e12),
-    "tflops": ("flops_16", 1e12),
     "link_gb_s": ("link_bandwidth", 1e9),
     "network_gb_s": ("network_bandwidth", 1e9),
 }
@@ -69,8 +68,10 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
 
 def machine_of(args: argparse.Namespace) -> Machine:
     """A preset, with the figures that flags say in the place of its own."""
-    machine = MACHINES[args.machine]
+    machine = MACHINES[args.machine or "h100"]
     given = {name: unit * getattr(args, flag) for flag, (name, unit) in MACHINE_FLAGS.items() if getattr(args, flag)}
+    if args.tflops:  # of the dtype that is planned for
+        given["flops_16"] = given["flops_32"] = 1e12 * args.tflops
     if args.gpus_per_host:
         given["gpus_per_host"] = args.gpus_per_host
     if not given:
@@ -85,8 +86,8 @@ def work_of(args: argparse.Namespace, config: LaunchConfig) -> Work:
     kept = KV_CACHE_DTYPES[str(args.kv_cache_dtype or config.kv_cache_dtype)]
     return Work(
         prompt_tokens=args.seq_len or 8192,
-        new_tokens=args.new_tokens,
-        num_sequences=args.batch,
+        new_tokens=args.new_tokens or 256,
+        num_sequences=args.batch or 1,
         step_tokens=config.max_num_batched_tokens,
         max_num_seqs=config.max_num_seqs,
         workspace_tokens=config.context_workspace_tokens,
