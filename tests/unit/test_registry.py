@@ -14,7 +14,7 @@ import torch
 import cpinfer
 from cpinfer.attention.backends import registry
 from cpinfer.attention.backends.base import AttentionNeeds
-from cpinfer.attention.backends.registry import BACKENDS, BackendRow, check_choice, make_backend
+from cpinfer.attention.backends.registry import BACKENDS, BackendRow, backend_bytes, check_choice, make_backend
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
 from cpinfer.attention.exchanges.registry import EXCHANGES
@@ -37,7 +37,11 @@ def with_trial(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A registry with a row for a backend of one file, which is `unfit` for the reason that it is given."""
 
     def rows(unfit: UserError | None = None, device_types: frozenset[str] | None = None) -> dict[str, BackendRow]:
-        file = SimpleNamespace(unfit=lambda device, needs: unfit, make=lambda device, needs: Trial(device))
+        file = SimpleNamespace(
+            unfit=lambda device, needs: unfit,
+            make=lambda device, needs: Trial(device),
+            device_bytes=lambda device, needs: 7,
+        )
         monkeypatch.setitem(sys.modules, "trial_backend", file)
         return {"trial": BackendRow("trial_backend", device_types), **BACKENDS}
 
@@ -49,6 +53,11 @@ def test_a_row_is_all_that_a_new_backend_takes(with_trial: Any) -> None:
     assert make_backend("auto", CPU, NEEDS, with_trial()).name == "trial"
     with pytest.raises(UserError, match='unknown backend "trial"'):
         make_backend("trial", CPU, NEEDS)
+
+
+def test_what_a_backend_keeps_on_the_device_is_asked_of_the_one_that_would_be_taken(with_trial: Any) -> None:
+    assert backend_bytes("auto", CPU, NEEDS, with_trial()) == backend_bytes("trial", CPU, NEEDS, with_trial()) == 7
+    assert backend_bytes("auto", CPU, NEEDS, with_trial(UserError("it lacks a kernel."))) == 0
 
 
 def test_auto_passes_over_what_cannot_and_says_why_where_it_is_made_for_the_device(with_trial: Any) -> None:

@@ -110,3 +110,25 @@ def test_a_failed_check_says_what_is_missing(home: Path, monkeypatch: pytest.Mon
     ):
         flashinfer_backend.check_flashinfer(CUDA, needs)
     flashinfer_backend.check_flashinfer.cache_clear()
+
+
+def test_where_nothing_can_be_locked_flashinfer_compiles_by_itself(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a file system without locks, where FlashInfer has a way of its own."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(37, "No locks available")
+
+    checked: list[AttentionNeeds] = []
+    monkeypatch.setattr(flashinfer_backend, "cuda_home", lambda: home)
+    monkeypatch.setattr(flashinfer_backend, "FlashInferBackend", lambda device, needs: None)
+    monkeypatch.setattr(flashinfer_backend, "chip_of", lambda device: Chip())
+    monkeypatch.setattr(flashinfer_backend, "build_modules", fail)
+    monkeypatch.setattr(flashinfer_backend, "check_backend", lambda backend, needs, device: checked.append(needs))
+    flashinfer_backend.check_flashinfer.cache_clear()
+    needs = AttentionNeeds(torch.bfloat16, ((8, KVLayout(2, 128, 128)),))
+    with caplog.at_level("WARNING", logger="cpinfer"):
+        flashinfer_backend.check_flashinfer(CUDA, needs)
+    flashinfer_backend.check_flashinfer.cache_clear()
+    assert checked == [needs] and "No locks available" in caplog.text

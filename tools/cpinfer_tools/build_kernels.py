@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             how = f"compiled in {built.seconds:.0f} s" if built.seconds else "there"
             _say(f"{len(done) + 1} of {len(modules)}: {built.module}: {how}, {built.num_bytes / 2**20:.1f} MiB")
             done.append({"module": str(built.module), "seconds": built.seconds, "bytes": built.num_bytes})
-    except UserError as error:
+    except (UserError, OSError) as error:  # no room, no right to write, or a file system without locks
         _say(str(error))
         return EXIT_FAILURE
     told = {"arch": arch.name, "flashinfer": metadata.version("flashinfer-python"), "modules": done}

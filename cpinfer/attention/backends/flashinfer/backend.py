@@ -119,7 +119,9 @@ def _compile_missing(modules: Sequence[KernelModule]) -> None:
             if built.seconds:
                 logger.warning("FlashInfer: compiled %s in %.0f s", built.module, built.seconds)
     except UserError as error:
-        raise BackendFaultError(f'{error}\nUse backend "torch", or mend what it says.') from error
+        raise BackendFaultError(f'{error}\nUse backend "torch", or fix what it says.') from error
+    except OSError as error:  # no room, no right to write, or a file system without locks
+        logger.warning("FlashInfer: kernels are not compiled ahead, but when they are first used: %s", error)
 
 
 class FlashInferBackend:
