@@ -117,6 +117,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qwen3_next": {**GATED_DELTA, **EXPERTS, **SHARED_EXPERT},
     "qwen3_5_text": GATED_DELTA,
     "qwen3_5_moe_text": {**GATED_DELTA, **EXPERTS, **SHARED_EXPERT},
+    "olmo_hybrid": {key: value for key, value in GATED_DELTA.items() if key != "head_dim"},
+    "kimi_linear": {
+        **LATENT,
+        "q_lora_rank": None,
+        "num_local_experts": 8,
+        "layer_types": GATED_DELTA["layer_types"],
+        "linear_num_heads": 4,
+        "linear_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+    },
 }
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama": LlamaConfig(**TINY),

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cpinfer.errors import UserError
+from cpinfer.models.families import FAMILIES, Family
 
 _MAX_INT32 = 2**31 - 1
 
@@ -54,18 +55,15 @@ _NUMBERS: dict[str, _Whole] = {
     "qk_nope_head_dim": _Whole(2**14),
     "v_head_dim": _Whole(2**14),
     "rotary_dim": _Whole(2**14),
+    "linear_num_key_heads": _Whole(2**14),
+    "linear_num_value_heads": _Whole(2**14),
+    "linear_key_head_dim": _Whole(2**14),
+    "linear_value_head_dim": _Whole(2**14),
+    "linear_conv_kernel_dim": _Whole(2**10),
     "original_max_position_embeddings": _Whole(_MAX_INT32),
     "sliding_window": _Whole(_MAX_INT32),
     "max_window_layers": _Whole(_MAX_INT32, least=0),
     "num_labels": _Whole(2**16),  # Transformers makes a table with a row for each
-}
-# What GPT-BigCode calls the sizes that all others name alike.
-OLD_NAMES = {
-    "hidden_size": "n_embd",
-    "intermediate_size": "n_inner",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-    "max_position_embeddings": "n_positions",
 }
 # What Transformers takes as it is; fields of one family it checks itself, and names them.
 _FLAGS = (
@@ -129,11 +127,12 @@ _GENERATION: tuple[tuple[str, Callable[[Any], bool], tuple[str, ...]], ...] = (
 
 def check_values(config: Mapping[str, Any], *, whole: bool) -> None:
     """UserError for the first value that no model has. `whole`: nothing is left to a class's defaults."""
+    family = _family(config)
     for key, wanted in _NUMBERS.items():
-        for name in (key, OLD_NAMES.get(key, key)):
-            if name in config:
-                check_number(config, name, wanted.least, wanted.most, optional=wanted.optional)
-        if whole and not wanted.optional and key not in config and OLD_NAMES.get(key) not in config:
+        found = [name for name in dict.fromkeys((key, family.size_names.get(key, key))) if name in config]
+        for name in found:
+            check_number(config, name, wanted.least, wanted.most, optional=wanted.optional)
+        if whole and not wanted.optional and not found:
             raise UserError(f'the model\'s config.json has no "{key}"; a whole number was wanted.')
     check_token_ids(config, "eos_token_id")
     for key in _FLAGS:
@@ -143,7 +142,7 @@ def check_values(config: Mapping[str, Any], *, whole: bool) -> None:
         if key in config and not (is_real(config[key]) and config[key] > 0):
             raise wrong_value(config, key, "a number above 0")
     for rope in _rope_sets(config):
-        _check_rope(rope)
+        _check_rope(rope, may_be_none=family.may_have_no_rope)
     layer_types = config.get("layer_types")
     if layer_types is not None and not _all_texts(layer_types):
         raise wrong_value(config, "layer_types", "a list of texts")
@@ -211,14 +210,25 @@ def _rope_sets(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
                 yield rope.get(kind) or {}
 
 
-def _check_rope(rope: Mapping[str, Any]) -> None:
+def _family(config: Mapping[str, Any]) -> Family:
+    """What is particular about a config's family; nothing of one that is not in the table."""
+    name = config.get("model_type")
+    return FAMILIES.get(name, Family("", "")) if isinstance(name, str) else Family("", "")
+
+
+def with_common_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config in which sizes have the names that others give them as well."""
+    return {**config, **{key: config[name] for key, name in _family(config).size_names.items() if name in config}}
+
+
+def _check_rope(rope: Mapping[str, Any], *, may_be_none: bool) -> None:
     kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
     for name in ("rope_type", "type"):
         if name in rope and not (isinstance(rope[name], str) and rope[name] in kinds):
             raise wrong_value(rope, name, f"a kind of RoPE ({', '.join(kinds)})")
     for name in (*_ROPE_NEEDED, *_ROPE_POSITIVE, *_ROPE_ANY):
         value = rope.get(name)
-        if name not in rope or (value is None and name not in _ROPE_NEEDED):
+        if name not in rope or (value is None and (name not in _ROPE_NEEDED or may_be_none)):
             continue
         if not is_real(value) or (value <= 0 and name not in _ROPE_ANY):
             raise wrong_value(rope, name, "a number" if name in _ROPE_ANY else "a number above 0")

@@ -25,17 +25,31 @@ _ONE_KV_HEAD = "one KV head: there is nothing to mix"
 _WHOLE_ATTENTION = "Transformers' plan for it leaves attention whole on every rank"
 _NO_PLAN = "Transformers has no plan for it"
 NORM_OF_ALL_HEADS = "its queries and keys are normalised over all heads, of which a rank has some"
+_LINEAR_HEADS = "its layers of linear attention are not cut by heads"
 _HYBRID = "gated delta rule, in some layers gated GQA"
 _FUSED_HEADS = "its queries, keys and values come from one projection, which its code cuts where all heads end"
-
-
-# Families with layers whose state is no KV cache. They are refused by name, since their configs do not always say so.
-# fmt: off
-RECURRENT = frozenset((
-    "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "mamba", "mamba2",
-    "minimax", "nemotron_h", "olmo_hybrid", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2",
-))
-# fmt: on
+# Families with layers whose state is no KV cache, and what these are. They are refused by name, since their configs do
+# not always say so.
+RECURRENT: Mapping[str, str] = MappingProxyType(
+    {
+        name: layers
+        for layers, names in {
+            "Mamba": (
+                "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h",
+                "zamba", "zamba2",
+            ),
+            "a short convolution": ("inkling_text", "inkling2_text", "inkling2_loop_text", "lfm2", "lfm2_moe", "lfm3"),
+            "attention over convolved keys": ("zaya",),
+            "lightning attention": ("minimax",),
+            "another delta rule": ("bailing_hybrid", "glm5_next_text", "lara_mini", "qwen4_exp_text"),
+            "compressed keys": ("deepseek_v4",),
+            "a gated linear recurrence": ("recurrent_gemma",),
+            "RWKV": ("rwkv",),
+            "xLSTM": ("xlstm",),
+        }.items()
+        for name in names
+    }
+)  # fmt: skip
 # Families that are another one under a name of their own, which Transformers does not know.
 OTHER_NAMES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
 # Kinds of layers in a config that have such a state.
@@ -62,7 +76,10 @@ class Family:
         flag_of_norm_of_all_heads: what its config says true of where queries and keys are normalised by weights of all
             heads; tensor parallelism is refused then.
         has_gated_delta: layers that `layer_types` names linear_attention run the gated delta rule; the config has the
-            sizes of `StateLayout`. The others' queries come with as wide gates from one projection, `q_proj`.
+            sizes of `StateLayout`.
+        has_query_gates: queries come with as wide gates from one projection, `q_proj`.
+        may_have_no_rope: where the config's `rope_theta` is null, positions are not told at all.
+        size_names: what its config calls sizes that others name alike.
         refused: features that do not run, with the reason.
         not_applicable: features that have no meaning for it, with the reason.
     """
@@ -79,6 +96,9 @@ class Family:
     returns_router_scores: bool = False
     flag_of_norm_of_all_heads: str | None = None
     has_gated_delta: bool = False
+    has_query_gates: bool = False
+    may_have_no_rope: bool = False
+    size_names: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[Feature, str] = field(default_factory=dict)
     not_applicable: Mapping[Feature, str] = field(default_factory=dict)
 
@@ -116,6 +136,13 @@ FAMILIES: dict[str, Family] = {
         "MQA",
         has_fused_qkv=True,
         has_position_table=True,
+        size_names={
+            "hidden_size": "n_embd",
+            "intermediate_size": "n_inner",
+            "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer",
+            "max_position_embeddings": "n_positions",
+        },
         refused={"transformers_tp": _NO_PLAN},
         not_applicable={"mixed_heads": _ONE_KV_HEAD},
     ),
@@ -161,9 +188,44 @@ FAMILIES: dict[str, Family] = {
         refused={"transformers_tp": _NO_PLAN},
     ),
     "starcoder2": Family("StarCoder2", "GQA, a window where its config has one", window_on_every_layer=True),
-    "qwen3_next": Family("Qwen3-Next", f"{_HYBRID}, experts", has_gated_delta=True),
-    "qwen3_5_text": Family("Qwen3.5 (text)", _HYBRID, has_gated_delta=True),
-    "qwen3_5_moe_text": Family("Qwen3.5-MoE (text)", f"{_HYBRID}, experts", has_gated_delta=True),
+    "qwen3_next": Family(
+        "Qwen3-Next",
+        f"{_HYBRID}, experts",
+        has_gated_delta=True,
+        has_query_gates=True,
+    ),
+    "qwen3_5_text": Family("Qwen3.5 (text)", _HYBRID, has_gated_delta=True, has_query_gates=True),
+    "qwen3_5_moe_text": Family(
+        "Qwen3.5-MoE (text)",
+        f"{_HYBRID}, experts",
+        has_gated_delta=True,
+        has_query_gates=True,
+    ),
+    "olmo_hybrid": Family(
+        "OLMo Hybrid",
+        "gated delta rule, in some layers GQA",
+        has_gated_delta=True,
+        may_have_no_rope=True,
+        refused=_no_tp(NORM_OF_ALL_HEADS),
+    ),
+    "kimi_linear": Family(
+        "Kimi Linear",
+        "delta rule with a gate for each channel, in some layers MLA, experts",
+        is_latent=True,
+        has_gated_delta=True,
+        size_names={
+            "max_position_embeddings": "model_max_length",
+            "num_experts_per_tok": "num_experts_per_token",
+            "n_shared_experts": "num_shared_experts",
+            "n_group": "num_expert_group",
+            "linear_num_key_heads": "linear_num_heads",
+            "linear_num_value_heads": "linear_num_heads",
+            "linear_key_head_dim": "linear_head_dim",
+            "linear_value_head_dim": "linear_head_dim",
+        },
+        refused=dict.fromkeys(("autotp", "copied_heads", "transformers_tp"), _LINEAR_HEADS),
+        not_applicable={"mixed_heads": _ONE_KV_HEAD},
+    ),
 }
 
 

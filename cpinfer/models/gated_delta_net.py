@@ -1,8 +1,12 @@
-"""Qwen3-Next's modules of linear attention (Gated DeltaNet): the forward that takes the place of their own.
+"""Modules of linear attention by the delta rule: the forward that takes the place of their own.
 
-Transformers' runs one sequence from a cache. Here the inputs of the convolution, and then what the gated delta rule
-takes, go to the step, which knows whose tokens they are and what came before them. Projections, gates, the norm, and
-the functions that convolve and run the rule (`flash-linear-attention`'s, where it is installed) stay the module's.
+    Qwen3-Next, Qwen3.5    Gated DeltaNet: fused projections, a decay for each head
+    OLMo Hybrid            the same of single projections; beta may be up to 2, for eigenvalues below zero
+    Kimi Linear            Kimi Delta Attention: single projections, a decay for each channel of a key
+
+Transformers' runs one sequence from a cache. Here the inputs of the convolution, and then what the rule takes, go to
+the step, which knows whose tokens they are and what came before them. Projections, gates, the norm, and the functions
+that convolve and run the rule (`flash-linear-attention`'s, where it is installed) stay the module's.
 """
 
 from __future__ import annotations
@@ -21,6 +25,12 @@ from cpinfer.attention.linear_attention import LinearLayer, LinearStep
 from cpinfer.layout.capacity import StateLayout
 from cpinfer.models.local_weights import local
 from cpinfer.ops.delta_rule import DeltaTokens
+
+# What the rule is called in a family's file: over pieces, and over a token.
+_RULES = (
+    ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"),
+    ("chunk_kimi_delta_attention", "recurrent_kimi_delta_attention"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,49 +83,61 @@ class LinearHeads:
 def is_gated_delta_net(module: Any) -> bool:
     """Whether the parts of one are the module's own: wrappers answer for what they wrap, which is met on its own."""
     parts = module._modules.keys()
-    return {"conv1d", "out_proj"} <= parts and not {"in_proj_qkvz", "in_proj_qkv"}.isdisjoint(parts)
+    return "conv1d" in parts and not parts.isdisjoint(("in_proj_qkvz", "in_proj_qkv", "q_proj"))
+
+
+def out_projection(module: Any) -> tuple[str, Any]:
+    """The name of the projection of values to hidden states in such a module, and the projection."""
+    name = "out_proj" if "out_proj" in module._modules else "o_proj"
+    return name, module._modules[name]
 
 
 def gated_delta_net(module: Any, hidden_states: Tensor, step: LinearStep, heads: LinearHeads) -> Tensor:
     """The forward of such a module, `[1, T, hidden]` to the same, by `step`; it has the `heads` of this rank."""
-    T = hidden_states.shape[1]
-    if "in_proj_qkvz" in module._modules:
-        parts = module.in_proj_qkvz(hidden_states), module.in_proj_ba(hidden_states)
-        q, k, v, z, b, a = module.fix_query_key_value_ordering(*parts)
-        inputs = torch.cat([x.reshape(T, -1) for x in (q, k, v)], dim=-1)
-    else:
-        inputs = module.in_proj_qkv(hidden_states)[0]
-        z, b, a = module.in_proj_z(hidden_states), module.in_proj_b(hidden_states), module.in_proj_a(hidden_states)
+    T, own, sizes = hidden_states.shape[1], module._modules, heads.own
+    inputs, gates, g, beta = _projected(module, hidden_states, heads)
     layer = _layer(module, heads)
-    q, k, v = step.convolve(layer, inputs).split([module.key_dim, module.key_dim, module.value_dim], dim=-1)
+    q, k, v = step.convolve(layer, inputs).split(sizes.channels_by_kind, dim=-1)
+    by_head = (q.reshape(T, -1, sizes.k_dim), k.reshape(T, -1, sizes.k_dim), v.reshape(T, -1, sizes.v_dim))
+    out = step.recur(layer, DeltaTokens(*by_head, g, beta))
+    norm = module.norm if "norm" in own else module.o_norm
+    out = norm(out.reshape(-1, sizes.v_dim), gates.reshape(-1, sizes.v_dim))
+    result: Tensor = out_projection(module)[1](out.reshape(1, T, -1))
+    return result
+
+
+def _projected(module: Any, x: Tensor, heads: LinearHeads) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Inputs of the convolution `[T, C]`, gates of the output, and g and beta as `DeltaTokens` has them."""
+    own, T = module._modules, x.shape[1]
+    if "in_proj_qkvz" in own:
+        parts = module.fix_query_key_value_ordering(module.in_proj_qkvz(x), module.in_proj_ba(x))
+        *qkv, gates, b, a = parts
+        inputs = torch.cat([part.reshape(T, -1) for part in qkv], dim=-1)
+    elif "in_proj_qkv" in own:
+        inputs = module.in_proj_qkv(x)[0]
+        gates, b, a = module.in_proj_z(x), module.in_proj_b(x), module.in_proj_a(x)
+    else:
+        inputs = torch.cat([module.q_proj(x), module.k_proj(x), module.v_proj(x)], dim=-1)[0]
+        if "forget_gate" in own:
+            gates, b = module.g_b_proj(module.g_a_proj(x)), module.b_proj(x)
+            return inputs, gates, module.forget_gate(x)[0], b[0].sigmoid()
+        gates, b, a = module.g_proj(x), module.b_proj(x), module.a_proj(x)
     # In float32: in half precision the decay could be no number.
     decay, bias = heads.of_values(local(module.A_log)), heads.of_values(local(module.dt_bias))
     g = -decay.float().exp() * softplus(a[0].float() + bias)
-    out = step.recur(
-        layer,
-        DeltaTokens(
-            q.reshape(T, -1, module.head_k_dim),
-            k.reshape(T, -1, module.head_k_dim),
-            v.reshape(T, -1, module.head_v_dim),
-            g,
-            b[0].sigmoid(),
-        ),
-    )
-    out = module.norm(out.reshape(-1, module.head_v_dim), z.reshape(-1, module.head_v_dim))
-    result: Tensor = module.out_proj(out.reshape(1, T, -1))
-    return result
+    beta = b[0].sigmoid()
+    return inputs, gates, g, beta * 2 if vars(module).get("allow_neg_eigval", False) else beta
 
 
 def _layer(module: Any, heads: LinearHeads) -> LinearLayer:
     # FSDP gives a module a class of its own, derived from the family's.
-    modules = (sys.modules[cls.__module__] for cls in type(module).__mro__)
-    family: Any = next(m for m in modules if hasattr(m, "torch_chunk_gated_delta_rule"))
+    files = [sys.modules[cls.__module__] for cls in type(module).__mro__]
+    family, names = next((file, names) for file in files for names in _RULES if hasattr(file, names[0]))
     convolve = partial(
         family.causal_conv1d_fn,
         weight=heads.of_channels(local(module.conv1d.weight)).squeeze(1),
         bias=None if module.conv1d.bias is None else heads.of_channels(local(module.conv1d.bias)),
         activation=module.activation,
     )
-    return LinearLayer(
-        module.layer_idx, convolve, family.torch_chunk_gated_delta_rule, family.torch_recurrent_gated_delta_rule
-    )
+    chunked, recurrent = (getattr(family, name) for name in names)
+    return LinearLayer(module.layer_idx, convolve, chunked, recurrent)

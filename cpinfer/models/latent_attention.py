@@ -62,7 +62,9 @@ def latent_attention(
 
 
 def _rotate(module: Any, q: Tensor, k: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor]:
-    """RoPE of q `[1, H, T, R]` and k `[1, 1, T, R]`, as the module's own family does it."""
+    """RoPE of q `[1, H, T, R]` and k `[1, 1, T, R]`, as the module's own family does it, or not at all."""
+    if position_embeddings is None:
+        return q, k
     # FSDP gives a module a class of its own, derived from the family's.
     modules = (sys.modules[cls.__module__] for cls in type(module).__mro__)
     family: Any = next(m for m in modules if hasattr(m, "apply_rotary_emb") or hasattr(m, "apply_rotary_pos_emb"))

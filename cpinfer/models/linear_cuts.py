@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import StateLayout
-from cpinfer.models.gated_delta_net import LinearHeads, is_gated_delta_net
+from cpinfer.models.gated_delta_net import LinearHeads, is_gated_delta_net, out_projection
 from cpinfer.models.local_weights import shape_in_use
 
 
@@ -35,11 +35,12 @@ def heads_in_use(
     whole, cut = LinearHeads.of(layout), LinearHeads.of(layout, tp_size, tp_rank) if layout.divides(tp_size) else None
     found: LinearHeads | None = None
     for name, module in _linear_attention(model):
-        columns = shape_in_use(module.out_proj.weight, gathered_by_fsdp=gathered_by_fsdp)[1]
+        projection, out = out_projection(module)
+        columns = shape_in_use(out.weight, gathered_by_fsdp=gathered_by_fsdp)[1]
         heads = next((h for h in (whole, cut) if h is not None and h.counts["value_dim"] == columns), None)
         if heads is None or heads is not (found or heads):
             raise UserError(
-                f"{name}.out_proj takes {columns} values on this rank; with {layout.num_v_heads} value heads of "
+                f"{name}.{projection} takes {columns} values on this rank; with {layout.num_v_heads} value heads of "
                 f"{layout.v_dim} and {layout.num_k_heads} key heads over tp={tp_size} it should take all "
                 f"{whole.counts['value_dim']}, or in every layer those of this rank's heads. Call expand_kv_heads "
                 "before sharding, and check tp_size."

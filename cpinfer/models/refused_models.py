@@ -25,8 +25,10 @@ def refuse_unsupported(config: Mapping[str, Any]) -> None:
     if any(config.get(key) is not None for key in _MULTIMODAL_KEYS):
         raise refuse("multimodal", found)
     runs = {"linear_attention"} if family in FAMILIES and FAMILIES[family].has_gated_delta else set()
-    if family in RECURRENT or layer_types & RECURRENT_LAYERS - runs:
-        raise refuse("recurrent", found)
+    if family in RECURRENT:
+        raise refuse("recurrent", f"{found} (with layers of {RECURRENT[family]})")
+    if states := layer_types & RECURRENT_LAYERS - runs:
+        raise refuse("recurrent", f"{found} with layers of {', '.join(sorted(states))}")
     if config.get("is_encoder_decoder") is True:
         raise refuse("encoder_decoder", found)
     if family in OTHER_NAMES:

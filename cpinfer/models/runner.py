@@ -324,7 +324,7 @@ def _check_heads(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bo
     """Every projection to heads has as many rows on this rank as its heads take."""
     heads = spec.heads(tp_size)
     q_heads, kv_heads, latent = heads.q_heads_per_rank, heads.kv_heads_per_rank, spec.latent
-    per_head = spec.head_dim * (2 if spec.traits.has_gated_delta else 1)  # queries and their gates
+    per_head = spec.head_dim * (2 if spec.traits.has_query_gates else 1)  # queries and their gates
     rows = {"q_proj": q_heads * per_head, "q_b_proj": q_heads * spec.head_dim}
     if latent is not None:
         rows["kv_b_proj"] = q_heads * (latent.qk_nope_head_dim + latent.v_head_dim)
@@ -332,6 +332,8 @@ def _check_heads(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bo
         rows["k_proj"] = rows["v_proj"] = kv_heads * spec.head_dim
         rows["c_attn"] = rows["qkv_proj"] = (q_heads + 2 * kv_heads) * spec.head_dim
     for name, module in model.named_modules():
+        if is_gated_delta_net(module):  # heads of its own
+            continue
         for projection, want in rows.items():
             linear = module._modules.get(projection)
             if linear is None:

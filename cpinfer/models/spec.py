@@ -9,11 +9,11 @@ from typing import Any
 from cpinfer.layout.capacity import KVLayout, StateLayout
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.models.config_values import (
-    OLD_NAMES,
     check_number,
     check_relations,
     check_token_ids,
     check_values,
+    with_common_names,
     wrong_value,
 )
 from cpinfer.models.families import FAMILIES, Family
@@ -23,14 +23,11 @@ from cpinfer.models.refused_models import refuse_unsupported, why_no_tp
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
 NUM_KV_HEADS_BEFORE_EXPANSION = "cpinfer_num_key_value_heads"
 
-# Sizes of layers that run the gated delta rule, and their bounds, in the order of `StateLayout`.
-_STATE_SIZES = {
-    "linear_num_key_heads": 2**14,
-    "linear_num_value_heads": 2**14,
-    "linear_key_head_dim": 2**14,
-    "linear_value_head_dim": 2**14,
-    "linear_conv_kernel_dim": 2**10,
-}
+# Sizes of layers that run the gated delta rule, in the order of `StateLayout`.
+_STATE_SIZES = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,7 @@ class ModelSpec:
         """
         refuse_unsupported(config)
         check_values(config, whole=True)
-        config = {**config, **{new: config[old] for new, old in OLD_NAMES.items() if old in config}}
+        config = with_common_names(config)
         latent = _latent_dims(config)
         check_relations(config)
         linear_layers = _linear_layers(config)
@@ -225,8 +222,8 @@ def _linear_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _states(config: Mapping[str, Any], num_layers: int) -> StateLayout:
-    for name, most in _STATE_SIZES.items():
-        check_number(config, name, 1, most)
+    for name in _STATE_SIZES:
+        check_number(config, name, 1, 2**14)
     num_k_heads, num_v_heads, k_dim, v_dim, width = (config[name] for name in _STATE_SIZES)
     if num_v_heads % num_k_heads:
         raise wrong_value(config, "linear_num_value_heads", f"a multiple of linear_num_key_heads ({num_k_heads})")

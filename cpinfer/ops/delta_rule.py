@@ -6,7 +6,8 @@ It is linear in the values and the start state together. So one pass over a piec
 `v' = [v | 0]`, from the state `[0 | I]`, gives what the piece would say without a past, `out`, what it reads of any
 past, `read`, and what it makes of one: `S_end = M S_start + B`. States of all pieces then follow by products of small
 matrices, in sequence order, and `out + read S_start` is what the rule gives over the whole sequence (Gated DeltaNet,
-arXiv:2412.06464; the widening is this module's).
+arXiv:2412.06464; the widening is this module's). A decay may be a vector, a number for each channel of a key (Kimi
+Delta Attention, arXiv:2510.26692).
 
 Letters: T packed tokens, H value heads, G key heads, K key dim, V value dim, C channels, W width of the convolution.
 """
@@ -29,7 +30,8 @@ CHUNK_SIZE = 64
 class DeltaRule(Protocol):
     """The rule over `[N, T, heads, dim]`, as Transformers has it: output `[N, T, H, V]` and end states `[N, H, K, V]`.
 
-    g and beta are `[N, T, H]`; a token whose keys, values, g and beta are zero changes nothing.
+    g is `[N, T, H]`, or `[N, T, H, K]` where each channel of a key has its own, beta `[N, T, H]`; a token whose keys,
+    values, g and beta are zero changes nothing.
     """
 
     def __call__(
@@ -48,9 +50,9 @@ class DeltaRule(Protocol):
 
 @dataclass(frozen=True)
 class DeltaTokens:
-    """What the rule takes of packed tokens: q and k `[T, G, K]`, v `[T, H, V]`, g (log of the decay) and beta `[T, H]`.
+    """What the rule takes of packed tokens: q and k `[T, G, K]`, v `[T, H, V]`, beta `[T, H]`.
 
-    The state is in the dtype of g.
+    g, the log of the decay, is `[T, H]` or `[T, H, K]`; the state is in its dtype.
     """
 
     q: Tensor

@@ -74,6 +74,8 @@ MISSED: dict[str, tuple[str, RankGrid]] = {
     "is_latent": ("deepseek_v2", PCP2_DCP2),
     "flag_of_norm_of_all_heads": ("cohere", TP2_DCP2),
     "refused": ("phi3", TP2_DCP2),
+    "has_query_gates": ("qwen3_5_text", PCP2_DCP2),
+    "size_names": ("kimi_linear", PCP2_DCP2),
 }
 
 

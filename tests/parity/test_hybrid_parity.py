@@ -46,7 +46,7 @@ PROMPTS = prompts_of((1, 2, 3, 4, 63, 64, 65, 200), vocab_size=128)
 GREEDY = SamplingParams(temperature=0, max_new_tokens=8)
 # Layers of both kinds, the first and the last of them linear, two of them in a row.
 KINDS = {"num_hidden_layers": 4, "layer_types": [*GATED_DELTA["layer_types"], *["linear_attention"] * 2]}
-FAMILIES = ("qwen3_next", "qwen3_5_text")
+FAMILIES = ("qwen3_next", "qwen3_5_text", "olmo_hybrid", "kimi_linear")
 
 
 @pytest.fixture(autouse=True)

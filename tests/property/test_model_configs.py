@@ -9,15 +9,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cpinfer.errors import UserError
-from cpinfer.models.config_values import OLD_NAMES
 from cpinfer.models.spec import ModelSpec
 from tiny_models import FAMILIES
 
 CONFIGS = {family: config.to_dict() for family, config in FAMILIES.items()}
 # Also those that a family has under no name of its own.
-KEYS = sorted(
-    {key for config in CONFIGS.values() for key in config} | set(OLD_NAMES) | {"kv_lora_rank", "rope_scaling"}
-)
+KEYS = sorted({key for config in CONFIGS.values() for key in config} | {"kv_lora_rank", "rope_scaling"})
 WHOLE = st.one_of(
     st.integers(-3, 130), st.sampled_from([2**31, 2**63, 2**64, -(2**63), 10**30, 10**4000]), st.integers()
 )

@@ -16,7 +16,7 @@ IN_ALL_LAYERS = (
     *("mixtral", "qwen3_moe", "gpt_oss", "granitemoe", "minimax_m2", "olmoe", "phimoe"),
     *("qwen3_next", "qwen3_5_moe_text"),
 )
-IN_THE_LAST_LAYER = ("deepseek_v2", "deepseek_v3", "glm4_moe")
+IN_THE_LAST_LAYER = ("deepseek_v2", "deepseek_v3", "glm4_moe", "kimi_linear")
 LAYERS = {family: [0, 1] for family in IN_ALL_LAYERS} | {family: [1] for family in IN_THE_LAST_LAYER}
 IDS = torch.tensor(prompts_of((7,), vocab_size=128))
 

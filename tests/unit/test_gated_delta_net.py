@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
+from transformers import KimiLinearConfig, OlmoHybridConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
+from transformers.models.kimi_linear.modeling_kimi_linear import KimiLinearAttention, KimiLinearDeltaAttention
+from transformers.models.olmo_hybrid.modeling_olmo_hybrid import OlmoHybridAttention, OlmoHybridGatedDeltaNet
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5Attention, Qwen3_5GatedDeltaNet
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeGatedDeltaNet
 from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextGatedDeltaNet
@@ -23,9 +25,12 @@ SIZES = {
     "linear_conv_kernel_dim": 4,
 }
 LAYOUT = StateLayout(1, *SIZES.values())
-ALL_HEADS = LinearHeads.of(LAYOUT)
+OF_KIMI = {"linear_num_heads": 4, "linear_head_dim": 16}
+LAYOUTS = {"kimi_linear": StateLayout(1, 4, 4, 16, 16, 4)}
 WORDS = {"hidden_size": 64, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"], **SIZES}
 MODULES = {
+    "olmo_hybrid": (OlmoHybridGatedDeltaNet, OlmoHybridConfig(**WORDS, num_attention_heads=8)),
+    "kimi_linear": (KimiLinearDeltaAttention, KimiLinearConfig(**WORDS, **OF_KIMI)),
     "qwen3_next": (Qwen3NextGatedDeltaNet, Qwen3NextConfig(**WORDS)),
     "qwen3_5_text": (Qwen3_5GatedDeltaNet, Qwen3_5TextConfig(**WORDS)),
     "qwen3_5_moe_text": (Qwen3_5MoeGatedDeltaNet, Qwen3_5MoeTextConfig(**WORDS)),
@@ -38,7 +43,9 @@ def make(name, dtype=torch.float32):
     torch.manual_seed(0)
     cls, config = MODULES[name]
     module = cls(config, layer_idx=0).to(dtype).eval()
-    module.A_log.data.sub_(5)
+    for key, weight in module.named_parameters():
+        if key.endswith(("A_log", "dt_bias")):
+            weight.data.uniform_(-4, -2)
     return module, torch.randn(1, 70, 64, dtype=dtype)
 
 
@@ -49,13 +56,17 @@ def prefill(n, store, start=None):
     return PrefillStates(plan, store, SoloComm())
 
 
-def in_parts(module, hidden):
+def in_parts(name, module, hidden):
     """The module's output, in two chunks and two decode steps."""
-    store = StateStore(LAYOUT, [0], 1, hidden.dtype, CPU)
+    sizes = LAYOUTS.get(name, LAYOUT)
+    store = StateStore(sizes, [0], 1, hidden.dtype, CPU)
     parts = [
-        gated_delta_net(module, hidden[:, :40], prefill(40, store), ALL_HEADS),
-        gated_delta_net(module, hidden[:, 40:68], prefill(28, store, StatePlace(0, 0)), ALL_HEADS),
-        *(gated_delta_net(module, hidden[:, t : t + 1], DecodeStates([0], store), ALL_HEADS) for t in (68, 69)),
+        gated_delta_net(module, hidden[:, :40], prefill(40, store), LinearHeads.of(sizes)),
+        gated_delta_net(module, hidden[:, 40:68], prefill(28, store, StatePlace(0, 0)), LinearHeads.of(sizes)),
+        *(
+            gated_delta_net(module, hidden[:, t : t + 1], DecodeStates([0], store), LinearHeads.of(sizes))
+            for t in (68, 69)
+        ),
     ]
     return torch.cat(parts, dim=1)
 
@@ -66,7 +77,7 @@ def test_chunks_and_decode_of_a_sequence_are_what_transformers_makes_of_the_whol
     module, hidden = make(name)
     want = module(hidden)
     assert want.abs().max() > 0.5
-    torch.testing.assert_close(in_parts(module, hidden), want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(in_parts(name, module, hidden), want, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -75,7 +86,7 @@ def test_in_half_precision_they_are_as_near_to_float32_as_transformers_is(name):
     module, hidden = make(name)
     want = module(hidden)
     module, hidden = make(name, torch.bfloat16)[0], hidden.bfloat16()
-    errors = [(out.float() - want).pow(2).mean().sqrt() for out in (in_parts(module, hidden), module(hidden))]
+    errors = [(out.float() - want).pow(2).mean().sqrt() for out in (in_parts(name, module, hidden), module(hidden))]
     assert errors[0] <= 1.05 * errors[1]
 
 
@@ -83,10 +94,11 @@ def test_in_half_precision_they_are_as_near_to_float32_as_transformers_is(name):
 def test_a_past_that_is_left_out_shows():
     module, hidden = make("qwen3_next")
     store = StateStore(LAYOUT, [0], 1, torch.float32, CPU)
-    out = gated_delta_net(module, hidden[:, 40:], prefill(30, store), ALL_HEADS)
+    out = gated_delta_net(module, hidden[:, 40:], prefill(30, store), LinearHeads.of(LAYOUT))
     assert (out - module(hidden)[:, 40:]).abs().max() > 1e-3
 
 
 def test_only_linear_attention_is_taken_for_it():
     assert all(is_gated_delta_net(make(name)[0]) for name in MODULES)
-    assert not is_gated_delta_net(Qwen3_5Attention(MODULES["qwen3_5_text"][1], layer_idx=1))
+    others = {"qwen3_5_text": Qwen3_5Attention, "olmo_hybrid": OlmoHybridAttention, "kimi_linear": KimiLinearAttention}
+    assert not any(is_gated_delta_net(cls(MODULES[name][1], layer_idx=1)) for name, cls in others.items())

@@ -96,7 +96,7 @@ def methods_told_by_protocols(files: list[Path]) -> frozenset[str]:
 def family_names(tree: ast.Module) -> Iterator[Fault]:
     """A family by name: what is particular about it is a field of its row, so that a family is one row."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and node.value in FAMILIES.keys() | RECURRENT:
+        if isinstance(node, ast.Constant) and node.value in FAMILIES.keys() | RECURRENT.keys():
             yield node.lineno, str(node.value)
 
 

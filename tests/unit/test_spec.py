@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.layout.capacity import KVLayout, StateLayout
-from cpinfer.models.families import FAMILIES
+from cpinfer.models.families import FAMILIES, RECURRENT
 from cpinfer.models.positions import Positions
 from cpinfer.models.spec import NUM_KV_HEADS_BEFORE_EXPANSION, LatentDims, ModelSpec
 
@@ -76,6 +77,27 @@ OWN = {
     "qwen3_5_moe_text": (
         {**ROUTED, **HYBRID, "shared_expert_intermediate_size": 8},
         {**STATES, "mlp_size": 4 * 32 + 8},
+    ),
+    "olmo_hybrid": (HYBRID, STATES),
+    "kimi_linear": (
+        {
+            **ROUTED,
+            **LATENT,
+            "n_shared_experts": 1,
+            "bos_token_id": 0,
+            "layer_types": HYBRID["layer_types"],
+            "linear_num_heads": 4,
+            "linear_head_dim": 12,
+            "linear_conv_kernel_dim": 3,
+        },
+        {
+            "num_kv_heads": 1,
+            "head_dim": 16,
+            "mlp_size": 5 * 32,
+            "latent": LatentDims(24, 4, 12, 6),
+            "linear_layers": (0, 2),
+            "states": StateLayout(2, 4, 4, 12, 12, 3),
+        },
     ),
 }
 
@@ -212,8 +234,7 @@ def test_end_tokens_come_from_the_generation_config_first(generation, config, wa
         ("Glm4MoeLiteConfig", "model families without a row"),
         ("Llama4TextConfig", "model families without a row"),
         ("MambaConfig", "recurrent and hybrid models"),
-        ("OlmoHybridConfig", "recurrent and hybrid models"),
-        ("JambaConfig", "recurrent and hybrid models"),
+        ("JambaConfig", "(with layers of Mamba): cpinfer does not support recurrent and hybrid models"),
         ("T5Config", "encoder-decoder models"),
         ("BartConfig", "encoder-decoder models"),
         ("LlavaConfig", "multimodal models"),
@@ -375,6 +396,43 @@ def test_layers_of_linear_attention_cache_no_keys():
 def test_sizes_of_states_that_no_model_has_are_refused(change, words):
     with pytest.raises(UserError, match=words):
         ModelSpec.from_config({**supported("qwen3_next"), **change})
+
+
+def test_positions_may_be_untold_where_the_family_has_that_alone():
+    """As the released models of it have it: `rope_theta` is null, and its code rotates nothing."""
+    rope = {"rope_parameters": {"rope_theta": None, "rope_type": "default"}}
+    assert ModelSpec.from_config({**supported("olmo_hybrid"), **rope}).positions == Positions(512)
+    with pytest.raises(UserError, match='"rope_theta" is null; a number above 0 was wanted'):
+        ModelSpec.from_config({**supported("olmo2"), **rope})
+
+
+def test_a_size_is_named_as_the_config_has_it_where_it_is_wrong():
+    with pytest.raises(UserError, match='"linear_num_heads" is 0; a whole number from 1'):
+        ModelSpec.from_config({**supported("kimi_linear"), "linear_num_heads": 0})
+    with pytest.raises(UserError, match='"num_experts_per_token" is "two"; a whole number from 1'):
+        ModelSpec.from_config({**supported("kimi_linear"), "num_experts_per_token": "two"})
+
+
+def test_what_one_family_calls_its_positions_is_no_size_of_another():
+    assert ModelSpec.from_config({**supported("llama"), "model_max_length": 1e30}).max_positions == 512
+
+
+@pytest.mark.parametrize("family", RECURRENT)
+def test_families_with_other_states_are_refused_by_their_name_alone(family):
+    words = rf'"{family}" \(with layers of {RECURRENT[family]}\): cpinfer does not support recurrent and hybrid models'
+    with pytest.raises(UnsupportedError, match=words):
+        ModelSpec.from_config({"model_type": family})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if name not in FAMILIES])
+def test_every_other_causal_lm_of_transformers_is_refused_by_name_and_one_with_states_as_such(family):
+    """Those that keep states say so in their class; what has vision or sound beside is refused for that."""
+    with pytest.raises(UnsupportedError, match=f'model_type "{family}"') as caught:
+        ModelSpec.from_config({"model_type": family})
+    is_text = not transformers.CONFIG_MAPPING[family].sub_configs
+    if is_text and getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])._is_stateful:
+        assert "recurrent and hybrid models" in str(caught.value)
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
