@@ -60,6 +60,12 @@ class LinearStep(Protocol):
         ...
 
 
+def own_precision(tokens: DeltaTokens) -> torch.autocast:
+    """Under native mixed precision the rule keeps its own, as `flash-linear-attention`'s kernels do, and softmax
+    attention here: states sum over the whole sequence, and pieces are to make what the whole does."""
+    return torch.autocast(tokens.v.device.type, enabled=False)
+
+
 class PrefillStates:
     """New tokens of prompts, split over the pcp axis: two gathers per layer, of a size that no length changes.
 
@@ -107,8 +113,8 @@ class PrefillStates:
             None if start == OPEN else fresh if start == FRESH else self._store.states(layer.index, slot)[0]
             for start, slot in zip(plan.starts, self._starts, strict=True)
         ]
-        found = run_pieces(layer.chunked, tokens.first(T), plan.lens, starts)
-        with torch.autocast(tokens.v.device.type, enabled=False):
+        with own_precision(tokens):
+            found = run_pieces(layer.chunked, tokens.first(T), plan.lens, starts)
             self._join(layer, found)
         out = torch.zeros_like(tokens.v)
         out[:T] = found.out
@@ -182,10 +188,11 @@ class DecodeStates:
         out = torch.zeros_like(tokens.v)
         if R:
             q, k, v, g, beta = (x[:R, None] for x in (tokens.q, tokens.k, tokens.v, tokens.g, tokens.beta))
-            read, after = layer.recurrent(
-                q, k, v, g=g, beta=beta, initial_state=self._store.states(layer.index, self._slots),
-                output_final_state=True, use_qk_l2norm_in_kernel=True,
-            )  # fmt: skip
+            with own_precision(tokens):
+                read, after = layer.recurrent(
+                    q, k, v, g=g, beta=beta, initial_state=self._store.states(layer.index, self._slots),
+                    output_final_state=True, use_qk_l2norm_in_kernel=True,
+                )  # fmt: skip
             out[:R] = read[:, 0]
             self._store.write_states(layer.index, self._slots, after)
         return out

@@ -1,6 +1,8 @@
 """Forwards under autocast around float32 weights: what attention gets and caches is what it gets in training."""
 
 import copy
+import re
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UserError
 from cpinfer.models.autocast import CastStep, autocast_dtype
+from every_family import WITH_STATES
 from tiny_models import FAMILIES, make_model, prompts_of
 
 CONFIG = EngineConfig(dtype="float32", kv_cache_gib=0.001)
@@ -73,6 +76,26 @@ def test_rollouts_under_autocast_are_nearer_to_the_training_forward_than_float32
     ours = torch.cat([torch.tensor(r.logprobs) for r in results])
     exact = torch.cat([logprobs(plain, r) for r in results])
     assert (ours - training).abs().mean() < share * (exact - training).abs().mean()
+
+
+@pytest.mark.parametrize(
+    "family, share",
+    [("qwen3_5_text", 0.1), *(pytest.param(f, 0.6, marks=pytest.mark.slow) for f in sorted(WITH_STATES))],
+)
+def test_linear_attention_is_that_of_a_training_forward_whose_rule_keeps_its_precision(monkeypatch, family, share):
+    """As `flash-linear-attention` has it. Transformers' own, in torch, is cast: that alone moves logprobs so far."""
+    mixed, plain = mixed_model(family), make_model(copy.deepcopy(FAMILIES[family]))
+    with attach(mixed, config=CONFIG) as engine:
+        results = engine.generate(PROMPTS, GREEDY)
+    ours = torch.cat([torch.tensor(r.logprobs) for r in results])
+    cast = torch.cat([logprobs(mixed, r) for r in results])
+    exact = torch.cat([logprobs(plain, r) for r in results])
+    file = sys.modules[type(mixed).__module__]
+    rule = next(name for name in vars(file) if re.fullmatch(r"(torch_)?chunk_\w+_delta_\w+", name))
+    monkeypatch.setattr(file, rule, torch.autocast("cpu", enabled=False)(getattr(file, rule)))
+    training = torch.cat([logprobs(mixed, r) for r in results])
+    assert (ours - training).abs().mean() < share * (exact - training).abs().mean()
+    assert (ours - cast).abs().mean() > 0.5 * (exact - cast).abs().mean()
 
 
 def test_the_pool_holds_what_the_forward_casts_to_and_so_twice_the_tokens():

@@ -9,7 +9,7 @@ from torch.nn.functional import conv1d
 
 from cpinfer.attention import linear_attention
 from cpinfer.attention.linear_attention import DecodeStates, LinearLayer, PrefillStates
-from cpinfer.comm.axis import CountingComm
+from cpinfer.comm.axis import CountingComm, SoloComm
 from cpinfer.comm.threads import run_ranks
 from cpinfer.kv_cache.state_store import StateStore
 from cpinfer.layout.capacity import StateLayout
@@ -177,6 +177,22 @@ def test_a_layer_receives_as_many_bytes_as_the_formula_says_for_1k_tokens_and_fo
 
     # Two spans' inputs; two states and one map of them.
     assert received(1024) == received(32768) == [2 * 3 * C * dtype.itemsize + 4 * (2 * 4 * 5 * 3 + 4 * 5 * 5)] * 2
+
+
+def test_the_rule_keeps_its_own_precision_inside_autocast():
+    seen = []
+
+    def rule(query, key, value, *, initial_state, **_):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return torch.zeros_like(value), initial_state
+
+    layer, store = LinearLayer(4, lambda x: x, rule, rule), StateStore(LAYOUT, LAYERS, 1, torch.bfloat16, CPU)
+    plan = plan_states(zigzag_split([1], 1), [PromptStates(None, (StatePlace(0, 0),))], pcp_rank=0, num_tail=3)
+    tokens = DeltaTokens(*(torch.zeros(1, *shape) for shape in ((2, 5), (2, 5), (4, 3), (4,), (4,))))
+    with torch.autocast("cpu", torch.bfloat16):
+        PrefillStates(plan, store, SoloComm()).recur(layer, tokens)
+        DecodeStates([0], store).recur(layer, tokens)
+    assert seen == [False, False]
 
 
 def test_a_rank_without_rows_makes_nothing_of_its_dummy():
