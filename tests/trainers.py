@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cpinfer.models.decoder_layers import decoder_layers
 from tiny_models import FAMILIES, make_model
 
 BATCH = (1, 24)
@@ -18,7 +19,10 @@ BATCH = (1, 24)
 
 @dataclass
 class Trainer:
-    """One job: `trained` is what its loop calls forward on; `whole` makes all its parameters whole for a block."""
+    """One job: `trained` is what its loop calls forward on; `whole` makes all its parameters whole for a block.
+
+    `family`: that of tests/tiny_models.py whose model it trains.
+    """
 
     trained: Any
     module: Any
@@ -26,6 +30,7 @@ class Trainer:
     backward: Callable[[torch.Tensor], Any]
     step: Callable[[], Any]
     whole: Callable[[], AbstractContextManager[Any]] = nullcontext
+    family: str = "qwen2"
 
     def micro_step(self) -> float:
         """One forward and backward, on tokens from the global random numbers. The loss."""
@@ -37,7 +42,7 @@ class Trainer:
     def weights(self) -> dict[str, torch.Tensor]:
         """Copies of the whole weights."""
         with self.whole(), torch.random.fork_rng(devices=[]):
-            shapes = {name: x.shape for name, x in make_model(FAMILIES["qwen2"]).named_parameters()}
+            shapes = {name: x.shape for name, x in make_model(FAMILIES[self.family]).named_parameters()}
             return {name: whole_tensor(x, shapes[name]) for name, x in self.module.named_parameters()}
 
 
@@ -101,7 +106,7 @@ def torch_trainer(trained: Any, module: Any, optimizer: Any = None) -> Trainer:
     return Trainer(trained, module, optimizer, lambda loss: loss.backward(), step)
 
 
-def accelerate_trainer(wrapper: str, mixed_precision: str) -> Trainer:
+def accelerate_trainer(wrapper: str, mixed_precision: str, model: Any = None) -> Trainer:
     """What `Accelerator.prepare` makes of a model: `wrapper` is "ddp" or "fsdp2".
 
     On CPU Accelerate takes an FSDP plugin and makes DDP, without a word, so it is told that this is an FSDP job.
@@ -110,18 +115,18 @@ def accelerate_trainer(wrapper: str, mixed_precision: str) -> Trainer:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
+    model = make_model(FAMILIES["qwen2"]) if model is None else model
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=mixed_precision)
     if wrapper == "fsdp2":
         plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
             auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["Qwen2DecoderLayer"],
+            transformer_cls_names_to_wrap=sorted({type(layer).__name__ for layer in decoder_layers(model)}),
         )
         if mixed_precision != "no":
             plugin.set_mixed_precision(mixed_precision)
         AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-    model = make_model(FAMILIES["qwen2"])
     trained, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters(), lr=1e-2))
     trainer = torch_trainer(trained, accelerator.unwrap_model(trained), optimizer)
     trainer.backward = accelerator.backward

@@ -3,10 +3,11 @@
 torchrun --nproc-per-node 2 tests/integrations/lending_worker.py KIND ...
 
 A kind is `zero0` to `zero2`, `zero3:GATHER`, `ddp`, `fsdp2:GATHER`, `accelerate-ddp`, `accelerate-fsdp2:GATHER`; with
-`+bf16` at its end the job has Accelerate's mixed precision, with `+autotp` DeepSpeed's AutoTP over 2 ranks. Each is run
-with and without phases: before training, and in the middle of accumulating gradients. Mixed precision is compared with
-the training forward instead. "costs KIND" is what lending_costs.py finds of a job, and
-"refusals", "families" and "shapes" what lending_refusals.py, lending_families.py and lending_shapes.py do.
+`+bf16` at its end the job has Accelerate's mixed precision, with `+autotp` DeepSpeed's AutoTP over 2 ranks; with
+`FAMILY/` at its beginning it trains another family than qwen2. Each is run with and without phases: before training,
+and in the middle of accumulating gradients. Mixed precision is compared with the training forward instead. "costs KIND"
+is what lending_costs.py finds of a job, and "refusals", "families" and "shapes" what lending_refusals.py,
+lending_families.py and lending_shapes.py do.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import lending_costs
 import lending_families
@@ -33,6 +35,8 @@ from torch.nn.parallel import DistributedDataParallel
 from cpinfer.colocate.phase import PhaseReport, rollout_phase
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.config import JobConfig, parse_config
+from cpinfer.engine import step_plans
+from cpinfer.engine.attach import model_spec
 from cpinfer_integrations.deepspeed import init_distributed
 from cpinfer_integrations.lending import lend
 from cpinfer_tools.verify import check_rollout
@@ -40,12 +44,20 @@ from tiny_models import FAMILIES, make_model
 from trainers import Trainer, accelerate_trainer, changes, deepspeed_trainer, everywhere, photograph, torch_trainer
 
 
+def family_of(kind: str) -> str:
+    return kind.partition("/")[0] if "/" in kind else "qwen2"
+
+
 def trainer_of(kind: str) -> Trainer:
+    model = make_model(FAMILIES[family_of(kind)])
+    return replace(_trainer_of(kind.rpartition("/")[2], model), family=family_of(kind))
+
+
+def _trainer_of(kind: str, model: Any) -> Trainer:
     if kind.startswith("zero"):
-        return deepspeed_trainer(int(kind[4]), autotp=2 if kind.endswith("+autotp") else 1)
+        return deepspeed_trainer(int(kind[4]), model, autotp=2 if kind.endswith("+autotp") else 1)
     if kind.startswith("accelerate"):
-        return accelerate_trainer(re.split("[-:+]", kind)[1], "bf16" if kind.endswith("+bf16") else "no")
-    model = make_model(FAMILIES["qwen2"])
+        return accelerate_trainer(re.split("[-:+]", kind)[1], "bf16" if kind.endswith("+bf16") else "no", model)
     if kind == "ddp":
         return torch_trainer(DistributedDataParallel(model), model)
     assert kind.startswith("fsdp2"), kind
@@ -94,6 +106,12 @@ class Plain:
     weights: dict[str, torch.Tensor]
 
 
+def dealt_of(kind: str) -> Any:
+    """How prompts are dealt to ranks: as ever, or all split, so that states of pieces have to be joined."""
+    has_states = model_spec(make_model(FAMILIES[family_of(kind)])).states is not None
+    return (lambda lens, *_: [None] * len(lens)) if has_states else step_plans.assign_prompts
+
+
 def run_plain(kind: str) -> Plain:
     at_phases: list[dict[str, torch.Tensor]] = []
     losses, weights = train(kind, lambda trainer: at_phases.append(trainer.weights()))
@@ -103,7 +121,7 @@ def run_plain(kind: str) -> Plain:
 def run(kind: str, plain: Plain) -> dict[str, Any]:
     config = config_of(kind)
     phases: list[dict[str, Any]] = []
-    whole = make_model(FAMILIES["qwen2"])
+    whole = make_model(FAMILIES[family_of(kind)])
 
     def phase(trainer: Trainer) -> None:
         reports: list[PhaseReport] = []
@@ -113,7 +131,7 @@ def run(kind: str, plain: Plain) -> dict[str, Any]:
             results = engine.generate(PROMPTS, GREEDY)
         lent.topology.close()
         changed = changes(before, photograph(trainer))
-        whole.load_state_dict(plain.at_phases[len(phases)])
+        whole.load_state_dict(plain.at_phases[len(phases)], strict=False)  # buffers are no weights
         worst = max(
             (check_rollout.score(whole, r.prompt_token_ids, r.token_ids) - torch.tensor(r.logprobs)).abs().max().item()
             for r in results
@@ -166,12 +184,14 @@ def main(kinds: Sequence[str]) -> list[list[dict[str, Any]]]:
             outcome = lending_refusals.run()
         elif kind == "shapes":
             outcome = lending_shapes.run()
-        elif kind.endswith("+bf16"):
-            outcome = run_mixed(kind)
         else:
-            if job not in plain:
-                plain[job] = run_plain(kind)
-            outcome = run(kind, plain[job])
+            with patch.object(step_plans, "assign_prompts", dealt_of(kind)):
+                if kind.endswith("+bf16"):
+                    outcome = run_mixed(kind)
+                else:
+                    if job not in plain:
+                        plain[job] = run_plain(kind)
+                    outcome = run(kind, plain[job])
         outcomes.append(everywhere(outcome))
     return outcomes
 

@@ -15,6 +15,7 @@ from launching import Finished, accelerate, forked, launch
 
 WORKER = "tests/integrations/lending_worker.py"
 MIB = 2**20
+ON_CPU = {"ACCELERATE_USE_CPU": "true"}
 
 # Few launches with many jobs each: most of a launch is imports.
 DEEPSPEED = ("zero2", "zero3:full", "zero3:layerwise", "zero3:tp_shards")
@@ -22,6 +23,16 @@ DEEPSPEED_COSTS = ("costs zero2", "costs zero3:full", "costs zero3:layerwise", "
 PLAIN = ("ddp", "fsdp2:full", "fsdp2:layerwise", "accelerate-ddp", "accelerate-fsdp2:layerwise")
 PLAIN_COSTS = ("costs ddp", "costs fsdp2:full", "costs fsdp2:layerwise")
 MIXED = ("accelerate-ddp+bf16", "accelerate-fsdp2:layerwise+bf16", "accelerate-fsdp2:full+bf16")
+# Linear attention, prompts split over both ranks; of experts and of Kimi's kind where ZeRO-3 gathers most.
+HYBRID_DEEPSPEED = (
+    *(f"qwen3_next/{kind}" for kind in ("zero2", "zero3:full", "zero3:layerwise")),
+    *(f"{family}/zero3:layerwise" for family in ("olmo_hybrid", "kimi_linear")),
+)
+HYBRID_PLAIN = (
+    *(f"qwen3_5_text/{kind}" for kind in ("ddp", "fsdp2:full", "fsdp2:layerwise", "accelerate-fsdp2:layerwise")),
+    *(f"{family}/fsdp2:layerwise" for family in ("qwen3_next", "olmo_hybrid", "kimi_linear")),
+)
+HYBRID_MIXED = tuple(f"qwen3_5_text/{kind}" for kind in MIXED)
 
 Outcomes = dict[str, list[dict[str, Any]]]
 
@@ -40,7 +51,7 @@ def _outcomes(finished: Finished, kinds: tuple[str, ...]) -> Outcomes:
 def outcomes() -> Outcomes:
     """Of everything that runs by default."""
     kinds = PLAIN + PLAIN_COSTS + MIXED
-    launched = launch([*accelerate(2, WORKER), *kinds], timeout_s=280, env={"ACCELERATE_USE_CPU": "true"})
+    launched = launch([*accelerate(2, WORKER), *kinds], timeout_s=280, env=ON_CPU)
     return outcomes_of((*DEEPSPEED, *DEEPSPEED_COSTS, "refusals")) | _outcomes(launched, kinds)
 
 
@@ -154,6 +165,20 @@ def test_other_stages_and_ranks_of_training_autotp_lend_as_well(num_ranks: int, 
     for of_ranks in outcomes_of(kinds, num_ranks).values():
         for outcome in of_ranks:
             check_training(outcome)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_models_of_linear_attention_lend_as_well() -> None:
+    found = outcomes_of(HYBRID_DEEPSPEED)
+    launched = launch([*accelerate(2, WORKER), *HYBRID_PLAIN, *HYBRID_MIXED], timeout_s=400, env=ON_CPU)
+    found |= _outcomes(launched, HYBRID_PLAIN + HYBRID_MIXED)
+    for kind, of_ranks in found.items():
+        for outcome in of_ranks:
+            if kind in HYBRID_MIXED:
+                assert outcome["changed"] == [] and outcome["mean_abs"] < 8e-3, outcome
+            else:
+                check_training(outcome)
 
 
 @pytest.mark.slow

@@ -52,6 +52,7 @@ def make_trainer(
     changed: Mapping[str, Any] = MappingProxyType({}),
     config: Any = None,
     peft_config: Any = None,
+    trainer_class: type[Any] = GRPOTrainer,
     **options: Any,
 ) -> GRPOTrainer:
     """Three steps of eight samples: two prompts, four samples each. `changed`: of the model's config, or another."""
@@ -70,7 +71,7 @@ def make_trainer(
         "report_to": [],
         "disable_tqdm": True,
     }
-    trainer = GRPOTrainer(
+    trainer: GRPOTrainer = trainer_class(
         model=make_model(config or AutoConfig.from_pretrained(TINY, **changed)),
         reward_funcs=[lambda completion_ids, **_: [float(sum(ids) % 7) for ids in completion_ids]],
         args=GRPOConfig(**{**arguments, **options}),
