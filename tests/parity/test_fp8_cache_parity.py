@@ -1,7 +1,8 @@
 """A KV cache in fp8, under the whole engine: the answers of Transformers with K and V rounded alike, in every layout.
 
 K and V that differ between layouts by the last bits of float32 can lie to both sides of a tie of fp8, and are then one
-step of fp8 apart. That is rare, and one number of thousands: one answer of a few may differ by more than float32 does.
+step of fp8 apart: one number of thousands, which moves an answer by more than float32 does. So an answer has to be that
+of Transformers with ties of its own K and V rounded one way or the other, as near as float32 is.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,17 +39,75 @@ from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.attach import model_spec
 from cpinfer.engine.request import RolloutResult
 from cpinfer.errors import EngineFaultError
+from cpinfer.kv_cache import paged_kv_cache
 from cpinfer.layout.grid import RankGrid
+from cpinfer.ops.float8 import rounded_through
 from cpinfer_tools.verify import check_rollout
 from fake_flashinfer import VERSIONS
 from tiny_models import prompts_of
 
 DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-ONE, PCP2_DCP2, TP2_PCP2_DCP4 = GRIDS[0], GRIDS[2], GRIDS[5]
+ONE, TP2, PCP2_DCP2, TP2_PCP2_DCP4 = GRIDS[0], GRIDS[1], GRIDS[2], GRIDS[5]
 HOMES = RankGrid(pcp_size=4, dcp_size=2)
 E4M3: dict[str, Any] = {"kv_cache_dtype": "fp8_e4m3"}
-# What a tie may make of an answer, and what rounding otherwise makes of it at least.
-OF_A_TIE, OF_ROUNDING = 50 * TOLERANCE, 1000 * TOLERANCE
+# What rounding makes of an answer at least.
+OF_ROUNDING = 1000 * TOLERANCE
+# So near to a tie of fp8, of the largest number of its row, layouts may round a number to either side.
+OF_A_TIE = 4e-6
+# Of an answer's K and V so many at most lie so near and are rounded otherwise.
+MAX_TIES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """One of K (0) or V (1) of a layer, counted through the whole tensor."""
+
+    layer: int
+    part: int
+    index: int
+
+
+class TiedCache(check_rollout.RoundedCache):
+    """Rounds as the oracle does, but `turned` to the other side; `ties` are all that could be turned."""
+
+    def __init__(self, config: Any, dtype: torch.dtype, turned: frozenset[Number]) -> None:
+        super().__init__(config, dtype)
+        self.turned = turned
+        self.ties: list[Number] = []
+        self._parts = itertools.count()
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        layer, part = divmod(next(self._parts), 2)
+        nearest, reach = super()._rounded(x), OF_A_TIE * x.abs().amax(dim=-1, keepdim=True)
+        below, above = super()._rounded(x - reach), super()._rounded(x + reach)
+        numbers = [Number(layer, part, int(i)) for i in (below != above).flatten().nonzero()]
+        self.ties += numbers
+        flat = nearest.flatten()
+        for number in self.turned.intersection(numbers):
+            sides = below.flatten()[number.index], above.flatten()[number.index]
+            flat[number.index] = sides[0] if flat[number.index] == sides[1] else sides[1]
+        return flat.view_as(x)
+
+
+@torch.no_grad()
+def off_by(family: str, result: RolloutResult, dtype: str, turned: frozenset[Number]) -> tuple[float, list[Number]]:
+    """The largest difference of an answer's logprobs from those of the whole model, and the ties of its K and V."""
+    ids = torch.tensor([[*result.prompt_token_ids, *result.token_ids]])
+    cache, num_new = TiedCache(whole(family).model.config, DTYPES[dtype], turned), len(result.token_ids)
+    logits = whole(family).model(ids, use_cache=True, past_key_values=cache, logits_to_keep=num_new + 1).logits[0, :-1]
+    logprobs = logits.log_softmax(dim=-1).gather(-1, ids[0, -num_new:, None]).squeeze(-1)
+    return float((logprobs - torch.tensor(result.logprobs)).abs().max()), cache.ties
+
+
+def least_off_by(family: str, result: RolloutResult, dtype: str) -> float:
+    """The same, by that way to round ties which comes nearest."""
+    least, ties = off_by(family, result, dtype, frozenset())
+    for num in range(1, MAX_TIES + 1):
+        for turned in itertools.combinations(ties, num):
+            if least <= TOLERANCE:
+                return least
+            least = min(least, off_by(family, result, dtype, frozenset(turned))[0])
+    return least
 
 
 @functools.cache
@@ -59,14 +119,12 @@ def greedy(family: str, prompt: tuple[int, ...], num_tokens: int, dtype: str) ->
 
 
 def assert_alike(family: str, results: Sequence[RolloutResult], dtype: str = "fp8_e4m3") -> None:
-    """The same tokens, and the same logprobs, but for a tie in one answer."""
-    differences = []
+    """The same tokens, and the same logprobs, whichever way ties are rounded."""
     for result in results:
         tokens, logprobs = greedy(family, tuple(result.prompt_token_ids), len(result.token_ids), dtype)
         assert list(result.token_ids) == tokens
-        differences.append(float((logprobs - torch.tensor(result.logprobs)).abs().max()))
-    *others, largest = sorted(differences, key=lambda d: (math.isnan(d), d))
-    assert largest <= OF_A_TIE and all(d <= TOLERANCE for d in others), differences
+        if not (logprobs - torch.tensor(result.logprobs)).abs().max() <= TOLERANCE:
+            assert least_off_by(family, result, dtype) <= TOLERANCE
 
 
 def answers(family: str, grid: RankGrid, **config: Any) -> list[RolloutResult]:
@@ -121,8 +179,7 @@ def test_what_is_reused_of_a_prefix_is_what_was_computed(family: str, cascade: s
     results, num_cached = on_ranks(whole(family).model, PCP2_DCP2, body, **config)[0]
     assert num_cached >= 144 and len(results) == 5
     first, again, *turn = results
-    assert first.logprobs == pytest.approx(again.logprobs, abs=OF_A_TIE)
-    assert_alike(family, [again, *turn[:1]])
+    assert_alike(family, [first, again, *turn[:1]])
     assert [r.token_ids for r in turn[1:]] == [turn[0].token_ids] * 2
 
 
@@ -152,6 +209,27 @@ def test_without_rounding_transformers_says_something_else(family: str) -> None:
             for r in results
         ]
         assert max(float(d.max()) for d in differences) > OF_ROUNDING
+
+
+@SLOW
+def test_where_an_answer_differs_one_tie_is_all_that_does() -> None:
+    """The sums of two tp ranks put one number of K on the other side; no other number turned explains the answer."""
+    result = answers("starcoder2", TP2, **CONFIG, **E4M3)[3]
+    plain, ties = off_by("starcoder2", result, "fp8_e4m3", frozenset())
+    turned = [off_by("starcoder2", result, "fp8_e4m3", frozenset([tie]))[0] for tie in ties]
+    assert plain > 100 * TOLERANCE
+    assert sorted(difference <= TOLERANCE for difference in turned) == [*[False] * (len(ties) - 1), True]
+
+
+def test_a_number_of_each_token_that_is_a_step_off_and_no_tie_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        found = rounded_through(x, dtype)
+        found[:, 0, 0] = rounded_through(1.13 * x[:, 0, 0], dtype)  # one step further on
+        return found
+
+    monkeypatch.setattr(paged_kv_cache, "rounded_through", wrong)
+    results = answers("qwen2", ONE, **CONFIG, **E4M3)
+    assert all(least_off_by("qwen2", result, "fp8_e4m3") > 10 * TOLERANCE for result in results[3:])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
