@@ -13,8 +13,10 @@ import pytest
 import cascade
 import deterministic
 import engine
+import hybrids
 import same_text
 import scaling
+from cpinfer.models.spec import ModelSpec
 from cpinfer_tools.measuring.harness import Card, Timing, has_time_for_another, machine_name, rotated, slug, table
 from cpinfer_tools.measuring.workloads import (
     QUICK_SHAPE,
@@ -127,6 +129,32 @@ def test_answers_of_the_model_vary_and_change_with_a_single_key(shape, num_disti
     right = answers(ids)
     assert all(len(set(row.tolist())) >= num_distinct for row in right)
     assert (right != answers(wrong)).any(dim=1).all()
+
+
+def test_a_hybrid_shape_counts_the_weights_and_states_that_the_model_has():
+    shape = hybrids.QUICK.shape
+    model = hybrids.make_model(shape)
+    weights = sum(p.numel() for name, p in model.named_parameters() if "proj" in name or "conv1d" in name)
+    assert weights == shape.params_per_token
+    states = ModelSpec.from_config(model.config.to_dict()).states
+    assert shape.state_bytes == states.bytes_per_sequence("float32")
+
+
+def test_answers_of_the_hybrid_change_with_a_single_token_and_a_split_saves_less_than_half():
+    import torch
+
+    shape = hybrids.QUICK.shape
+    model = hybrids.make_model(shape)
+    ids = torch.tensor(random_prompts([40] * 4, shape.softmax.vocab_size, 1))
+    wrong = ids.clone()
+    wrong[:, 7] = (wrong[:, 7] + 1) % shape.softmax.vocab_size
+    right, other = (
+        model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=12, do_sample=False, pad_token_id=0)[:, 40:]
+        for x in (ids, wrong)
+    )
+    assert (right != other).any(dim=1).all() and all(len(set(row.tolist())) >= 6 for row in right)
+    alone, *both = hybrids.FULL.shape.prefill_flops(2**14)
+    assert 1.5 < alone / max(both) < 2
 
 
 def test_floor_of_one_token_is_prefill_arithmetic_alone():
@@ -333,7 +361,7 @@ def test_shares_of_time_are_of_all_of_it_and_only_the_mode_cuts_rows(bench_of_de
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tool", ["cascade", "deterministic", "engine", "scaling"])
+@pytest.mark.parametrize("tool", ["cascade", "deterministic", "engine", "hybrids", "scaling"])
 def test_quick_runs_and_ends_with_one_json_object(tool, tmp_path):
     command = [sys.executable, str(BENCH / f"{tool}.py"), "--quick", "--results", str(tmp_path)]
     if tool == "engine":
