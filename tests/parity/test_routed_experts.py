@@ -258,8 +258,8 @@ def test_where_nobody_asks_there_is_no_hook_and_no_byte_and_else_one_gather_in_e
         assert all(r.routed_experts is None for r in generate(mixtral, PCP2, plain))
     of_experts = [num_bytes for dtype, num_bytes in asked if dtype == torch.uint8]
     assert [x for x in asked if x[0] != torch.uint8] == sent, "what else travels is the same"
-    # A prefill, of which a rank has half of the longest prompt and one of the others; then 6 samples on 2 ranks.
-    assert of_experts == [(125 + 40) * 2 * 2 * 2, *[3 * 2 * 2 * 2] * 5]
+    # A prefill, of which a rank has half of each prompt; then 6 samples on 2 ranks.
+    assert of_experts == [(125 + 3 + 20) * 2 * 2 * 2, *[3 * 2 * 2 * 2] * 5]
 
 
 def test_models_without_experts_and_experts_that_cannot_be_seen_are_refused_by_name(

@@ -25,6 +25,7 @@ from cpinfer.comm.threads import run_ranks
 from cpinfer.config import parse_config
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.kv_expansion import expand_kv_heads
+from prompt_splits import short_prompts_split
 
 T = TypeVar("T")
 
@@ -33,8 +34,13 @@ PROJECTIONS_TO_HEADS = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
 PROJECTIONS_FROM_HEADS = ("o_proj", "c_proj", "out_proj")
 
 
-def on_ranks(model: Any, grid: RankGrid, body: Callable[[cpinfer.Engine], T], **config: Any) -> list[T]:
-    """What `body(engine)` returns on every rank of `grid`, in rank order; each has its shard of a copy of `model`."""
+def on_ranks(
+    model: Any, grid: RankGrid, body: Callable[[cpinfer.Engine], T], *, split: bool = True, **config: Any
+) -> list[T]:
+    """What `body(engine)` returns on every rank of `grid`, in rank order; each has its shard of a copy of `model`.
+
+    Where there are pcp ranks some prompt is split over them, if it is not to be without a `split`.
+    """
     parsed = parse_config(
         {
             "dtype": "float32",
@@ -49,7 +55,12 @@ def on_ranks(model: Any, grid: RankGrid, body: Callable[[cpinfer.Engine], T], **
         with cpinfer.attach(shard_attention(model, topology), topology, parsed) as engine:
             return body(engine)
 
-    return run_ranks(grid, run)
+    if not split:
+        return run_ranks(grid, run)
+    with short_prompts_split() as num_split:
+        found = run_ranks(grid, run)
+    assert any(num_split) or grid.pcp_size == 1, "every prompt was dealt to a rank whole"
+    return found
 
 
 def shard_attention(model: Any, topology: cpinfer.Topology) -> Any:
