@@ -73,6 +73,7 @@ class Rates:
         step_s: the host's seconds of a step, whatever its size.
         layer_s: the host's seconds of a layer, beside what is counted elsewhere.
         row_s: the host's seconds of a sequence in a decode step (all ranks schedule all of them).
+        exchange_s: the host's seconds of a decode layer whose states are exchanged, to pack and to merge them.
         host_overlaps: the host works ahead while its device computes, so that the longer of both counts.
     """
 
@@ -86,6 +87,7 @@ class Rates:
     step_s: float = 0.0
     layer_s: float = 0.0
     row_s: float = 0.0
+    exchange_s: float = 0.0
     host_overlaps: bool = False
 
     def product_s(self, rows: float, params: float, dtype_bytes: int) -> float:
@@ -232,11 +234,12 @@ def _home_step(
 ) -> StepSeconds:
     """A decode step as the ranks of a home see it; one without sequences runs a dummy row."""
     rows = max(1, -(-len(home) // grid.row_ranks))
+    exchanges = rates.exchange_s * len(model.windows) if grid.dcp_size > 1 else 0.0
     return StepSeconds(
         products=_products_s(model, grid, rates, rows, rows, widths),
         attention=_decode_attention_s(model, grid, rates, home, widths),
         links_by_axis=_links_s(grid, rates, decode_moved(model, grid, rows, widths)),
-        host=rates.step_s + model.num_layers * rates.layer_s + num_sequences * rates.row_s,
+        host=rates.step_s + model.num_layers * rates.layer_s + num_sequences * rates.row_s + exchanges,
         host_overlaps=rates.host_overlaps,
     )
 

@@ -20,8 +20,10 @@ from cpinfer.layout.cost_model import Link, Rates
 
 # Of the figure on the data sheet, what steps are taken to reach.
 FLOPS_SHARE, MEMORY_SHARE, LINK_SHARE = 0.6, 0.8, 0.8
-# Seconds of a tiny collective over two GPUs, on a host and between hosts; of all launches of a layer, one by one.
-LINK_LATENCY_S, NETWORK_LATENCY_S, LAUNCH_S = 10e-6, 25e-6, 200e-6
+# Seconds of a tiny collective over two GPUs, on a host and between hosts.
+LINK_LATENCY_S, NETWORK_LATENCY_S = 10e-6, 25e-6
+# Of all launches of a layer, one by one, and of those that an exchange of decode states adds.
+LAUNCH_S, EXCHANGE_LAUNCH_S = 200e-6, 60e-6
 # Of a GPU's memory, what the runtime takes: CUDA's context, buffers of collectives, fragments.
 RUNTIME_BYTES = 2 * 2**30
 
@@ -63,6 +65,7 @@ class Machine:
             network=Link(LINK_SHARE * self.network_bandwidth, NETWORK_LATENCY_S),
             ranks_per_host=self.gpus_per_host,
             layer_s=0.0 if cuda_graphs else LAUNCH_S,
+            exchange_s=0.0 if cuda_graphs else EXCHANGE_LAUNCH_S,
             host_overlaps=True,
         )
 

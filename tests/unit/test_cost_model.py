@@ -43,7 +43,7 @@ def test_products_take_the_longer_of_arithmetic_at_the_rate_of_their_rows_and_of
 
 
 def test_a_decode_step_is_the_sum_that_can_be_written_by_hand():
-    rates = replace(RATES, step_s=1e-3, layer_s=1e-4, row_s=1e-5)
+    rates = replace(RATES, step_s=1e-3, layer_s=1e-4, row_s=1e-5, exchange_s=1e-6)
     step = decode_step(MODEL, RankGrid(pcp_size=2, dcp_size=2), rates, [999, 999], WORDS)
     b, keys = 4, 2 * 1000 / 2
     assert step.products == pytest.approx(rates.product_s(1, 4 * 2_800_000, b) + rates.product_s(1, 512_000, b))
@@ -52,7 +52,8 @@ def test_a_decode_step_is_the_sum_that_can_be_written_by_hand():
     )
     gather, back, record = (8 + 2 * 2) * 64 * b, 8 * (64 * b + 4), 24
     assert step.links == pytest.approx((2 * 4 + 1) * 1e-4 + (4 * (gather + back) + record) / 1e9)
-    assert step.host == pytest.approx(1e-3 + 4e-4 + 2e-5)
+    assert step.host == pytest.approx(1e-3 + 4e-4 + 2e-5 + 4e-6)
+    assert decode_step(MODEL, RankGrid(pcp_size=2), rates, [999, 999], WORDS).host == pytest.approx(step.host - 4e-6)
     assert step.seconds == pytest.approx(step.products + step.attention + step.links + step.host)
 
 
@@ -91,6 +92,7 @@ def test_more_keys_more_rows_and_slower_rates_never_take_less():
         {"step_s": 1.0},
         {"layer_s": 1.0},
         {"row_s": 1.0},
+        {"exchange_s": 1.0},
     ):
         assert decode_step(MODEL, grids[-1], replace(RATES, **slower), [1000] * 8).seconds > one.seconds, slower
 

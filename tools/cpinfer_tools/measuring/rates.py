@@ -4,6 +4,7 @@
     attention  the backend's kernel over one long causal row, and over rows of one query
     memory     a sum over a large array
     link       gathers, sums and all-to-alls of next to nothing, and of megabytes
+    exchange   what decode packs and merges around its collectives, these left out
     host       decode steps of toy models, of more and of fewer layers and sequences, without what products take in them
 
 Ranks measure all together, each on its own clock, so that they share cores, caches and memory as they will; the
@@ -27,6 +28,7 @@ from torch.nn import functional as F
 import cpinfer
 from cpinfer.attention.backends.base import AttentionNeeds
 from cpinfer.attention.backends.registry import make_backend
+from cpinfer.attention.exchanges.all_to_all import AllToAllExchange
 from cpinfer.comm.axis import AxisComm
 from cpinfer.config import EngineConfig, SamplingParams
 from cpinfer.layout.cost_model import Link, Rates
@@ -79,7 +81,8 @@ def measured_rates(shape: ModelShape, comm: AxisComm, everyone: Everyone, *, qui
         link=measured_link(comm, slowest, quick=quick),
     )
     step_s, layer_host_s, row_s = (slowest(x) for x in host_s(repeats))
-    return dataclasses.replace(rates, step_s=step_s, layer_s=layer_host_s, row_s=row_s)
+    pack_s = slowest(exchange_s(shape, repeats))
+    return dataclasses.replace(rates, step_s=step_s, layer_s=layer_host_s, row_s=row_s, exchange_s=pack_s)
 
 
 def layer_s(shape: ModelShape, num_rows: int, repeats: int) -> float:
@@ -142,6 +145,44 @@ def measured_link(comm: AxisComm, slowest: Callable[[float], float], *, quick: b
 def _often(call: Callable[[torch.Tensor], object], x: torch.Tensor, num: int) -> None:
     for _ in range(num):
         call(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class EchoComm:
+    """An axis whose other places say what this one says, at once."""
+
+    size: int = 2
+    index: int = 0
+
+    def all_gather(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.stack([x] * self.size, out=out)
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(dim=0)
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.size
+
+
+def exchange_s(shape: ModelShape, repeats: int, num_rows: int = 8) -> float:
+    """Seconds of what decode does around the collectives of an exchange of R rows over two ranks, per layer."""
+    exchange = AllToAllExchange(EchoComm(), pcp_size=2, wire_dtype=torch.float32)
+    q = torch.randn(num_rows, shape.num_q_heads, shape.head_dim)
+    k, v = torch.randn(2, num_rows, shape.num_kv_heads, shape.head_dim)
+    out, lse = (
+        torch.randn(2 * num_rows, shape.num_q_heads, shape.head_dim),
+        torch.randn(2 * num_rows, shape.num_q_heads),
+    )
+
+    def run() -> None:
+        exchange.gather_qkv(q, [k, v])
+        exchange.return_partials((out, lse))
+
+    with torch.inference_mode():
+        return best_s(run, 10 * repeats)
 
 
 def host_s(repeats: int) -> tuple[float, float, float]:
