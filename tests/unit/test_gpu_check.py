@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from cpinfer.attention.backends.flashinfer.kernels import Chip, kernel_modules, refused
 from cpinfer_tools.gpu import gpu_check
 from cpinfer_tools.gpu.stage import Figure, Found, Setting, median_s
 
@@ -49,6 +50,45 @@ def test_without_a_gpu_nothing_is_measured(capsys: pytest.CaptureFixture[str]) -
     assert gpu_check.main(["--only", "parity"]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and "--device cpu" in shown.err
+
+
+@pytest.mark.parametrize(("capability", "num_modules"), [((8, 0), 12), ((9, 0), 19), ((10, 0), 12)], ids=str)
+def test_what_the_stages_ask_of_flashinfer_is_known_before_they_begin(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], num_modules: int
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    setting, chip = Setting(torch.device("cuda"), is_smoke=False), Chip(capability, has_fa3_prefill=True)
+    needs = {name: list(of(setting)) for name, of in gpu_check.NEEDS.items()}
+    assert all(refused(each, capability, "it") is None for asked in needs.values() for each in asked)
+    modules = {name: {m for each in asked for m in kernel_modules(each, chip)} for name, asked in needs.items()}
+    assert len(modules["parity"]) == num_modules == max(map(len, modules.values()))
+
+
+@pytest.mark.parametrize("only_builds", [True, False])
+def test_kernels_are_compiled_before_the_stages_that_ask_for_them(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, only_builds: bool
+) -> None:
+    begun: list[Any] = []
+
+    def build(setting: Setting, needs: list[Any]) -> Found:
+        begun.append(len(needs))
+        return Found((Figure("compiled it", 61.0, "s"),))
+
+    def stage(setting: Setting) -> Found:
+        begun.append(setting.backend_name)
+        return Found((Figure("error", 0.0, "", target=1.0),))
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "_device_name", lambda device: "Some GPU")
+    monkeypatch.setattr(gpu_check.build, "run", build)
+    monkeypatch.setattr(gpu_check, "STAGES", {**gpu_check.STAGES, "graphs": stage})
+    monkeypatch.setattr(gpu_check.Launch, "device", torch.device("cuda"))
+    arguments = ["--smoke", "--no-card", "--only", "graphs", *["--build"] * only_builds]
+    code, told = check(capsys, *arguments)
+    assert code == 0 and begun == ([1] if only_builds else [1, "flashinfer"])
+    assert list(told["stages"]) == (["build"] if only_builds else ["build", "graphs"])
 
 
 def test_a_missed_target_or_a_failing_stage_is_an_exit_code(

@@ -16,9 +16,9 @@
 - rollouts       tokens per second beside Transformers
 - comm           the exchanges between processes; needs torchrun
 
-FlashInfer's kernels are compiled first, some minutes for each module: parity asks for the most, about ten. What that
-takes is told by itself, and is no part of a stage's time, for which there is a budget, said beside it: what the stage
-was made to end within, on a GPU that nobody has had yet. Cards of what was measured on a GPU go to
+FlashInfer's kernels are compiled first, some minutes for each module: parity asks for the most, 12 modules, and 19 on
+Hopper. What that takes is told by itself, and is no part of a stage's time, for which there is a budget, said beside
+it: what the stage was made to end within, on a GPU that nobody has had yet. Cards of what was measured on a GPU go to
 tools/bench/results/gpu_<stage>_<name of the GPU>.md. A table goes to stderr, the last stdout line of rank 0 is one JSON
 object. Exit codes: 0 all targets reached, 1 one missed or a stage failed, 2 nothing could be run.
 """
