@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, overload
+from typing import Any, Literal, Self, TypeVar
 
-from cpinfer.config_file import read_config_file
+from cpinfer.config_file import path_from, read_config_file
 from cpinfer.errors import UserError, quoted, unknown_word
 from cpinfer.other_engines_keys import own_keys
 from cpinfer.refusals import refuse
@@ -478,20 +478,6 @@ def _over(defaults: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any
         if isinstance(defaults[key], Mapping) and isinstance(data[key], Mapping):
             merged[key] = _over(defaults[key], data[key])
     return merged
-
-
-@overload
-def path_from(folder: Path, path: str) -> str: ...
-@overload
-def path_from(folder: Path, path: None) -> None: ...
-def path_from(folder: Path, path: str | None) -> str | None:
-    """A path as it is meant in a file that lies in `folder`. UserError for a `~somebody` whom nobody knows."""
-    if path is None:
-        return None
-    try:
-        return str(folder / Path(path).expanduser())
-    except RuntimeError as error:
-        raise UserError(f"{quoted(path)} is no path: {error}.") from error
 
 
 def _is_folder(path: Path) -> bool:

@@ -1,13 +1,16 @@
-"""The file of a config: JSON, or TOML by its ending. What either lets pass and no config wants is refused."""
+"""The file of a config: JSON, or TOML by its ending, and the paths in it.
+
+What either notation lets pass and no config wants is refused.
+"""
 
 from __future__ import annotations
 
 import tomllib
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
-from cpinfer.errors import UserError
+from cpinfer.errors import UserError, quoted
 from cpinfer.strict_json import parse_json, read_text, require_finite
 
 
@@ -44,3 +47,17 @@ def parse_toml(text: str) -> dict[str, Any]:
         raise UserError("the TOML is nested too deeply; a few levels were wanted.") from error
     require_finite(data)
     return data
+
+
+@overload
+def path_from(folder: Path, path: str) -> str: ...
+@overload
+def path_from(folder: Path, path: None) -> None: ...
+def path_from(folder: Path, path: str | None) -> str | None:
+    """A path as it is meant in a file that lies in `folder`. UserError for a `~somebody` whom nobody knows."""
+    if path is None:
+        return None
+    try:
+        return str(folder / Path(path).expanduser())
+    except RuntimeError as error:
+        raise UserError(f"{quoted(path)} is no path: {error}.") from error

@@ -31,3 +31,15 @@ def counted_load(
             num_forks = sum(r.home == index for r in prefill.requests) - 1
             load[index].num_reserved_blocks += num_forks * mutable
     return load
+
+
+def assign_to_homes(group: Sequence[Request], load: Sequence[HomeLoad]) -> list[int]:
+    """Each sample to the home with the fewest active ones, or of what it continues. How many each home got."""
+    before = [home.num_active for home in load]
+    after = list(before)
+    for request in group:
+        # Of what it continues, which may have been one of more homes than there are now.
+        before_it = request.continues
+        request.home = after.index(min(after)) if before_it is None else before_it.home % len(after)
+        after[request.home] += 1
+    return [now - then for now, then in zip(after, before, strict=True)]

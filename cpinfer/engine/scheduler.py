@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
-from cpinfer.engine.home_load import HomeLoad, counted_load
+from cpinfer.engine.home_load import HomeLoad, assign_to_homes, counted_load
 from cpinfer.engine.kept_requests import KeptRequests
 from cpinfer.engine.known_prefixes import KnownPrefixes
 from cpinfer.engine.request import FinishReason, Request, SampledRequest, SampledToken, TokenScore
@@ -291,7 +291,7 @@ class Scheduler:
         group = [first, *takewhile(first.shares_prefill_with, islice(waiting, places - 1))]
         # Whose logits are read is computed.
         keys = self._prefixes.keys(first, first.first_logits_place)
-        members = self._assign_to_homes(group)
+        members = assign_to_homes(group, self._load)
         known = self._prefixes.remembered(first, keys, _places(members))
         if self._prefixes.are_worth_waiting_for(first, keys, known, _places(members)):
             return None
@@ -307,17 +307,6 @@ class Scheduler:
             load.num_active += num_samples
             load.num_reserved_blocks += max(0, num_samples - 1) * self.sharding.num_mutable_blocks(first.num_tokens)
         return self._start(keys, group)
-
-    def _assign_to_homes(self, group: list[Request]) -> list[int]:
-        """Each sample to the home with the fewest active ones, or of what it continues. How many each home got."""
-        before = [load.num_active for load in self._load]
-        after = list(before)
-        for request in group:
-            # Of what it continues, which may have been one of more homes than there are now.
-            before_it = request.continues
-            request.home = after.index(min(after)) if before_it is None else before_it.home % len(after)
-            after[request.home] += 1
-        return [now - then for now, then in zip(after, before, strict=True)]
 
     def _make_room_for(self, request: Request, known: Sequence[Key], members: Sequence[int]) -> bool:
         """Whether every home has the blocks of its leader, and of what its other `members` cannot share with it.

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from cpinfer.config import LaunchConfig, load_as, parse_as, path_from
+from cpinfer.config import LaunchConfig, load_as, parse_as
+from cpinfer.config_file import path_from
 from cpinfer.errors import UserError
 from cpinfer.models.loading import model_sampling
 from cpinfer.schema import Bounds, Checked, require
