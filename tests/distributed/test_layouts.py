@@ -28,7 +28,7 @@ LAYOUTS: dict[int, list[dict[str, Any]]] = {
         {"tp": 1, "pcp": 1, "dcp": 1, "kv": 2},
         {"tp": 1, "pcp": 2, "dcp": 2, "family": "qwen3_next", "max_num_batched_tokens": 70},
         {"tp": 1, "pcp": 2, "dcp": 1, "family": "qwen3_5_text"},
-        {"tp": 2, "pcp": 1, "dcp": 2, "family": "qwen3_next", "max_num_batched_tokens": 70},
+        {"tp": 2, "pcp": 1, "dcp": 2, "family": "qwen3_next", "max_num_batched_tokens": 70, "state_cache_gib": 2**-8},
         {"tp": 1, "pcp": 2, "dcp": 1, "kv": 2, "max_num_batched_tokens": 50},
         {"tp": 2, "pcp": 1, "dcp": 2, "kv": 1, "max_num_batched_tokens": 50, "context_exchange": "kv"},
         {"tp": 1, "pcp": 2, "dcp": 2, "kv": 2, "decode_exchange": "ag_rs", "max_num_batched_tokens": 70},
