@@ -34,7 +34,7 @@ def heads_in_use(
     """
     whole, cut = LinearHeads.of(layout), LinearHeads.of(layout, tp_size, tp_rank) if layout.divides(tp_size) else None
     found: LinearHeads | None = None
-    for name, module in _linear_attention(model):
+    for name, module in _linear_attention(model) if tp_size > 1 else ():
         projection, out = out_projection(module)
         columns = shape_in_use(out.weight, gathered_by_fsdp=gathered_by_fsdp)[1]
         heads = next((h for h in (whole, cut) if h is not None and h.counts["value_dim"] == columns), None)
