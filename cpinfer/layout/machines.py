@@ -79,7 +79,7 @@ _HOPPER_SOURCES = {
 MACHINES: Mapping[str, Machine] = MappingProxyType(
     {
         "h100": Machine(
-            "host of 8 H100 SXM",
+            "hosts of 8 H100 SXM",
             gpus_per_host=8,
             gpu_bytes=80e9,
             memory_bandwidth=3.35e12,
@@ -90,7 +90,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             sources={**_HOPPER_SOURCES, "memory": f"{_HOPPER}: 80 GB, 3.35 TB/s"},
         ),
         "h200": Machine(
-            "host of 8 H200 SXM",
+            "hosts of 8 H200 SXM",
             gpus_per_host=8,
             gpu_bytes=141e9,
             memory_bandwidth=4.8e12,
@@ -101,7 +101,7 @@ MACHINES: Mapping[str, Machine] = MappingProxyType(
             sources={**_HOPPER_SOURCES, "memory": "nvidia.com/en-us/data-center/h200: 141 GB, 4.8 TB/s"},
         ),
         "b200": Machine(
-            "host of 8 B200",
+            "hosts of 8 B200",
             gpus_per_host=8,
             gpu_bytes=180e9,
             memory_bandwidth=8e12,

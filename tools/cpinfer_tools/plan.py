@@ -189,7 +189,7 @@ def _describe(
     lines = [
         f"{name}: {num_parameters / 1e9:,.1f} billion parameters in {work.dtype}, {spec.num_q_heads} query heads over "
         f"{spec.num_kv_heads} KV head(s){' (the latent)' if spec.latent else ''}, {spec.num_layers} layers",
-        f"{num_gpus} GPUs, {machine.gpus_per_host} on each {machine.title}",
+        f"{num_gpus} GPUs, {machine.title}",
         f"{work.num_sequences} prompt(s) of {work.prompt_tokens:,} tokens, answers of {work.new_tokens:,}, steps of at "
         f"most {work.step_tokens:,}",
         "",
