@@ -221,7 +221,12 @@ def told_rates(outcome: Mapping[str, Any]) -> str:
     """Rates in words."""
     rates = rates_of(outcome["rates"])
     products = ", ".join(f"{flops / 1e9:.0f} at {rows}" for rows, flops in rates.product_flops)
-    of_host = {"step": rates.step_s, "layer": rates.layer_s, "sequence": rates.row_s, "exchange": rates.exchange_s}
+    of_host = {
+        "step": rates.step_s,
+        "layer": rates.layer_s,
+        "sequence": rates.row_s,
+        "decode exchange": rates.exchange_s,
+    }
     host = ", ".join(f"a {name} {seconds * 1e6:.0f} us" for name, seconds in of_host.items())
     return (
         f"products {products} rows, prefill attention {rates.attention_flops / 1e9:.0f}, decode attention "
