@@ -28,9 +28,28 @@ from cpinfer.models.stored_tensors import Readable
 _SPLITTING = (LinearLayer, LinearAllreduce, LmHeadLinearAllreduce)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A tensor in memory, as a `Readable`."""
+
+    tensor: Tensor
+
+    def get_shape(self) -> list[int]:
+        """See `Readable`."""
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """See `Readable`."""
+        return self.tensor[index]
+
+    def copied(self, index: Any) -> Tensor:
+        """See `Readable`."""
+        return self.tensor[index].clone(memory_format=torch.contiguous_format)
+
+
 @dataclass
-class InFile:
-    """A weight in a file, or part of one, as AutoTP's layers see it: they split it, and what they move is read.
+class Uncut:
+    """A weight, or part of one, as AutoTP's layers see it: they split it, and what they move is read, or copied.
 
     `dtype` is the one that the weight is loaded in, `head_dim` that of K and V, whose heads may count several times.
     `ranges` along `dim` are the part, None for all of it. `data` is where a layer leaves what it keeps.
@@ -45,7 +64,7 @@ class InFile:
     is_meta: ClassVar[bool] = False
     device: ClassVar[torch.device] = torch.device("cpu")
 
-    def split(self, sizes: Sequence[int], dim: int) -> list[InFile]:
+    def split(self, sizes: Sequence[int], dim: int) -> list[Uncut]:
         """Parts of these sizes along a dim, copies of heads counted."""
         rep = sum(sizes) // self.tensor.get_shape()[dim]
         stops = [sum(sizes[: i + 1]) for i in range(len(sizes))]
@@ -91,12 +110,11 @@ class _Whole:
     dtype: torch.dtype | None
     moved: dict[int, tuple[nn.Parameter, nn.Parameter]] = field(default_factory=dict)
 
-    def to_cut(self, name: str) -> Any:
+    def to_cut(self, name: str) -> Uncut:
         """A weight that a layer may cut, in a file or loaded, which its cutting leaves as it is."""
         weight = self.weights.pop(name)
-        if name in self.unread:
-            return InFile(self.unread.pop(name), self.dtype or weight.dtype, self.head_dim)
-        return weight.detach()
+        values = self.unread.pop(name) if name in self.unread else Loaded(weight.detach())
+        return Uncut(values, self.dtype or weight.dtype, self.head_dim)
 
     def as_loaded(self, name: str, device: torch.device) -> nn.Parameter:
         """A weight that nobody cuts; the same where it is in several places."""
@@ -136,20 +154,14 @@ def _fill(module: nn.Module, prefix: str, whole: _Whole) -> None:
         for key, weight in weights.items():
             module._parameters[key] = whole.as_loaded(prefix + key, weight.device)
         return
-    values = {key: whole.to_cut(prefix + key) for key in weights}
+    uncut = {key: whole.to_cut(prefix + key) for key in weights}
+    values: dict[str, Any] = dict(uncut)
     if type(module) not in _SPLITTING:
-        values = {key: _read(value, "cpu") for key, value in values.items()}
+        values = {key: value.to("cpu") for key, value in uncut.items()}
     module._tp_partition([values.get("weight"), values.get("bias")])
     for key, weight in weights.items():
-        value = _read(values[key], weight.device)
-        value = value if whole.dtype is None else value.to(whole.dtype)
+        # Where a layer keeps what it moves; nowhere, where it cuts nothing off.
+        value = uncut[key].to(weight.device) if values[key].data is None else values[key].data
         if value.shape != weight.shape:
             raise RuntimeError(f"AutoTP has cut {prefix}{key} to {list(weight.shape)}, and then to {list(value.shape)}")
         module._parameters[key] = nn.Parameter(value, requires_grad=weight.requires_grad)
-
-
-def _read(value: Any, device: Any) -> Tensor:
-    """A tensor, or what is in a file: the part that a layer keeps, or all where it cuts none off."""
-    if isinstance(value, InFile):
-        return value.to(device, copy=True) if value.data is None else value.data
-    return value.to(device)
