@@ -6,6 +6,9 @@ import pytest
 
 from launching import forked
 
+# Of which most is the fork server's imports.
+pytestmark = pytest.mark.timeout(200)
+
 WORKER = "tests/integrations/hung_worker.py"
 FAILED = 3
 # Half an hour is what the trainer's own groups would wait.
@@ -13,7 +16,7 @@ WITHIN_S = 30.0
 
 
 def check(kind: str, fault: str, faulty: int) -> None:
-    finished = forked(2, WORKER, kind, fault, str(faulty), timeout_s=90)
+    finished = forked(2, WORKER, kind, fault, str(faulty), timeout_s=180)
     told = finished.summary
     assert finished.returncode != 0 and told["rank"] == 1 - faulty, finished
     assert told["missing"] == [faulty] and "step 4 (decode) did not end" in told["error"], finished
@@ -33,7 +36,7 @@ def test_a_phase_raises_and_gives_everything_back(kind: str, fault: str, faulty:
 
 @pytest.mark.slow
 def test_a_phase_in_which_all_ranks_come_raises_nothing() -> None:
-    finished = forked(2, WORKER, "zero2", "none", "0", timeout_s=90)
+    finished = forked(2, WORKER, "zero2", "none", "0", timeout_s=180)
     assert finished.returncode == 0 and finished.summary["missing"] == [] and finished.summary["changed"] == [], (
         finished
     )
