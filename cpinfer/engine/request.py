@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
@@ -109,6 +110,8 @@ class Request(ABC):
     scores: list[TokenScore] = field(default_factory=list)
     experts: ExpertRecord | None = None
     finished_s: float | None = None
+    _packed: array[int] = field(default_factory=lambda: array("i"), repr=False)
+    _packed_of: list[int] | None = field(default=None, repr=False)
 
     @property
     @abstractmethod
@@ -175,7 +178,17 @@ class Request(ABC):
         if dropped:
             self.blocks[self.num_dropped : num_dead] = [DROPPED] * len(dropped)
             self.num_dropped = num_dead
+            self._packed_of = None
         return dropped
+
+    @property
+    def packed_blocks(self) -> array[int]:
+        """`blocks` as 32-bit numbers, which grow with them: steps join the tables of all that run, byte by byte."""
+        if self._packed_of is not self.blocks or len(self._packed) > len(self.blocks):
+            self._packed, self._packed_of = array("i", self.blocks), self.blocks
+        elif len(self._packed) < len(self.blocks):
+            self._packed.extend(self.blocks[len(self._packed) :])
+        return self._packed
 
     def take_blocks(self) -> list[int]:
         """All blocks it still had; it is left with none."""

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
+
 from cpinfer.engine.request import Request, SampledRequest
 from cpinfer.engine.step import Chunk
 from cpinfer.layout.capacity import KVLayout
@@ -27,7 +29,7 @@ from cpinfer.layout.prefill import (
     zigzag_split,
 )
 from cpinfer.layout.rows import AttentionRows
-from cpinfer.layout.shards import KVSharding
+from cpinfer.layout.shards import IntArray, KVSharding
 from cpinfer.layout.states import PromptStates, StatePlace, StatePlan, plan_states
 from cpinfer.layout.told_rows import ToldRows
 
@@ -187,10 +189,10 @@ class StepPlanner:
 
     def decode(self, running: Sequence[SampledRequest]) -> DecodeInput:
         """A step of one token of every running request, each in its home."""
-        by_home = [[r for r in running if r.home == home] for home in range(self._grid.num_homes)]
-        here = by_home[self._home]
-        place_of = self._decode_places(by_home)
-        places = [place_of[id(r)] for r in running]
+        homes = np.fromiter((r.home for r in running), dtype=np.int64, count=len(running))
+        by_home = [np.flatnonzero(homes == home) for home in range(self._grid.num_homes)]
+        here = [running[i] for i in by_home[self._home].tolist()]
+        places = self._decode_places(running, by_home)
         asking = [place for place, r in zip(places, running, strict=True) if r.experts is not None]
         told = ToldRows.of_places(asking) if asking else None
         if not here:
@@ -198,7 +200,7 @@ class StepPlanner:
         positions = [r.next_position for r in here]
         plan = plan_decode(
             positions,
-            [r.blocks for r in here],
+            [r.packed_blocks for r in here],
             self._sharding,
             pcp_size=self._row_ranks,
             pcp_rank=self._pcp_rank % self._row_ranks,
@@ -215,19 +217,19 @@ class StepPlanner:
         rows = {window: r.over(self._kv_layout) for window, r in rows.items()}
         return DecodeInput(plan, rows, [here[i] for i in plan.own if i >= 0], places, told)
 
-    def _decode_places(self, by_home: Sequence[Sequence[SampledRequest]]) -> dict[int, TokenPlace]:
-        """Who computes each running request, by `id`."""
-        places = {}
-        for home, requests in enumerate(by_home):
-            if not requests:
+    def _decode_places(self, running: Sequence[SampledRequest], by_home: Sequence[IntArray]) -> list[TokenPlace]:
+        """Who computes each running request; `by_home` are those of each home, as indices into all."""
+        ranks, records = np.zeros((2, len(running)), dtype=np.int64)
+        for home, members in enumerate(by_home):
+            if not len(members):
                 continue
+            requests = [running[i] for i in members.tolist()]
             rows_per_rank = self._rows_per_rank(requests)
             rows = assign_rows(len(requests), self._row_ranks, rows_per_rank, self._own_ranks(requests))
-            for place, i in enumerate(rows.tolist()):
-                if i >= 0:
-                    pcp_rank, record = divmod(place, rows_per_rank)
-                    places[id(requests[i])] = (home * self._grid.row_ranks + pcp_rank, record)
-        return places
+            taken = np.flatnonzero(rows >= 0)
+            pcp_rank, records[members[rows[taken]]] = np.divmod(taken, rows_per_rank)
+            ranks[members[rows[taken]]] = home * self._grid.row_ranks + pcp_rank
+        return list(zip(ranks.tolist(), records.tolist(), strict=True))
 
     def _own_ranks(self, requests: Sequence[SampledRequest]) -> list[int] | None:
         """The rank of a home that has the state of each request, None where they have none and may go anywhere."""

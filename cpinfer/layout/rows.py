@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -68,7 +69,7 @@ class AttentionRows:
         """Rows that see the first `kv_hi` keys of their tables; each table is cut to the blocks it needs."""
         kv_lens = np.asarray(kv_hi, dtype=np.int32)
         needed = (-(-kv_lens // block_size)).tolist()
-        tables = [table[:n] for table, n in zip(block_tables, needed, strict=True)]
+        tables = [t if len(t) == n else t[:n] for t, n in zip(block_tables, needed, strict=True)]
         lens = np.fromiter(map(len, tables), dtype=np.int32, count=len(tables))
         return cls(
             q_lens=np.asarray(q_lens, dtype=np.int32),
@@ -129,7 +130,10 @@ class AttentionRows:
 
 
 def _concatenate(tables: Sequence[Sequence[int] | NDArray[np.int64]], length: int) -> Int32Array:
-    """Many short lists of numbers are chained at C speed, where an array each would cost a call; arrays are joined."""
+    """Lists of numbers are chained at C speed, where an array each would cost a call; arrays are joined as they are."""
     if tables and isinstance(tables[0], np.ndarray):
         return np.concatenate(tables).astype(np.int32)
+    if length and all(isinstance(table, array) for table in tables if len(table)):
+        joined = bytearray().join(table for table in tables if isinstance(table, array))
+        return np.frombuffer(joined, dtype=np.int32)
     return np.fromiter(chain.from_iterable(tables), dtype=np.int32, count=length)

@@ -52,6 +52,8 @@ from cpinfer_tools.measuring.harness import RESULTS, ROOT, Card, say, table
 
 MODEL = ROOT / "configs" / "recall-tiny"
 TARGET_US = 20.0
+# One alone has what a step costs whatever its size; the target is for the others.
+SEQUENCES = (1, 64, 512, 2048)
 TARGET_SHARE = 0.1
 PROMPT_LEN = 600
 VOCAB_SIZE = 32768
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     num_steps = 5 if args.quick else 60
-    steps = {(n, s): step_us(n, s, num_steps) for n in (64, 256, 1024) for s in (1, 2)}
+    steps = {(n, s): step_us(n, s, num_steps) for n in SEQUENCES for s in (1, 2)}
     choices = {name: sampling_us(params, 64, num_steps) for name, params in CHOICES.items()}
     admitted = {n: admission_us(n, 3 if args.quick else 9) for n in (ADMITTED[:2] if args.quick else ADMITTED)}
     decoded = decode_share(64 if args.quick else RUNNING, 8 if args.quick else 24)
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
         )
         say(f"card: {card.write(args.results)}")
-    worst = max(sum(us.values()) for us in steps.values())
+    worst = max(sum(us.values()) for (n, _), us in steps.items() if n > 1)
     figures = {"worst_step_us_per_sequence": worst, "target_us": TARGET_US, "sampling_us": choices}
     print(json.dumps({**figures, "admission_us": admitted, "decode": decoded, "target_share": TARGET_SHARE}))
     return 0 if worst <= TARGET_US and decoded["share"] <= TARGET_SHARE else 1
@@ -190,7 +192,7 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
 
 
 def plan_of(running: Sequence[SampledRequest], sharding: KVSharding) -> DecodePlan:
-    positions, tables = [s.next_position for s in running], [s.blocks for s in running]
+    positions, tables = [s.next_position for s in running], [s.packed_blocks for s in running]
     return plan_decode(positions, tables, sharding, pcp_size=sharding.num_shards, pcp_rank=0, shard=0)
 
 
