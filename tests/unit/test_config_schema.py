@@ -42,6 +42,8 @@ def test_shipped_configs_name_it_and_hold_to_it(path: Path) -> None:
         {"training": {"zero_stage": None}},
         {"evaluation": {"depths": [0, 0.5], "lengths": [8]}},
         {"wandb": {"project": "p"}},
+        {"decode_context_parallel_size": "auto"},
+        {"decode_context_parallel_size": 2},
     ],
 )
 def test_what_it_takes_is_read(config: dict[str, Any]) -> None:
@@ -56,6 +58,7 @@ def test_what_it_takes_is_read(config: dict[str, Any]) -> None:
         {"block_size": "8"},
         {"block_size": 0},
         {"block_size": True},
+        {"decode_context_parallel_size": "automatic"},
         {"tensor_parallel": {"tp_size": 0}},
         {"tensor_parallel": {"provider": "megatron"}},
         {"sampling": {"temperature": 1e-9}},
