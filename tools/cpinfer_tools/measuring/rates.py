@@ -3,7 +3,7 @@
     products   the projections and MLP of a layer, with its norms and activations, at several numbers of rows
     attention  the backend's kernel over one long causal row, and over rows of one query
     memory     a sum over a large array
-    link       gathers, sums and all-to-alls of next to nothing, and of megabytes
+    link       gathers, sums and all-to-alls of next to nothing between products, as layers have them, and of megabytes
     exchange   what decode packs and merges around its collectives, these left out
     host       decode steps of toy models, of more and of fewer layers and sequences, without what products take in them
 
@@ -78,7 +78,7 @@ def measured_rates(shape: ModelShape, comm: AxisComm, everyone: Everyone, *, qui
         attention_flops=pairs * flops_per_pair / prefill_s,
         decode_flops=singles * keys * flops_per_pair / decode_s,
         memory_bandwidth=big.nbytes / slowest(best_s(big.sum, repeats)),
-        link=measured_link(comm, slowest, quick=quick),
+        link=measured_link(shape, comm, slowest, quick=quick),
     )
     step_s, layer_host_s, row_s = (slowest(x) for x in host_s(repeats))
     pack_s = slowest(exchange_s(shape, repeats))
@@ -86,10 +86,13 @@ def measured_rates(shape: ModelShape, comm: AxisComm, everyone: Everyone, *, qui
 
 
 def layer_s(shape: ModelShape, num_rows: int, repeats: int) -> float:
-    """Seconds of a layer's products on R rows, with norms and activations, attention left out.
+    """Seconds of a layer's products on R rows, with norms and activations, attention left out."""
+    with torch.inference_mode():
+        return best_s(products_of(shape, num_rows), repeats) / shape.num_layers
 
-    Each call takes other weights, as layers do: as many layers as the shape has, one after the other.
-    """
+
+def products_of(shape: ModelShape, num_rows: int) -> Callable[[], None]:
+    """The products of all layers of a shape, one after the other: each has weights of its own, as in a model."""
     sizes = (
         (shape.num_q_heads * shape.head_dim, shape.hidden_size),
         (shape.num_kv_heads * shape.head_dim, shape.hidden_size),
@@ -112,8 +115,7 @@ def layer_s(shape: ModelShape, num_rows: int, repeats: int) -> float:
             normed = F.rms_norm(x, norm.shape, norm)
             x = x + F.linear(F.silu(F.linear(normed, gate)) * F.linear(normed, up), down)
 
-    with torch.inference_mode():
-        return best_s(run, repeats) / shape.num_layers
+    return run
 
 
 def attention_s(shape: ModelShape, rows: AttentionRows, repeats: int) -> float:
@@ -126,25 +128,33 @@ def attention_s(shape: ModelShape, rows: AttentionRows, repeats: int) -> float:
         return best_s(lambda: planned.run(q, keys, values, scale=shape.head_dim**-0.5), repeats)
 
 
-def measured_link(comm: AxisComm, slowest: Callable[[float], float], *, quick: bool = False) -> Link:
-    """Latency and bandwidth of collectives over all ranks: means of the three kinds. Of one rank no link: no time."""
+def measured_link(shape: ModelShape, comm: AxisComm, slowest: Callable[[float], float], *, quick: bool = False) -> Link:
+    """Latency and bandwidth of collectives over all ranks: means of the three kinds. Of one rank no link: no time.
+
+    Latency is what a tiny one adds to the products of a few rows before it: ranks come to it at different times, and
+    find their caches used.
+    """
     n = comm.size
     if n == 1:
         return Link(float("inf"), 0.0)
-    num, large = (5, 2**14) if quick else (50, _LINK_BYTES // FLOAT32_BYTES)
+    num, large = (5, 2**14) if quick else (20, _LINK_BYTES // FLOAT32_BYTES)
+    products = products_of(shape, 8)
+    alone_s = slowest(best_s(partial(_often, num, products), 5))
     latencies, bandwidths = [], []
     for call, share in ((comm.all_gather, n), (comm.all_to_all, 1), (comm.all_reduce, 2)):
         small, block = torch.zeros(n, 16), torch.zeros(n, large // n)
-        latency_s = slowest(best_s(partial(_often, call, small, num), 3)) / num
+        latency_s = max(0.0, slowest(best_s(partial(_often, num, products, partial(call, small)), 5)) - alone_s) / num
         moving_s = slowest(best_s(partial(call, block), 3)) - latency_s
         latencies.append(latency_s / (n - 1).bit_length())
         bandwidths.append(share * (n - 1) * block.nbytes / n / max(moving_s, 1e-9))
     return Link(statistics.harmonic_mean(bandwidths), statistics.mean(latencies))
 
 
-def _often(call: Callable[[torch.Tensor], object], x: torch.Tensor, num: int) -> None:
-    for _ in range(num):
-        call(x)
+def _often(num: int, *calls: Callable[[], object]) -> None:
+    with torch.inference_mode():
+        for _ in range(num):
+            for call in calls:
+                call()
 
 
 @dataclasses.dataclass(frozen=True)
