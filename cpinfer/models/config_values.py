@@ -216,11 +216,6 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES.get(name, Family("", "")) if isinstance(name, str) else Family("", "")
 
 
-def with_common_names(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config in which sizes have the names that others give them as well."""
-    return {**config, **{key: config[name] for key, name in _family(config).size_names.items() if name in config}}
-
-
 def _check_rope(rope: Mapping[str, Any], *, may_be_none: bool) -> None:
     kinds = sorted({"default", *ROPE_INIT_FUNCTIONS})
     for name in ("rope_type", "type"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 Feature = Literal["pcp_dcp", "autotp", "copied_heads", "mixed_heads", "transformers_tp"]
 
@@ -101,6 +101,10 @@ class Family:
     size_names: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[Feature, str] = field(default_factory=dict)
     not_applicable: Mapping[Feature, str] = field(default_factory=dict)
+
+    def with_common_names(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A config of the family in which sizes have the names that others give them as well."""
+        return {**config, **{key: config[name] for key, name in self.size_names.items() if name in config}}
 
 
 def _no_tp(reason: str) -> Mapping[Feature, str]:

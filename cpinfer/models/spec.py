@@ -13,7 +13,6 @@ from cpinfer.models.config_values import (
     check_relations,
     check_token_ids,
     check_values,
-    with_common_names,
     wrong_value,
 )
 from cpinfer.models.families import FAMILIES, Family
@@ -91,7 +90,7 @@ class ModelSpec:
         """
         refuse_unsupported(config)
         check_values(config, whole=True)
-        config = with_common_names(config)
+        config = FAMILIES[config["model_type"]].with_common_names(config)
         latent = _latent_dims(config)
         check_relations(config)
         linear_layers = _linear_layers(config)

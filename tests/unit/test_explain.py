@@ -372,6 +372,7 @@ def test_layers_of_linear_attention_cache_no_keys(explain, tmp_path, kinds):
 
 
 LINEAR = {
+    "model_type": "qwen3_5_text",
     "layer_types": [*["linear_attention"] * 3, "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -580,3 +581,21 @@ def test_tensor_parallelism_across_hosts_is_marked_comes_last_and_is_never_advis
     # Without hosts nobody knows.
     _, answer, _, _ = explain("--gpus", 32, *heads)
     assert any(row["advised"] and row["tp"] > 8 for row in answer["long_prompt"])
+
+
+def test_sizes_under_other_names_are_read_like_all(explain, tmp_path):
+    kimi = {
+        "model_type": "kimi_linear",
+        "num_attention_heads": 4,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "layer_types": LINEAR["layer_types"],
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "model_max_length": 512,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "linear_conv_kernel_dim": 4,
+    }
+    _, answer, _, _ = explain("--config", write_config(tmp_path, kimi, kv_cache_gib=2**-10))
+    assert answer["state_bytes_per_sequence"] == 3 * (4 * 16 * 16 * 4 + 3 * (3 * 4 * 16) * 2)

@@ -96,7 +96,7 @@ def test_the_quickest_layout_has_tp_within_a_host_and_the_slow_network_is_named(
 
 def test_a_long_prompt_is_prefilled_sooner_by_more_ranks():
     work = replace(WORK, prompt_tokens=131_072, num_sequences=1)
-    one, two = (plans(8 * n, work, tp_size=8, pcp_size=n, dcp_size=1)[0] for n in (1, 2))
+    one, two = (plans(8 * n, work, tp_size=8, pcp_size=n, dcp_size=n)[0] for n in (1, 2))
     assert one.prefill.seconds > 1.7 * two.prefill.seconds
 
 

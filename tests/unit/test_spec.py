@@ -42,7 +42,7 @@ OWN = {
     "mistral": ({"sliding_window": None}, {}),
     "mixtral": ({"num_experts_per_tok": 2}, {"mlp_size": 2 * 96}),
     "qwen3_moe": (ROUTED, {"mlp_size": 4 * 32}),
-    "gemma2": ({"sliding_window": 128}, {"windows": (128, None, 128)}),
+    "gemma2": ({"sliding_window": 128}, {"windows": (128, None, 128), "has_soft_cap": True}),
     "gemma3_text": ({"sliding_window": 128}, {"windows": (128, 128, 128)}),
     "gpt_oss": (
         {"sliding_window": 128, "num_experts_per_tok": 4, "rope_parameters": YARN},

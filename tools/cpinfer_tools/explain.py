@@ -372,15 +372,17 @@ def _model_facts(args: argparse.Namespace, config: LaunchConfig | None) -> Model
     if not isinstance(data, dict):
         raise UserError(f"{path} holds a {type(data).__name__}. A Hugging Face config.json was wanted.")
 
+    refuse_unsupported(data)
+    family: str = data["model_type"]
+    data = FAMILIES[family].with_common_names(data)
+
     def size(key: str) -> int | None:
         value = data.get(key)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise UserError(f'{path}: "{key}" is {json.dumps(value)}; a whole number from 1 was wanted.')
         return value
 
-    refuse_unsupported(data)
     heads, width = size("num_attention_heads"), size("hidden_size")
-    family: str = data["model_type"]
     num_layers = size("num_hidden_layers")
     num_kv_layers = _num_kv_layers(data, num_layers, size("full_attention_interval"))
     of_states = [found for name in STATE_SIZES if (found := size(name)) is not None]

@@ -74,6 +74,7 @@ BUDGET_S: Mapping[str, int] = {
     "deterministic": 240,
     "graphs": 120,
     "throughput": 240,
+    "plan": 120,
     "rollouts": 480,
     "comm": 120,
 }
