@@ -124,8 +124,9 @@ def test_yarn_with_mscale_changes_the_scale_that_a_layer_is_told():
 
 
 def test_latent_attention_is_told_by_its_projections():
+    num_latent = {"deepseek_v2": 2, "deepseek_v3": 2, "kimi_linear": 1}  # of layers, the others of the last are linear
     for family, config in FAMILIES.items():
         model = make_model(config)
         found = [module for module in model.modules() if is_latent_attention(module)]
-        assert len(found) == (2 if family.startswith("deepseek") else 0)
+        assert len(found) == num_latent.get(family, 0)
     assert not is_latent_attention(nn.Linear(2, 2))
