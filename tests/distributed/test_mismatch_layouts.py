@@ -37,7 +37,7 @@ def test_every_layout_is_within_the_float32_limit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("dtype", "layouts"),
     [
-        ("bfloat16", {"pcp2": "whole"}),
+        pytest.param("bfloat16", {"pcp2": "whole"}, marks=pytest.mark.slow),
         *(
             pytest.param(dtype, {"pcp2_dcp1": "whole", "tp2_pcp1": "tp=2"}, marks=pytest.mark.slow)
             for dtype in ("float32", "bfloat16")

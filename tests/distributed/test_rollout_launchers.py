@@ -107,7 +107,7 @@ def test_weights_that_are_no_numbers_are_said_once_and_end_all_ranks_with_1(tmp_
     assert [line for line in said if "load" not in line] == said[-1:], finished
 
 
-@pytest.mark.parametrize("fault", ["raise", "kill"])
+@pytest.mark.parametrize("fault", [pytest.param("raise", marks=pytest.mark.slow), "kill"])
 def test_one_failing_rank_ends_all_and_is_the_one_that_is_heard(fault: str, tmp_path: Path) -> None:
     arguments = ["--config", "configs/tp2_pcp2_dcp2.json", "--set", "prefill_context_parallel_size=1"]
     arguments += ["--set", "decode_context_parallel_size=1", "--output", str(tmp_path / "results.jsonl")]

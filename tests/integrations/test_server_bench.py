@@ -12,6 +12,7 @@ import server_clients
 from launching import BIN, launch
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_quick_run_tells_times_and_leaves_no_card() -> None:
     finished = launch([str(BIN / "python"), "tools/bench/server.py", "--quick"], 100)

@@ -42,6 +42,7 @@ def scores(model: str, tasks: list[str], args: dict[str, Any], **options: Any) -
     return {task: {k: v for k, v in found["results"][task].items() if isinstance(v, float)} for task in tasks}
 
 
+@pytest.mark.slow
 def test_local_completions_has_the_scores_of_models_that_hold_the_weights(server: Served) -> None:
     tasks = ["recall_choice", "recall_generate", "recall_perplexity"]
     url = f"{server.url}/v1/completions"

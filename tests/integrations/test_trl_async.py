@@ -36,6 +36,7 @@ def trained(folder: Path, num_steps: int, sender: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_steps_by_shared_weights(tmp_path: Path) -> None:
     found = trained(tmp_path, 2, "shared")
     assert len(found["steps"]) == 2 and found["num_transfers"] == 0
