@@ -29,7 +29,7 @@ from cpinfer.models.loading import PartlyRead
 from cpinfer.packages import named
 from cpinfer.refusals import refuse
 from cpinfer_integrations import deepspeed_zero3 as zero3
-from cpinfer_integrations.deepspeed_loading import cut_as_read
+from cpinfer_integrations.deepspeed_loading import cut_as_read, with_split_projections
 from cpinfer_integrations.deepspeed_rollout import CpinferRolloutBatch, CpinferRolloutEngine
 
 try:
@@ -174,8 +174,10 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
         if dist.get_rank() in ranks:
             tp_group, owned = group, [group]
     partly = model if isinstance(model, PartlyRead) else PartlyRead(model, {})
-    cut = partial(cut_by_autotp, grid=grid, tp_group=tp_group, dtype=dtype)
-    engine = cut_as_read(partly, dtype, model_spec(partly.model).head_dim, cut)
+    spec, cut = model_spec(partly.model), partial(cut_by_autotp, grid=grid, tp_group=tp_group, dtype=dtype)
+    if spec.states is not None:
+        partly = with_split_projections(partly, spec.states, grid.tp_size)
+    engine = cut_as_read(partly, dtype, spec.head_dim, cut)
     topology = topology_from(engine, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size)
     return LaunchedInference(engine, topology.owning(owned))
 

@@ -20,7 +20,9 @@ import torch
 from deepspeed.module_inject.layers import LinearAllreduce, LinearLayer, LmHeadLinearAllreduce, TensorParallel_Layer
 from torch import Tensor, nn
 
+from cpinfer.layout.capacity import StateLayout
 from cpinfer.layout.weight_parts import stored_ranges
+from cpinfer.models.linear_cuts import prepare_linear_attention
 from cpinfer.models.loading import PartlyRead
 from cpinfer.models.stored_tensors import Readable
 
@@ -77,6 +79,17 @@ class Uncut:
             return self.tensor.copied(...).to(device=device, dtype=self.dtype)
         parts = [self.tensor.copied((slice(None),) * self.dim + (slice(*part),)) for part in self.ranges]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)).to(device=device, dtype=self.dtype)
+
+
+def with_split_projections(partly: PartlyRead, layout: StateLayout, tp_size: int) -> PartlyRead:
+    """The model with the fused projections of linear attention split, as they are cut: those are read whole before."""
+    unread = dict(partly.unread)
+    for name in [name for name in unread if name.endswith("in_proj_qkv.weight")]:
+        projection = partly.model.get_submodule(name.removesuffix(".weight"))
+        weight, values = projection.weight, unread.pop(name)[...]
+        projection.weight = nn.Parameter(values.to(weight.dtype), requires_grad=weight.requires_grad)
+    prepare_linear_attention(partly.model, layout, tp_size)
+    return PartlyRead(partly.model, unread)
 
 
 def cut_as_read(partly: PartlyRead, dtype: torch.dtype, head_dim: int, cut: Callable[[Any], Any]) -> Any:
