@@ -52,6 +52,11 @@ RECURRENT: Mapping[str, str] = MappingProxyType(
 )  # fmt: skip
 # Families that are another one under a name of their own, which Transformers does not know.
 OTHER_NAMES: Mapping[str, str] = MappingProxyType({"kimi_k2": "deepseek_v3"})
+# Sizes of layers that run the gated delta rule, in the order of `StateLayout`.
+STATE_SIZES = (
+    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+)  # fmt: skip
 # Kinds of layers in a config that have such a state.
 RECURRENT_LAYERS = frozenset(("linear_attention", "mamba", "recurrent", "conv"))
 

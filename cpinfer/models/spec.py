@@ -15,18 +15,12 @@ from cpinfer.models.config_values import (
     check_values,
     wrong_value,
 )
-from cpinfer.models.families import FAMILIES, Family
+from cpinfer.models.families import FAMILIES, STATE_SIZES, Family
 from cpinfer.models.positions import Positions
 from cpinfer.models.refused_models import refuse_unsupported, why_no_tp
 
 # Attribute that `expand_kv_heads` leaves on a model's config: how many KV heads there were before copies were made.
 NUM_KV_HEADS_BEFORE_EXPANSION = "cpinfer_num_key_value_heads"
-
-# Sizes of layers that run the gated delta rule, in the order of `StateLayout`.
-_STATE_SIZES = (
-    "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-    "linear_conv_kernel_dim",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -221,9 +215,9 @@ def _linear_layers(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def _states(config: Mapping[str, Any], num_layers: int) -> StateLayout:
-    for name in _STATE_SIZES:
+    for name in STATE_SIZES:
         check_number(config, name, 1, 2**14)
-    num_k_heads, num_v_heads, k_dim, v_dim, width = (config[name] for name in _STATE_SIZES)
+    num_k_heads, num_v_heads, k_dim, v_dim, width = (config[name] for name in STATE_SIZES)
     if num_v_heads % num_k_heads:
         raise wrong_value(config, "linear_num_value_heads", f"a multiple of linear_num_key_heads ({num_k_heads})")
     return StateLayout(num_layers, num_k_heads, num_v_heads, k_dim, v_dim, width)

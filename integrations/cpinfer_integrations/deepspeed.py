@@ -175,7 +175,7 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
             tp_group, owned = group, [group]
     partly = model if isinstance(model, PartlyRead) else PartlyRead(model, {})
     spec, cut = model_spec(partly.model), partial(cut_by_autotp, grid=grid, tp_group=tp_group, dtype=dtype)
-    if spec.states is not None:
+    if spec.states is not None and grid.tp_size > 1:
         partly = with_split_projections(partly, spec.states, grid.tp_size)
     engine = cut_as_read(partly, dtype, spec.head_dim, cut)
     topology = topology_from(engine, pcp_size=grid.pcp_size, dcp_size=grid.dcp_size)

@@ -34,20 +34,12 @@ from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.heads import HeadPlacement
 from cpinfer.layout.prefill import assign_prompts
 from cpinfer.layout.rules import LayoutSizes
-from cpinfer.models.families import FAMILIES
+from cpinfer.models.families import FAMILIES, STATE_SIZES
 from cpinfer.models.positions import Positions
 from cpinfer.models.refused_models import refuse_unsupported, tensor_parallel_errors, why_no_tp
 from cpinfer_tools.explain_flags import parse_flags
 
 AXES = ("tp", "pcp", "dcp", "dp")
-# Of layers of linear attention, in the order of `StateLayout`.
-STATE_SIZES = (
-    "linear_num_key_heads",
-    "linear_num_value_heads",
-    "linear_key_head_dim",
-    "linear_value_head_dim",
-    "linear_conv_kernel_dim",
-)
 ADVICE = """\
 *  the published advice, in our terms: pcp=2 and dcp = pcp * tp / num_kv_heads while there are copies of KV heads to
    shard, else dcp = pcp; MLA has one KV head, its latent, so dcp = pcp * tp.
