@@ -32,7 +32,7 @@ from cpinfer.layout.shards import KVSharding
 # Whoever stays loses at most so much, and flips no coins over what was measured.
 WORTH_A_SWITCH = 0.97
 # What is measured: rows of each rank, and keys of a row beside those of the others.
-_MANY_ROWS, _MANY_KEYS, _NUM_TIMES = 8, 4096, 2
+_MANY_ROWS, _MANY_KEYS, _NUM_TIMES = 8, 4096, 5
 
 
 @dataclass(frozen=True)

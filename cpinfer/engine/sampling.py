@@ -7,7 +7,7 @@ where two tokens, or two groups of tokens, come out nearly equal.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import islice
 
 import torch
@@ -67,14 +67,16 @@ def _sample_alike(
     if suppressed:
         has_token = scores.amax(dim=-1) > -torch.inf
         scores = scores.masked_fill(~has_token.unsqueeze(-1), 0.0)  # whatever is drawn there is not used
-    processed = masses = None
+    processed = masses = raw = None
     kept: KeptIds = ()
     if params.greedy:
         tokens = scores.argmax(dim=-1)
         if params.kept_token_ids:
             kept = [(token,) for token in tokens.tolist()]
     else:
-        logprobs = torch.log_softmax(logits_cuts(params)(None, scores), dim=-1)
+        chosen_from = logits_cuts(params)(None, scores)
+        logprobs = torch.log_softmax(chosen_from, dim=-1)
+        raw = logprobs if chosen_from is logits else None
         tokens = _draw(logprobs, requests)
         # What `min_new_tokens` does is in `suppressed`: of the key itself these rows may have different values.
         is_plain = not (suppressed or params.cut_by or {*params.shaped_by} - {"min_new_tokens"})
@@ -86,7 +88,8 @@ def _sample_alike(
             masses = _kept_mass(torch.log_softmax(scores, dim=-1), logprobs)
         if params.kept_token_ids:
             kept = _kept_ids(logprobs)
-    raw = torch.log_softmax(logits, dim=-1)
+    if raw is None:  # something shaped them
+        raw = torch.log_softmax(logits, dim=-1)
     top = _likeliest(raw, params.top_logprobs)
     return TokenRecords.of(tokens, _pick(raw, tokens), processed, masses, has_token, top, kept)
 
@@ -122,12 +125,15 @@ def score_tokens(logits: Tensor, targets: Tensor, num_top: int = 0) -> TokenReco
 def _process(
     logits: Tensor, requests: list[SampledRequest], params: SamplingParams, suppressed: tuple[int, ...]
 ) -> Tensor:
-    """Logits as they are before a cut."""
-    processors: Callable[[Tensor, Tensor], Tensor] = logits_processors(params, suppressed)
+    """Logits as they are before a cut; `logits` itself where nothing changes them."""
+    processors = logits_processors(params, suppressed)
+    if not processors:
+        return logits
     if params.repetition_penalty == 1:
         # Nothing else looks at the text so far; one token stands in for it.
         stand_in = torch.zeros(len(requests), 1, dtype=torch.long, device=logits.device)
-        return processors(stand_in, logits.clone())
+        processed: Tensor = processors(stand_in, logits.clone())
+        return processed
     # The penalty looks at the text so far, whose length differs from row to row.
     histories = [torch.tensor([s.all_token_ids], device=logits.device) for s in requests]
     return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])

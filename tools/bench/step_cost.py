@@ -7,15 +7,17 @@ In the first three parts no model runs. Sequences of 600 tokens decode through t
 planner, and random logits are sampled. Figures are microseconds per running sequence and step, medians over steps; the
 target for all but sampling is 20. Short prompts are admitted all in one step, more and more of them; each is to cost
 the same. Last, the engine decodes with a model of two layers, and the scheduler's part of the step is taken; the target
-is a tenth. Times are those of the thread on its processor, so other programs on the machine do not count.
+is a tenth. And phases of six tokens by that model stand beside Transformers' `generate`. Times are those of the thread
+on its processor, so other programs on the machine do not count.
 
-Before anything is timed, the slots planned for a step are compared with those of the sharding rule. A table goes to
-stderr, the last stdout line is one JSON object.
+Before anything is timed, the slots planned for a step are compared with those of the sharding rule, and a phase's
+tokens with those of `generate`. A table goes to stderr, the last stdout line is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 import json
 import statistics
@@ -64,6 +66,9 @@ ADMITTED = (256, 1024, 4096)
 ADMITTED_LEN = 8
 # Sequences that a model decodes together.
 RUNNING = 1024
+# A phase so short that what surrounds the model decides: prompts of so many tokens, answers of so many.
+PHASE_SEQUENCES, PHASE_PROMPT, PHASE_NEW = (1, 16, 64), 12, 6
+PHASES = ("generate", "phase", "engine")
 # What sampling is timed with, by the name in the table.
 CHOICES = {
     "greedy": SamplingParams(temperature=0),
@@ -85,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     choices = {name: sampling_us(params, 64, num_steps) for name, params in CHOICES.items()}
     admitted = {n: admission_us(n, 3 if args.quick else 9) for n in (ADMITTED[:2] if args.quick else ADMITTED)}
     decoded = decode_share(64 if args.quick else RUNNING, 8 if args.quick else 24)
+    phases = {n: phase_ms(n, 3 if args.quick else 15) for n in PHASE_SEQUENCES}
 
     sections = (
         ("Scheduling, planning, commit: microseconds per running sequence and step", step_table(steps)),
@@ -94,6 +100,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             admission_table(admitted),
         ),
         (f"The scheduler's part of a decode step of {MODEL.name}, one thread; milliseconds", share_table(decoded)),
+        (
+            f"Phases of {MODEL.name}: prompts of {PHASE_PROMPT} tokens, answers of {PHASE_NEW}, sampled; milliseconds",
+            phase_table(phases),
+        ),
     )
     say("\n\n".join(body for _, body in sections))
     if not args.quick:
@@ -112,7 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"card: {card.write(args.results)}")
     worst = max(sum(us.values()) for (n, _), us in steps.items() if n > 1)
     figures = {"worst_step_us_per_sequence": worst, "target_us": TARGET_US, "sampling_us": choices}
-    print(json.dumps({**figures, "admission_us": admitted, "decode": decoded, "target_share": TARGET_SHARE}))
+    print(
+        json.dumps(
+            {**figures, "admission_us": admitted, "decode": decoded, "target_share": TARGET_SHARE, "phase_ms": phases}
+        )
+    )
     return 0 if worst <= TARGET_US and decoded["share"] <= TARGET_SHARE else 1
 
 
@@ -149,6 +163,17 @@ def share_table(decoded: dict[str, float]) -> str:
     header = ["sequences", "step", "schedule and commit", "share", "target"]
     row = [f"{decoded['sequences']:,.0f}", f"{decoded['step_ms']:.1f}", f"{decoded['scheduler_ms']:.2f}"]
     return table(header, [[*row, f"{decoded['share']:.1%}", f"{TARGET_SHARE:.0%}"]])
+
+
+def phase_table(phases: dict[int, dict[str, float]]) -> str:
+    header = ["sequences", "generate", "attach, answer, detach", "answer, weights new", "generate over it"]
+    return table(
+        header,
+        [
+            [str(n), *(f"{ms[k]:.1f}" for k in PHASES), f"{ms['generate'] / ms['engine']:.2f}"]
+            for n, ms in phases.items()
+        ],
+    )
 
 
 def share(us: dict[str, float]) -> str:
@@ -280,6 +305,52 @@ def decode_share(num_sequences: int, num_steps: int) -> dict[str, float]:
         "scheduler_ms": scheduler_s * 1e3,
         "share": scheduler_s / step_s,
     }
+
+
+def phase_ms(num_sequences: int, num_rounds: int) -> dict[str, float]:
+    """What a phase of few tokens takes by each of `PHASES`, medians of milliseconds. They take turns."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32, trust_remote_code=False).eval()
+    plain = copy.deepcopy(model)
+    numbers = torch.Generator().manual_seed(num_sequences)
+    ids = torch.randint(10, 60, (num_sequences, PHASE_PROMPT), generator=numbers)
+    prompts, every = ids.tolist(), torch.ones_like(ids)
+    config = EngineConfig(dtype="float32", kv_cache_gib=0.01)
+    lengths = {"max_new_tokens": PHASE_NEW, "min_new_tokens": PHASE_NEW}
+
+    def generated(**sampling: Any) -> list[list[int]]:
+        with torch.no_grad():
+            tokens = plain.generate(ids, attention_mask=every, pad_token_id=0, **lengths, **sampling)
+        return [row[PHASE_PROMPT:] for row in tokens.tolist()]
+
+    def phase(engine: cpinfer.Engine, temperature: float = 1.0) -> list[list[int]]:
+        params = SamplingParams(temperature=temperature, max_new_tokens=PHASE_NEW, ignore_eos=True)
+        return [list(result.token_ids) for result in engine.generate(prompts, params)]
+
+    def attached() -> None:
+        with cpinfer.attach(model, config=config) as engine:
+            phase(engine)
+
+    with cpinfer.attach(model, config=config) as engine:
+        assert phase(engine, 0.0) == generated(do_sample=False), "the phase has other tokens than generate"
+
+        def again() -> None:
+            engine.weights_changed()
+            phase(engine)
+
+        ways: dict[str, Callable[[], Any]] = {"generate": partial(generated, do_sample=True, top_k=0), "engine": again}
+        times = alternated(ways, num_rounds)
+    return {**times, **alternated({"phase": attached}, num_rounds)}
+
+
+def alternated(ways: dict[str, Callable[[], Any]], num_rounds: int) -> dict[str, float]:
+    """Median milliseconds of each, one after the other within a round; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(num_rounds + 1):
+        for name, call in ways.items():
+            start = time.thread_time()
+            call()
+            seconds[name].append(time.thread_time() - start)
+    return {name: statistics.median(taken[1:]) * 1e3 for name, taken in seconds.items()}
 
 
 def sampling_us(params: SamplingParams, num_rows: int, num_steps: int) -> float:
