@@ -247,15 +247,22 @@ def reusing(engine: cpinfer.Engine) -> Reused:
 
 
 @pytest.mark.parametrize(
-    "grid", [PCP2_DCP2, PCP4_DCP2, *(pytest.param(g, marks=SLOW) for g in (SINGLE, PCP2_DCP1, TP2_PCP2_DCP4))], ids=name
+    ("family", "grid"),
+    [
+        ("qwen3_next", PCP2_DCP2),
+        ("qwen3_next", PCP4_DCP2),
+        *(pytest.param("qwen3_next", g, marks=SLOW) for g in (SINGLE, PCP2_DCP1, TP2_PCP2_DCP4)),
+        *(pytest.param(family, PCP2_DCP2, marks=SLOW) for family in ("qwen3_5_text", "olmo_hybrid", "kimi_linear")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name(value),
 )
-def test_prompts_that_begin_alike_go_on_from_the_state_behind_what_they_share(grid: RankGrid) -> None:
-    ranks = on_ranks(model_of("qwen3_next"), grid, reusing, **CONFIG, state_cache_gib=2**-8)
+def test_prompts_that_begin_alike_go_on_from_the_state_behind_what_they_share(family: str, grid: RankGrid) -> None:
+    ranks = on_ranks(model_of(family), grid, reusing, **CONFIG, state_cache_gib=2**-8)
     unit = 12 * grid.dcp_size
     shared = len(DOCUMENT) // unit * unit
     again = (len(ASKED[0]) - 1) // unit * unit
     for results, found, num_states in ranks:
-        assert len(results) == 7 and largest_difference("qwen3_next", results) <= TOLERANCE
+        assert len(results) == 7 and largest_difference(family, results) <= TOLERANCE
         # The second finds where the first parts from it, and leaves a state there for the third.
         # Samples are dealt over the homes, each of which would have to know the KV.
         assert found == [0, 0, shared, again if grid.num_homes == 1 else 0, 0] and num_states == 1
