@@ -18,6 +18,7 @@ from tool_trainers import ASKED, CALLING, CONFIG, GREEDY, by_cpinfer, check_same
 from trl import GRPOTrainer, RLOOTrainer, SFTTrainer
 
 import cpinfer
+from covering import pairs
 from cpinfer_integrations.trl import make_rollout_func, with_cpinfer
 from cpinfer_integrations.trl_tools import awaited_within, within
 from tool_models import NAMES, chats, follow
@@ -40,14 +41,15 @@ def test_turns_and_tools_are_those_of_trls_own_loop(tmp_path: Path, tool_loop: s
     assert record.num_samples == len(ASKED) and record.num_generated_tokens == sum(map(sum, same["tool_mask"]))
 
 
-@pytest.mark.parametrize("tool_loop", LOOPS)
 @pytest.mark.parametrize(
-    "options",
-    [
-        *({"max_completion_length": length} for length in (1, 3, 4, 5, 53, 54, 55, 57, 58, 59, 60, 110, 166)),
-        *({"max_tool_calling_iterations": num} for num in (0, 1, 2)),
-    ],
-    ids=str,
+    ("options", "tool_loop"),
+    pairs(
+        [
+            *({"max_completion_length": length} for length in (1, 3, 4, 5, 53, 54, 55, 57, 58, 59, 60, 110, 166)),
+            *({"max_tool_calling_iterations": num} for num in (0, 1, 2)),
+        ],
+        LOOPS,
+    ),
 )
 def test_answers_end_where_trl_cuts_them_and_tools_that_say_too_much_are_dropped(
     tmp_path: Path, options: dict[str, int], tool_loop: str
@@ -137,11 +139,13 @@ async def awaited_failing(name: str) -> str:
     raise KeyError(name)
 
 
-@pytest.mark.parametrize("tool_loop", LOOPS)
 @pytest.mark.parametrize(
-    "tool",
-    [a_failing, a_dict, nothing, blocks, two_arguments, very_long, awaited, awaited_failing],
-    ids=lambda tool: tool.__name__,
+    ("tool", "tool_loop"),
+    pairs(
+        [a_failing, a_dict, nothing, blocks, two_arguments, very_long, awaited, awaited_failing],
+        LOOPS,
+        lambda tool: str(tool.__name__),
+    ),
 )
 def test_what_a_tool_says_or_raises_becomes_of_it_what_becomes_in_trl(
     tmp_path: Path, tool: Any, tool_loop: str, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ import torch
 
 import cpinfer
 import cpinfer.attention.exchanges.ordered as ordered
+from covering import pairs
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.errors import UserError
@@ -75,8 +76,7 @@ def model_of(family: str, dtype: str) -> Any:
     return make_model(FAMILIES[family]).to(getattr(torch, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", SAMPLED)
+@pytest.mark.parametrize(("family", "dtype"), pairs(SAMPLED, DTYPES))
 def test_every_family_has_the_same_bits_in_another_layout(family: str, dtype: str) -> None:
     model = model_of(family, dtype)
     expected = run(model)

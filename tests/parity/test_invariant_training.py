@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 import cpinfer
+from covering import pairs
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.errors import UnsupportedError, UserError
@@ -51,8 +52,7 @@ def trained(model: Any, results: Sequence[Any], batch_size: int) -> list[list[fl
     )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", TRAINABLE)
+@pytest.mark.parametrize(("family", "dtype"), pairs(TRAINABLE, DTYPES))
 def test_rollouts_and_training_agree_in_every_bit(family: str, dtype: str) -> None:
     model = make_model(FAMILIES[family]).to(getattr(torch, dtype))
     results = rollouts(model)

@@ -15,6 +15,7 @@ import pytest
 from test_engine_parity import grid_name
 
 import cpinfer
+from covering import pairs
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.engine import Engine
@@ -102,8 +103,7 @@ def alone(prompt: Any, sampling: SamplingParams, family: str = "qwen2", name: st
     ]
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("grid", "seed"), pairs(GRIDS, range(2), grid_name))
 def test_what_ranks_add_at_any_time_gives_what_it_gives_alone(grid: RankGrid, seed: int) -> None:
     """Each rank adds when its own chance says so, under ids of its own, and gets its own answers."""
     sampling = SamplingParams(temperature=1.0, seed=5, n=2, max_new_tokens=7)
@@ -132,8 +132,7 @@ def test_what_ranks_add_at_any_time_gives_what_it_gives_alone(grid: RankGrid, se
     assert len(found) == 2 * sum(len(range(len(PROMPTS))[rank::2]) for rank in range(grid.world_size))
 
 
-@pytest.mark.parametrize("family", WITH_SESSIONS)
-@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
+@pytest.mark.parametrize(("grid", "family"), pairs(GRIDS, WITH_SESSIONS, grid_name))
 def test_the_turns_of_a_session_are_those_of_the_whole_sequence_and_compute_only_what_is_new(
     grid: RankGrid, family: str
 ) -> None:

@@ -18,6 +18,7 @@ from test_engine_parity import grid_name
 from test_open_engine import CONFIG, Consumer, check_empty
 
 import cpinfer
+from covering import pairs
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.engine import Engine
@@ -189,8 +190,7 @@ def run(grid: RankGrid, seed: int) -> None:
             program.check(engine)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=grid_name)
-@pytest.mark.parametrize("seed", FEW)
+@pytest.mark.parametrize(("seed", "grid"), pairs(FEW, GRIDS, grid_name))
 def test_every_answer_of_a_random_program_is_that_of_its_sequence_and_weights_alone(grid: RankGrid, seed: int) -> None:
     run(grid, seed)
 
