@@ -10,18 +10,44 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from cpinfer.colocate.phase import Lent
+from cpinfer.comm.topology import Topology
+from cpinfer.config import JobConfig
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.hooks import hooks_disabled
 from cpinfer.models.wrappers import unwrapped
 from cpinfer.refusals import refuse
+from cpinfer_integrations.job_ranks import grid_of_replicas
 
 _OWNER = "torch.distributed"
+
+
+def lend(module: nn.Module, config: JobConfig) -> Lent:
+    """What a job lends whose model FSDP2 shards: all ranks, and weights as `config.rollout.gather` says. Collective.
+
+    Args:
+        module: one on which `fully_shard` was called, or on parts of it.
+        config: the layout, and under `rollout` how weights are gathered.
+
+    Returns:
+        What `rollout_phase` takes.
+
+    Raises:
+        UnsupportedError: for what the table of refusals says of FSDP2.
+    """
+    grid, gather = grid_of_replicas(config), config.rollout.gather
+    refuse_unsupported(module, gather)
+    if gather == "layerwise" and grid.dp_size > 1:
+        raise refuse("layerwise_replicas", f"{grid.dp_size} replicas")
+    weights = full if gather == "full" else layerwise
+    return Lent(module, Topology.from_world(grid), partial(weights, module), gather)
 
 
 def sharded_modules(module: nn.Module) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What the ranks of a job tell each other past any engine: prompts that cannot be read, counts, objects."""
+"""The ranks of a job past any engine: their grid, and what they tell each other."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from cpinfer.config import JobConfig
 from cpinfer.errors import UserError
+from cpinfer.layout.grid import RankGrid
 
 T = TypeVar("T")
+
+
+def grid_of_replicas(config: JobConfig) -> RankGrid:
+    """The grid of a job whose every rank is a replica of the model for training, lent as the config says."""
+    num_replicas = dist.get_world_size() if dist.is_initialized() else 1
+    return RankGrid.lending(1, num_replicas, config.pcp_size, config.dcp_size)
 
 
 def all_gather_object(own: T) -> list[T]:

@@ -1,22 +1,70 @@
-"""What a training job lends to rollouts, whatever wraps its model: DeepSpeed's engine, DDP, FSDP2, or nothing."""
+"""What a training job lends to rollouts, whatever wraps its model: DeepSpeed's engine, DDP, FSDP2, or nothing.
+
+A new trainer is a module beside this one with a `lend(module, config)`, and a row here.
+"""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol, cast
 
-import torch.distributed as dist
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
 from cpinfer.config import ConfigLike, JobConfig, job_config
-from cpinfer.layout.grid import RankGrid
 from cpinfer.models.wrappers import without_replication
 from cpinfer.refusals import refuse
 from cpinfer_integrations import fsdp
+from cpinfer_integrations.job_ranks import grid_of_replicas
 
 __all__ = ["lend"]
+
+
+class TrainerModule(Protocol):
+    """What the module of a row has."""
+
+    def lend(self, module: Any, config: JobConfig) -> Lent:
+        """What this trainer lends, its weights as `config.rollout.gather` says. Collective.
+
+        UnsupportedError, by the table of refusals, for what it cannot.
+        """
+        ...
+
+
+class TrainerRow(NamedTuple):
+    """One kind of trainer: the module that lends for it, imported when it is met, and how its model is known.
+
+    `knows` is asked of what is left without torch.compile and DDP, and imports nothing of the trainer's library.
+    """
+
+    module: str
+    knows: Callable[[Any], bool]
+
+    @property
+    def code(self) -> TrainerModule:
+        return cast("TrainerModule", import_module(self.module))
+
+
+def _is_of_deepspeed(module: Any) -> bool:
+    return type(module).__module__.startswith("deepspeed.")
+
+
+def _is_fsdp2(module: Any) -> bool:
+    return bool(fsdp.sharded_modules(module))
+
+
+def _has_tp_mesh(module: Any) -> bool:
+    return "tp" in fsdp.mesh_axes(module)
+
+
+# In the order in which they are asked; where none knows the model, its weights lie where they are used.
+TRAINERS: Mapping[str, TrainerRow] = {
+    "deepspeed": TrainerRow("cpinfer_integrations.deepspeed", _is_of_deepspeed),
+    "fsdp": TrainerRow("cpinfer_integrations.fsdp", _is_fsdp2),
+    "transformers": TrainerRow("cpinfer_integrations.transformers", _has_tp_mesh),
+}
 
 
 def lend(trained: Any, config: ConfigLike = None) -> Lent:
@@ -38,33 +86,11 @@ def lend(trained: Any, config: ConfigLike = None) -> Lent:
     """
     config = job_config(config)
     module = without_replication(trained)
-    if type(module).__module__.startswith("deepspeed."):
-        from cpinfer_integrations import deepspeed as by_deepspeed
-
-        return by_deepspeed.lend(module, config)
     if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
         raise refuse("fsdp1", f"a {type(module).__name__}")
-    gather = config.rollout.gather
-    if fsdp.sharded_modules(module):
-        return _lend_fsdp(module, config)
-    if gather == "tp_shards":
+    for row in TRAINERS.values():
+        if row.knows(module):
+            return row.code.lend(module, config)
+    if config.rollout.gather == "tp_shards":
         raise refuse("tp_shards_owner", f"a {type(trained).__name__}")
-    if "tp" in fsdp.mesh_axes(module):
-        from cpinfer_integrations import transformers as by_transformers
-
-        return by_transformers.lend(module, config)
-    return Lent(module, Topology.from_world(_grid(config)))
-
-
-def _lend_fsdp(module: Any, config: JobConfig) -> Lent:
-    grid, gather = _grid(config), config.rollout.gather
-    fsdp.refuse_unsupported(module, gather)
-    if gather == "layerwise" and grid.dp_size > 1:
-        raise refuse("layerwise_replicas", f"{grid.dp_size} replicas")
-    weights = fsdp.full if gather == "full" else fsdp.layerwise
-    return Lent(module, Topology.from_world(grid), partial(weights, module), gather)
-
-
-def _grid(config: JobConfig) -> RankGrid:
-    num_replicas = dist.get_world_size() if dist.is_initialized() else 1
-    return RankGrid.lending(1, num_replicas, config.pcp_size, config.dcp_size)
+    return Lent(module, Topology.from_world(grid_of_replicas(config)))

@@ -21,6 +21,7 @@ from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.loading import load_model
 from cpinfer.models.stored_tensors import OnRead
+from cpinfer.refusals import refuse
 
 __all__ = ["LaunchedModel", "launch_inference", "lend", "topology_from"]
 
@@ -62,8 +63,11 @@ def lend(model: Any, config: ConfigLike = None) -> Lent:
 
     Raises:
         UserError: when the config says a tp_size that is not that of the model's mesh.
+        UnsupportedError: where slices of weights are wanted, which the ranks have already.
     """
     config, tp_size = job_config(config), _tp_mesh(model)["tp"].size()
+    if config.rollout.gather == "tp_shards":
+        raise refuse("tp_shards_owner", f"a {type(model).__name__} that Transformers shards")
     if config.tensor_parallel.tp_size not in (None, tp_size):
         raise UserError(
             f"the model's weights lie on a device mesh with tp={tp_size}, the config says tp={config.tp_size}. "
