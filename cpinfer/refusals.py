@@ -43,7 +43,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "family": Refusal(
         "model families without a row in the table of families",
-        "Use one of those in the table, or add a row (docs/families.md).",
+        "Use one of those in the table, or add a row (docs/extending/family.md).",
     ),
     "other_name": Refusal(
         "families under a model_type of their own that are one of the table",

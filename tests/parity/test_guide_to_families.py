@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +25,14 @@ from cpinfer.engine.attach import model_spec
 from cpinfer.errors import UnsupportedError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.families import FAMILIES, Family, family_table
+from guide_code import code_blocks, page
 from tiny_models import TINY, make_model
 
-GUIDE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+GUIDE = page("extending/family.md")
 
 
 def blocks() -> tuple[str, str]:
-    row, settings = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
+    row, settings = code_blocks(GUIDE)
     return row, settings
 
 
