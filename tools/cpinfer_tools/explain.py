@@ -247,7 +247,7 @@ def _table(options: Sequence[LayoutOption], tokens: Mapping[LayoutSizes, int | N
         header += " | tokens of the longest seq"
     rows = [
         f"{_mark(o)} {s.tp_size:5} {s.pcp_size:4} {s.dcp_size:4} {s.dp_size:4} | {o.longest_sequence / longest:11.3f} "
-        f"| {o.total_tokens / most:13.3f} | {o.collectives_per_layer:36} | 1/{s.tp_size:<5}"
+        f"| {o.total_tokens / most:13.3f} | {o.collectives_per_layer:36} | {f'1/{s.tp_size}':>7}"
         + (f" | {tokens[s]:25,}" if knows_pool else "")
         for o in options
         for s in (o.sizes,)
