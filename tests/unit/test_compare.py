@@ -11,9 +11,11 @@ import os
 import re
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import psutil
 import pytest
 
@@ -27,7 +29,7 @@ from cpinfer_tools.verify.comparison.agreement import agree, first_difference, i
 from cpinfer_tools.verify.comparison.evaluations import Evaluation, contents_of, evaluate, evaluations_of, is_complete
 from cpinfer_tools.verify.comparison.launches import Ended, last_lines, launch, launch_command
 from cpinfer_tools.verify.comparison.layouts import legal_names, load_comparison, parse_name, resolve_layouts
-from cpinfer_tools.verify.comparison.plots import accuracy_by_length, heat_map
+from cpinfer_tools.verify.comparison.plots import DARK_SCORES, accuracy_by_length, heat_map
 from cpinfer_tools.verify.comparison.report import html_report, html_table, markdown_report
 from cpinfer_tools.verify.comparison.results import Written
 from cpinfer_tools.verify.comparison.samples import read_run
@@ -343,6 +345,22 @@ def test_the_report_needs_nothing_from_outside(tmp_path: Path) -> None:
     assert "&lt;b&gt;t&lt;/b&gt;" in text and "fine &amp; good" in text and "data:image/png;base64,iVBORyB" in text
     assert "prefers-color-scheme: dark" in text and "color-scheme: light dark" in text
     assert markdown_report("t", "v", []) == "# t\n\nv\n"
+
+
+def test_names_of_columns_stand_over_their_numbers() -> None:
+    made = html_table("| task | score |\n| --- | ---: |\n| vt | 0.5 |")
+    assert "<th>task</th><th class=number>score</th>" in made and "<td>vt</td><td class=number>0.5</td>" in made
+
+
+def test_text_on_every_score_has_the_better_contrast_of_black_and_white() -> None:
+    def luminance(rgb: Sequence[float]) -> float:
+        linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    for score in [i / 100 for i in range(101) if abs(i / 100 - DARK_SCORES) > 0.02]:
+        below = luminance(matplotlib.colormaps["cividis"](score)[:3])
+        white, black = 1.05 / (below + 0.05), (below + 0.05) / 0.05
+        assert bool(white > black) is (score < DARK_SCORES), score
 
 
 def assert_self_contained(text: str) -> None:

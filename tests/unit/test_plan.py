@@ -40,6 +40,16 @@ def test_a_plan_says_for_every_layout_whether_it_fits_and_what_it_takes(plan):
     assert set(answer["sources"]) == {"memory", "flops", "link", "network"}
 
 
+def test_the_columns_of_the_table_end_where_their_names_do(plan):
+    _, answer, text, _ = plan("llama", "--gpus", 4, "--seq-len", 256, "--batch", 4, "--new-tokens", 32)
+    header, *rows = text.split("\n\n")[2].splitlines()
+    assert header.split()[:4] == ["tp", "pcp", "dcp", "dp"] and len(rows) == min(12, len(answer["plans"]))
+    assert {len(row) for row in rows} == {len(header)} and not header.endswith(" ")
+    for name in ("tp", "weights GiB", "at once", "decode ms"):
+        end = header.index(name) + len(name)
+        assert all(row[end - 1] != " " and row[end] == " " for row in rows), name
+
+
 def test_figures_that_are_given_win_over_the_presets(plan):
     own = ("--gpu-gib", 0.001, "--gpus-per-host", 2, "--link-gb-s", 7)
     code, answer, text, _ = plan("llama", "--gpus", 4, *own)

@@ -22,7 +22,6 @@ from cpinfer.layout.machines import FLOPS_SHARE, LAUNCH_S, LINK_SHARE, MACHINES,
 from cpinfer.layout.planning import Plan, PlannedModel, Work, plan_layouts
 from cpinfer.models.loading import known_sizes, load_spec
 from cpinfer.models.spec import ModelSpec
-from cpinfer_tools.measuring.harness import table
 
 _GIB = 2**30
 # Flags that say a figure of a machine: its field, and what one of their unit is.
@@ -239,4 +238,6 @@ def _table(plans: Sequence[Plan]) -> str:
             ]
         )
     header = ["tp", "pcp", "dcp", "dp", "weights GiB", "other GiB", "KV GiB", "at once", "prefill s", "decode ms"]
-    return table([*header, "tokens/s"], rows)
+    lines = [[*header, "tokens/s"], *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.rjust(n) for cell, n in zip(line, widths, strict=True)) for line in lines)

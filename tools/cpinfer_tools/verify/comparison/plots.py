@@ -31,6 +31,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Differences of 0 have no logarithm: they are drawn here, left of float32's smallest.
 ZERO_DIFFERENCE = 1e-9
 MISSING_COLOUR = "#d9d9d9"
+# Below it white text is the easier to read on the colour of a score, above it black (contrast as WCAG has it).
+DARK_SCORES = 0.47
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,7 @@ def _draw_heat_map(axis: Axes, cells: HeatMap) -> Any:
     for y, row in enumerate(cells.values):
         for x, value in enumerate(row):
             text = "-" if value is None else percent(value)
-            colour = "white" if value is not None and value < 0.55 else "black"
+            colour = "white" if value is not None and value < DARK_SCORES else "black"
             axis.text(x, y, text, ha="center", va="center", fontsize=7, color=colour)
     return image
 

@@ -22,7 +22,9 @@ h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 table { border-collapse: collapse; font-size: .9rem; }
 th, td { border: 1px solid var(--line); padding: .3rem .6rem; vertical-align: top; text-align: left; }
 th { background: var(--head); }
-td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+td:not(.number) { min-width: 7rem; }
+.number { text-align: right; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
 figure { margin: 1rem 0; } figcaption, .faint { color: var(--faint); font-size: .9rem; }
 img { max-width: 100%; height: auto; background: #ffffff; border: 1px solid var(--line); }
 pre { background: var(--head); padding: .7rem; overflow-x: auto; }
@@ -85,13 +87,10 @@ def html_table(table: str) -> str:
         [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line.strip())[1:-1]]
         for line in table.splitlines()
     ]
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    rows = [
-        "".join(
-            f"<td{' class=number' if aligned.endswith(':') else ''}>{html.escape(cell)}</td>"
-            for cell, aligned in zip(row, rule, strict=True)
-        )
-        for row in body
-    ]
-    lines = "".join(f"<tr>{row}</tr>" for row in rows)
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        kinds = [" class=number" if aligned.endswith(":") else "" for aligned in rule]
+        return "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(row, kinds, strict=True))
+
+    head, lines = cells(header, "th"), "".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
