@@ -5,7 +5,7 @@
 
 Four books say what people sell, and three of them are empty, which nobody tells the policy. The agent asks it, looks up
 what it calls for, and hands the answer back, until it names a thing. The fewer look-ups, the more reward: which book to
-ask is what there is to learn. docs/agents.md goes through this file.
+ask is what there is to learn. docs/guides/agents.md goes through this file.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/kept_mass.py
 
-No step was taken, so every ratio should be 1. The section "Where top_p, top_k or min_p cut" of the README goes through
-this file. The last line of stdout is one JSON object.
+No step was taken, so every ratio should be 1. "Where top_p, top_k or min_p cut" in docs/guides/trl.md goes through this
+file. The last line of stdout is one JSON object.
 """
 
 from __future__ import annotations

@@ -146,9 +146,9 @@ def test_the_example_corrects_ratios_that_a_cut_puts_off(capsys: pytest.CaptureF
     assert figures["share_of_sets_reported"] == 1 and 0.8 <= figures["kept_mass_mean"] < 0.9
 
 
-def test_the_readmes_lines_give_a_ratio_of_one(model: Any) -> None:
-    readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
-    section = readme.split("### Where top_p, top_k or min_p cut\n")[1].split("\n### ")[0]
+def test_the_guides_lines_give_a_ratio_of_one(model: Any) -> None:
+    guide = Path(__file__).parents[2].joinpath("docs", "guides", "trl.md").read_text(encoding="utf-8")
+    section = guide.split("## Where top_p, top_k or min_p cut\n")[1].split("\n## ")[0]
     [block] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     result = generate(model, RankGrid(), replace(BASE, temperature=1.0, top_p=0.7))[0]
     prompts, answers, token = [result.prompt_token_ids], [result.token_ids], result.token_ids[0]

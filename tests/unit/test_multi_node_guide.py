@@ -13,10 +13,11 @@ from torch.distributed.run import get_args_parser
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.traffic import decode_bytes, prefill_bytes
 from cpinfer_tools import rollout
+from cpinfer_tools.cli import COMMANDS
 from cpinfer_tools.evaluation import eval_longctx
 
 ROOT = Path(__file__).parents[2]
-GUIDE = (ROOT / "docs" / "multi_node.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "guides" / "multi-node.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 
 HIDDEN, HEADS, KV_HEADS, TP, TOKENS, BYTES = 8192, 64, 8, 8, 131_072, 2
@@ -64,7 +65,8 @@ def test_a_recipe_starts_a_command_that_the_tools_read(recipe: Path, cluster: di
     else:
         assert started[1:3] == ["-m", "cpinfer_tools"] and (tmp_path / "world").read_text() == "9/16\n"
         words = started[3:]
-    parse = {"rollout": rollout.parse_args, "eval-longctx": eval_longctx.parse_args}[words[0]]
+    assert words[0] in COMMANDS
+    parse = {"rollout": rollout.parse_args, "eval": eval_longctx.parse_args}[words[0]]
     assert parse(words[1:]).config == "configs/pcp2.json"
 
 
