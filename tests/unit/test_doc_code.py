@@ -58,8 +58,12 @@ def _keywords_of_definition(node: ast.AST) -> frozenset[str] | None:
     return frozenset(arg.arg for arg in (*node.args.args, *node.args.kwonlyargs) if arg.arg != "self")
 
 
-def faults(code: str) -> Iterator[str]:
-    """What a block of Python names of ours that does not exist. SyntaxError for one that is no Python."""
+def faults(code: str, *, is_for_contributors: bool = False) -> Iterator[str]:
+    """What a block of Python names of ours that does not exist. SyntaxError for one that is no Python.
+
+    Contributors may be shown what an integration does not make public.
+    """
+    is_known = _is_defined if is_for_contributors else _is_public
     tree = _tree(code)
     ours: dict[str, tuple[str, str]] = {}
     for node in ast.walk(tree):
@@ -71,7 +75,7 @@ def faults(code: str) -> Iterator[str]:
     engines = _engines(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cpinfer_integrations"):
-            yield from (f"{node.module}.{a.name}" for a in node.names if not _is_public(node.module or "", a.name))
+            yield from (f"{node.module}.{a.name}" for a in node.names if not is_known(node.module or "", a.name))
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             owner, name = node.value.id, node.attr
             if owner == "cpinfer" and name not in cpinfer.__all__:
@@ -104,6 +108,14 @@ def _is_public(module: str, name: str) -> bool:
     except (KeyError, FileNotFoundError):
         return False
     return True
+
+
+def _is_defined(module: str, name: str) -> bool:
+    try:
+        tree = parsed((INTEGRATIONS / module.removeprefix("cpinfer_integrations.")).with_suffix(".py"))
+    except FileNotFoundError:
+        return False
+    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name for node in tree.body)
 
 
 def _engines(tree: ast.Module) -> set[str]:
@@ -150,7 +162,7 @@ JSON = [(page, block) for page in pages() for block in blocks(page.read_text(enc
 
 @pytest.mark.parametrize("page, block", PYTHON, ids=[f"{name_of(page)}:{block.line}" for page, block in PYTHON])
 def test_a_block_of_python_names_what_exists(page, block):
-    assert list(faults(block.code)) == []
+    assert list(faults(block.code, is_for_contributors=page.parent.name == "extending")) == []
 
 
 @pytest.mark.parametrize("page, block", JSON, ids=[f"{name_of(page)}:{block.line}" for page, block in JSON])
@@ -183,6 +195,12 @@ def test_the_guides_have_code():
 )
 def test_a_name_that_does_not_exist_is_noticed(code, fault):
     assert fault in list(faults(code))
+
+
+def test_contributors_are_shown_what_is_not_public_but_nothing_that_is_not_there():
+    code = "from cpinfer_integrations.job_ranks import on_all_ranks, on_no_ranks"
+    assert len(list(faults(code))) == 2
+    assert list(faults(code, is_for_contributors=True)) == ["cpinfer_integrations.job_ranks.on_no_ranks"]
 
 
 def test_a_key_of_a_config_that_does_not_exist_is_noticed():

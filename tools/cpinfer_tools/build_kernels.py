@@ -1,6 +1,6 @@
 """Compile FlashInfer's kernels for a model before a job asks for them: no GPU is needed, CUDA's toolkit is.
 
-    cpinfer build-kernels --config configs/pcp2_dcp2.json --arch 9.0a
+    cpinfer build-kernels --config configs/qwen2.5-3b_pcp2_dcp4.json --arch 9.0a
     cpinfer build-kernels --model Qwen/Qwen3-8B --arch 8.0
     cpinfer build-kernels --model Qwen/Qwen3-8B --arch 9.0a --list        # what would be compiled
 
