@@ -1,4 +1,4 @@
-"""The one table of what is refused, by name. The README's "not yet" list is printed from it (`make docs`).
+"""The one table of what is refused, by name. docs/reference/refusals.md is printed from it (`make docs`).
 
 A feature that lands takes its row away; everything else in the package asks this table for its words.
 """
@@ -202,6 +202,6 @@ def refuse(key: str, found: str) -> UnsupportedError:
 
 
 def not_yet_table() -> str:
-    """The README's "not yet" list, as a Markdown table."""
+    """The table of docs/reference/refusals.md, in Markdown."""
     rows = [f"| {r.what} | {r.instead} |" for r in REFUSALS.values()]
     return "\n".join(["| refused | instead |", "|---|---|", *rows])

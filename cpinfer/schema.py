@@ -74,7 +74,7 @@ def key(
     within: Bounds | tuple[Bounds, ...] | None = None,
     any_text: bool = False,
 ) -> Any:
-    """A field with the sentence that the README's table of keys prints for it, and what its numbers are held to.
+    """A field with the sentence that docs/reference/config.md prints for it, and what its numbers are held to.
 
     Of a tuple the bounds are those of each item, of pairs those of either half. `any_text` may hold NUL, which no
     path and no name can.

@@ -23,7 +23,7 @@ PromptLike = Prompt | str | Sequence[int] | Mapping[str, Any]
 # One prompt, or many: what `as_prompts` takes.
 PromptsLike = PromptLike | Iterable[PromptLike]
 _FORMS = ("prompt", "prompt_token_ids", "messages")
-# What a line of an input file, or an object that is given as a prompt, may say; the README's table is printed from it.
+# What a line of an input file, or an object that is given as a prompt, may say; docs/reference/config.md prints it.
 LINE_KEYS: Mapping[str, str] = {
     "prompt": "a text; the tokenizer adds what it always adds",
     "prompt_token_ids": "token ids, taken as they are",

@@ -1,6 +1,6 @@
 """The families of models that run, and what does not run of each. A `model_type` without a row here is refused.
 
-The README's table is printed from this one (`make docs`); the code that refuses asks it too.
+docs/reference/models.md's table is printed from this one (`make docs`); the code that refuses asks it too.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Family:
 
     Attributes:
         title: the name people know it by.
-        attention: how it attends, for the README's table.
+        attention: how it attends, for that table.
         is_latent: multi-head latent attention; the config has the sizes of `LatentDims`.
         window_on_every_layer: a `sliding_window` in the config holds for all layers, not for those that `layer_types`
             names.

@@ -13,7 +13,12 @@ import cpinfer
 
 ROOT = Path(__file__).parents[2]
 INTEGRATIONS = ROOT / "integrations" / "cpinfer_integrations"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Pages for users; those on architecture and extending name what lies below.
+PAGES = [
+    ROOT / "README.md",
+    *(p for place in ("*", "guides/*", "reference/*") for p in (ROOT / "docs").glob(f"{place}.md")),
+]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
 SECTIONS = ("Args", "Returns", "Yields", "Raises", "Attributes")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = ast.ClassDef | Function
@@ -48,7 +53,7 @@ def faults_of_function(function: Function) -> Iterator[str]:
 
 
 def says_itself(field: ast.AnnAssign) -> bool:
-    """Whether a field of a schema has its sentence beside it, which the README prints."""
+    """Whether a field of a schema has its sentence beside it, which docs/reference/config.md prints."""
     made = field.value
     if not isinstance(made, ast.Call) or ast.unparse(made.func) not in ("key", "_key") or not made.args:
         return False
@@ -127,17 +132,17 @@ def test_a_public_name_says_what_goes_in_and_what_comes_out(name):
     assert not faults(SURFACE[name])
 
 
-def test_what_the_readme_imports_is_public():
-    shown = set(imported_in(README))
+def test_what_the_documentation_imports_is_public():
+    shown = set(imported_in(TEXT))
     assert {("cpinfer", "attach"), ("cpinfer_integrations.trl", "make_rollout_func")} <= shown
     for module, name in shown:
         path = ROOT.joinpath("integrations", *module.split(".")).with_suffix(".py")
         assert name in (cpinfer.__all__ if module == "cpinfer" else all_of(parsed(path))), f"{module}.{name}"
 
 
-def test_errors_that_the_readme_names_are_public():
+def test_errors_that_the_documentation_names_are_public():
     errors = {node.name for node in parsed(ROOT / "cpinfer" / "errors.py").body if isinstance(node, ast.ClassDef)}
-    named = errors & set(re.findall(r"\w+Error", README))
+    named = errors & set(re.findall(r"\w+Error", TEXT))
     assert "RanksDifferError" in named and named <= set(cpinfer.__all__)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-GLOSSARY = Path(__file__).parents[2] / "docs" / "glossary.md"
+GLOSSARY = Path(__file__).parents[2] / "docs" / "reference" / "glossary.md"
 NUM_COLUMNS = 6
 TERMS = (
     "prefill context parallelism", "decode context parallelism", "zigzag (head-tail)", "load-balanced",

@@ -60,9 +60,9 @@ def test_an_issue_form_is_valid_as_far_as_forms_go(name):
 
 
 def test_what_the_page_on_stability_names_exists():
-    page = read("docs/stability.md")
+    page = read("docs/reference/stability.md")
     for module in re.findall(r"`(cpinfer\.[a-z_.]+)`", page):
         path = ROOT.joinpath(*module.split("."))
         assert module == "cpinfer.__all__" or path.is_dir() or path.with_suffix(".py").is_file(), module
     for link in re.findall(r"\]\(([^)#]+)\)", page):
-        assert (ROOT / "docs" / link).exists()
+        assert (ROOT / "docs" / "reference" / link).exists()

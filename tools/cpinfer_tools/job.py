@@ -130,7 +130,9 @@ class Parser(argparse.ArgumentParser):
 
 def add_common_flags(parser: argparse.ArgumentParser, *, can_resume: bool = True) -> None:
     """Flags of every tool that is launched itself: --config, --output, --resume | --overwrite, and `add_run_flags`."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON or TOML; docs/reference/config.md has its keys"
+    )
     parser.add_argument("--output", metavar="FILE", help="results, JSON Lines; wins over the config")
     add_run_flags(parser)
     existing = parser.add_mutually_exclusive_group()

@@ -61,7 +61,9 @@ class Serving(Job):
 
 def parse_args(argv: Sequence[str] | None, prog: str | None = None) -> argparse.Namespace:
     parser = Parser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="JSON config; see the README for its keys")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="JSON or TOML; docs/reference/config.md has its keys"
+    )
     parser.add_argument("--host", help="address to listen at; wins over the config")
     parser.add_argument("--port", type=int, help="likewise")
     add_run_flags(parser)

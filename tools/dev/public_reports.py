@@ -1,4 +1,4 @@
-"""What was reported of other engines, what is so here, and the test that shows it; docs/reports.md is printed from it.
+"""What was reported of other engines, what is so here, and the test that shows it: docs/reference/reports.md.
 
 Every report was read where its address says. Symptoms are in our words, and may be mended there by now.
 """
@@ -38,7 +38,7 @@ class Report:
         found = _ADDRESS.fullmatch(self.address)
         assert found is not None, "an address was checked when it came"
         path, _, function = self.test.partition("::")
-        test = f"[{path}](../tests/{path}) `{function}`"
+        test = f"[{path}](../../tests/{path}) `{function}`"
         return f"| [{found[1]}#{found[2]}]({self.address}) | {self.symptom} | {self.here} | {test} |"
 
 
