@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: rollout test slow kernels hosts check docs clean
+.PHONY: rollout test slow kernels hosts check docs docs-site clean
 
 # The second command runs the same prompts through the whole model, without us, and compares.
 rollout: $(VENV)/.installed
@@ -44,6 +44,10 @@ check: $(VENV)/.installed-test
 docs: $(VENV)/.installed
 	$(BIN)/python tools/dev/docs.py
 
+# The documentation as a site, in build/site: no host is asked for anything, when it is built or when it is read.
+docs-site: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
+
 # torch first and pinned: anything else that wants "torch" is then content with it.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,6 +57,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[docs]"
 	touch $@
 
 clean:
