@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+import cpinfer
 import docs
 import rank_picture
 from command_reference import parser_of, section
 from cpinfer.models.families import FAMILIES, family_table
 from cpinfer.refusals import not_yet_table
-from docs_parts import INTEGRATIONS, PARTS, public_names
+from docs_parts import INTEGRATIONS, PARTS, public_names, python_names, taken_over
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,6 +84,17 @@ def test_public_names_are_read_off_a_module_and_none_without_all(tmp_path: Path)
     assert "make_rollout_func" in public_names(INTEGRATIONS / "trl.py")
     (tmp_path / "empty.py").write_text("x = 1\n", encoding="utf-8")
     assert public_names(tmp_path / "empty.py") == []
+
+
+def test_every_public_name_has_one_directive_where_users_import_it_from() -> None:
+    names = [line.removeprefix("::: ") for line in python_names().splitlines() if line.startswith("::: ")]
+    assert len(names) == len(set(names)) and {f"cpinfer.{name}" for name in cpinfer.__all__} <= set(names)
+    assert "cpinfer_integrations.deepspeed.CpinferRolloutEngine" in names
+    assert not any(name.startswith("cpinfer_integrations.deepspeed_rollout.") for name in names)
+    assert ("cpinfer_integrations.deepspeed_rollout", "CpinferRolloutEngine") in taken_over(
+        INTEGRATIONS / "deepspeed.py"
+    )
+    assert taken_over(INTEGRATIONS / "deepspeed_rollout.py") == []
 
 
 def test_the_picture_says_of_each_rank_what_the_layout_says() -> None:

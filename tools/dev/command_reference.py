@@ -41,11 +41,9 @@ def section(command: str) -> str:
     """That of one command."""
     parser = parser_of(command)
     extra = cli.COMMANDS[command].extra
-    summary = cli.COMMANDS[command].summary
-    lines = [f"## cpinfer {command}", "", summary[0].upper() + summary[1:] + "."]
+    lines = [f"## cpinfer {command}", "", *map(_prose, (parser.description or "").strip().splitlines()), ""]
     if extra is not None:
-        lines += ["", f'It needs `pip install "cpinfer[{extra}]"`.']
-    lines += ["", *map(_prose, (parser.description or "").strip().splitlines()), ""]
+        lines += [f'It needs `pip install "cpinfer[{extra}]"`.', ""]
     return "\n".join([*lines, "| argument | |", "|---|---|", *_rows(parser)])
 
 
@@ -59,14 +57,14 @@ def _rows(parser: argparse.ArgumentParser) -> Iterator[str]:
         if action.help is argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
             continue
         words = (action.help or "").replace("|", r"\|") % {"default": action.default, "prog": parser.prog}
-        yield f"| {_name(action)} | {words}{', required' if action.required and action.option_strings else ''} |"
+        yield f"| {_name(action)} | {words}{' (required)' if action.required and action.option_strings else ''} |"
 
 
 def _name(action: argparse.Action) -> str:
     """A flag as it is written, with what it takes."""
     takes = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     if action.choices is not None:
-        takes = r"\|".join(map(str, action.choices))
+        takes = f"{{{','.join(map(str, action.choices))}}}"
     if action.nargs in ("+", "*"):
         takes = f"{takes} ..."
     if not action.option_strings:

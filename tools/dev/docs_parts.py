@@ -25,6 +25,8 @@ from cpinfer_tools.run_config import RunConfig
 INTEGRATIONS = Path(__file__).resolve().parents[2] / "integrations" / "cpinfer_integrations"
 # From what an engine reads to what a tool does: each table has what its class adds, or says otherwise.
 CONFIG_CLASSES = (EngineConfig, ParallelConfig, JobConfig, LaunchConfig, RunConfig)
+# Public classes whose fields are keys.
+KEYED = ("EngineConfig", "JobConfig", "SamplingParams", "ServerConfig")
 # The layouts that are drawn: grid, query heads, KV heads.
 DRAWN = (
     (RankGrid(tp_size=2, pcp_size=2, dcp_size=2), 8, 2),
@@ -77,14 +79,33 @@ def line_table() -> str:
 
 
 def python_names() -> str:
-    """A directive of mkdocstrings for each public name: of the package, errors last, and of each integration."""
+    """A directive of mkdocstrings for each public name: of the package, errors last, and of each integration.
+
+    A name that one integration takes over from another stands where users import it from, and there alone.
+    """
     errors = sorted(name for name in cpinfer.__all__ if name.endswith("Error"))
     others = [name for name in cpinfer.__all__ if name not in errors]
     sections = [_section("cpinfer", others), _section("Errors of cpinfer", errors, module="cpinfer")]
-    for path in sorted(INTEGRATIONS.glob("*.py")):
-        if (names := public_names(path)) and not path.stem.startswith("_"):
-            sections.append(_section(f"cpinfer_integrations.{path.stem}", names))
+    paths = sorted(INTEGRATIONS.glob("*.py"))
+    moved = {pair for path in paths for pair in taken_over(path)}
+    for path in paths:
+        module = f"cpinfer_integrations.{path.stem}"
+        names = [name for name in public_names(path) if (module, name) not in moved]
+        if names:
+            sections.append(_section(module, names))
     return "\n\n".join(sections)
+
+
+def taken_over(path: Path) -> list[tuple[str, str]]:
+    """The public names of a module that are another integration's, with that one."""
+    names = set(public_names(path))
+    return [
+        (node.module, alias.name)
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cpinfer_integrations.")
+        for alias in node.names
+        if alias.name in names
+    ]
 
 
 def public_names(path: Path) -> list[str]:
@@ -96,7 +117,17 @@ def public_names(path: Path) -> list[str]:
 
 
 def _section(title: str, names: Sequence[str], module: str | None = None) -> str:
-    return "\n\n".join([f"## {title}", *(f"::: {module or title}.{name}" for name in names)])
+    return "\n\n".join([f"## {title}", *(_directive(f"{module or title}.{name}") for name in names)])
+
+
+def _directive(name: str) -> str:
+    """That of one name. Of a config's class the fields stand on a page of their own, as keys."""
+    lines = [f"::: {name}"]
+    if name.rpartition(".")[2] in KEYED:
+        options = ("show_signature: false", "separate_signature: false")
+        lines += ["    options:", *(f"      {option}" for option in options)]
+        lines += ["", "Its fields are [keys of a config](config.md#keys)."]
+    return "\n".join(lines)
 
 
 PARTS: Mapping[str, Callable[[], str]] = {

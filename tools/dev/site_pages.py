@@ -29,6 +29,8 @@ LEXERS = {".py": "python", ".json": "json", ".jsonl": "json", ".toml": "toml", "
 # In a link's target: no scheme, no bare anchor, nothing absolute.
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)(#[\w.-]*)?(?=[)\s])")
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
+# Where a word stands on several pages, these come first.
+SEARCHED_FIRST = {"reference/config.md": 8.0, "reference/cli.md": 4.0, "quickstart.md": 2.0}
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -134,6 +136,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Its links, as they are within the site."""
+    """Its links, as they are within the site; and how far up it stands in searches."""
+    if page.file.src_uri in SEARCHED_FIRST:
+        page.meta["search"] = {"boost": SEARCHED_FIRST[page.file.src_uri]}
     path = getattr(page.file, "repository_path", f"docs/{page.file.src_uri}")
     return with_links_of_the_site(markdown, path)
