@@ -31,6 +31,8 @@ LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)\s#]+)(#[\w.-]*)?(?=[)\s])")
 FENCE = re.compile(r"^ *```.*?^ *```", re.MULTILINE | re.DOTALL)
 # Where a word stands on several pages, these come first.
 SEARCHED_FIRST = {"reference/config.md": 8.0, "reference/cli.md": 4.0, "quickstart.md": 2.0}
+# Pages of one wide table, which has the room of the table of contents.
+WIDE = ("reference/glossary.md", "reference/refusals.md")
 NOT_SEARCHED = "---\nsearch:\n  exclude: true\n---\n"
 
 
@@ -136,7 +138,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Its links, as they are within the site; and how far up it stands in searches."""
+    """Its links, as they are within the site; how far up it stands in searches; what stands beside it."""
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     if page.file.src_uri in SEARCHED_FIRST:
         page.meta["search"] = {"boost": SEARCHED_FIRST[page.file.src_uri]}
     path = getattr(page.file, "repository_path", f"docs/{page.file.src_uri}")
