@@ -202,6 +202,27 @@ def test_every_figure_of_a_card_s_sentence_stands_in_the_card() -> None:
         assert not figures(card.says) - there, (card.path.name, figures(card.says) - there)
 
 
+def not_on_its_cards(text: str) -> set[str]:
+    """Figures of two decimals and more in a section that links to cards, and that none of these has."""
+    found: set[str] = set()
+    for section in re.split(r"(?m)^#+ ", text.partition("<!-- end cards -->")[2] or text):
+        names = set(re.findall(r"bench/results/(\w+)\.md\)", section))
+        there = {n for name in names for n in figures((RESULTS / f"{name}.md").read_text(encoding="utf-8"))}
+        found |= {n for n in figures(section) if re.search(r"\.\d\d", n)} - there if names else set()
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/benchmarks.md"])
+def test_the_figures_of_a_section_stand_on_the_cards_that_it_links_to(page: str) -> None:
+    assert not not_on_its_cards((ROOT / page).read_text(encoding="utf-8"))
+
+
+def test_a_figure_that_is_not_on_its_card_is_noticed() -> None:
+    link = "([card](tools/bench/results/engine_amd_epyc_2_cores.md))"
+    assert not_on_its_cards(f"## One\n3.22 x {link}\n## Two\n9.99, by no card") == set()
+    assert not_on_its_cards(f"## One\n3.22 x\n## Two\n3.21 x {link}") == {"3.21"}
+
+
 def test_a_figure_that_no_card_has_is_noticed() -> None:
     assert figures("3.22 times, 16k, pcp=2, 1,555,712 bytes, 3.3e-06, 19%") == {"3.22", "1,555,712", "3.3e-06", "19"}
 
