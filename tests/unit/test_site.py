@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import json
 import re
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import cpinfer
 import site_pages
 from cards import RESULTS, SAYS, cards
 from cpinfer_tools.cli import COMMANDS
-from site_pages import linked_file, pages_beside_docs, with_links_of_the_site
+from site_pages import linked_file, notebook_page, pages_beside_docs, with_links_of_the_site
 
 ROOT = Path(__file__).parents[2]
 # What a tag loads by itself, without a click; of `link` by what it is for.
@@ -177,6 +178,21 @@ def test_a_link_to_what_does_not_exist_is_left_for_the_build_to_complain_of() ->
     for link in ("../nothing.py", "../../../outside.md", "nothing.md"):
         assert linked_file("docs/quickstart.md", link) is None
         assert with_links_of_the_site(f"[a]({link})", "docs/quickstart.md") == f"[a]({link})"
+
+
+def test_a_notebook_is_a_page_of_its_cells_and_what_they_printed_and_drew() -> None:
+    drawn = {"output_type": "display_data", "data": {"image/png": "QUJD\nRA==\n", "text/plain": ["<Figure>"]}}
+    printed = {"output_type": "stream", "text": ["1\n", "2\n"]}
+    nothing = {"output_type": "execute_result", "data": {"text/html": "<b>x</b>"}}
+    cells = [
+        {"cell_type": "markdown", "source": ["# Title\n", "words"]},
+        {"cell_type": "code", "source": ["f(1)\n", "f(2)"], "outputs": [printed, drawn, nothing]},
+    ]
+    assert notebook_page(json.dumps({"cells": cells})) == (
+        "# Title\nwords\n\n```python\nf(1)\nf(2)\n```\n\n```text\n1\n2\n```\n\n"
+        "![drawn by the cell above](data:image/png;base64,QUJDRA==)\n"
+    )
+    assert not is_elsewhere(Page('<img src="data:image/png;base64,QUJDRA==">').loaded[0])
 
 
 def test_a_broken_link_fails_the_build(tmp_path: Path) -> None:

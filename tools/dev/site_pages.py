@@ -2,16 +2,18 @@
 
 Pages link to files of the repository by relative paths, as in `[a card](../tools/bench/results/x.md)`, so that they can
 be followed where the repository is read. In the site the README is the front page, cards and other Markdown are pages,
-and any other file that is linked to is a page with its text. A link to what does not exist stays as it is: MkDocs
-reports it.
+and any other file that is linked to is a page with its text, or a notebook's cells. A link to what does not exist stays
+as it is: MkDocs reports it.
 """
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -120,7 +122,28 @@ def _listing(folder: str) -> str:
     return "\n".join([f"# {folder}", "", *(f"- [{file}]({name}/{file})" for file in files), ""])
 
 
+def notebook_page(text: str) -> str:
+    """A notebook as Markdown: its words, its code, and what this printed and drew."""
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [shown for output in cell.get("outputs", ()) if (shown := _output(output)) is not None]
+    return "\n\n".join([*parts, ""])
+
+
+def _output(output: dict[str, Any]) -> str | None:
+    """One output of a cell; None of a kind that is not shown."""
+    data = output.get("data", {})
+    if "image/png" in data:
+        return f"![drawn by the cell above](data:image/png;base64,{''.join(data['image/png'].split())})"
+    printed = "".join(output.get("text", data.get("text/plain", ()))).rstrip()
+    return f"```text\n{printed}\n```" if printed else None
+
+
 def _shown(path: str, text: str) -> str:
+    if path.endswith(".ipynb"):
+        return NOT_SEARCHED + notebook_page(text)
     if path.endswith(".md") or (ROOT / path).is_dir():
         return text if path in MOVED or path.startswith(CARDS) else NOT_SEARCHED + text
     fence = "`" * (3 + max((len(ticks) for ticks in re.findall(r"`{3,}", text)), default=0))
