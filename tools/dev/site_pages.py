@@ -129,7 +129,7 @@ def notebook_page(text: str) -> str:
         source = "".join(cell["source"])
         parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
         parts += [shown for output in cell.get("outputs", ()) if (shown := _output(output)) is not None]
-    return "\n\n".join([*parts, ""])
+    return "\n\n".join(parts) + "\n"
 
 
 def _output(output: dict[str, Any]) -> str | None:
