@@ -39,6 +39,19 @@ def blocks(text: str, *languages: str) -> list[Block]:
     ]
 
 
+def page(name: str) -> str:
+    """The text of a page of docs/."""
+    return (ROOT / "docs" / name).read_text(encoding="utf-8")
+
+
+def code_blocks(text: str, language: str = "python") -> list[str]:
+    """The code of the fenced blocks of a page in one language, in order; ValueError where there is none."""
+    found = [block.code for block in blocks(text, language)]
+    if not found:
+        raise ValueError(f"the page has no block of {language}")
+    return found
+
+
 def without_blocks(text: str) -> str:
     """A page without its fenced blocks."""
     return _FENCE.sub("", text)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from cpinfer_integrations.lending import TRAINERS, TrainerRow, lend
 from cpinfer_tools.verify import check_rollout
-from guide_code import code_blocks, page
+from documents import code_blocks, page
 from tiny_models import FAMILIES, make_model, prompts_of
 
 NUM_STEPS, NUM_NEW_TOKENS = 3, 8

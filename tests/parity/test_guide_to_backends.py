@@ -15,7 +15,7 @@ from cpinfer.attention.backends.registry import BACKENDS, BackendRow
 from cpinfer.comm.threads import run_ranks
 from cpinfer.errors import BackendFaultError, UserError
 from cpinfer.layout.grid import RankGrid
-from guide_code import code_blocks, page
+from documents import code_blocks, page
 from tiny_models import FAMILIES, make_model, prompts_of
 
 GUIDE = page("extending/backend.md")

@@ -16,7 +16,7 @@ from cpinfer.comm.threads import run_ranks
 from cpinfer.errors import UserError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.ops.states import State, merge_states
-from guide_code import code_blocks, page
+from documents import code_blocks, page
 from tiny_models import FAMILIES, make_model, prompts_of
 
 GUIDE = page("extending/exchange.md")

@@ -25,7 +25,7 @@ from cpinfer.engine.attach import model_spec
 from cpinfer.errors import UnsupportedError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.models.families import FAMILIES, Family, family_table
-from guide_code import code_blocks, page
+from documents import code_blocks, page
 from tiny_models import TINY, make_model
 
 GUIDE = page("extending/family.md")

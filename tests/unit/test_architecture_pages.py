@@ -1,8 +1,7 @@
-"""The pages of docs/architecture name what is there, in the order that is enforced, with numbers that come out."""
+"""The pages of docs/architecture name what is there, in the order that is enforced."""
 
 from __future__ import annotations
 
-import doctest
 import re
 import tomllib
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_glossary import resolve
 
-from guide_code import code_blocks, page
+from documents import code_blocks, page
 
 ROOT = Path(__file__).parents[2]
 FLOORS, REQUEST, TENSOR = (page(f"architecture/{name}.md") for name in ("floors", "request", "kv-tensor"))
@@ -65,13 +64,6 @@ def unresolved(text: str) -> Iterator[str]:
             yield name
 
 
-def num_failed(text: str) -> int:
-    """Of the examples of a page, run one after another, those that do not come out."""
-    examples = "\n".join(code_blocks(text, "pycon"))
-    test = doctest.DocTestParser().get_doctest(examples, {}, "the page", None, 0)
-    return doctest.DocTestRunner(verbose=False).run(test, out=lambda _: None).failed
-
-
 def test_the_floors_that_are_drawn_are_those_that_are_enforced() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
@@ -113,22 +105,6 @@ def test_a_name_that_is_gone_is_noticed() -> None:
 def test_every_class_of_the_chain_is_on_the_page_of_requests() -> None:
     chain = ("Engine", "InputProcessor", "EngineCore", "Scheduler", "StepPlanner", "StepAttention", "ModelRunner")
     assert all(re.search(rf"\.{name}\b", REQUEST) for name in (*chain, "PrefillStep", "DecodeStep", "LogitsReader"))
-
-
-def test_the_numbers_of_the_path_of_a_tensor_come_out() -> None:
-    assert num_failed(TENSOR) == 0
-
-
-@pytest.mark.parametrize(
-    ("was", "wrong"),
-    [
-        ("[[0, 1, 6, 7], [2, 3, 4, 5]]", "[[0, 1, 2, 3], [4, 5, 6, 7]]"),
-        ("([[0, 1, 6, 7], [4, 5, 2, 3]]", "([[0, 1, 6, 7], [2, 3, 4, 5]]"),
-        ("packed[0].shape\ntorch.Size([2, 1, 4, 5])", "packed[0].shape\ntorch.Size([2, 2, 4, 5])"),
-    ],
-)
-def test_a_wrong_number_is_noticed(was: str, wrong: str) -> None:
-    assert was in TENSOR and num_failed(TENSOR.replace(was, wrong)) == 1
 
 
 def test_what_is_drawn_of_the_tensor_is_what_its_examples_say() -> None:
