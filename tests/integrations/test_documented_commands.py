@@ -35,6 +35,7 @@ def run(block: Block, folder: Path, timeout_s: float) -> str:
     return documented_commands.run(block, folder, ROOT, env, timeout_s)
 
 
+@pytest.mark.timeout(300)
 def test_what_is_quick_runs_as_it_is_written(tmp_path: Path) -> None:
     quick = [block for block in ALL if not block.is_slow]
     assert {block.page for block in quick} == set(PAGES)
