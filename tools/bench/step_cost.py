@@ -323,7 +323,7 @@ def phase_ms(num_sequences: int, num_rounds: int) -> dict[str, float]:
         return [row[PHASE_PROMPT:] for row in tokens.tolist()]
 
     def phase(engine: cpinfer.Engine, temperature: float = 1.0) -> list[list[int]]:
-        params = SamplingParams(temperature=temperature, max_new_tokens=PHASE_NEW, ignore_eos=True)
+        params = SamplingParams(temperature=temperature, max_new_tokens=PHASE_NEW, min_new_tokens=PHASE_NEW)
         return [list(result.token_ids) for result in engine.generate(prompts, params)]
 
     def attached() -> None:

@@ -58,7 +58,7 @@ class ModelShape:
 
 
 QUICK_SHAPE = ModelShape(
-    num_layers=2, hidden_size=64, intermediate_size=96, num_q_heads=4, num_kv_heads=2, head_dim=16, vocab_size=128
+    num_layers=2, hidden_size=128, intermediate_size=96, num_q_heads=4, num_kv_heads=2, head_dim=32, vocab_size=128
 )
 
 
