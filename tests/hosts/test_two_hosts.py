@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from slow_cable import DELAY_S, LOSS
 from two_hosts import (
     MASTER,
     PORT,
@@ -20,6 +22,7 @@ from two_hosts import (
     deepspeed,
     finish,
     ranks_of,
+    slow_cable,
     ssh_between,
     torchrun,
     two_hosts,
@@ -36,6 +39,15 @@ ROLLOUT = "tools/rollout.py"
 CONFIG = ["--config", "configs/tp2_pcp2_dcp2.json"]
 WITHIN_S = 240.0
 TIMEOUT_S = 5
+
+# Seconds until a host says that nobody listens there.
+KNOCK = """
+import socket, time
+with socket.socket() as knocking:
+    start_s = time.monotonic()
+    knocking.connect_ex(("10.77.0.2", 9))
+    print(time.monotonic() - start_s)
+"""
 
 Start = Callable[[int, Path, list[str]], list[str]]
 
@@ -180,12 +192,21 @@ def test_a_host_that_is_lost_ends_the_job_in_bounded_time_and_is_named(
 def test_a_job_goes_on_over_a_slow_cable_that_loses_packets(
     hosts: tuple[Host, Host], on_one_host: list[tuple[int, list[int]]], tmp_path: Path
 ) -> None:
-    for host in hosts:
-        try:
-            host.run("tc", "qdisc", "add", "dev", "cpi0", "root", "netem", "delay", "20ms", "loss", "1%")
-        except (OSError, subprocess.CalledProcessError) as error:
-            pytest.skip(f"this kernel has no netem: {(getattr(error, 'stderr', None) or str(error)).strip()}")
     output = tmp_path / "results.jsonl"
-    for finished in run(hosts, by_torchrun, tmp_path, [ROLLOUT, *CONFIG, "--output", str(output)]):
+    with contextlib.ExitStack() as stack:
+        try:
+            told = stack.enter_context(slow_cable(*hosts))
+        except OSError as error:
+            pytest.skip(f"no taps are to be had here: {error}")
+        there_and_back_s = float(hosts[0].run(sys.executable, "-c", KNOCK))
+        before = told()
+        both = run(hosts, by_torchrun, tmp_path, [ROLLOUT, *CONFIG, "--output", str(output)])
+        frames = told()
+    print(json.dumps({**frames, "there_and_back_s": there_and_back_s, "wall_s": [each.wall_s for each in both]}))
+    for finished in both:
         assert finished.returncode == 0, finished
     assert answers(output) == on_one_host
+    assert there_and_back_s >= 2 * DELAY_S
+    for way in range(2):
+        lost, carried = (frames[kind][way] - before[kind][way] for kind in ("lost", "carried"))
+        assert carried > 1000 and 0.5 * LOSS < lost / (lost + carried) < 2 * LOSS, frames

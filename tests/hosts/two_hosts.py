@@ -33,11 +33,12 @@ LINK_ENVIRON = {"GLOO_SOCKET_IFNAME": LINK, "NCCL_SOCKET_IFNAME": LINK}
 
 @dataclass(frozen=True)
 class Host:
-    """One of them: `enter` before a command runs it there."""
+    """One of them: `enter` before a command runs it there, `pid` a process in its network."""
 
     name: str
     address: str
     enter: tuple[str, ...]
+    pid: int
 
     def run(self, *command: str) -> str:
         """What a command prints there; CalledProcessError when it fails."""
@@ -48,6 +49,11 @@ class Host:
         """Bytes that have come over the cable, and gone."""
         found = json.loads(self.run("ip", "-s", "-j", "link", "show", "dev", LINK))[0]["stats64"]
         return found["rx"]["bytes"], found["tx"]["bytes"]
+
+    def plug(self) -> None:
+        """Give the end of the cable that is here its address."""
+        self.run("ip", "addr", "add", f"{self.address}/24", "dev", LINK)
+        self.run("ip", "link", "set", LINK, "up")
 
     def start(self, command: Sequence[str], env: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         """A command from the repository's root, whose output is read by `finish`."""
@@ -98,14 +104,45 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             timeout=20,
         )
         hosts = [
-            Host(f"cpi-{'ab'[i]}", f"10.77.0.{i + 1}", ("nsenter", "-t", str(pid), *users, "-n", "-u"))
+            Host(f"cpi-{'ab'[i]}", f"10.77.0.{i + 1}", ("nsenter", "-t", str(pid), *users, "-n", "-u"), pid)
             for i, pid in enumerate(pids)
         ]
         for host in hosts:
-            host.run("ip", "addr", "add", f"{host.address}/24", "dev", LINK)
-            for device in (LINK, "lo"):
-                host.run("ip", "link", "set", device, "up")
+            host.plug()
+            host.run("ip", "link", "set", "lo", "up")
         yield hosts[0], hosts[1]
+
+
+@contextlib.contextmanager
+def slow_cable(a: Host, b: Host) -> Iterator[Callable[[], dict[str, list[int]]]]:
+    """A cable as `slow_cable.py` has it, in the place of the first; what tells the frames of each direction so far.
+
+    OSError, with what was said, where this machine has no taps.
+    """
+    a.run("ip", "link", "delete", LINK)
+    cable = subprocess.Popen(
+        [*a.enter, sys.executable, str(Path(__file__).with_name("slow_cable.py")), LINK, str(b.pid)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert cable.stdin is not None and cable.stdout is not None and cable.stderr is not None
+
+    def told() -> dict[str, list[int]]:
+        print(file=cable.stdin, flush=True)
+        frames: dict[str, list[int]] = json.loads(cable.stdout.readline())
+        return frames
+
+    try:
+        if cable.stdout.readline() != "ready\n":
+            raise OSError(cable.stderr.read().strip().splitlines()[-1])
+        for host in (a, b):
+            host.plug()
+        yield told
+    finally:
+        cable.kill()
+        cable.wait()
 
 
 def _holder(stack: contextlib.ExitStack, unshare: Sequence[str], first: str) -> int:
