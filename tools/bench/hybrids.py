@@ -23,9 +23,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,10 @@ from cpinfer_tools.measuring.workloads import (
     Speed,
     Workload,
     measure_speed,
+    normal,
     partings,
+    peaked_stds,
+    random_model,
     random_prompts,
 )
 from scaling import NUM_RANKS, TOLERANCE, scaling_of, take_turns
@@ -209,8 +213,7 @@ def work(task: dict[str, Any]) -> int:
 
 def make_model(shape: HybridShape) -> Any:
     """The same on every call and rank. Attention is peaked, states last, and no token ends a text."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     softmax = shape.softmax
     config = AutoConfig.for_model(
@@ -234,21 +237,13 @@ def make_model(shape: HybridShape) -> Any:
         bos_token_id=None,
         pad_token_id=None,
     )
-    torch.manual_seed(softmax.seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    unit = softmax.hidden_size**-0.5  # with weights of this std a normalised token projects to values of std 1
-    stds = {"embed_tokens": 1.0, "lm_head": 4.5 * unit, **dict.fromkeys(("gate_proj", "up_proj"), 0.2 * unit)}
-    stds |= dict.fromkeys(("down_proj",), 0.2 * unit)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-            if kind == "A_log":
-                weight.uniform_(-5, -2)
-            elif kind == "q_norm":
-                weight.add_(2)
-            elif kind in stds or (kind.endswith("proj") or kind.startswith("in_proj")):
-                weight.normal_(std=stds.get(kind, unit))
-    return model
+    stds = peaked_stds(softmax.hidden_size)
+    # Queries and keys are normed: the norm's weights make logits peaked, not these.
+    of_rule = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
+    stds |= dict.fromkeys(("q_proj", "k_proj", *of_rule), stds["o_proj"])
+    draws: dict[str, Callable[[Any], object]] = {**normal(stds)}
+    draws |= {"q_norm": methodcaller("add_", 2), "A_log": methodcaller("uniform_", -5, -2)}
+    return random_model(config, softmax.seed, draws)
 
 
 def measure_prefill(task: dict[str, Any], talk: Talk) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ def make_model(shape: ModelShape) -> Any:
     answers then repeat one token whatever the prompt says, and comparing them shows nothing. Here attention logits have
     a std of about 3 and attention's output is as large as the embedding, so answers vary, and change with any key.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen2Config
+    from transformers import Qwen2Config
 
     config = Qwen2Config(
         num_hidden_layers=shape.num_layers,
@@ -86,24 +86,43 @@ def make_model(shape: ModelShape) -> Any:
         bos_token_id=None,
         pad_token_id=None,
     )
-    torch.manual_seed(shape.seed)
+    return random_model(config, shape.seed, normal(peaked_stds(shape.hidden_size)))
+
+
+def peaked_stds(hidden_size: int) -> dict[str, float]:
+    """Of weights by the ends of their names, for models whose answers vary: see `make_model`."""
+    unit = hidden_size**-0.5  # with weights of this std a normalised token projects to values of std 1
+    return {
+        **dict.fromkeys(("q_proj.bias", "k_proj.bias"), 1.0),  # logits of std 1.5^2 + 1
+        **dict.fromkeys(("q_proj", "k_proj"), 1.5 * unit),
+        **dict.fromkeys(("v_proj", "o_proj"), unit),
+        **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 0.2 * unit),
+        "embed_tokens": 1.0,
+        "lm_head": 4.5 * unit,
+    }
+
+
+def normal(stds: Mapping[str, float]) -> dict[str, Callable[[Any], object]]:
+    """What draws weights of these standard deviations, for `random_model`."""
+    return {end: methodcaller("normal_", std=std) for end, std in stds.items()}
+
+
+def random_model(config: Any, seed: int, draws: Mapping[str, Callable[[Any], object]]) -> Any:
+    """A config's model in float32, the same on every call and rank.
+
+    `draws` gives weights their values, in place, by the end of their names without ".weight"; others are as
+    Transformers initialises them.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    unit = shape.hidden_size**-0.5  # with weights of this std a normalised token projects to values of std 1
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            kind = name.removesuffix(".weight").rsplit(".", 1)[-1]
-            if name.endswith(("q_proj.bias", "k_proj.bias")):
-                weight.normal_()  # logits of std 1.5^2 + 1
-            elif kind in ("q_proj", "k_proj"):
-                weight.normal_(std=1.5 * unit)
-            elif kind in ("v_proj", "o_proj"):
-                weight.normal_(std=unit)
-            elif kind in ("gate_proj", "up_proj", "down_proj"):
-                weight.normal_(std=0.2 * unit)
-            elif kind == "embed_tokens":
-                weight.normal_(std=1.0)
-            elif kind == "lm_head":
-                weight.normal_(std=4.5 * unit)
+            stem = f".{name.removesuffix('.weight')}"
+            for draw in (draw for end, draw in draws.items() if stem.endswith(f".{end}")):
+                draw(weight)
     return model
 
 
