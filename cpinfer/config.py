@@ -141,6 +141,11 @@ class TensorParallel(Checked):
         "who shards the weights of a model that a tool loads: DeepSpeed's AutoTP, or Transformers", "autotp"
     )
 
+    @property
+    def cuts_states(self) -> bool:
+        """Whether a rank keeps its part of the states of linear attention: Transformers' plan leaves them whole."""
+        return self.provider != "transformers"
+
 
 @dataclass(frozen=True)
 class RolloutConfig(Checked):

@@ -314,8 +314,9 @@ def _decode_attention_s(model: ModelSizes, grid: RankGrid, rates: Rates, home: I
     keys = seen_keys(model, home) / grid.dcp_size
     flops = keys * grid.columns_per_dcp_group * heads.q_heads_per_rank * 2 * (stored.k_dim + stored.v_dim)
     num_bytes = keys * stored.values_per_token * widths.cache
-    if model.states is not None:  # read and written, on the ranks that have the rows
-        per_state = model.states.num_layers * model.states.state_values * 4
+    states = model.rank_states(grid)
+    if states is not None:  # read and written, on the ranks that have the rows
+        per_state = states.num_layers * states.state_values * 4
         num_bytes += -(-len(home) // grid.row_ranks) * 2 * per_state
     return max(flops / (rates.decode_flops or rates.attention_flops), num_bytes / rates.memory_bandwidth)
 
@@ -333,9 +334,10 @@ def _prefill_attention_s(model: ModelSizes, grid: RankGrid, rates: Rates, work: 
         for rank in range(grid.pcp_size)
     )
     flops = float(pairs * per_pair)
-    if model.states is not None:  # the rule over chunks: a read and a write of the state for each token
+    states = model.rank_states(grid)
+    if states is not None:  # the rule over chunks: a read and a write of the state for each token
         tokens = max(work.split.tokens_per_rank())
-        flops += 4.0 * model.states.num_layers * model.states.state_values * tokens
+        flops += 4.0 * states.num_layers * states.state_values * tokens
     return flops / rates.attention_flops
 
 

@@ -206,8 +206,9 @@ def rank_memory(option: LayoutOption, model: PlannedModel, machine: Machine, wor
     pool = int(machine.gpu_bytes) - kept if work.kv_cache_gib is None else int(work.kv_cache_gib * _GIB)
     local = sharding.num_blocks(work.sequence_tokens) * work.block_size
     of_sequence = local * stored.bytes_per_token(len(sizes.windows), work.cache_dtype)
-    if sizes.states is not None:
-        of_sequence += -(-sizes.states.bytes_per_sequence(work.dtype) // grid.row_ranks)
+    states = sizes.rank_states(grid)
+    if states is not None:
+        of_sequence += -(-states.bytes_per_sequence(work.dtype) // grid.row_ranks)
     return RankMemory(int(machine.gpu_bytes), weights, activations, gathered * b, RUNTIME_BYTES, pool, of_sequence)
 
 

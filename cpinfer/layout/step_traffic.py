@@ -61,6 +61,7 @@ class ModelSizes:
         expand_params: values of the matrices that expand a latent, all layers together; part of `layer_params`.
         max_absorbed_queries: of a latent, as `choose_exchange` has it.
         states: of layers of linear attention, None without.
+        cuts_states: whether tensor parallelism divides their heads.
     """
 
     num_layers: int
@@ -78,6 +79,7 @@ class ModelSizes:
     expand_params: int = 0
     max_absorbed_queries: int | None = None
     states: StateLayout | None = None
+    cuts_states: bool = True
 
     @property
     def active_params(self) -> int:
@@ -92,6 +94,10 @@ class ModelSizes:
     def heads(self, grid: RankGrid) -> HeadPlacement:
         """Its heads over the tp ranks of `grid`. ValueError where they cannot be dealt evenly."""
         return HeadPlacement(self.num_q_heads, self.num_kv_heads, grid.tp_size)
+
+    def rank_states(self, grid: RankGrid) -> StateLayout | None:
+        """What a rank of `grid` keeps of a sequence in layers of linear attention; None without these."""
+        return None if self.states is None else self.states.over(grid.tp_size if self.cuts_states else 1)
 
     def kv_layout(self, num_heads: int) -> KVLayout:
         """What is cached of so many KV heads."""
@@ -238,7 +244,7 @@ def _held_in_window(step: StepContext, index: int, window: int | None) -> int:
 
 def _states_moved(model: ModelSizes, grid: RankGrid, work: PrefillWork, widths: Widths) -> Iterator[Moved]:
     """Of layers of linear attention; every sequence's state is taken to lie on the first rank of its home."""
-    states = model.states
+    states = model.rank_states(grid)
     if states is None:
         return
     places = [StatePlace(i % grid.num_homes * grid.row_ranks, i) for i in range(len(work.cached))]

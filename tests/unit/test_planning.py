@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from cpinfer.layout.advice import legal_layouts
-from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.capacity import KVLayout, StateLayout
 from cpinfer.layout.machines import MACHINES, RUNTIME_BYTES
 from cpinfer.layout.planning import PlannedModel, Work, plan_layouts, rank_memory
 from cpinfer.layout.step_traffic import ModelSizes
@@ -112,6 +112,16 @@ def test_a_latent_in_shards_holds_more_sequences():
     one, eight = (plans(8, model=model, tp_size=8, dcp_size=dcp)[0] for dcp in (1, 8))
     assert one.memory.kv_of_sequence == 33_792 * 576 * 2 * 80
     assert eight.memory.kv_of_sequence <= one.memory.kv_of_sequence / 8 + 16 * 576 * 2 * 80
+
+
+def test_states_of_linear_attention_are_divided_over_tp_unless_who_shards_leaves_them_whole():
+    states = StateLayout(num_layers=60, num_k_heads=16, num_v_heads=32, k_dim=128, v_dim=128, conv_width=4)
+    cut = replace(MODEL, sizes=replace(SIZES, windows=(None,) * 20, states=states))
+    whole = replace(cut, sizes=replace(cut.sizes, cuts_states=False))
+    one, eight = (plans(8, model=model, tp_size=8, dcp_size=1)[0] for model in (cut, whole))
+    size = states.bytes_per_sequence("bfloat16")
+    assert eight.memory.kv_of_sequence - one.memory.kv_of_sequence == size - size // 8
+    assert one.decode.seconds < eight.decode.seconds and one.prefill.seconds < eight.prefill.seconds
 
 
 def test_graphs_take_the_hosts_launches_out_of_decode_and_not_out_of_prefill():

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cpinfer.config import KV_CACHE_DTYPES, EngineConfig, LaunchConfig, load_as
+from cpinfer.config import KV_CACHE_DTYPES, EngineConfig, LaunchConfig, TensorParallel, load_as
 from cpinfer.errors import UserError
 from cpinfer.layout.advice import LayoutOption, for_long_prompt, for_many_sequences, legal_layouts
 from cpinfer.layout.capacity import KVLayout, StateLayout
@@ -151,7 +151,7 @@ def _refused_tp(model: ModelFacts, tp_size: int, config: LaunchConfig | None) ->
     if model.family is None or model.num_kv_heads is None:
         return []
     why_not = why_no_tp(model.family, norms_all_heads=model.norms_all_heads)
-    provider = config.tensor_parallel.provider if config else "autotp"
+    provider = config.tensor_parallel.provider if config else TensorParallel.provider
     return tensor_parallel_errors(model.family, model.num_kv_heads, why_not, tp_size, provider)
 
 
@@ -278,7 +278,7 @@ def _plain(option: LayoutOption, capacity_tokens: int | None) -> dict[str, Any]:
 
 def _question(args: argparse.Namespace, config: LaunchConfig | None, model: ModelFacts) -> Question:
     """Flags, then the config, then the model's `config.json`, then defaults."""
-    latent = _latent(args, model)
+    latent, tp = _latent(args, model), config.tensor_parallel if config else TensorParallel()
     num_q_heads, num_kv_heads = _heads(args, model, latent)
     pcp = _first(args.pcp, config and config.pcp_size, 1)
     block_size = _first(args.block_size, config and config.block_size, 16)
@@ -304,10 +304,7 @@ def _question(args: argparse.Namespace, config: LaunchConfig | None, model: Mode
         kv_cache_gib=_first(args.kv_cache_gib, config and config.kv_cache_gib),
         max_model_len=_first(args.max_model_len, model.max_model_len),
         seq_len=args.seq_len,
-        # Transformers' plan leaves linear attention whole on every rank.
-        states=model.states.over(1 if config and config.tensor_parallel.provider == "transformers" else sizes.tp_size)
-        if model.states
-        else None,
+        states=None if model.states is None else model.states.over(sizes.tp_size if tp.cuts_states else 1),
         max_num_seqs=config.max_num_seqs if config else EngineConfig.max_num_seqs,
     )
 

@@ -360,10 +360,10 @@ def _kernel_bytes(spec: ModelSpec, grid: RankGrid, config: RunConfig, device: to
 
 
 def rank_states(spec: ModelSpec, grid: RankGrid, config: RunConfig) -> StateLayout | None:
-    """What a rank keeps of a sequence beside its KV, if anything; Transformers' plan leaves it whole on every rank."""
-    if spec.states is None or config.tensor_parallel.provider == "transformers":
-        return spec.states
-    return spec.states.over(grid.tp_size)
+    """What a rank keeps of a sequence beside its KV, if anything."""
+    if spec.states is None:
+        return None
+    return spec.states.over(grid.tp_size if config.tensor_parallel.cuts_states else 1)
 
 
 def wanted_output(config: RunConfig, args: argparse.Namespace, grid: RankGrid, rank: int) -> tuple[Path, Existing]:

@@ -46,6 +46,7 @@ def plan(args: argparse.Namespace) -> dict[str, Any]:
     if longest > spec.max_positions:
         spec = spec.with_max_model_len(longest)
     weights, sizes = known_sizes(name, getattr(torch, work.dtype))
+    sizes = replace(sizes, cuts_states=config.tensor_parallel.cuts_states)
     model = PlannedModel(sizes, weights.layer_bytes, weights.other_bytes, spec.mlp_size)
     num_gpus = args.gpus or machine.gpus_per_host
     options, refused = _runnable(_options(args, spec, machine, num_gpus), spec, config)
