@@ -12,6 +12,8 @@ A checkpoint of random weights is written, loaded in each case in two ways, and 
 Memory is the proportional set size (PSS) of all processes, sampled from outside: a page that several have mapped counts
 once. From it is taken what they had before they loaded (Python, torch). It is sampled while they load, and after it
 while they read every weight once, for a page that is mapped counts from its first use on. Files are in the page cache.
+Garbage is collected before each load: a full collection over all that torch and Transformers have imported takes a
+quarter of a second, and else falls into one way or the other by chance.
 
 Every rank's weights are compared, bit by bit, between the ways, before any figure is printed. Exit 1 when they differ.
 A table goes to stderr, the last stdout line is one JSON object.
@@ -224,6 +226,7 @@ def write(figures: Mapping[str, Any], sizes: Mapping[str, int], args: argparse.N
 
 
 def work(task: dict[str, Any]) -> int:
+    import gc
     import os
 
     import torch
@@ -234,6 +237,7 @@ def work(task: dict[str, Any]) -> int:
     launch = Launch.from_environ(os.environ)
     with default_group(launch):
         load = prepared(task)
+        gc.collect()
         dist.barrier()
         times_s = [time.monotonic()]
         time.sleep(STILL_S)
