@@ -130,11 +130,11 @@ class RankMemory:
     def unfit(self) -> str | None:
         """Why a layout does not fit, in a sentence; None where it does."""
         if self.weights > self.gpu:
-            return f"does not fit: {_gib(self.weights)} of weights on each of {_gib(self.gpu)}."
+            return f"does not fit: a GPU would hold {_gib(self.weights)} of weights, and has {_gib(self.gpu)}."
         if self.kept + self.kv_pool > self.gpu or self.kv_pool <= 0:
             return (
                 f"does not fit: {_gib(self.weights)} of weights, {_gib(self.kept - self.weights)} of activations, "
-                f"buffers and runtime and a KV pool of {_gib(max(0, self.kv_pool))}, of {_gib(self.gpu)}."
+                f"buffers and runtime and a KV pool of {_gib(max(0, self.kv_pool))}, on a GPU of {_gib(self.gpu)}."
             )
         if self.kv_of_sequence > self.kv_pool:
             return (

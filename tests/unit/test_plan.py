@@ -37,6 +37,7 @@ def test_a_plan_says_for_every_layout_whether_it_fits_and_what_it_takes(plan):
     times = [each["wall_s"] for each in answer["plans"]]
     assert times == sorted(times)
     assert "layouts fit; the quickest first" in text and "Prefill waits for" in text
+    assert "at once: sequences" in text and "Predicted, not measured" in text
     assert set(answer["sources"]) == {"memory", "flops", "link", "network"}
 
 
@@ -53,7 +54,7 @@ def test_the_columns_of_the_table_end_where_their_names_do(plan):
 def test_figures_that_are_given_win_over_the_presets(plan):
     own = ("--gpu-gib", 0.001, "--gpus-per-host", 2, "--link-gb-s", 7)
     code, answer, text, _ = plan("llama", "--gpus", 4, *own)
-    assert code == 0 and "no layout fits" in text
+    assert code == 0 and "no layout fits" in text and "Predicted" not in text
     assert not any(each["fits"] for each in answer["plans"]) and "does not fit" in answer["plans"][0]["reason"]
     machine = answer["machine"]
     assert (machine["gpus_per_host"], machine["link_bandwidth"], machine["gpu_bytes"]) == (2, 7e9, 0.001 * 2**30)

@@ -43,7 +43,7 @@ def plans(num_gpus, work=WORK, model=MODEL, machine=H100, **sizes):
 
 def test_a_whole_replica_of_141_gb_per_rank_does_not_fit_80_gb_and_says_so():
     (plan,) = plans(8, tp_size=1, pcp_size=8, dcp_size=8)
-    assert plan.unfit == "does not fit: 131.4 GiB of weights on each of 74.5 GiB."
+    assert plan.unfit == "does not fit: a GPU would hold 131.4 GiB of weights, and has 74.5 GiB."
     assert plan.seconds is plan.prefill is plan.decode is plan.tokens_per_s is None
     order = [each.unfit is None for each in plans(8)]
     assert order == sorted(order, reverse=True), "what fits comes first"

@@ -195,25 +195,31 @@ def _describe(
         "",
     ]
     if fitting:
-        lines += [f"{len(fitting)} of {len(plans)} layouts fit; the quickest first:", "", _table(fitting[:SHOWN]), ""]
+        shown = "" if len(fitting) <= SHOWN else f" (these {SHOWN}; --json has all)"
+        lines += [f"{len(fitting)} of {len(plans)} layouts fit; the quickest first{shown}:", ""]
+        lines += [_table(fitting[:SHOWN]), "", COLUMNS, ""]
         lines += [f"{_sizes(each)}: {each.reason}" for each in fitting[:SHOWN]]
     else:
-        lines.append("no layout fits.")
+        lines.append("no layout fits. tp divides weights, dcp the KV of a sequence: larger ones may, or more GPUs.")
     unfit = [each for each in plans if each.unfit is not None]
     lines += ["", *(f"{_sizes(each)} {each.unfit}" for each in unfit[:3])] if unfit else []
     lines += [f"and {len(unfit) - 3} more that do not fit."] if len(unfit) > 3 else []
     lines += [f"{count} layout(s) are refused: {reason}" for reason, count in refused.items()]
     if work.prompt_tokens + work.new_tokens > spec.positions.made_for:
         lines.append(f"The model was made for {spec.positions.made_for:,} positions.")
-    return "\n".join([*lines, "", ASSUMED])
+    return "\n".join([*lines, "", ASSUMED] if fitting else lines)
 
 
-ASSUMED = (
-    f"Predicted, not measured: of the data sheet steps are taken to reach {FLOPS_SHARE:.0%} of the FLOP/s, "
-    f"{MEMORY_SHARE:.0%} of the memory's\nand {LINK_SHARE:.0%} of the links' bandwidth, and a layer's launches to take "
-    f"{LAUNCH_S * 1e6:.0f} us unless cuda_graphs\nreplays them. The order of layouts depends on these less than the "
-    "seconds do."
-)
+COLUMNS = """\
+GiB are of one GPU: its weights; activations, buffers and runtime (other); what is left for the KV pool, or is given.
+at once: sequences of the batch that have room, on all GPUs. prefill s: of one prompt. decode ms: of one step of all
+that run at once. tokens/s: generated, over the time of all prompts and answers."""
+ASSUMED = f"""\
+Predicted, not measured. Assumed: steps reach {FLOPS_SHARE:.0%} of the data sheet's FLOP/s, {MEMORY_SHARE:.0%} of its \
+memory bandwidth and {LINK_SHARE:.0%} of its link
+bandwidth; to launch the kernels of a layer takes {LAUNCH_S * 1e6:.0f} us, unless cuda_graphs replays them. The order \
+of layouts depends
+on these figures less than the seconds do."""
 
 
 def _sizes(each: Plan) -> str:
