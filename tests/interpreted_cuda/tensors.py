@@ -203,6 +203,14 @@ def _set_item(x: Tensor, index: Any, value: Any) -> None:
     x.host[tree_map(host_of, index)] = host_of(value)
 
 
+def _set_data(x: Tensor, value: Tensor) -> None:
+    """As `Module.float()` does: another memory, and perhaps another dtype, under the same parameter."""
+    with torch._C.DisableTorchFunctionSubclass():
+        Tensor.data.__set__(x, value)  # type: ignore[attr-defined]
+    if isinstance(x, CudaTensor):
+        x.host = host_of(value)
+
+
 def _get_item(x: Tensor, index: Any) -> Tensor:
     if isinstance(x, CudaTensor):
         return CudaTensor(x.host[tree_map(host_of, index)])
@@ -216,6 +224,7 @@ ABOVE_THE_DISPATCHER: dict[Any, Callable[..., Any]] = {
     Tensor.__repr__: lambda x, **_: f"on cuda: {x.host!r}",
     Tensor.tolist: lambda x: x.host.tolist(),
     Tensor.numpy: _numpy,
+    Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.copy_: lambda to, of, non_blocking=False: _copy(None, to, of),
     Tensor.__setitem__: _set_item,
     Tensor.__getitem__: _get_item,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from interpreted_cuda.tensors import CUDA, CudaTensor
+from interpreted_cuda.tensors import CUDA, CudaTensor, host_of, to_cuda
 
 
 def test_devices_do_not_mix() -> None:
@@ -51,3 +53,15 @@ def test_copies_cross_over() -> None:
     assert b.tolist() == [0, 1, 2]
     assert b.to(CUDA, non_blocking=True).device == CUDA and a.to("cpu").device.type == "cpu"
     assert a.to(torch.bfloat16).device == CUDA
+
+
+def test_a_copy_of_a_model_in_another_dtype_computes_in_it() -> None:
+    model = torch.nn.Linear(3, 2).to(torch.bfloat16)
+    to_cuda(model)
+    exact = copy.deepcopy(model).float()
+    x = torch.rand(1, 3, device=CUDA)
+    out = exact(x)
+    assert out.dtype == torch.float32 and host_of(exact.weight).dtype == torch.float32
+    want = x.host @ host_of(model.weight).float().t() + host_of(model.bias).float()
+    torch.testing.assert_close(host_of(out), want)
+    assert model.weight.dtype == host_of(model.weight).dtype == torch.bfloat16

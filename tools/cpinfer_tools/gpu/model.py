@@ -7,6 +7,7 @@ trainer would do) and in float32 (what both approach).
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,8 @@ GRIDS = (RankGrid(), RankGrid(1, 2, 2), RankGrid(1, 4, 4), RankGrid(1, 4, 2), Ra
 # Of float32, in which the smoke run is. Half precision is judged by what rounding does to the forward itself: logits of
 # random weights are so large that it keeps steps of 0.03 of them, and 1e-3 is for models that have learnt something.
 TOLERANCE = 1e-5
+# Of the mean error of the forward in the engine's dtype, that of the engine.
+FURTHEST = 1.2
 
 
 def run(setting: Setting) -> Found:
@@ -52,11 +55,12 @@ def _figures(
     ours = torch.cat([torch.tensor(r.logprobs) for r in results])
     forward, truth = (torch.cat([_score(m, r, kv_dtype) for r in results]) for m in (model, exact))
     own, ideal, theirs = (forward - ours).abs(), (truth - ours).abs(), (forward - truth).abs()
-    target = max(TOLERANCE, float(theirs.mean()))
+    # Rounding differs between kernels; neither may be further from the truth. From one another they are as far as two
+    # errors that know nothing of each other, whose squares add.
+    target = float(math.hypot(1, FURTHEST) * theirs.mean()) + TOLERANCE
     yield Figure(f"{kind}: logprobs beside the forward, mean difference", float(own.mean()), "", target=target)
     yield Figure(f"{kind}: logprobs beside the forward, largest", float(own.max()), "")
-    # Rounding differs between kernels; neither may be further from the truth.
-    target = float(1.2 * theirs.mean()) + TOLERANCE
+    target = float(FURTHEST * theirs.mean()) + TOLERANCE
     yield Figure(f"{kind}: logprobs beside float32, mean difference", float(ideal.mean()), "", target=target)
 
 
@@ -114,6 +118,8 @@ def generate(
 ) -> list[RolloutResult]:
     """What played ranks write behind prompts that they prefill in chunks; `keys` are those of an engine's config."""
     lengths, num_new = ((3, 40), 4) if setting.is_smoke else ((5, 130, 700, 2000), 32)
+    if setting.is_smoke and setting.is_cuda:
+        num_new = 16  # means of what rounding does
     prompts = random_prompts(lengths, model.config.vocab_size, seed=3)
     config = parse_config(
         {
