@@ -335,7 +335,9 @@ class Engine:
                 time.sleep(_IDLE_S)
 
     def abort(self, request_id: str) -> None:
-        """End a request of this rank before the next step, at any time and from any thread. Local.
+        """End a request of this rank, at any time and from any thread. Local.
+
+        A step tells the other ranks that there is news, and the request ends before the one after it.
 
         Args:
             request_id: what `add` returned. Its last output has what was generated, and "abort" for a `finish_reason`.
