@@ -24,6 +24,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import ConfigLike
 from cpinfer.engine.attach import attach
 from cpinfer.engine.engine import Engine
+from cpinfer.errors import UserError
 from cpinfer.models.local_weights import storage_bytes
 
 
@@ -100,7 +101,13 @@ def rollout_phase(
     Raises:
         RuntimeError: when an optimiser steps inside the block; other errors as `cpinfer.attach`. RanksMissingError
             comes on those that wait when a rank is stopped or stuck.
+        UserError: for anything but a `Lent`, before anything else.
     """
+    if not isinstance(lent, Lent):
+        raise UserError(
+            f"rollout_phase was given a {type(lent).__name__}; a cpinfer.Lent was wanted. Make one, once per job: "
+            "cpinfer_integrations.lending.lend(model, config)."
+        )
     laps = [time.perf_counter()]
     watch = lent.topology.watch
     with watch.running(), watch.at("a rollout phase"), no_optimizer_steps(), lent.weights() as most_bytes:

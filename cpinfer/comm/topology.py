@@ -79,9 +79,13 @@ class Topology:
         _check_same_grid(grid)
         if grid.world_size == 1:
             return dataclasses.replace(cls.single(), tp_group=tp_group)
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        world_size = dist.get_world_size() if dist.is_initialized() else 1
         if world_size != grid.world_size:
-            raise ValueError(f"{world_size} processes were started, the grid has {grid.world_size} ranks")
+            raise ValueError(
+                f"{world_size} processes were started, the grid has {grid.world_size} ranks (dp x pcp x tp). Start as "
+                "many, as with torchrun --nproc-per-node, or make a grid of those that there are."
+            )
+        rank = dist.get_rank()
         existing: dict[frozenset[int], Any] = {frozenset(range(world_size)): dist.group.WORLD}
         for group in (*lent, *([tp_group] if tp_group is not None else [])):
             existing[frozenset(dist.get_process_group_ranks(group))] = group

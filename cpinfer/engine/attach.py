@@ -34,7 +34,7 @@ from cpinfer.models.refused_models import tensor_parallel_errors
 from cpinfer.models.runner import ModelRunner, attached
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
-from cpinfer.models.wrappers import unwrapped
+from cpinfer.models.wrappers import refuse_all_but_models, unwrapped
 from cpinfer.refusals import refuse
 
 
@@ -186,12 +186,8 @@ def _device_of(model: Any) -> torch.device:
 
 def model_spec(model: Any) -> ModelSpec:
     """What a loaded model is. UserError when it is no Hugging Face model, or one that is refused."""
+    refuse_all_but_models(model, "attach")
     model = unwrapped(model)
-    if not hasattr(model, "config") or not hasattr(model.config, "to_dict"):
-        raise UserError(
-            f"attach was given a {type(model).__name__}; a Hugging Face model was wanted. "
-            "Of a framework's engine pass its .module."
-        )
     generation = getattr(model, "generation_config", None)
     return ModelSpec.from_config(model.config.to_dict(), generation.to_dict() if generation is not None else None)
 

@@ -88,6 +88,11 @@ def refuse_unusable_weights(model: Any) -> None:
     for name, weight in model.named_parameters():
         if _is_quantized(weight):
             raise refuse("quantized_weights", f"{name} is a {type(weight).__name__} of {weight.dtype}")
+        if shape_in_use(weight) == (0,):
+            raise UserError(
+                f"{name} is empty on this rank; whole weights were wanted. Where a trainer keeps them elsewhere, lend "
+                "its model by a context that brings them (docs/extending/trainer.md)."
+            )
         if weight.dtype not in _USABLE:
             raise UserError(
                 f"{name} is of {weight.dtype}; weights in {', '.join(sorted(map(_name, _USABLE)))} were wanted. "

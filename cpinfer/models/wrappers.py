@@ -5,7 +5,10 @@ Known by what the objects have, so that nothing of their libraries is imported.
 
 from __future__ import annotations
 
+from os import PathLike
 from typing import Any
+
+from torch import nn
 
 from cpinfer.errors import UserError
 from cpinfer.models.adapters import refuse_adapters_outside_modules
@@ -38,6 +41,30 @@ def without_engine(model: Any) -> Any:
     Not for engines of ours: who attaches to a module says so, since the engine's own forward is then not to be called.
     """
     return model._modules["module"] if _ENGINE in _class_names(model) else model
+
+
+def refuse_all_but_models(model: Any, who: str) -> None:
+    """UserError when `model` is no Hugging Face model, nor known to be around one; it names one that is inside.
+
+    `who`: what was given it.
+    """
+    if is_hugging_face(unwrapped(model)):
+        return
+    given = f"{who} was given a {type(model).__name__}; a Hugging Face model was wanted. "
+    if isinstance(model, (str, PathLike)):
+        raise UserError(f"{given}Load it first, with AutoModelForCausalLM.from_pretrained.")
+    if isinstance(model, (tuple, list)):
+        raise UserError(f"{given}Pass the model of it alone, as of what deepspeed.initialize or prepare returns.")
+    named = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, module in named if is_hugging_face(module)), None)
+    if name is None:
+        raise UserError(f"{given}Of a framework's engine pass its .module.")
+    raise UserError(f"{given}There is one in it, as .{name}: pass that.")
+
+
+def is_hugging_face(model: Any) -> bool:
+    """Whether it has the config of a Hugging Face model."""
+    return hasattr(getattr(model, "config", None), "to_dict")
 
 
 def refuse_all_but_causal_lms(model: Any) -> None:

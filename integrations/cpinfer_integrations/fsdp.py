@@ -22,7 +22,7 @@ from cpinfer.comm.topology import Topology
 from cpinfer.config import JobConfig
 from cpinfer.models.decoder_layers import decoder_layers
 from cpinfer.models.hooks import hooks_disabled
-from cpinfer.models.wrappers import unwrapped
+from cpinfer.models.wrappers import is_hugging_face, refuse_all_but_models, unwrapped
 from cpinfer.refusals import refuse
 from cpinfer_integrations.job_ranks import grid_of_replicas
 
@@ -42,8 +42,10 @@ def lend(module: nn.Module, config: JobConfig) -> Lent:
     Raises:
         UnsupportedError: for what the table of refusals says of FSDP2.
     """
-    grid, gather = grid_of_replicas(config), config.rollout.gather
+    gather = config.rollout.gather
     refuse_unsupported(module, gather)
+    refuse_all_but_models(module, "lend")
+    grid = grid_of_replicas(config)
     if gather == "layerwise" and grid.dp_size > 1:
         raise refuse("layerwise_replicas", f"{grid.dp_size} replicas")
     weights = full if gather == "full" else layerwise
@@ -86,6 +88,8 @@ def refuse_unsupported(module: nn.Module, gather: str) -> None:
         raise refuse("fsdp_tp", f"a device mesh with axes {', '.join(sorted(names))}")
     if gather == "tp_shards":
         raise refuse("tp_shards_owner", "an FSDP2 model")
+    if isinstance(module, FSDPModule) and not is_hugging_face(unwrapped(module)):
+        raise refuse("fsdp_root", f"a {type(module).__name__}")
 
 
 @contextmanager

@@ -15,9 +15,23 @@ T = TypeVar("T")
 
 
 def grid_of_replicas(config: JobConfig) -> RankGrid:
-    """The grid of a job whose every rank is a replica of the model for training, lent as the config says."""
+    """The grid of a job whose every rank is a replica of the model for training, lent as the config says.
+
+    UserError for sizes in it that such a job cannot have.
+    """
     num_replicas = dist.get_world_size() if dist.is_initialized() else 1
-    return RankGrid.lending(1, num_replicas, config.pcp_size, config.dcp_size)
+    grid = RankGrid.lending(1, num_replicas, config.pcp_size, config.dcp_size)
+    if config.tp_size != 1:
+        raise UserError(
+            f"tensor_parallel.tp_size is {config.tp_size}; every rank of this job trains a whole model, which is tp=1. "
+            'Leave it out. (ZeRO-3 can serve slices of its weights: rollout.gather "tp_shards".)'
+        )
+    if config.data_parallel_size not in (None, grid.dp_size):
+        raise UserError(
+            f"data_parallel_size is {config.data_parallel_size}; {num_replicas} rank(s) with pcp={grid.pcp_size} are "
+            f"dp={grid.dp_size}. Leave it out, or change prefill_context_parallel_size."
+        )
+    return grid
 
 
 def all_gather_object(own: T) -> list[T]:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol, cast
 
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from cpinfer.colocate.phase import Lent
 from cpinfer.comm.topology import Topology
 from cpinfer.config import ConfigLike, JobConfig, job_config
-from cpinfer.models.wrappers import without_replication
+from cpinfer.models.wrappers import refuse_all_but_models, without_replication
 from cpinfer.refusals import refuse
 from cpinfer_integrations import fsdp
 from cpinfer_integrations.job_ranks import grid_of_replicas
@@ -81,16 +82,20 @@ def lend(trained: Any, config: ConfigLike = None) -> Lent:
         What `rollout_phase` takes.
 
     Raises:
-        UserError: when the config's sizes do not fit the job.
+        UserError: when the config's sizes do not fit the job, and for what is no model of Transformers and of no
+            trainer of `TRAINERS`.
         UnsupportedError: for what the table of refusals names.
     """
     config = job_config(config)
+    if not isinstance(trained, nn.Module):
+        refuse_all_but_models(trained, "lend")
     module = without_replication(trained)
     if any(isinstance(part, FullyShardedDataParallel) for part in module.modules()):
         raise refuse("fsdp1", f"a {type(module).__name__}")
     for row in TRAINERS.values():
         if row.knows(module):
             return row.code.lend(module, config)
+    refuse_all_but_models(module, "lend")
     if config.rollout.gather == "tp_shards":
         raise refuse("tp_shards_owner", f"a {type(trained).__name__}")
     return Lent(module, Topology.from_world(grid_of_replicas(config)))

@@ -20,6 +20,7 @@ from cpinfer.config import (
     with_keys,
 )
 from cpinfer.errors import UnsupportedError, UserError
+from cpinfer.other_engines_keys import NAMES_HERE
 from cpinfer_tools.run_config import RunConfig, load_run_config, parse_run_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -48,6 +49,19 @@ def test_an_unknown_key_names_itself_and_the_nearest_known_one(data, unknown, ne
         parse_run_config(data)
     assert f'unknown key "{unknown}"' in str(caught.value)
     assert f'nearest known key is "{nearest}"' in str(caught.value)
+
+
+@pytest.mark.parametrize("name", NAMES_HERE)
+def test_a_key_of_another_engine_is_told_apart_from_a_typing_error(name):
+    """By its letters `max_tokens` is near to `max_session_tokens`, and `pcp_size` to `block_size`."""
+    here = NAMES_HERE[name]
+    with pytest.raises(UserError, match=rf'^unknown key "{name}"; here it is "{here}"\.$'):
+        parse_run_config({name: 1})
+    for cls in (EngineConfig, JobConfig, RunConfig):
+        assert name not in {field.name for field in dataclasses.fields(cls)}
+    value = parse_run_config({})
+    for part in here.split("."):
+        value = getattr(value, part)
 
 
 def test_only_a_key_that_is_near_is_suggested():

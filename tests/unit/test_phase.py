@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from cpinfer.colocate.phase import Lent, rollout_phase
 from cpinfer.comm.topology import Topology
@@ -104,3 +105,35 @@ def test_only_the_hooks_of_the_named_package_sleep_and_all_come_back_in_order():
     handle.remove()
     model(torch.ones(1, 2))
     assert calls[4:] == ["foreign", "trainers"]
+
+
+def test_a_phase_of_what_nobody_has_lent_is_refused_with_how_to_lend_it():
+    model = make_model(FAMILIES["qwen2"])
+    with pytest.raises(UserError, match=r"given a Qwen2ForCausalLM; .*lend\(model, config\)"), rollout_phase(model):
+        pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize(
+    "sizes, says",
+    [
+        ({"tensor_parallel": {"tp_size": 2}}, "tp_size is 2; every rank of this job trains a whole model"),
+        ({"data_parallel_size": 2}, r"data_parallel_size is 2; 1 rank\(s\) with pcp=1 are dp=1"),
+        ({"prefill_context_parallel_size": 2}, r"pcp=2 does not divide the job's 1 replica"),
+    ],
+)
+def test_sizes_that_a_job_of_whole_replicas_cannot_have_are_refused_when_it_lends(sizes, says):
+    model = make_model(FAMILIES["qwen2"])
+    with pytest.raises(UserError, match=says):
+        lend(model, sizes)
+    assert lend(model, {"tensor_parallel": {"tp_size": 1}, "data_parallel_size": 1}).topology.grid.world_size == 1
+
+
+def test_fsdp_around_a_module_of_somebodys_own_is_refused_when_it_lends():
+    class Sharded(FSDPModule, nn.Module):
+        pass
+
+    sharded = object.__new__(Sharded)  # what fully_shard makes of a module, without ranks
+    nn.Module.__init__(sharded)
+    sharded.policy = make_model(FAMILIES["qwen2"])
+    with pytest.raises(UserError, match="FSDP2 whose outermost fully_shard was called on a wrapper"):
+        lend(sharded)

@@ -9,7 +9,8 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UnsupportedError, UserError
-from cpinfer.models.wrappers import unwrapped, without_replication
+from cpinfer.models.wrappers import refuse_all_but_models, unwrapped, without_replication
+from cpinfer_integrations.lending import lend
 from tiny_models import FAMILIES, make_model
 
 
@@ -79,4 +80,42 @@ def test_fsdp1_is_refused_by_name(model):
             self._fsdp_wrapped_module, self.config = model, model.config
 
     with pytest.raises(UnsupportedError, match="FSDP1"), attach(FullyShardedDataParallel()):
+        pytest.fail("the block must not be entered")
+
+
+class Policy(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def test_a_model_inside_a_module_of_somebodys_own_is_named_where_it_is(model):
+    for wrapped, where in ((Policy(model), "inner"), (nn.DataParallel(Policy(Policy(model))), "inner.inner")):
+        where = where if not isinstance(wrapped, nn.DataParallel) else f"module.{where}"
+        with pytest.raises(UserError, match=rf"lend was given a .*There is one in it, as \.{where}: pass that"):
+            refuse_all_but_models(wrapped, "lend")
+    refuse_all_but_models(nn.DataParallel(value_head(model)), "lend")
+
+
+@pytest.mark.parametrize(
+    "given, what_to_do",
+    [
+        ("my/model", "AutoModelForCausalLM.from_pretrained"),
+        ((nn.Linear(1, 1), None), "deepspeed.initialize or prepare"),
+        (nn.Linear(1, 1), r"pass its \.module"),
+        (None, r"pass its \.module"),
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_to_pass(given, what_to_do):
+    for what in (lambda: lend(given), lambda: attach(given).__enter__()):
+        with pytest.raises(UserError, match=rf"was given a {type(given).__name__}; a Hugging Face .*{what_to_do}"):
+            what()
+
+
+def test_weights_that_are_elsewhere_are_named_and_not_called_quantized(model):
+    model.lm_head.weight.data = model.lm_head.weight.data.new_empty(0)
+    with (
+        pytest.raises(UserError, match=r"lm_head.weight is empty on this rank; whole weights were wanted"),
+        attach(model),
+    ):
         pytest.fail("the block must not be entered")
