@@ -62,6 +62,14 @@ def mesh_axes(module: nn.Module) -> set[str]:
     return {name for x in module.parameters() if isinstance(x, DTensor) for name in x.device_mesh.mesh_dim_names or ()}
 
 
+def refuse_sharded_from_outside(module: nn.Module) -> None:
+    """UnsupportedError when a module around `module` has its weights sharded, so nothing in it brings them."""
+    brought = {id(x) for part in sharded_modules(module) for x in part.parameters()}
+    for name, x in module.named_parameters():
+        if isinstance(x, DTensor) and id(x) not in brought:
+            raise refuse("fsdp_root", f"{name} of a {type(module).__name__}, sharded by a module around it")
+
+
 @contextmanager
 def full(module: nn.Module) -> Iterator[None]:
     """All parameters are whole for the length of the block. Collective."""
@@ -90,6 +98,7 @@ def refuse_unsupported(module: nn.Module, gather: str) -> None:
         raise refuse("tp_shards_owner", "an FSDP2 model")
     if isinstance(module, FSDPModule) and not is_hugging_face(unwrapped(module)):
         raise refuse("fsdp_root", f"a {type(module).__name__}")
+    refuse_sharded_from_outside(module)
 
 
 @contextmanager

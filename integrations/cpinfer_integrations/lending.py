@@ -96,6 +96,7 @@ def lend(trained: Any, config: ConfigLike = None) -> Lent:
         if row.knows(module):
             return row.code.lend(module, config)
     refuse_all_but_models(module, "lend")
+    fsdp.refuse_sharded_from_outside(module)
     if config.rollout.gather == "tp_shards":
         raise refuse("tp_shards_owner", f"a {type(trained).__name__}")
     return Lent(module, Topology.from_world(grid_of_replicas(config)))

@@ -51,6 +51,8 @@ def run() -> dict[str, Any]:
         "tp_shards without tp": (zero3.trained, gathering("tp_shards", PCP2)),
         "tp_shards of fused heads": (with_star_coder.trained, gathering("tp_shards", TP2)),
         "fsdp1": (fsdp1, PCP2),
+        "fsdp2 of a module around": (fully_shard(nn.Sequential(make_model(FAMILIES["qwen2"]))), PCP2),
+        "a model in such a module": (fully_shard(nn.Sequential(make_model(FAMILIES["qwen2"])))[0], PCP2),
         "fsdp2 with tp": (fully_shard(both, mesh=mesh["dp"]), PCP2),
     }
     return {"refused": {name: refusal(*what) for name, what in asked.items()}, "awake": list(with_hooks_awake(zero3))}

@@ -127,6 +127,8 @@ REFUSED = {
     "tp_shards of ddp": r"DistributedDataParallel: .*not sharded by ZeRO-3 alone",
     "tp_shards without tp": r"tp_size 1; give",
     "tp_shards of fused heads": r"gpt_bigcode.*families whose heads",
+    "fsdp2 of a module around": r"a FSDPSequential: .*FSDP2 whose outermost",
+    "a model in such a module": r"embed_tokens.weight of a Qwen2.*sharded by a module around it: .*whose outermost",
     "fsdp1": r"FSDP1 .*Use FSDP2",
     "fsdp2 with tp": r"axes dp, tp: .*FSDP2 together with tensor parallelism",
 }
