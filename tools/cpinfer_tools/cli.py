@@ -39,7 +39,7 @@ COMMANDS: Mapping[str, Command] = {
     "serve": Command("cpinfer_tools.serve", "answer HTTP clients of OpenAI's interface", "serve"),
     "explain": Command("cpinfer_tools.explain", "what a layout does, before anything runs (numpy alone)"),
     "compare": Command("cpinfer_tools.verify.compare", "the same evaluation over several layouts", "eval"),
-    "mismatch": Command("cpinfer_tools.verify.mismatch", "rollout logprobs beside the training forward's"),
+    "mismatch": Command("cpinfer_tools.verify.mismatch", "rollout logprobs beside the training forward's", "eval"),
     "check-rollout": Command("cpinfer_tools.verify.check_rollout", "a rollout's results beside Transformers'"),
     "reference-eval": Command("cpinfer_tools.verify.reference_eval", "the same evaluation by Transformers alone"),
     "train-grpo": Command("cpinfer_tools.grpo.train_grpo", "GRPO by TRL with rollouts from cpinfer", "rl"),
