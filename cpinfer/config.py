@@ -209,7 +209,7 @@ class EngineConfig(Checked):
     )
     max_num_seqs: int = _key("sequences that run at once", 256, within=Bounds(1, 2**20))
     max_session_tokens: int | None = _key(
-        "tokens whose KV a home keeps for sessions between their turns; default: as many as nobody needs the room of",
+        "tokens whose KV a home keeps for sessions between their turns; default: what running requests leave room for",
         None,
         within=_COUNT,
     )

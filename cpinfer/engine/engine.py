@@ -319,7 +319,7 @@ class Engine:
         """Steps until nobody waits for anything. Collective over the replica; errors as `step`.
 
         A rank that has nothing left goes on stepping for those that do, and one that waits for a tool or a client
-        keeps the others company.
+        steps with the others.
 
         Args:
             condition: whether this rank has all it wants, and does so from then on. Asked before every step with what

@@ -52,7 +52,7 @@ SAYS: Mapping[str, tuple[str, str]] = {
     ),
     "same_text_intel_r_xeon_r_processor_2_cores": (
         "How often a seed draws another text",
-        "In float32 0 of 256 answers differ from those of one rank, for chunks, company and pcp2 dcp2 alike; in "
+        "In float32 0 of 256 answers differ from those of one rank, for chunks, batches and pcp2 dcp2 alike; in "
         "bfloat16 75 of 128 do as pcp2 dcp2.",
     ),
     "mismatch_float32_amd_epyc_2_cores": (

@@ -197,7 +197,7 @@ REPORTS: dict[str, tuple[Report, ...]] = {
         Report(
             _github("vllm-project/vllm/issues/10852"),
             "The n samples of a request are identical.",
-            "They differ, and a seed draws each of them again, in any company.",
+            "They differ, and a seed draws each of them again, in any batch.",
             _OWN + "test_samples_of_one_call_differ_and_each_is_drawn_again_by_its_seed",
         ),
         Report(

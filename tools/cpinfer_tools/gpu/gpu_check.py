@@ -17,9 +17,9 @@
 - comm           the exchanges between processes; needs torchrun
 
 FlashInfer's kernels are compiled first, some minutes for each module: parity asks for the most, 12 modules, and 19 on
-Hopper. What that takes is told by itself, and is no part of a stage's time, for which there is a budget, said beside
-it: what the stage was made to end within, on a GPU that nobody has had yet. Cards of what was measured on a GPU go to
-tools/bench/results/gpu_<stage>_<name of the GPU>.md. A table goes to stderr, the last stdout line of rank 0 is one JSON
+Hopper. Their time is reported by itself, not in a stage's. Beside a stage's time stands its budget, an estimate, since
+no stage has run on a GPU yet. Cards of what was measured on a GPU, gpu_<stage>_<name of the GPU>.md, go to
+tools/bench/results of a clone, else to results/. A table goes to stderr, the last stdout line of rank 0 is one JSON
 object. Exit codes: 0 all targets reached, 1 one missed or a stage failed, 2 nothing could be run.
 """
 
