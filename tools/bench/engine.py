@@ -87,6 +87,7 @@ def bench(args: argparse.Namespace, argv: Sequence[str]) -> int:
             "only": args.only,
             "profile": args.profile,
             "vllm_python": args.vllm_python,
+            "without": args.without,
         }
         runs[tp_size] = run_workers(Path(__file__).resolve(), tp_size, task, timeout_s=120 + 3 * args.budget_s)
     workloads = [w for w in engine_workloads(shape, quick=args.quick) if not args.only or w.name in args.only]
@@ -111,6 +112,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = bench_parser(__doc__, budget_s=600)
     parser.add_argument("--tp", type=int, nargs="+", choices=TP_SIZES, default=list(TP_SIZES), help="default: 1 2")
     parser.add_argument("--only", nargs="+", choices=WORKLOADS, help="these workloads alone")
+    parser.add_argument("--without", nargs="+", default=(), choices=["generate_batch"], help="who takes no part")
     parser.add_argument("--vllm-python", metavar="PYTHON", help="a Python that has vLLM, which is a contestant then")
     parser.add_argument(
         "--profile", action="store_true", help="profile cpinfer on all workloads, not only where behind"
@@ -148,6 +150,7 @@ def work(task: dict[str, Any]) -> int:
             Generate(model),
             GenerateBatch(model, tp_size),
         ]
+        contestants = [c for c in contestants if c.name not in task["without"]]
         talk = Talk(launch.rank, launch.world_size)
         folder = Path(task["output"]).parent / "model"
         whole, is_first = make_model(shape), launch.rank == 0
