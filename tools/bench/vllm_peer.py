@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,11 +75,12 @@ def vllm_peers(
     env |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, -(-needed_bytes // 2**30)))
     command = [python, str(Path(__file__).with_name("vllm_worker.py")), json.dumps(given)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as worker:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env, start_new_session=True) as worker:
         try:
             yield [VllmPeer(worker, f"vLLM {_answer(worker)['version']}")]
         finally:
-            worker.kill()
+            os.killpg(worker.pid, signal.SIGKILL)  # its engine and ranks, too, which outlive it
 
 
 def _ask(worker: subprocess.Popen[str], asked: dict[str, Any]) -> dict[str, Any]:
