@@ -16,8 +16,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import documents
+
 # A comment that begins like a mark but is none is an error, so that no misspelt one leaves its block unread.
-MARKED = re.compile(r"<!-- run\b(?P<how>.*?)-->\n(?:```(?P<kind>\w*)\n(?P<text>.*?)^```)?", re.MULTILINE | re.DOTALL)
+MARK = re.compile(r"<!-- run\b(?P<how>.*?)-->\n", re.DOTALL)
 HOW = re.compile(r"(?P<slow> slow)?(?P<clone> in the clone)? ")
 
 
@@ -38,15 +40,16 @@ class Block:
 
 def blocks(page: str, text: str) -> list[Block]:
     """The marked blocks of a page, in order. ValueError for a mark that is misspelt or has no code below it."""
+    fenced = {block.line: block for block in documents.blocks(text, "sh", "python")}
     found = []
-    for mark in MARKED.finditer(text):
+    for mark in MARK.finditer(text):
         line = text.count("\n", 0, mark.start()) + 1
         how = HOW.fullmatch(mark["how"])
-        if how is None or mark["kind"] not in ("sh", "python"):
+        below = fenced.get(text.count("\n", 0, mark.end()) + 2)  # the line behind that of its fence
+        if how is None or below is None:
             raise ValueError(f"{page}:{line}: a mark is `run`, `slow` or `in the clone`, above a block of sh or python")
-        found.append(
-            Block(page, line, mark["kind"], mark["text"], how["slow"] is not None, in_clone=how["clone"] is not None)
-        )
+        is_slow, in_clone = (how[group] is not None for group in ("slow", "clone"))
+        found.append(Block(page, line, below.language, below.code, is_slow, in_clone))
     return found
 
 

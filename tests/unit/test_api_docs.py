@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import cpinfer
+from docs_parts import public_names
 
 ROOT = Path(__file__).parents[2]
 INTEGRATIONS = ROOT / "integrations" / "cpinfer_integrations"
@@ -81,13 +82,6 @@ def faults(node: Definition) -> list[str]:
     return list(faults_of_class(node) if isinstance(node, ast.ClassDef) else faults_of_function(node))
 
 
-def all_of(tree: ast.Module) -> list[str]:
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return list(ast.literal_eval(node.value))
-    return []
-
-
 def definition(tree: ast.Module, name: str) -> Definition:
     """Where it is defined: here, or in the integration that it is imported from."""
     for node in tree.body:
@@ -107,7 +101,7 @@ def surface() -> dict[str, Definition]:
     found = {name: definition(parsed(path), name) for name, path in homes.items()}
     for path in sorted(INTEGRATIONS.glob("*.py")):
         tree = parsed(path)
-        found |= {f"{path.stem}.{name}": definition(tree, name) for name in all_of(tree)}
+        found |= {f"{path.stem}.{name}": definition(tree, name) for name in public_names(path)}
     return found
 
 
@@ -137,7 +131,7 @@ def test_what_the_documentation_imports_is_public():
     assert {("cpinfer", "attach"), ("cpinfer_integrations.trl", "make_rollout_func")} <= shown
     for module, name in shown:
         path = ROOT.joinpath("integrations", *module.split(".")).with_suffix(".py")
-        assert name in (cpinfer.__all__ if module == "cpinfer" else all_of(parsed(path))), f"{module}.{name}"
+        assert name in (cpinfer.__all__ if module == "cpinfer" else public_names(path)), f"{module}.{name}"
 
 
 def test_errors_that_the_documentation_names_are_public():

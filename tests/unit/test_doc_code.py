@@ -16,11 +16,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from test_api_docs import INTEGRATIONS, all_of, definition, parsed
+from test_api_docs import INTEGRATIONS, definition, parsed
 
 import cpinfer
 from cpinfer.errors import UserError
 from cpinfer_tools.run_config import parse_run_config
+from docs_parts import public_names
 from documents import blocks, name_of, pages
 
 # Callables of ours that take a config: its keys are those of a JobConfig.
@@ -40,10 +41,10 @@ def keywords_of(module: str, name: str) -> frozenset[str] | None:
         taken = inspect.signature(getattr(cpinfer, name)).parameters
         extra = {field.name for field in fields(cpinfer.EngineConfig)} if name == "attach" else set()
         return frozenset({*taken, *extra})
-    tree = parsed((INTEGRATIONS / module.removeprefix("cpinfer_integrations.")).with_suffix(".py"))
-    if name not in all_of(tree):
+    path = (INTEGRATIONS / module.removeprefix("cpinfer_integrations.")).with_suffix(".py")
+    if name not in public_names(path):
         raise KeyError(name)
-    return _keywords_of_definition(definition(tree, name))
+    return _keywords_of_definition(definition(parsed(path), name))
 
 
 def _keywords_of_definition(node: ast.AST) -> frozenset[str] | None:

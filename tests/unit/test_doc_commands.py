@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
-from collections.abc import Callable, Iterator
-from importlib import import_module
-from typing import Any
-from unittest import mock
+from collections.abc import Iterator
 
 import pytest
 
+from command_reference import parser_of
 from cpinfer.errors import UserError
 from cpinfer_tools.cli import COMMANDS
 from documents import ROOT, inline_code, name_of, pages, shell_lines
@@ -20,25 +18,6 @@ SCRIPTS = sorted((ROOT / "examples" / "slurm").glob("*.sbatch"))
 FILES_OF_TOOLS = {command.module.rpartition(".")[2]: name for name, command in COMMANDS.items()}
 # In examples a path of the repository that a reader is to have; others (my_config.json) are the reader's own.
 SHIPPED_PATH = re.compile(r"(?:configs|examples|tools)/[\w./-]*\w\.\w+")
-
-
-class FoundParserError(BaseException):
-    """Stops a tool where it would read its flags."""
-
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self.parser = parser
-
-
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser that a command makes of its flags."""
-
-    def stop(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        raise FoundParserError(parser)
-
-    main: Callable[..., int] = import_module(COMMANDS[command].module).main
-    with mock.patch.object(argparse.ArgumentParser, "parse_args", stop), pytest.raises(FoundParserError) as found:
-        main([], f"cpinfer {command}")
-    return found.value.parser
 
 
 def flags_of(parser: argparse.ArgumentParser) -> set[str]:
