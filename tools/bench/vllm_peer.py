@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,7 +80,8 @@ def vllm_peers(
         try:
             yield [VllmPeer(worker, f"vLLM {_answer(worker)['version']}")]
         finally:
-            os.killpg(worker.pid, signal.SIGKILL)  # its engine and ranks, too, which outlive it
+            with suppress(ProcessLookupError):  # none is left of it
+                os.killpg(worker.pid, signal.SIGKILL)  # its engine and ranks, too, which outlive it
 
 
 def _ask(worker: subprocess.Popen[str], asked: dict[str, Any]) -> dict[str, Any]:
