@@ -130,16 +130,14 @@ def test_plans_made_later_leave_earlier_ones_valid(backend: CpuBackend) -> None:
     assert_equal(plan.run(q, keys, values, scale=SCALE), expected(rows, q, keys, values))
 
 
-@pytest.mark.parametrize(("max_keys", "num_long"), [(0, 2), (80, 1)])
-def test_rows_of_many_queries_over_many_keys_are_those_of_torch(max_keys: int, num_long: int) -> None:
+def test_rows_of_many_queries_are_those_of_torch() -> None:
     rows = rows_of([1, 40, 16, 17], [5, 100, 16, 80], causal=True)
     q, keys, values = inputs(rows)
     by_torch = CpuBackend(MAX_QUERIES)._torch.plan(rows).run(q, keys, values, scale=SCALE)
     by_kernel = CpuBackend(None).plan(rows).run(q, keys, values, scale=SCALE)
-    found = CpuBackend(MAX_QUERIES, max_keys).plan(rows).run(q, keys, values, scale=SCALE)
-    long_rows = (rows.q_lens > MAX_QUERIES) & (rows.kv_hi - rows.kv_lo > max_keys)
-    assert long_rows.sum() == num_long
-    is_long = torch.from_numpy(np.repeat(long_rows, rows.q_lens))
+    found = CpuBackend(MAX_QUERIES).plan(rows).run(q, keys, values, scale=SCALE)
+    is_long = torch.from_numpy(np.repeat(rows.q_lens > MAX_QUERIES, rows.q_lens))
+    assert is_long.sum() == 40 + 17
     for x, torchs, kernels in zip(found, by_torch, by_kernel, strict=True):
         assert torch.equal(x[is_long], torchs[is_long]) and torch.equal(x[~is_long], kernels[~is_long])
         assert not torch.equal(torchs, kernels)
@@ -149,8 +147,8 @@ def test_rows_of_many_queries_over_many_keys_are_those_of_torch(max_keys: int, n
 def test_who_takes_long_rows_is_said_by_the_processor(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name} if name else {})
     made = cpu_backend.make(CPU, AttentionNeeds(torch.float32, ()))
-    of_amd, of_others = cpu_backend.ELSEWHERE, cpu_backend.WHERE_TORCH_MULTIPLIES_FASTER
-    assert (made._max_queries, made._max_keys) == (of_amd if name == "AMD EPYC" else of_others)
+    of_others = cpu_backend.MAX_QUERIES_WHERE_TORCH_MULTIPLIES_FASTER
+    assert made._max_queries == (None if name == "AMD EPYC" else of_others)
 
 
 def test_it_is_what_auto_takes_where_it_can_be_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -188,17 +190,38 @@ def test_large_logits_neither_overflow_nor_vanish() -> None:
     assert torch.isfinite(found[1]).all()
 
 
-def test_a_tile_of_another_width_is_other_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def change_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """A pattern and what stands for it from now on in the kernel that runs."""
+
+    def change(pattern: str, other: str) -> None:
+        source = Path(compiling.__file__).with_name("ordered_attention.cpp").read_text()
+        changed, num = re.subn(pattern, other, source)
+        assert num and changed != source
+        file, library = tmp_path / "other.cpp", tmp_path / "other.so"
+        file.write_text(changed)
+        subprocess.run(["c++", *compiling.FLAGS, str(file), "-o", str(library)], check=True, timeout=100)
+        monkeypatch.setattr(ordered_attention, "compiled", lambda _: ctypes.CDLL(str(library)))
+
+    return change
+
+
+@pytest.mark.parametrize("registers", ["LANES = 4, HELD = 2", "LANES = 8, HELD = 2"])
+def test_processors_of_other_registers_have_the_same_bits(registers: str, change_source: Any) -> None:
+    rows = AttentionRows.build([200, 1], [500, 70], [[*range(500)], [*range(70)]], block_size=1, causal=True).within(
+        300
+    )
+    q, k, v = tensors(201, 500, 2, 3, 40, 72, torch.bfloat16)
+    expected = attend(rows, q, k, v, soft_cap=3.0)
+    change_source(r"LANES = \d+, HELD = \d+", registers)
+    assert same(attend(rows, q, k, v, soft_cap=3.0), expected)
+
+
+def test_a_tile_of_another_width_is_other_bits(change_source: Any) -> None:
     """So the tests above can fail."""
     q, k, v = tensors(200, 500, 1, 2, 64, 64)
     expected = attend(causal(200, 500), q, k, v, shards=1)
-    source = Path(compiling.__file__).with_name("ordered_attention.cpp").read_text()
-    other = source.replace("TILE = 64", "TILE = 32")
-    assert other != source
-    (tmp_path / "other.cpp").write_text(other)
-    library = tmp_path / "other.so"
-    subprocess.run(["c++", *compiling.FLAGS, str(tmp_path / "other.cpp"), "-o", str(library)], check=True, timeout=100)
-    monkeypatch.setattr(ordered_attention, "compiled", lambda _: ctypes.CDLL(str(library)))
+    change_source("TILE = 64", "TILE = 128")
     found = attend(causal(200, 500), q, k, v, shards=1)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     assert not torch.equal(found[0], expected[0])

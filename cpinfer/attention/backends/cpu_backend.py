@@ -2,7 +2,7 @@
 
 It takes rows of few queries, as decode has them, of which torch's kernel needs a call each and a copy of what is
 scattered; and all that torch's kernel has no path of its own for: windows, soft caps, keys in fp8. Rows of many queries
-over many keys are products of matrices, which are torch's where its library has the faster ones.
+are products of matrices, which are torch's where its library has the faster ones.
 
 The kernel is `ops/ordered_attention.py`, over one virtual shard. It is compiled when it is first asked for.
 """
@@ -27,11 +27,11 @@ from cpinfer.ops.ordered_attention import OrderedAttention
 from cpinfer.ops.states import State
 from cpinfer.refusals import refuse
 
-# Rows of more queries over more keys than these are torch's: (queries, keys). On an Intel Xeon with AMX a prompt of
-# 16,384 tokens took the kernel 1.4 times as long in float32 and 3.3 times in bfloat16. On one thread of an AMD EPYC it
-# is level or ahead (up to 2.1 times) for a few thousand keys; 2,048 queries over 8,192 and 16,384, which its caches do
-# not hold, took it 1.1 to 1.35 times as long: torch's kernel reads keys once for more queries.
-WHERE_TORCH_MULTIPLIES_FASTER, ELSEWHERE = (64, 0), (255, 4096)
+# Rows of more queries than this are torch's where its products are the faster ones. On an Intel Xeon with AMX a prompt
+# of 16,384 tokens took the kernel 3.3 times as long in bfloat16, and 1.4 times in float32 (before it held rows in
+# registers). On an AMD EPYC with AVX-512 it takes 1.1 to 2.1 times less than torch's, from 64 to 2,048 queries and 300
+# to 16,384 keys.
+MAX_QUERIES_WHERE_TORCH_MULTIPLIES_FASTER = 64
 
 # Keys per query that a shared prefix has to save: its rows are then read once, and merged with the others.
 MIN_SAVED_KEYS = 256
@@ -57,7 +57,7 @@ def device_bytes(device: torch.device, needs: AttentionNeeds) -> int:
 
 def make(device: torch.device, needs: AttentionNeeds) -> CpuBackend:
     """It is ours, and tests hold it to the definition of attention."""
-    return CpuBackend(*(WHERE_TORCH_MULTIPLIES_FASTER if _torch_multiplies_faster() else ELSEWHERE))
+    return CpuBackend(MAX_QUERIES_WHERE_TORCH_MULTIPLIES_FASTER if _torch_multiplies_faster() else None)
 
 
 def _torch_multiplies_faster() -> bool:
@@ -69,21 +69,20 @@ def _torch_multiplies_faster() -> bool:
 class CpuBackend:
     """Plans hold no state, so any number of them are valid at once.
 
-    A row of more than `max_queries` over more than `max_keys` is torch's, where that has a kernel for it as well; with
-    None all rows are the kernel's.
+    A row of more than `max_queries` is torch's, where that has a kernel for it as well; with None all rows are the
+    kernel's.
     """
 
     name = "cpu"
     min_saved_keys: int | None = MIN_SAVED_KEYS
 
-    def __init__(self, max_queries: int | None, max_keys: int = 0) -> None:
+    def __init__(self, max_queries: int | None) -> None:
         self._max_queries = max_queries
-        self._max_keys = max_keys
         self._torch = TorchBackend(torch.device("cpu"))
 
     def plan(self, rows: AttentionRows) -> PlannedAttention:
         whole = _Kernel(rows)
-        is_long = (rows.q_lens > (self._max_queries or np.inf)) & (rows.kv_hi - rows.kv_lo > self._max_keys)
+        is_long = rows.q_lens > (self._max_queries or np.inf)
         if rows.window is not None or not is_long.any():
             return whole
         by_torch = self._torch.plan(_without(rows, ~is_long))

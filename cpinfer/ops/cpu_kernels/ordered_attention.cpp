@@ -18,12 +18,24 @@
 
 namespace {
 
-constexpr int LANES = 16;
-constexpr int TILE = 64, GROUPS = TILE / LANES;          // keys that enter a state together
-constexpr int COLUMNS = 64, PARTS = COLUMNS / LANES;     // values that are summed together: no bit depends on it
+// As many lanes as a register has, and as many registers of a row at once as leave others for the sums of four queries.
+// No bit depends on either: the sum of a tile's weights is one tree, however many of its levels lie within a register.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, HELD = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, HELD = 2;
+#else
+constexpr int LANES = 4, HELD = 2;
+#endif
+constexpr int STEP = HELD * LANES;
+constexpr int TILE = 64, GROUPS = TILE / LANES;  // keys that enter a state together
 constexpr float NONE = -std::numeric_limits<float>::infinity();
-typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
-typedef int32_t IntLanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t IntLanes __attribute__((vector_size(LANES * sizeof(float))));
+typedef Lanes LanesInMemory __attribute__((aligned(alignof(float)), may_alias));
+
+inline Lanes load(const float* from) { return *reinterpret_cast<const LanesInMemory*>(from); }
+inline void store(Lanes lanes, float* to) { *reinterpret_cast<LanesInMemory*>(to) = lanes; }
 
 inline Lanes all(float x) {
     Lanes lanes = {};
@@ -84,21 +96,21 @@ inline Lanes other_half(Lanes x) {
 inline Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 inline float largest(Lanes x) {
-    x = larger(x, other_half<8>(x));
-    x = larger(x, other_half<4>(x));
+    if constexpr (LANES > 8) x = larger(x, other_half<8>(x));
+    if constexpr (LANES > 4) x = larger(x, other_half<4>(x));
     x = larger(x, other_half<2>(x));
     return larger(x, other_half<1>(x))[0];
 }
 
 // As a tree: ((x0 + x8) + (x4 + x12)) + ... ; adding commutes, so both lanes of a pair hold the same bits.
 inline float sum(Lanes x) {
-    x = x + other_half<8>(x);
-    x = x + other_half<4>(x);
+    if constexpr (LANES > 8) x = x + other_half<8>(x);
+    if constexpr (LANES > 4) x = x + other_half<4>(x);
     x = x + other_half<2>(x);
     return (x + other_half<1>(x))[0];
 }
 
-// 16 rows of 16 numbers become 16 columns: blocks of 8, 4, 2 and 1 change places.
+// As many rows as lanes become columns: blocks of 8, 4, 2 and 1 change places.
 template <int SIZE>
 inline void swap_blocks(Lanes* rows) {
     IntLanes upper, lower;
@@ -115,8 +127,8 @@ inline void swap_blocks(Lanes* rows) {
 }
 
 inline void transpose(Lanes* rows) {
-    swap_blocks<8>(rows);
-    swap_blocks<4>(rows);
+    if constexpr (LANES > 8) swap_blocks<8>(rows);
+    if constexpr (LANES > 4) swap_blocks<4>(rows);
     swap_blocks<2>(rows);
     swap_blocks<1>(rows);
 }
@@ -132,18 +144,32 @@ inline float wide(uint16_t bfloat16, const float*) {
     return x;
 }
 
+// STEP numbers that several queries are multiplied by, in registers. A compiler would rather read them from memory for
+// each query, and a core reads no faster than it multiplies.
+inline void hold(const float* from, Lanes (&row)[HELD]) {
+    for (int g = 0; g < HELD; g++) {
+        Lanes lanes = load(from + g * LANES);
+#ifdef __x86_64__
+        __asm__("" : "+v"(lanes));
+#endif
+        row[g] = lanes;
+    }
+}
+
 // Of NQ queries to a tile: logits[q][key] = sum over d of q[d] * k[d][key].
 template <int NQ>
-inline void products(const float* q, int64_t q_stride, const float* keys, int dim, int groups,
-                     Lanes (*logits)[GROUPS]) {
-    Lanes acc[NQ][GROUPS] = {};
-    for (int d = 0; d < dim; d++) {
-        const Lanes* row = reinterpret_cast<const Lanes*>(keys + int64_t(d) * TILE);
+inline void products(const float* q, int64_t q_stride, const float* keys, int dim, float (*logits)[TILE]) {
+    for (int key = 0; key < TILE; key += STEP) {
+        Lanes acc[NQ][HELD] = {};
+        for (int d = 0; d < dim; d++) {
+            Lanes row[HELD];
+            hold(keys + int64_t(d) * TILE + key, row);
+            for (int i = 0; i < NQ; i++)
+                for (int g = 0; g < HELD; g++) acc[i][g] = acc[i][g] + row[g] * q[i * q_stride + d];
+        }
         for (int i = 0; i < NQ; i++)
-            for (int g = 0; g < GROUPS; g++) acc[i][g] = acc[i][g] + row[g] * q[i * q_stride + d];
+            for (int g = 0; g < HELD; g++) store(acc[i][g], &logits[i][key + g * LANES]);
     }
-    for (int i = 0; i < NQ; i++)
-        for (int g = 0; g < groups; g++) logits[i][g] = acc[i][g];
 }
 
 // Keys [first, last) of a tile: those that a query sees.
@@ -151,18 +177,21 @@ struct Seen {
     int first, last;
 };
 
-// acc[q][:] of COLUMNS columns += sum over keys of weights[q][key] * values[key][:], key after key.
+// acc[q][:] of STEP columns += sum over keys of weights[q][key] * values[key][:], key after key.
 template <int NQ>
 inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_stride, Seen seen, float* acc,
                   int64_t acc_stride) {
-    Lanes sums[NQ][PARTS];
-    for (int i = 0; i < NQ; i++) std::memcpy(sums[i], acc + i * acc_stride, sizeof sums[i]);
+    Lanes sums[NQ][HELD];
+    for (int i = 0; i < NQ; i++)
+        for (int g = 0; g < HELD; g++) sums[i][g] = load(acc + i * acc_stride + g * LANES);
     for (int key = seen.first; key < seen.last; key++) {
-        const Lanes* row = reinterpret_cast<const Lanes*>(values + key * v_stride);
+        Lanes row[HELD];
+        hold(values + key * v_stride, row);
         for (int i = 0; i < NQ; i++)
-            for (int g = 0; g < PARTS; g++) sums[i][g] = sums[i][g] + row[g] * weights[i][key];
+            for (int g = 0; g < HELD; g++) sums[i][g] = sums[i][g] + row[g] * weights[i][key];
     }
-    for (int i = 0; i < NQ; i++) std::memcpy(acc + i * acc_stride, sums[i], sizeof sums[i]);
+    for (int i = 0; i < NQ; i++)
+        for (int g = 0; g < HELD; g++) store(sums[i][g], acc + i * acc_stride + g * LANES);
 }
 
 // N states of one query and head as one, in their order; those without keys (lse -inf) add exact zeros.
@@ -218,7 +247,7 @@ struct Unit {
 
     explicit Unit(const Call& call) : call(call) {}
 
-    static int64_t padded(int64_t dim) { return (dim + COLUMNS - 1) / COLUMNS * COLUMNS; }
+    static int64_t padded(int64_t dim) { return (dim + STEP - 1) / STEP * STEP; }
 
     // Queries [first, last) of a row, and the query heads of one KV head.
     void run(int64_t row, int64_t first, int64_t last, int64_t head) {
@@ -325,20 +354,19 @@ struct Unit {
             for (int64_t c = 0; c < v_dim; c++) row[c] = from ? wide(from[c], call.meanings) : 0.0f;
         }
         for (int64_t at = 0; at < num;) {
-            Lanes logits[4][GROUPS];
-            float weights[4][TILE];
+            float weights[4][TILE];  // logits first
             const int n = num - at >= 4 ? 4 : 1;
             const float* q = &queries[at * dim];
-            if (n == 4) products<4>(q, dim, keys.data(), int(dim), groups, logits);
-            else products<1>(q, dim, keys.data(), int(dim), groups, logits);
+            if (n == 4) products<4>(q, dim, keys.data(), int(dim), weights);
+            else products<1>(q, dim, keys.data(), int(dim), weights);
             Seen seen[4], shared = {0, num_keys};
             for (int i = 0; i < n; i++) {
                 const int64_t from = begin + sees_from(at + i), to = begin + sees_to(at + i);
-                seen[i] = weigh_logits(logits[i], groups, num_keys, places, from, to, at + i, weights[i]);
+                seen[i] = weigh_logits(weights[i], groups, num_keys, places, from, to, at + i);
                 shared = {std::max(shared.first, seen[i].first), std::min(shared.last, seen[i].last)};
             }
             if (n == 1 || shared.first >= shared.last) shared = {num_keys, num_keys};  // each takes its own
-            for (int64_t c = 0; c < v_wide; c += COLUMNS) {
+            for (int64_t c = 0; c < v_wide; c += STEP) {
                 float* sums = &acc[at * v_wide + c];
                 auto alone = [&](int i, Seen keys) {
                     if (keys.first < keys.last)
@@ -352,7 +380,7 @@ struct Unit {
         }
     }
 
-    // Keys of a group side by side: keys[d][key] for 16 rows of numbers, zeros where there is no row.
+    // Keys of a group side by side: keys[d][key] for as many rows as lanes, zeros where there is no row.
     void lay_out(const T* const* rows, int group) {
         const int64_t dim = call.dim, whole = dim / LANES * LANES;
         for (int64_t d = 0; d < whole; d += LANES) {
@@ -361,20 +389,19 @@ struct Unit {
                 float numbers[LANES] = {};
                 if (rows[key])
                     for (int i = 0; i < LANES; i++) numbers[i] = wide(rows[key][d + i], call.meanings);
-                std::memcpy(&block[key], numbers, sizeof numbers);
+                block[key] = load(numbers);
             }
             transpose(block);
-            for (int i = 0; i < LANES; i++)
-                std::memcpy(&keys[(d + i) * TILE + group * LANES], &block[i], sizeof block[i]);
+            for (int i = 0; i < LANES; i++) store(block[i], &keys[(d + i) * TILE + group * LANES]);
         }
         for (int64_t d = whole; d < dim; d++)
             for (int key = 0; key < LANES; key++)
                 keys[d * TILE + group * LANES + key] = rows[key] ? wide(rows[key][d], call.meanings) : 0.0f;
     }
 
-    // Logits of one query to weights, and its state made ready for them; of the keys that it sees.
-    Seen weigh_logits(const Lanes* logits, int groups, int num_keys, const int64_t* places, int64_t lo, int64_t hi,
-                      int64_t query, float* weights) {
+    // Logits of one query become weights, and its state made ready for them; of the keys that it sees.
+    Seen weigh_logits(float* weights, int groups, int num_keys, const int64_t* places, int64_t lo, int64_t hi,
+                      int64_t query) {
         int first = 0, last = num_keys;
         while (first < last && places[first] < lo) first++;
         while (last > first && places[last - 1] >= hi) last--;
@@ -385,7 +412,7 @@ struct Unit {
         for (int i = 0; i < LANES; i++) lane[i] = i;
         const bool is_full = first == 0 && last == groups * LANES;
         for (int g = 0; g < groups; g++) {
-            Lanes x = logits[g] * call.scale;
+            Lanes x = load(weights + g * LANES) * call.scale;
             if (call.soft_cap != 0.0f) x = tanh_lanes(x / call.soft_cap) * call.soft_cap;
             if (!is_full) x = ((lane >= first - g * LANES) & (lane < last - g * LANES)) ? x : all(NONE);
             peaks = larger(x, peaks);
@@ -398,7 +425,7 @@ struct Unit {
         Lanes total[GROUPS] = {};
         for (int g = 0; g < GROUPS; g++) {
             if (g < groups) total[g] = exp_lanes(scaled[g] - now);
-            std::memcpy(weights + g * LANES, &total[g], sizeof total[g]);
+            store(total[g], weights + g * LANES);
         }
         l[query] = l[query] * kept;
         for (int half = GROUPS / 2; half; half /= 2)
