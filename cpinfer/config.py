@@ -221,6 +221,12 @@ class EngineConfig(Checked):
         0.0,
         within=Bounds(0, 2**14),
     )
+    prepacked_weights_gib: float = _key(
+        "per rank, on CPU, beside the KV pool: copies of linear layers' weights in the order that oneDNN multiplies "
+        "in, of as many layers as it suffices for; with 0 none",
+        0.0,
+        within=Bounds(0, 2**14),
+    )
     context_exchange: Literal["auto", "queries", "kv"] = _key(
         "what travels when a prompt continues cached KV; auto is what moves fewer bytes, alone what computes less",
         "auto",

@@ -79,6 +79,16 @@ REFUSALS: dict[str, Refusal] = {
         "adapters on kv_b_proj of latent attention (its weight is used without calling it)",
         "Merge the adapter into the weight, or leave this projection out of it.",
     ),
+    "prepacked_device": Refusal(
+        "prepacked weights on other devices than CPU, or without oneDNN", "Leave out prepacked_weights_gib."
+    ),
+    "prepacked_sharded": Refusal(
+        "prepacked weights of a model whose weights are sharded (they come and go while it runs)",
+        'Leave out prepacked_weights_gib, or set rollout.gather to "full".',
+    ),
+    "prepacked_autocast": Refusal(
+        "prepacked weights under autocast (it multiplies in another dtype)", "Leave out prepacked_weights_gib."
+    ),
     "deterministic_device": Refusal(
         "deterministic mode on other devices than CPU and CUDA", "Leave out deterministic."
     ),

@@ -102,7 +102,8 @@ def attach(
             check_layout(spec, wanted, topology.grid)
             around = invariant_rows if wanted.deterministic else nullcontext
             tp_size, tp_rank = topology.grid.tp_size, topology.coords.tp_rank
-            runner = stack.enter_context(attached(model, spec, tp_size, tp_rank, around))
+            prepacked_bytes = int(wanted.prepacked_weights_gib * 2**30)
+            runner = stack.enter_context(attached(model, spec, tp_size, tp_rank, around, prepacked_bytes))
             _check_dtype(wanted, runner)
             alike = prepare_deterministic(runner.device) if wanted.deterministic else {}
             pool = own_pool(runner, topology, wanted)
@@ -152,6 +153,11 @@ def _tell(engine: Engine, runner: ModelRunner, topology: Topology, config: Engin
         grid.dcp_size, grid.dp_size, engine.kv_capacity_tokens, engine.kv_pool_bytes / 2**30,
         config.context_exchange, config.decode_exchange,
     )  # fmt: skip
+    if config.prepacked_weights_gib:
+        topology.logger(__name__).shared(
+            "prepacked the weights of %d linear layers, %.2f GiB on this rank",
+            len(runner.prepacked.by_module), runner.prepacked.num_bytes / 2**30,
+        )  # fmt: skip
     made_for = runner.spec.positions.made_for
     if runner.spec.max_positions > made_for:
         topology.logger(__name__).shared_warning(

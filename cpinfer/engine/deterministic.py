@@ -33,6 +33,7 @@ KEPT: Mapping[str, tuple[object, ...]] = MappingProxyType(
         "cascade_attention": ("auto", "off"),
         "cp_wire_dtype": ("auto", "float32"),
         "cuda_graphs": (False,),
+        "prepacked_weights_gib": (0,),
     }
 )
 

@@ -132,6 +132,7 @@ class Engine:
         self._halt()
         self._drop_kv()
         self._steps = None
+        self._runner.prepacked.release()
 
     def weights_changed(self) -> None:
         """Tell the engine that the weights are new: `weights_version` rises, what is cached by old ones is dropped.
@@ -491,9 +492,7 @@ class Engine:
 
     def _refuse_after_close(self) -> None:
         if self._is_closed:
-            raise RuntimeError(
-                "the block of this engine has ended, and its model is the job's again; attach it anew for more"
-            )
+            raise RuntimeError("the block of this engine has ended, its model is the job's again; attach it for more")
 
     def _refuse_while_streaming(self, what: str) -> None:
         if not self._core.is_cut and any(not self._open.has(batch) for batch in self._core.open_batches()):

@@ -127,7 +127,8 @@ def own_pool(runner: ModelRunner, topology: Topology, config: EngineConfig) -> P
     """The KV pool that this rank alone could afford. UserError when it is no single block, or beyond all memory."""
     heads = runner.spec.heads(topology.grid.tp_size).in_group(topology.grid, topology.coords.tp_rank)
     memory = _memory_bytes(runner.device)
-    for name, gib in (("kv_cache_gib", config.kv_cache_gib or 0), ("state_cache_gib", config.state_cache_gib)):
+    for name in ("kv_cache_gib", "state_cache_gib", "prepacked_weights_gib"):
+        gib = getattr(config, name) or 0
         if gib * 2**30 > memory:
             raise UserError(
                 f"{name}={gib:g} is more than the {memory / 2**30:.1f} GiB of memory of {runner.device}. Lower it."

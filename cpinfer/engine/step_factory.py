@@ -52,6 +52,7 @@ def make_steps(
     Those of the others stand beside it, over the same pool.
     """
     needs = layouts[0].needs
+    runner.prepacked.pack()
     cache, store = needs.make_cache(runner, has_padding_block=config.cuda_graphs), needs.make_states(runner)
     backends = needs.make_backends(config, runner.device)
 

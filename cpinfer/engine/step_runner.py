@@ -75,13 +75,18 @@ class StepRunner:
         return self._others.get(num_shards, self)
 
     def begin(self) -> None:
-        """Before the first of many steps. Graphs of weights that have moved, on any rank, are forgotten by all."""
+        """Before the first of many steps. Graphs of weights that have moved, on any rank, are forgotten by all.
+
+        Copies of weights that have changed are made anew.
+        """
+        self._runner.prepacked.renew()
         for runner in (self, *self._others.values()):
             if runner._graphs is not None:
                 runner._graphs.forget_what_moved()
 
     def weights_changed(self) -> None:
         """Other adapters may be other modules: what was captured without them says nothing of them."""
+        self._runner.prepacked.pack()
         self._cache.forget_faults()
         for runner in (self, *self._others.values()):
             if runner._graphs is not None:

@@ -35,6 +35,7 @@ from cpinfer.models.local_weights import (
     refuse_unusable_weights,
     shape_in_use,
 )
+from cpinfer.models.prepacking import PrepackedLinears, prepackable
 from cpinfer.models.routed_experts import ExpertLayers
 from cpinfer.models.spec import ModelSpec
 from cpinfer.models.unpadded_moe import UnpaddedMoE, is_moe_block
@@ -110,8 +111,10 @@ class ModelRunner:
         dtype: torch.dtype,
         cast: torch.dtype | None,
         around: Callable[[], AbstractContextManager[Any]],
+        prepacked: PrepackedLinears,
     ) -> None:
         self._around = around
+        self.prepacked = prepacked
         self._attachment = attachment
         self._entry = entry
         self._model = model = attachment.model
@@ -210,13 +213,14 @@ def attached(
     tp_size: int,
     tp_rank: int = 0,
     around: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    prepacked_bytes: int = 0,
 ) -> Iterator[ModelRunner]:
     """Put our attention into a model for the length of the block; on the way out everything is as it was.
 
-    `outermost` is the model, or what `unwrapped` knows around it; forwards run in the context `around`. UserError,
-    before anything is changed, when it is no causal LM, is attached already, holds other heads than tensor parallelism
-    of `tp_size` gives it, layers that do not count themselves in order, or weights or adapters that cannot be in
-    effect.
+    `outermost` is the model, or what `unwrapped` knows around it; forwards run in the context `around`, and linear
+    layers by copies of their weights of up to `prepacked_bytes`, once they are packed. UserError, before anything is
+    changed, when it is no causal LM, is attached already, holds other heads than tensor parallelism of `tp_size` gives
+    it, layers that do not count themselves in order, or weights or adapters that cannot be in effect.
     """
     outermost, model = without_replication(outermost), unwrapped(outermost)
     entry, gathered_by_fsdp = _entry(outermost, model), has_fsdp(outermost)
@@ -245,7 +249,26 @@ def attached(
             spec.heads(tp_size).q_heads(tp_rank),
             replace(spec, states=None if linear is None else linear.own),
         )
-        yield ModelRunner(attachment, entry, own, q_heads, unpadded_moe, handed, dtype, cast, around)
+        prepacked = PrepackedLinears()
+        if prepacked_bytes:
+            prepacked = stack.enter_context(_prepacked(model, prepacked_bytes, cast, gathered_by_fsdp))
+        yield ModelRunner(attachment, entry, own, q_heads, unpadded_moe, handed, dtype, cast, around, prepacked)
+
+
+@contextmanager
+def _prepacked(
+    model: Any, granted_bytes: int, cast: torch.dtype | None, gathered_by_fsdp: bool
+) -> Iterator[PrepackedLinears]:
+    """Linear layers of `model` that run by copies, once they are packed."""
+    if gathered_by_fsdp or any(map(is_dealt_out, model.parameters())):
+        raise refuse("prepacked_sharded", f"a {type(model).__name__}")
+    if cast is not None:
+        raise refuse("prepacked_autocast", f"autocast to {cast}")
+    prepacked = prepackable(model, granted_bytes)
+    with ExitStack() as stack:
+        for module, linear in prepacked.by_module.items():
+            stack.enter_context(replaced(module, "forward", linear.forward))
+        yield prepacked
 
 
 def _check_model(model: Any, spec: ModelSpec, tp_size: int, gathered_by_fsdp: bool) -> None:

@@ -49,7 +49,7 @@ def main(kind: str, tp_size: int) -> dict[str, Any]:
         "grid": grid_of(topology),
         "created": created,
         "tp_group_is_the_engines": topology.tp_group is _tp_group(engine, kind, tp_size),
-        **lend(engine.module, topology),
+        **lend(engine.module, topology, prepacked_gib=0.1 if kind == "inference" else 0.0),
     }
 
 

@@ -39,10 +39,13 @@ def grid_of(topology: cpinfer.Topology) -> list[int]:
     return [grid.tp_size, grid.pcp_size, grid.dcp_size, grid.dp_size]
 
 
-def lend(module: Any, topology: cpinfer.Topology, provider: str = "autotp") -> dict[str, Any]:
+def lend(
+    module: Any, topology: cpinfer.Topology, provider: str = "autotp", prepacked_gib: float = 0.0
+) -> dict[str, Any]:
     """Generate with a model (that of the family qwen2, held by a job in whatever way) and give it back.
 
-    `same_tokens`: for each prompt whether the answer is the whole model's; the others say what is as it was.
+    `same_tokens`: for each prompt whether the answer is the whole model's; `num_prepacked`: how many layers ran by
+    copies of their weights; the others say what is as it was.
     """
     grid = topology.grid
     config = parse_config(
@@ -51,6 +54,7 @@ def lend(module: Any, topology: cpinfer.Topology, provider: str = "autotp") -> d
             "tensor_parallel": {"tp_size": grid.tp_size, "provider": provider},
             "prefill_context_parallel_size": grid.pcp_size,
             "decode_context_parallel_size": grid.dcp_size,
+            "prepacked_weights_gib": prepacked_gib,
         }
     )
     weights = {name: _local(weight).clone() for name, weight in module.state_dict().items()}
@@ -58,6 +62,8 @@ def lend(module: Any, topology: cpinfer.Topology, provider: str = "autotp") -> d
     greedy = SamplingParams(temperature=0, max_new_tokens=NUM_NEW_TOKENS)
     with cpinfer.attach(module, topology, config) as engine:
         results = engine.generate(prompts_of((3, 40), vocab_size=128), greedy)
+        prepacked = engine._runner.prepacked.by_module.values()
+        num_prepacked = sum(linear._copy is not None for linear in prepacked)
     topology.close()
     after = _settings(module)
     whole = make_model(FAMILIES["qwen2"])
@@ -66,6 +72,7 @@ def lend(module: Any, topology: cpinfer.Topology, provider: str = "autotp") -> d
             list(r.token_ids) == check_rollout.generate_greedy(whole, r.prompt_token_ids, NUM_NEW_TOKENS)
             for r in results
         ],
+        "num_prepacked": num_prepacked,
         "weights_untouched": all(torch.equal(weights[name], _local(w)) for name, w in module.state_dict().items()),
         **{name: after[name] == before[name] for name in before},
     }

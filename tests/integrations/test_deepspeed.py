@@ -30,6 +30,8 @@ def test_an_existing_engine_generates_on_its_own_weights_and_groups(
     outcome = outcome_of(kind, num_ranks, tp_size)
     assert outcome["grid"] == grid
     assert all(outcome["same_tokens"]), outcome
+    # Where copies of weights were granted, all projections of two layers and the head ran by them, AutoTP's shards too.
+    assert outcome["num_prepacked"] == (15 if kind == "inference" else 0), outcome
     assert outcome["weights_untouched"] and outcome["modes_restored"], outcome
     assert outcome["hooks_untouched"] and outcome["attention_restored"], outcome
     assert outcome["tp_group_is_the_engines"], outcome

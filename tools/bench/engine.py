@@ -65,6 +65,8 @@ if TYPE_CHECKING:
 TP_SIZES = (1, 2)
 # Layers are alike: two of them leave time for rounds.
 SHAPE = ModelShape(num_layers=2)
+# More than the linear layers of this model take, as vLLM has its weights.
+PREPACKED_GIB = 0.25
 OURS, ORACLE = "cpinfer", "generate"
 WORKLOADS = ("group", "ragged", "long", "short", "shared")
 
@@ -146,7 +148,7 @@ def work(task: dict[str, Any]) -> int:
             launched = launch_inference(model, RankGrid(tp_size=tp_size), dtype=torch.float32)
             model, topology = launched.module, launched.topology
         contestants: list[Contestant] = [
-            Cpinfer(model, topology, shape),
+            Cpinfer(model, topology, shape, prepacked_weights_gib=PREPACKED_GIB),
             Generate(model),
             GenerateBatch(model, tp_size),
         ]

@@ -58,6 +58,7 @@ class Cpinfer:
     step_tokens: int = STEP_TOKENS
     cuda_graphs: bool = False
     deterministic: bool = False
+    prepacked_weights_gib: float = 0.0
 
     def config(self, workload: Workload) -> JobConfig:
         """A pool that holds all samples at once."""
@@ -75,6 +76,7 @@ class Cpinfer:
                 "max_num_batched_tokens": self.step_tokens,
                 "cuda_graphs": self.cuda_graphs,
                 "deterministic": self.deterministic,
+                "prepacked_weights_gib": self.prepacked_weights_gib,
             }
         )
 
