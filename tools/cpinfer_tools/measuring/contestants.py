@@ -94,7 +94,8 @@ class Cpinfer:
 
     def given(self, workload: Workload) -> str:
         config = config_to_dict(self.config(workload))
-        told = ("block_size", "kv_cache_gib", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching")
+        told = ["block_size", "kv_cache_gib", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching"]
+        told += ["prepacked_weights_gib"] * bool(self.prepacked_weights_gib)
         return ", ".join(f"{key} {_short(config[key])}" for key in told)
 
 
