@@ -80,7 +80,8 @@ REFUSALS: dict[str, Refusal] = {
         "Merge the adapter into the weight, or leave this projection out of it.",
     ),
     "prepacked_device": Refusal(
-        "prepacked weights on other devices than CPU, or without oneDNN", "Leave out prepacked_weights_gib."
+        "prepacked weights on other devices than CPU, without oneDNN, or in bfloat16 where it has no such products",
+        "Leave out prepacked_weights_gib.",
     ),
     "prepacked_sharded": Refusal(
         "prepacked weights of a model whose weights are sharded (they come and go while it runs)",

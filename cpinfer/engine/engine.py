@@ -117,9 +117,10 @@ class Engine:
         self._refuse_when_closed()
         made_of = self._runner, self._layouts, self._config
         self._halt()
-        steps, known = begin_together(
-            self.topology, self._runner.device, lambda: prepared_steps(self._steps, *made_of, self._stop_checker)
-        )
+        with self._runner.prepacked.released_after_errors():
+            steps, known = begin_together(
+                self.topology, self._runner.device, lambda: prepared_steps(self._steps, *made_of, self._stop_checker)
+            )
         self._steps = steps
         self._core.layouts = self._core.layouts or make_layout_choice(*made_of, steps, is_known=all(known))
 
@@ -399,13 +400,14 @@ class Engine:
 
     def _adapters_changed(self) -> bool:
         """Whether adapters were switched, merged or scaled since this was last asked: they make other weights."""
-        if not self._runner.notice_adapters():
+        if not self._runner.has_other_adapters:
             return False
         try:
             self._refuse_while_streaming("change adapters")
         except RuntimeError:
             self._core.is_cut = True  # what is cached is of others
             raise
+        self._runner.notice_adapters()
         return True
 
     def _take_new_weights(self) -> None:
@@ -445,8 +447,7 @@ class Engine:
         self._runner.check_unchanged()
         if self._adapters_changed():
             self._take_new_weights()
-        if self._core.is_cut:
-            # It may have ended between taking blocks and writing them down, or because KV is not finite.
+        if self._core.is_cut:  # it may have ended between taking blocks and writing them down, or KV is not finite
             self._drop_kv()
 
     def _state(self) -> dict[str, object]:

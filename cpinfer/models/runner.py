@@ -133,14 +133,18 @@ class ModelRunner:
         """ModelChangedError when the model is not the one that was attached: other dtypes, modules, attention, mode."""
         self._attachment.check()
 
-    def notice_adapters(self) -> bool:
-        """Whether other adapters are in effect than when this was last asked."""
-        before, self._adapters = self._adapters, adapter_state(self._model)
-        return before != self._adapters
+    @property
+    def has_other_adapters(self) -> bool:
+        """Whether other adapters are in effect than when they were last noticed."""
+        return self._adapters != adapter_state(self._model)
+
+    def notice_adapters(self) -> None:
+        """From now on those that are in effect now are no other ones."""
+        self._adapters = adapter_state(self._model)
 
     @property
     def adapters(self) -> AdapterState:
-        """Which adapters were in effect when this was last asked."""
+        """Which adapters were in effect when they were last noticed."""
         return self._adapters
 
     @property
@@ -259,7 +263,7 @@ def attached(
 def _prepacked(
     model: Any, granted_bytes: int, cast: torch.dtype | None, gathered_by_fsdp: bool
 ) -> Iterator[PrepackedLinears]:
-    """Linear layers of `model` that run by copies, once they are packed."""
+    """Linear layers of `model` that run by copies, once they are packed; behind the block there are none."""
     if gathered_by_fsdp or any(map(is_dealt_out, model.parameters())):
         raise refuse("prepacked_sharded", f"a {type(model).__name__}")
     if cast is not None:
@@ -268,6 +272,7 @@ def _prepacked(
     with ExitStack() as stack:
         for module, linear in prepacked.by_module.items():
             stack.enter_context(replaced(module, "forward", linear.forward))
+        stack.callback(prepacked.release)  # who holds on to the engine holds no copies
         yield prepacked
 
 

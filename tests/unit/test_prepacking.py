@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +14,10 @@ from torch import nn
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.attach import attach
+from cpinfer.engine.needs import RankNeeds
 from cpinfer.errors import UnsupportedError, UserError
 from cpinfer.models import prepacking
+from cpinfer.models.attachment import replaced
 from cpinfer.models.prepacking import PrepackedLinear, PrepackedLinears, prepackable
 from cpinfer.models.runner import _prepacked
 from every_family import WITH_STATES
@@ -61,17 +65,59 @@ def test_a_copy_is_made_anew_where_its_weight_has_changed_or_moved() -> None:
     packed = PrepackedLinear(module)
     together = PrepackedLinears({module: packed})
     together.renew()
-    assert not packed.is_stale and packed._copy is None, "nothing was packed"
-    together.pack()
+    assert not packed.is_stale and packed._copy is not None, "what is missing is made"
     before = packed.forward(x)
-    for change in (lambda: module.weight.mul_(2), lambda: setattr(module.weight, "data", 3 * module.weight.data)):
+    changes: list[Callable[[], object]] = [
+        lambda: module.weight.mul_(2),
+        lambda: setattr(module.weight, "data", 3 * module.weight.data),
+        lambda: setattr(module, "weight", nn.Parameter(2 * module.weight)),
+        lambda: module.weight.data.mul_(2),
+    ]
+    for change in changes:
         change()
         assert packed.is_stale and torch.equal(packed.forward(x), before), "what nobody renews is of old weights"
         together.renew()
         before = packed.forward(x)
         torch.testing.assert_close(before, module(x))
+    module.weight.data[1, 1] += 1
+    assert not packed.is_stale, "a single element that torch does not count has to be told of"
     together.release()
     assert packed._copy is None and torch.equal(packed.forward(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_a_fused_optimiser_is_seen(dtype: torch.dtype) -> None:
+    module = linear(dtype)
+    packed = PrepackedLinear(module)
+    packed.pack()
+    version = module.weight._version
+    module(torch.randn(4, 48, dtype=dtype)).sum().backward()
+    torch.optim.AdamW(module.parameters(), lr=1e-3, fused=True).step()
+    assert module.weight._version == version, "torch counts it by now"
+    assert packed.is_stale
+
+
+def test_a_module_that_is_copied_runs_by_its_own_weight() -> None:
+    module, x = linear(), torch.randn(4, 48)
+    packed = PrepackedLinear(module)
+    packed.pack()
+    with replaced(module, "forward", packed.forward):
+        copies = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+    for copied in copies:
+        with torch.no_grad():
+            copied.weight.mul_(2)
+        torch.testing.assert_close(copied(x), nn.functional.linear(x, copied.weight, copied.bias), rtol=0, atol=0)
+
+
+def test_weights_of_inference_mode_are_packed() -> None:
+    with torch.inference_mode():
+        module = linear()
+    packed = PrepackedLinear(module)
+    packed.pack()
+    assert not packed.is_stale
+    with torch.inference_mode():
+        module.weight.mul_(2)
+    assert packed.is_stale
 
 
 def test_memory_goes_to_the_first_layers_that_it_suffices_for() -> None:
@@ -149,16 +195,42 @@ def test_weights_that_change_between_calls_are_those_that_answer(told: bool, mon
         assert tokens(engine.generate(PROMPTS, GREEDY)) == after, "old copies answer when nothing looks at weights"
 
 
-def test_weights_that_are_written_behind_torchs_back_have_to_be_told_of() -> None:
+def test_old_copies_are_gone_when_copying_new_ones_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(copy.deepcopy(FAMILIES["qwen2"]))
-    with attach(model, kv_cache_gib=0.001, prepacked_weights_gib=1, enable_prefix_caching=False) as engine:
+    plain_pack, num_packed = PrepackedLinear.pack, 0
+
+    def interrupted(packed: PrepackedLinear) -> None:
+        nonlocal num_packed
+        num_packed += 1
+        if num_packed == 3:
+            raise KeyboardInterrupt
+        plain_pack(packed)
+
+    with attach(model, kv_cache_gib=0.001, prepacked_weights_gib=1) as engine:
         before = tokens(engine.generate(PROMPTS, GREEDY))
-        for layer in model.model.layers:
-            layer.mlp.down_proj.weight.data.mul_(-1)
-        assert tokens(engine.generate(PROMPTS, GREEDY)) == before
-        engine.weights_changed()
+        changed(model, -1)
+        monkeypatch.setattr(PrepackedLinear, "pack", interrupted)
+        monkeypatch.setattr(PrepackedLinears, "renew", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            engine.weights_changed()
         after = tokens(engine.generate(PROMPTS, GREEDY))
     assert after == tokens(answers(model)) != before
+
+
+def test_no_copy_is_left_where_waking_fails_or_the_block_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise MemoryError("no memory")
+
+    with attach(make_model(copy.deepcopy(FAMILIES["qwen2"])), kv_cache_gib=0.001, prepacked_weights_gib=1) as engine:
+        linears = engine._runner.prepacked.by_module.values()
+        engine.sleep()
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(RankNeeds, "make_cache", no_memory)
+            engine.wake()
+        assert all(packed._copy is None for packed in linears)
+        engine.wake()
+        assert all(packed._copy is not None for packed in linears)
+    assert linears and all(packed._copy is None for packed in linears), "the engine is still there"
 
 
 def test_an_adapter_that_is_merged_is_in_the_copies() -> None:
@@ -173,7 +245,32 @@ def test_an_adapter_that_is_merged_is_in_the_copies() -> None:
             assert tokens(engine.generate(PROMPTS, GREEDY)) != apart
 
 
-def test_what_cannot_be_packed_is_refused() -> None:
+def test_an_adapter_that_is_merged_while_a_stream_is_open_is_in_the_copies_of_the_next_call() -> None:
+    torch.manual_seed(0)
+    adapted = LoraConfig(r=4, lora_alpha=64, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    model = get_peft_model(make_model(copy.deepcopy(FAMILIES["qwen2"])), adapted)
+    with attach(model, kv_cache_gib=0.001, prepacked_weights_gib=1) as engine:
+        apart = tokens(engine.generate(PROMPTS, GREEDY))
+        version = engine.weights_version
+        stream = engine.stream(PROMPTS, [SamplingParams(temperature=0, max_new_tokens=n) for n in (2, 30, 30)])
+        next(stream)
+        model.merge_adapter()
+        with pytest.raises(RuntimeError, match="cannot change adapters while a stream is open"):
+            engine.generate(PROMPTS, GREEDY)
+        stream.close()
+        merged = engine.generate(PROMPTS, GREEDY)
+    assert tokens(merged) == apart
+    assert {result.weights_version for result in merged} == {version + 1}
+
+
+def test_a_weight_that_is_read_without_a_call_takes_no_memory() -> None:
+    model = make_model(copy.deepcopy(FAMILIES["deepseek_v3"]))
+    packed = prepackable(model, 2**30).by_module
+    names = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if module in packed}
+    assert "o_proj" in names and "kv_b_proj" not in names
+
+
+def test_what_cannot_be_packed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(copy.deepcopy(FAMILIES["qwen2"]))
     with (
         torch.autocast("cpu", torch.bfloat16),
@@ -194,4 +291,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pass
     with pytest.raises(UnsupportedError, match="device meta"):
         prepackable(nn.Linear(2, 2, device="meta"), 100)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert prepackable(linear(), 2**20).by_module
+    with pytest.raises(UnsupportedError, match="bfloat16 on this processor"):
+        prepackable(linear(torch.bfloat16), 2**20)
     assert not any("forward" in vars(module) for module in model.modules())
