@@ -3,8 +3,6 @@
 import ast
 import doctest
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from cpinfer import packages
 from cpinfer.errors import UserError
 from cpinfer.packages import EXTRAS, need_package
 from cpinfer_tools.cli import COMMANDS
+from launching import forked
 
 ROOT = Path(__file__).parents[2]
 ROOTS = (ROOT, ROOT / "integrations", ROOT / "tools")
@@ -37,21 +36,32 @@ def test_a_missing_package_is_named_with_how_to_get_it(monkeypatch: pytest.Monke
     assert "cpinfer[rl]" in str(packages.missing_package("matplotlib", "train-grpo", "rl"))
 
 
+def said_without(package: str, module: str) -> str:
+    """The last line of stderr when `module` is imported in a process of its own, in which `package` is not found."""
+    finished = forked(1, "tests/unit/without_package.py", package, f"cpinfer_integrations.{module}", timeout_s=100)
+    assert finished.returncode == 1, finished
+    return finished.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("module", ["accelerate", "deepspeed", "lm_eval", "trl", "wandb"])
 def test_an_integration_without_its_library_names_it_with_how_to_get_it(module: str):
-    """In a process of its own, in which the library cannot be found."""
-    code = f"import sys; sys.modules[{module!r}] = None; import cpinfer_integrations.{module}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    last = done.stderr.splitlines()[-1]
+    last = said_without(module, module)
     assert last.startswith("ModuleNotFoundError: ") and f"needs the package {module}" in last and "pip install" in last
 
 
 @pytest.mark.parametrize("package", ["pydantic", "starlette", "uvicorn", "prometheus_client"])
 def test_the_server_without_one_of_its_packages_names_it_with_how_to_get_it(package: str):
-    code = f"import sys; sys.modules[{package!r}] = None; import cpinfer_integrations.server"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
-    last = done.stderr.splitlines()[-1]
+    last = said_without(package, "server")
     assert f"needs the package {package}" in last and 'pip install "cpinfer[serve]"' in last
+
+
+def test_with_all_packages_every_integration_is_imported():
+    """The control: it is the package that is missing."""
+    for module in ("accelerate", "server"):
+        finished = forked(
+            1, "tests/unit/without_package.py", "nothing_at_all", f"cpinfer_integrations.{module}", timeout_s=100
+        )
+        assert finished.returncode == 0, finished
 
 
 def test_the_example_is_true():
