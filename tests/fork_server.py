@@ -6,6 +6,7 @@ line of stdin is a job, each line of stdout how its ranks ended: their exit code
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -29,8 +30,11 @@ def serve() -> None:
     """Until stdin ends, one job after another."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # DeepSpeed prints when it is imported
+    gc.disable()  # what modules make is kept
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
     for line in sys.stdin:
         job = json.loads(line)
         pids = [_fork(job, rank) for rank in range(job["num_ranks"])]

@@ -42,6 +42,7 @@ class Finished:
     stdout: str
     stderr: str
     wall_s: float
+    returncodes: tuple[int, ...] = ()  # of ranks, where no launcher started them
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -127,8 +128,9 @@ def forked(
             raise AssertionError(
                 f"{script} {arguments} did not end within {timeout_s:g} s\n{stdout[-3000:]}\n{stderr[-3000:]}"
             )
-    codes = json.loads(line)
-    return Finished(next((code for code in codes if code), 0), stdout, stderr, time.perf_counter() - started_s)
+    codes = tuple(json.loads(line))
+    wall_s = time.perf_counter() - started_s
+    return Finished(next((code for code in codes if code), 0), stdout, stderr, wall_s, codes)
 
 
 @functools.cache

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 
 from broken_checkpoints import change_tensors, without
 from cpinfer_tools.verify import check_rollout
-from launching import Finished, accelerate, deepspeed, launch, torchrun
+from launching import Finished, accelerate, deepspeed, forked, launch, torchrun
 
 ROLLOUT = "tools/rollout.py"
 # Past this a failure counts as a hang.
@@ -39,9 +38,9 @@ def few_prompts(path: Path, n: int = 8) -> str:
 @pytest.mark.timeout(200)  # eight processes on two cores: the launch has a bound of its own, below this one
 def test_deepspeed_on_8_processes_gives_the_answers_of_the_unsharded_model(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
-    command = deepspeed(8, ROLLOUT, "--config", "configs/pcp2_dcp2.json", "--output", str(output))
-    finished = launch(command, timeout_s=180)
-    assert_answers_are_right(finished, output, num_prompts=64)
+    arguments = ["--config", "configs/pcp2_dcp2.json", "--input", few_prompts(tmp_path / "in.jsonl", 12)]
+    finished = launch(deepspeed(8, ROLLOUT, *arguments, "--output", str(output)), timeout_s=180)
+    assert_answers_are_right(finished, output, num_prompts=12)
     assert finished.summary["layout"] == {"tp": 4, "pcp": 2, "dcp": 2, "dp": 1, "world_size": 8}
 
 
@@ -76,9 +75,9 @@ def test_broken_weights_on_many_ranks_are_said_once_and_all_exit_2(tmp_path: Pat
     shutil.copytree("configs/recall-tiny", tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x13" * 4096)
     arguments = ["--config", "configs/pcp2.json", "--set", f"model={tmp_path / 'model'}"]
-    finished = launch(torchrun(2, ROLLOUT, *arguments, "--output", str(tmp_path / "results.jsonl")), timeout_s=90)
+    finished = forked(2, ROLLOUT, *arguments, "--output", str(tmp_path / "results.jsonl"), timeout_s=90)
     assert "rollout: " in finished.stderr and finished.stderr.count("is no whole safetensors file") == 1, finished
-    assert "exitcode  : 2" in finished.stderr and "exitcode  : 1" not in finished.stderr, finished
+    assert finished.returncodes == (2, 2), finished
     assert not (tmp_path / "results.jsonl").exists()
 
 
@@ -178,17 +177,17 @@ def test_a_run_killed_midway_resumes_with_exactly_what_is_missing(tmp_path: Path
     sampled = ["--set", "sampling.temperature=1", "--set", "sampling.n=2", "--set", "max_num_seqs=8"]
     arguments = ["--config", "configs/pcp2.json", *sampled, "--input", few_prompts(tmp_path / "in.jsonl", 24)]
     output = ["--output", str(tmp_path / "results.jsonl")]
-    killed = launch(torchrun(2, "tests/distributed/failing_rollout.py", "kill", *arguments, *output), timeout_s=90)
-    assert killed.returncode != 0, killed
+    killed = forked(2, FAULTY, "kill", *arguments, *output, timeout_s=90)
+    assert killed.returncodes[1] == -signal.SIGKILL, killed
     results = tmp_path / "results.jsonl"
     before = results.read_bytes()
     assert 0 < before.count(b"\n") < 48
     results.write_bytes(before + b'{"id": "a line that the kill tore')
-    resumed = launch(torchrun(2, ROLLOUT, *arguments, *output, "--resume"), timeout_s=90)
+    resumed = forked(2, ROLLOUT, *arguments, *output, "--resume", timeout_s=90)
     assert resumed.returncode == 0, resumed
     assert resumed.summary["num_samples_resumed"] == before.count(b"\n")
     whole = ["--output", str(tmp_path / "whole.jsonl")]
-    undisturbed = launch([sys.executable, ROLLOUT, *single_process(arguments), *whole], timeout_s=90)
+    undisturbed = forked(1, ROLLOUT, *single_process(arguments), *whole, timeout_s=90)
     assert undisturbed.returncode == 0, undisturbed
     assert texts(results) == texts(tmp_path / "whole.jsonl")
 
