@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launching import Finished, deepspeed, launch, torchrun
+from launching import Finished, deepspeed, forked, launch, torchrun
 
 TRAIN = "tools/train_grpo.py"
 CONFIG = ["--config", "configs/grpo_sentence.json"]
@@ -27,9 +27,13 @@ def reward(completions, **_):
 """
 
 
-def run(tmp_path: Path, *arguments: str, timeout_s: float = 170) -> dict[str, Any]:
+def run(tmp_path: Path, *arguments: str, timeout_s: float = 170, by_a_launcher: bool = False) -> dict[str, Any]:
+    """The summary of two ranks that DeepSpeed's launcher starts, or that are forked."""
     output = ["--output", str(tmp_path / "output.jsonl"), "--overwrite"]
-    finished = launch(deepspeed(2, TRAIN, *CONFIG, *arguments, *output), timeout_s=timeout_s)
+    if by_a_launcher:
+        finished = launch(deepspeed(2, TRAIN, *CONFIG, *arguments, *output), timeout_s=timeout_s)
+    else:
+        finished = forked(2, TRAIN, *CONFIG, *arguments, *output, timeout_s=timeout_s)
     assert finished.returncode == 0, finished
     return finished.summary
 
@@ -39,7 +43,7 @@ def lines(tmp_path: Path) -> list[dict[str, Any]]:
 
 
 def test_deepspeed_trains_on_rollouts_that_its_own_forward_agrees_with(tmp_path: Path) -> None:
-    summary = run(tmp_path, "--set", "training.num_steps=3")
+    summary = run(tmp_path, "--set", "training.num_steps=3", by_a_launcher=True)
     assert summary["layout"] == {"tp": 1, "pcp": 2, "dcp": 2, "dp": 1, "world_size": 2}
     assert summary["mismatch_num_tokens"] > 0 and summary["mismatch_max_abs"] <= 1e-4
     assert [line["weights_version"] for line in lines(tmp_path)] == [0, 1, 2]
@@ -68,25 +72,26 @@ def test_deterministic_rollouts_are_trained_by_a_forward_of_the_same_bits(
     assert all(line["mismatch_max_abs"] == 0.0 for line in lines(tmp_path))
 
 
-def end_of(tmp_path: Path, command: list[str]) -> Finished:
-    finished = launch(command, timeout_s=ALL_END_WITHIN_S + 60)
+def assert_all_ended(finished: Finished, tmp_path: Path) -> None:
     assert finished.returncode != 0, finished
     assert lines(tmp_path), "the steps before the fault are on disk"
-    return finished
 
 
 @pytest.mark.slow
 def test_a_reward_that_raises_on_one_rank_ends_all_and_is_heard(tmp_path: Path) -> None:
     (tmp_path / "faulty.py").write_text(FAULTY_REWARD)
     arguments = ["--set", f"training.reward={tmp_path}/faulty.py:reward", "--output", str(tmp_path / "output.jsonl")]
-    finished = end_of(tmp_path, torchrun(2, TRAIN, *CONFIG, *arguments))
+    finished = launch(torchrun(2, TRAIN, *CONFIG, *arguments), timeout_s=ALL_END_WITHIN_S + 60)
+    assert_all_ended(finished, tmp_path)
     assert finished.stderr.count("ValueError: the reward that was made to fail") == 1, finished
     assert "rank 1 failed" in finished.stderr and "rank 0 failed" not in finished.stderr, finished
 
 
 def test_a_rank_killed_in_a_phase_ends_all(tmp_path: Path) -> None:
-    faulty = "tests/distributed/failing_training.py"
-    end_of(tmp_path, torchrun(2, faulty, "kill", *CONFIG, "--output", str(tmp_path / "output.jsonl")))
+    """Forked ranks: that a launcher ends the others is seen of rollouts."""
+    arguments = ["kill", *CONFIG, "--output", str(tmp_path / "output.jsonl")]
+    finished = forked(2, "tests/distributed/failing_training.py", *arguments, timeout_s=ALL_END_WITHIN_S + 60)
+    assert_all_ended(finished, tmp_path)
 
 
 @pytest.mark.slow
