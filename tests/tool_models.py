@@ -51,8 +51,14 @@ def ids_of(tokenizer: Any, texts: Sequence[str]) -> list[int]:
     return [one[0] for one in ids]
 
 
-def tool_model(tokenizer: Any, words: Sequence[str] = WORDS, eagerness: float = 1.035, **config: Any) -> Any:
+def tool_model(words: Sequence[str] = WORDS, eagerness: float = 1.035, **config: Any) -> Any:
     """The model. `words`: what it may say in place of a call, which it does the rarer the more eager it is."""
+    return copy.deepcopy(_model(tuple(words), eagerness, **config))
+
+
+@functools.cache
+def _model(words: tuple[str, ...], eagerness: float, **config: Any) -> Any:
+    tokenizer = _tokenizer()
     eos = tokenizer.eos_token_id
     vocabulary = {"vocab_size": len(tokenizer), "eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     model = make_model(Qwen2Config(**{**TINY, **vocabulary, "max_position_embeddings": 2048, **config}))

@@ -31,7 +31,7 @@ def says_remember(completions: list[Any], **_: Any) -> list[float]:
 def main(folder: Path, port: int, num_steps: int, sender: str) -> None:
     torch.cuda.get_device_name = lambda device: "none"  # TRL asks for it to tell the share of peak FLOPs
     tokenizer = tool_tokenizer()
-    tool_model(tokenizer, eagerness=1.0).save_pretrained(folder / "model")
+    tool_model(eagerness=1.0).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     args = AsyncGRPOConfig(
         output_dir=str(folder / "out"),

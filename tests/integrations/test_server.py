@@ -295,7 +295,7 @@ def test_new_weights_are_told_with_the_tokens_that_they_made(tokenizer: Any) -> 
 def test_tools_are_rendered_and_their_calls_parsed() -> None:
     tokenizer = add_response_schema(tool_tokenizer())
     question = chats([" Alice"])[0]
-    with served(tool_model(tokenizer, words=(), eagerness=2.0), tokenizer, **KEYS) as found:
+    with served(tool_model(words=(), eagerness=2.0), tokenizer, **KEYS) as found:
         client = openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0)
         body: dict[str, Any] = {
             "model": "policy",

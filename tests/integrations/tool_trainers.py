@@ -52,7 +52,7 @@ def make_trainer(
     tokenizer = tool_tokenizer()
     is_rloo = issubclass(trainer_class, RLOOTrainer)
     trainer = trainer_class(
-        model=tool_model(tokenizer, **model),
+        model=tool_model(**model),
         reward_funcs=reward,
         args=(RLOOConfig if is_rloo else GRPOConfig)(**{**arguments, "beta": 0.0, **options}),
         train_dataset=Dataset.from_dict({"prompt": chats(ASKED), **data}),
