@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from cpinfer.config import JobConfig
 from cpinfer.errors import UnsupportedError
 from cpinfer_integrations import deepspeed as by_deepspeed
-from launching import Finished, accelerate, forked, launch
+from launching import forked
 
 WORKER = "tests/integrations/lending_worker.py"
 MIB = 2**20
@@ -37,12 +38,11 @@ HYBRID_MIXED = tuple(f"qwen3_5_text/{kind}" for kind in MIXED)
 Outcomes = dict[str, list[dict[str, Any]]]
 
 
-def outcomes_of(kinds: tuple[str, ...], num_ranks: int = 2) -> Outcomes:
+def outcomes_of(
+    kinds: tuple[str, ...], num_ranks: int = 2, env: Mapping[str, str] | None = None, timeout_s: float = 280
+) -> Outcomes:
     """By kind, what every rank found."""
-    return _outcomes(forked(num_ranks, WORKER, *kinds, timeout_s=280), kinds)
-
-
-def _outcomes(finished: Finished, kinds: tuple[str, ...]) -> Outcomes:
+    finished = forked(num_ranks, WORKER, *kinds, timeout_s=timeout_s, env=env)
     assert finished.returncode == 0, finished
     return dict(zip(kinds, finished.summary["outcomes"], strict=True))
 
@@ -50,9 +50,8 @@ def _outcomes(finished: Finished, kinds: tuple[str, ...]) -> Outcomes:
 @pytest.fixture(scope="module")
 def outcomes() -> Outcomes:
     """Of everything that runs by default."""
-    kinds = PLAIN + PLAIN_COSTS + MIXED
-    launched = launch([*accelerate(2, WORKER), *kinds], timeout_s=280, env=ON_CPU)
-    return outcomes_of((*DEEPSPEED, *DEEPSPEED_COSTS, "refusals")) | _outcomes(launched, kinds)
+    of_deepspeed = outcomes_of((*DEEPSPEED, *DEEPSPEED_COSTS, "refusals"))
+    return of_deepspeed | outcomes_of(PLAIN + PLAIN_COSTS + MIXED, env=ON_CPU)
 
 
 def check_training(outcome: dict[str, Any]) -> None:
@@ -173,8 +172,7 @@ def test_other_stages_and_ranks_of_training_autotp_lend_as_well(num_ranks: int, 
 @pytest.mark.timeout(900)
 def test_models_of_linear_attention_lend_as_well() -> None:
     found = outcomes_of(HYBRID_DEEPSPEED)
-    launched = launch([*accelerate(2, WORKER), *HYBRID_PLAIN, *HYBRID_MIXED], timeout_s=400, env=ON_CPU)
-    found |= _outcomes(launched, HYBRID_PLAIN + HYBRID_MIXED)
+    found |= outcomes_of(HYBRID_PLAIN + HYBRID_MIXED, env=ON_CPU, timeout_s=400)
     for kind, of_ranks in found.items():
         for outcome in of_ranks:
             if kind in HYBRID_MIXED:
