@@ -96,16 +96,28 @@ def fault(server: Server, engine: cpinfer.Engine) -> Any:
 
 
 def dies(server: Server, _: cpinfer.Engine) -> Any:
-    """Rank 1 is killed while a client listens to rank 0, whose stream then ends with an error."""
+    """Rank 1 is killed while clients of rank 0 listen to a stream and wait for a whole answer: both get an error."""
+    whole: list[httpx.Response] = []
+
+    def waiting() -> None:
+        whole.append(httpx.post(f"{server.url}/v1/completions", json=LONG | {"stream": False}, timeout=60))
 
     def client() -> None:
         heard: list[str] = []
         with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG, timeout=60) as answer:
+            other = threading.Thread(target=waiting, daemon=True)
+            other.start()
+            running = "cpinfer_requests_running 2.0"
             for line in answer.iter_lines():
                 heard.append(line)
                 if len(heard) == 5:
+                    while running not in httpx.get(f"{server.url}/metrics").text:
+                        time.sleep(0.01)
                     os.kill(int(others[1]), signal.SIGKILL)
-        print(json.dumps({"last": [line for line in heard if line][-1]}), flush=True)
+        other.join(30)
+        last = [line for line in heard if line][-1]
+        told = {"last": last, "status": whole[0].status_code, "error": whole[0].json()["error"]}
+        print(json.dumps(told), flush=True)
 
     others: list[Any] = [None, None]
     dist.all_gather_object(others, os.getpid())
