@@ -136,5 +136,5 @@ def test_many_cases_have_the_same_bits_in_every_way(seeds: range) -> None:
 
 
 def test_without_the_mode_bits_differ() -> None:
-    """Negative control."""
-    assert any(differences(seed, deterministic=False) for seed in range(6))
+    """Negative control. The last cases are the quickest."""
+    assert any(differences(seed, deterministic=False) for seed in reversed(range(6)))
