@@ -31,7 +31,7 @@ from cpinfer.models.invariant_rows import invariant_rows
 from tiny_models import FAMILIES, make_model, prompts_of
 
 VOCAB = 128
-PROMPTS = [{"prompt_token_ids": tokens, "id": f"{i}"} for i, tokens in enumerate(prompts_of((5, 37), vocab_size=VOCAB))]
+PROMPTS = [{"prompt_token_ids": tokens, "id": f"{i}"} for i, tokens in enumerate(prompts_of(LENGTHS, vocab_size=VOCAB))]
 SAMPLING = SamplingParams(temperature=0.8, top_p=0.9, seed=5, max_new_tokens=2, top_logprobs=VOCAB)
 CONFIG = {
     "kv_cache_gib": 2**-9,
@@ -80,14 +80,19 @@ MORE_WAYS = [
 ]
 
 
-def outcome(given: tuple[str, str, int | None], ways: list[tuple[object, object]], **more: str) -> list[object]:
-    told = f"GIVEN, WAYS, MORE = {given!r}, {ways!r}, {more!r}\n"
+def outcome(
+    given: tuple[str, str, int | None],
+    ways: list[tuple[object, object]],
+    lengths: tuple[int, ...] = (5, 37),
+    **more: str,
+) -> list[object]:
+    told = f"GIVEN, WAYS, LENGTHS, MORE = {given!r}, {ways!r}, {lengths!r}, {more!r}\n"
     found: list[object] = output_of(told + RUN, timeout_s=500, TRITON_INTERPRET="1")
     return found
 
 
 def test_layouts_have_the_same_bits() -> None:
-    same, control, is_cpu, difference = outcome(("qwen2", "float32", 1), [TWO])
+    same, control, is_cpu, difference = outcome(("qwen2", "float32", 1), [TWO], lengths=(5, 23))
     assert same == [True] and control and not is_cpu, "the kernels of CPU ran instead"
     assert isinstance(difference, float) and difference <= 1e-5
 
