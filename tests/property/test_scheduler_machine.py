@@ -13,9 +13,17 @@ from collections import Counter
 from itertools import count
 
 import numpy as np
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
@@ -486,5 +494,12 @@ TestSchedulerFindsTheStateBehindAPrefix.settings = settings(
 )
 TestSchedulerKeepsSequencesApart = SchedulerKeepsSequencesApart.TestCase
 TestSchedulerKeepsSequencesApart.settings = settings(
-    max_examples=250, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=120, stateful_step_count=25, deadline=None, derandomize=True
 )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_many_more_programs_keep_sequences_apart():
+    long = settings(max_examples=2000, stateful_step_count=25, deadline=None, derandomize=True)
+    run_state_machine_as_test(SchedulerKeepsSequencesApart, settings=long)
