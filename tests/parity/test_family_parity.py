@@ -147,17 +147,26 @@ def test_families_that_fast_tests_leave_out_are_exact_where_most_can_go_wrong(fa
     assert max(differences(whole(family), grid, **CHUNKS)) <= TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "grid"), each(PCP2_DCP2, TP2_PCP2_DCP4, slow=[TP2_DCP2]), ids=name)
+# Who exchanges what behind the first chunk.
+EXCHANGES: dict[str, dict[str, Any]] = {
+    "queries": {"context_exchange": "queries"},
+    "kv_ag_rs": {"context_exchange": "kv", "context_workspace_tokens": 20, "decode_exchange": "ag_rs"},
+}
+
+
 @pytest.mark.parametrize(
-    "config",
+    ("family", "grid", "exchange"),
     [
-        {"context_exchange": "queries"},
-        {"context_exchange": "kv", "context_workspace_tokens": 20, "decode_exchange": "ag_rs"},
+        # Fast: a family by either exchange, the grids of both in turn.
+        pytest.param(*case.values, exchange, marks=(*case.marks, *([SLOW] if (i + j) % 2 else [])))
+        for grids, slow in (((PCP2_DCP2,), ()), ((TP2_PCP2_DCP4,), (TP2_DCP2,)))
+        for i, case in enumerate(each(*grids, slow=slow), start=grids[0].tp_size)
+        for j, exchange in enumerate(EXCHANGES)
     ],
-    ids=["queries", "kv_ag_rs"],
+    ids=name,
 )
-def test_prompts_may_come_in_chunks(family: str, config: dict[str, Any], grid: RankGrid) -> None:
-    assert max(differences(whole(family), grid, **CHUNKS, **config)) <= TOLERANCE
+def test_prompts_may_come_in_chunks(family: str, grid: RankGrid, exchange: str) -> None:
+    assert max(differences(whole(family), grid, **CHUNKS, **EXCHANGES[exchange])) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
