@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from cpinfer.layout.grid import RankGrid
 from cpinfer_integrations.accelerate import topology_from, topology_from_mesh
-from launching import accelerate, launch
+from launching import Finished, accelerate, forked, launch
 
 WORKER = "tests/integrations/accelerate_worker.py"
 MULTI_CPU = ("--multi_gpu",)
@@ -23,7 +23,11 @@ DEEPSPEED = ("--use_deepspeed", "--zero_stage", "0")
 
 def check(grids: dict[str, list[int]], folder: Path, num_ranks: int = 2, route: Sequence[str] = MULTI_CPU) -> None:
     command = accelerate(num_ranks, WORKER, str(folder), *grids, route=route)
-    finished = launch(command, timeout_s=90, env={"ACCELERATE_USE_CPU": "true"} if route == MULTI_CPU else {})
+    env = {"ACCELERATE_USE_CPU": "true"} if route == MULTI_CPU else {}
+    check_outcomes(launch(command, timeout_s=90, env=env), grids, num_ranks)
+
+
+def check_outcomes(finished: Finished, grids: dict[str, list[int]], num_ranks: int = 2) -> None:
     assert finished.returncode == 0, finished
     assert finished.summary["num_processes"] == num_ranks, finished
     outcomes: list[dict[str, Any]] = finished.summary["outcomes"]
@@ -41,12 +45,21 @@ def test_a_multi_cpu_job_lends_its_ranks_and_a_mesh_its_axes(tmp_path: Path) -> 
     check({"plain": [1, 2, 2, 1], "mesh:cp=2": [1, 2, 2, 1], "mesh:tp=2": [2, 1, 1, 1]}, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("kind", "grid"),
-    [("deepspeed:cp=2", [1, 2, 2, 1]), pytest.param("deepspeed:tp=2", [2, 1, 1, 1], marks=pytest.mark.slow)],
-)
+OF_DEEPSPEED = [("deepspeed:cp=2", [1, 2, 2, 1]), ("deepspeed:tp=2", [2, 1, 1, 1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "grid"), OF_DEEPSPEED)
 def test_a_deepspeed_job_is_used_by_its_accelerators_mesh(kind: str, grid: list[int], tmp_path: Path) -> None:
     check({kind: grid}, tmp_path, route=DEEPSPEED)
+
+
+def test_ranks_with_the_environment_of_a_deepspeed_job_are_used_by_their_accelerators_mesh(tmp_path: Path) -> None:
+    """What `accelerate launch --use_deepspeed --zero_stage 0` tells its processes."""
+    env = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "0"}
+    for kind, grid in OF_DEEPSPEED:
+        finished = forked(2, WORKER, str(tmp_path), kind, timeout_s=90, env=env)
+        check_outcomes(finished, {kind: grid})
 
 
 @pytest.mark.slow
