@@ -307,7 +307,7 @@ class TestCompiling:
     def test_every_process_names_a_library_alike(self) -> None:
         told = "from cpinfer.ops.cpu_kernels import compiling; print(compiling._processor())"
         found = set()
-        for seed in range(8):  # of the order in which a process goes through a set
+        for seed in range(3):  # of the order in which a process goes through a set
             env = {**os.environ, "PYTHONHASHSEED": str(seed)}
             found.add(subprocess.run([sys.executable, "-c", told], env=env, capture_output=True, check=True).stdout)
         assert len(found) == 1
