@@ -67,6 +67,7 @@ def fake_flashinfer(
 ) -> Any:
     """The part of the library that we use; its `log` says how it was used."""
     log = Log([], [])
+    takes_metadata = "MLAPlanMetadata.csr" in SIGNATURES[version]
 
     def bound(call: str, wrapper: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(signature(version, call).bind(wrapper, *args, **kwargs).arguments)
@@ -219,9 +220,11 @@ def fake_flashinfer(
         def plan(self, *args: Any, **kwargs: Any) -> None:
             p = bound(f"{self.name}.plan", self, args, kwargs)
             log.plans.append((self.kind, p))
-            self.hold(**{name: p[name] for name in self.buffers})
-            # From 0.7 on the lse must have been planned; before, there was nothing to say.
-            assert ("lse_mode" in p) == ("lse_mode" in signature(version, f"{self.name}.plan").parameters)
+            # From 0.7 on rows are one object, without which a warning is given, and the lse must have been planned;
+            # before, neither could be said.
+            assert ("metadata" in p) == ("lse_mode" in p) == takes_metadata, "metadata and lse_mode are of 0.7"
+            assert p.get("lse_mode") in (None, "base2")
+            self.hold(**(p["metadata"] if takes_metadata else {name: p[name] for name in self.buffers}))
             self.planned = {
                 **p,
                 "window_left": -1,
@@ -236,13 +239,23 @@ def fake_flashinfer(
         def run(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             r = bound(f"{self.name}.run", self, args, kwargs)
             assert r["return_lse"]
-            assert r["ckv_cache"].dim() == r["kpe_cache"].dim() == 3
+            if takes_metadata:  # a plan of one takes latents and rotated keys as one tensor, if it says nothing else
+                q, keys = r["query"], r["kv_cache"]
+            else:
+                q = torch.cat([r["q_nope"], r["q_pe"]], dim=-1)
+                keys = torch.cat([r["ckv_cache"], r["kpe_cache"]], dim=-1)
+            assert q.dim() == keys.dim() == 3
             scales = {r[name] for name in ("ckv_scale", "kpe_scale") if r.get(name) is not None}
-            assert scales == ({1.0} if r["ckv_cache"].dtype == torch.float8_e4m3fn else set())
-            q = torch.cat([r["q_nope"], r["q_pe"]], dim=-1)
-            keys = torch.cat([r["ckv_cache"], r["kpe_cache"]], dim=-1).unsqueeze(2)
-            self.attend(q, keys, r["ckv_cache"].unsqueeze(2), r["out"], r["lse"])
+            assert scales == ({1.0} if keys.dtype == torch.float8_e4m3fn else set())
+            keys = keys.unsqueeze(2)
+            self.attend(q, keys, keys[..., : self.planned["head_dim_vo"]], r["out"], r["lse"])
             return r["out"], r["lse"]
+
+    class PlanMetadata:
+        @classmethod
+        def csr(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            given = bound("MLAPlanMetadata.csr", cls, args, kwargs)
+            return {name: given[name] for name in Latent.buffers}
 
     for wrapper in (Prefill, Decode, Latent):
         wrapper.run = _copy(wrapper.run, signature(version, f"{wrapper.name}.run"))
@@ -252,6 +265,7 @@ def fake_flashinfer(
         BatchPrefillWithPagedKVCacheWrapper=Prefill,
         BatchDecodeWithPagedKVCacheWrapper=Decode,
         BatchMLAPagedAttentionWrapper=Latent,
+        mla=SimpleNamespace(**{"MLAPlanMetadata": PlanMetadata} if takes_metadata else {}),
     )
 
 

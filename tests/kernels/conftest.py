@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -26,4 +27,12 @@ def on_the_device(pretended: None) -> Iterator[None]:
 
     LAUNCHES.clear()
     with on_cuda_in_threads():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def nothing_deprecated() -> Iterator[None]:
+    """What a version warns of will be an error in a later one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=DeprecationWarning, module=r"cpinfer\.")
         yield

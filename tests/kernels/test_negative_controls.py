@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ pytestmark = pytest.mark.timeout(900)
 
 HEADS = Heads(8, KVLayout(2, 128, 128))
 SMALL = Heads(8, KVLayout(2, 64, 64))
+LATENT = Heads(16, KVLayout(1, 576, 512, v_is_prefix_of_k=True))
 ROWS = rows_of([5, 40, 7], [50, 61, 90], 16, causal=True)
 
 
@@ -114,3 +117,17 @@ def test_strides_of_a_packed_store_ignored_are_seen(monkeypatch: Any) -> None:
     spoilt_run(monkeypatch, lambda keys, values: (dense(keys), dense(values)))
     assert check(ROWS, HEADS, packed=True)
     assert not check(ROWS, HEADS, packed=False)  # where they are so
+
+
+def test_latents_handed_over_as_in_0_6_are_seen_where_that_is_deprecated(monkeypatch: Any) -> None:
+    wrapper = flashinfer_backend.Wrapper
+    plan = wrapper.plan
+
+    def as_before(self: Any, *given: Any) -> None:
+        self._metadata = None
+        plan(self, *given)
+
+    monkeypatch.setattr(wrapper, "plan", as_before)
+    is_deprecated = hasattr(import_module("flashinfer.mla"), "MLAPlanMetadata")
+    with pytest.raises(DeprecationWarning, match="MLA") if is_deprecated else nullcontext():
+        assert not check(rows_of([1, 1], [60, 3], 16, causal=False), LATENT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from cpinfer.attention.backends.base import AttentionNeeds, FixedSize, LayerKind
 from cpinfer.attention.backends.flashinfer.backend import FlashInferBackend, check_flashinfer, unfit
 from cpinfer.attention.backends.flashinfer.kernels import FA3_TILE_QUERIES, Chip, refused
 from cpinfer.attention.backends.flashinfer.limits import replayed_int_bytes, workspace_bytes
+from cpinfer.attention.backends.flashinfer.wrapper import Wrapper
 from cpinfer.attention.backends.registry import check_choice, make_backend
 from cpinfer.attention.backends.self_check import check_backend
 from cpinfer.attention.backends.torch_backend import TorchBackend
@@ -121,6 +123,21 @@ def test_states_over_latents_equal_dense_attention(library: Any, name: str) -> N
         q, (k, v) = queries(rows, LATENT), store(LATENT)
         found = backend_of(library).plan(rows.over(LATENT)).run(q, k, v, scale=0.3)
         assert_equal(found, oracle(rows, q, k, v, 0.3, None))
+
+
+def test_the_quick_interpreter_sees_latents_handed_to_0_7_as_0_6_took_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlashInfer only warns of it."""
+    plan = Wrapper.plan
+
+    def as_before(self: Any, *given: Any) -> None:
+        self._metadata = None
+        plan(self, *given)
+
+    monkeypatch.setattr(Wrapper, "plan", as_before)
+    rows, (k, v) = ROWS["decode"].over(LATENT), store(LATENT)
+    for version in VERSIONS:
+        with nullcontext() if version.startswith("0.6.") else pytest.raises(AssertionError, match="metadata"):
+            backend_of(fake_flashinfer(version)).plan(rows).run(queries(rows, LATENT), k, v, scale=0.3)
 
 
 @pytest.mark.parametrize("heads", [2, 8])

@@ -57,6 +57,11 @@ class Wrapper:
                 backend=kind.family,
                 **_named(buffers, "qo_indptr", "kv_indptr", "kv_indices", "kv_len_arr"),
             )
+            # From 0.7 on plans take one object, and say what run will return; runs take latents and rotated keys as
+            # one tensor, as they lie in the store. How 0.6 is called is deprecated there.
+            self._metadata = None
+            if "metadata" in inspect.signature(self._wrapper.plan).parameters:
+                self._metadata = library.mla.MLAPlanMetadata
         if fixed is not None and kind.name != "latent":  # whose wrapper takes no other
             heads = (call.num_q_heads, call.num_kv_heads, call.v_dim)
             room = torch.empty(
@@ -102,13 +107,10 @@ class Wrapper:
             )
         else:
             _check_latent(table, call)
-            # From 0.7 on a plan says what run will return.
-            lse_mode = "lse_mode" in inspect.signature(self._wrapper.plan).parameters
+            rows = {"qo_indptr": qo_indptr, "kv_indptr": kv_indptr, "kv_indices": kv_indices, "kv_len_arr": kv_lens}
+            metadata = self._metadata
             self._wrapper.plan(
-                qo_indptr=qo_indptr,
-                kv_indptr=kv_indptr,
-                kv_indices=kv_indices,
-                kv_len_arr=kv_lens,
+                **(rows if metadata is None else {"metadata": metadata.csr(**rows), "lse_mode": "base2"}),
                 num_heads=call.num_q_heads,
                 head_dim_ckv=call.v_dim,
                 head_dim_kpe=call.k_dim - call.v_dim,
@@ -116,7 +118,6 @@ class Wrapper:
                 causal=False,
                 sm_scale=call.scale,
                 **dtypes,
-                **({"lse_mode": "base2"} if lse_mode else {}),
             )
         self._staging.release()
 
@@ -128,17 +129,18 @@ class Wrapper:
         if self._kind.name != "latent":
             self._wrapper.run(q, (paged_keys, paged_values), out=out, lse=lse, return_lse=True)
             return
+        latents = paged_keys[:, :, 0]  # whose first columns are the values
+        if self._metadata is not None:
+            inputs = {"query": q, "kv_cache": latents}
+        else:
+            inputs = {
+                "q_nope": q[..., : call.v_dim],
+                "q_pe": q[..., call.v_dim :],
+                "ckv_cache": latents[..., : call.v_dim],
+                "kpe_cache": latents[..., call.v_dim :],
+            }
         scales = {} if call.kv_dtype == call.dtype else {"ckv_scale": 1.0, "kpe_scale": 1.0}
-        self._wrapper.run(
-            q_nope=q[..., : call.v_dim],
-            q_pe=q[..., call.v_dim :],
-            ckv_cache=paged_values[:, :, 0],
-            kpe_cache=paged_keys[:, :, 0, call.v_dim :],
-            out=out,
-            lse=lse,
-            return_lse=True,
-            **scales,
-        )
+        self._wrapper.run(**inputs, **scales, out=out, lse=lse, return_lse=True)
 
 
 class Staging:
