@@ -125,6 +125,7 @@ def _called_with_views(function: Callable[..., Any]) -> Callable[..., Any]:
                 caught = error
             failed = interpreter.error()
             LAUNCHES.extend(interpreter.launches())
+        given.clear()  # first: what was made of a view reads it once more when it goes
         if failed:
             raise KernelFaultError(failed) from caught
         if caught is not None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import tvm_ffi
 
+from interpreted_cuda.modules import Module, View
 from interpreted_cuda.tensors import CUDA, CudaTensor, host_of, to_cuda
 
 
@@ -65,3 +70,19 @@ def test_a_copy_of_a_model_in_another_dtype_computes_in_it() -> None:
     want = x.host @ host_of(model.weight).float().t() + host_of(model.bias).float()
     torch.testing.assert_close(host_of(out), want)
     assert model.weight.dtype == host_of(model.weight).dtype == torch.bfloat16
+
+
+def test_views_outlive_what_a_call_made_of_them(monkeypatch: Any) -> None:
+    """Which reads its view for a deleter when it goes: of memory that was given back it may be anything."""
+    was_there: list[bool] = []
+
+    class Made:
+        def __init__(self, view: View) -> None:
+            self.view = weakref.ref(view)
+
+        def __del__(self) -> None:
+            was_there.append(self.view() is not None)
+
+    monkeypatch.setattr(tvm_ffi, "from_dlpack", Made)
+    Module(SimpleNamespace(run=lambda *given: None)).run(torch.ones(2), torch.ones(2, device=CUDA))
+    assert was_there == [True, True]
