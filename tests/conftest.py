@@ -1,6 +1,6 @@
 """The collector of cycles stays away from what the whole run keeps: modules, and some ten thousand collected tests.
 
-It would go through them again and again, for half of the time that collecting takes, and a fifth of that of small tests.
+It would go through them again and again: for half of the time that collecting takes, and later in small tests.
 """
 
 from __future__ import annotations

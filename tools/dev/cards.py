@@ -115,7 +115,8 @@ SAYS: Mapping[str, tuple[str, str]] = {
     ),
     "kernel_builds_amd_epyc_2_cores": (
         "FlashInfer's kernels compiled for GPUs",
-        "53 s of processor time for latents for sm_80, 931 s for FlashAttention-3's prefill for Hopper; nothing of it was run.",
+        "53 s of processor time for latents for sm_80, 931 s for FlashAttention-3's prefill for Hopper; nothing of it "
+        "was run.",
     ),
 }
 
