@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -15,9 +17,6 @@ from cpinfer.ops.float8 import rounded_through
 from cpinfer.ops.row_copies import copy_rows
 from cpinfer.ops.staging import Staging
 from cpinfer.ops.states import State
-
-# Where torch's own tensors begin, in bytes: vectorised kernels may sum in another order elsewhere.
-_ALIGNMENT = 64
 
 
 class PagedKVCache:
@@ -168,12 +167,15 @@ class PagedKVCache:
 def zeroed(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros that cost nothing until they are touched, where the device can do that.
 
-    On CPU `torch.zeros` writes them all, which for a pool of 256 MiB takes longer than a short rollout; NumPy asks the
-    system for pages that it will zero by itself.
+    On CPU `torch.zeros` writes them all, which for a pool of 256 MiB takes longer than a short rollout, and so does an
+    allocator that has as much memory left over. Pages of a mapping are zeroed by the system when they are touched.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
-    store = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
-    start = -store.ctypes.data % _ALIGNMENT
-    return torch.from_numpy(store[start : start + num_bytes]).view(dtype).view(*shape)
+    pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # of systems without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    store = np.frombuffer(pages, dtype=np.uint8, count=num_bytes)
+    return torch.from_numpy(store).view(dtype).view(*shape)
