@@ -173,6 +173,7 @@ def zeroed(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Te
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     num_bytes = math.prod(shape) * dtype.itemsize
+    # They begin at a page, at 64 bytes as torch's own tensors do: elsewhere kernels may sum in another order.
     pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # of systems without them

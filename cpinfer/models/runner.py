@@ -160,7 +160,7 @@ class ModelRunner:
     @property
     def weights_come_and_go(self) -> bool:
         """Whether weights are sharded, and gathered while the model runs."""
-        return self._attachment.gathered_by_fsdp or any(map(is_dealt_out, self._model.parameters()))
+        return _come_and_go(self._model, self._attachment.gathered_by_fsdp)
 
     @property
     def vocab_size(self) -> int:
@@ -259,12 +259,16 @@ def attached(
         yield ModelRunner(attachment, entry, own, q_heads, unpadded_moe, handed, dtype, cast, around, prepacked)
 
 
+def _come_and_go(model: Any, gathered_by_fsdp: bool) -> bool:
+    return gathered_by_fsdp or any(map(is_dealt_out, model.parameters()))
+
+
 @contextmanager
 def _prepacked(
     model: Any, granted_bytes: int, cast: torch.dtype | None, gathered_by_fsdp: bool
 ) -> Iterator[PrepackedLinears]:
     """Linear layers of `model` that run by copies, once they are packed; behind the block there are none."""
-    if gathered_by_fsdp or any(map(is_dealt_out, model.parameters())):
+    if _come_and_go(model, gathered_by_fsdp):
         raise refuse("prepacked_sharded", f"a {type(model).__name__}")
     if cast is not None:
         raise refuse("prepacked_autocast", f"autocast to {cast}")
