@@ -160,7 +160,9 @@ class DecodeStep:
         self._cache = cache
         self._exchange = exchange
         self._heads = heads
-        self._write_src = cache.index(plan.write_src)
+        # None: all of them, in order.
+        is_whole = len(plan.write_src) == len(plan.gathered)
+        self._write_src = None if is_whole else cache.index(plan.write_src)
         self._write_slots = cache.index(plan.write_slots)
 
     def write_by(self, src: Tensor, slots: Tensor) -> None:

@@ -150,23 +150,25 @@ def agree_on_tokens(
         return [], None
     num_rows = max(row for _, row in places) + 1
     record = own.padded(num_rows, num_top)
-    record[0, STATUS] |= int(says)
+    if says:
+        record[0, STATUS].bitwise_or_(int(says))
     if is_fault is not None:
-        record[0, STATUS] |= is_fault * int(Says.FAULT)
+        record[0, STATUS].bitwise_or_(is_fault * int(Says.FAULT))
     gathered = replica.all_gather(record).cpu().numpy()
     said = gathered[:, 0, STATUS]
-    faults, left = (np.flatnonzero(said & flag).tolist() for flag in (Says.FAULT, Says.LEAVES))
-    if left:
-        raise ended_by(left)
-    if faults:
+    heard = int(np.bitwise_or.reduce(said)) & ~NO_TOKEN
+    if heard & Says.LEAVES:
+        raise ended_by(np.flatnonzero(said & Says.LEAVES).tolist())
+    if heard & Says.FAULT:
+        faults = np.flatnonzero(said & Says.FAULT).tolist()
         raise EngineFaultError(
             f"logits are not finite on rank(s) {faults} of the replica (NaN, +inf, or -inf for every token); check the "
             "model's weights and dtype, and hooks that mask its logits"
         )
     pcp_ranks, places_there = np.array(places).T
     tokens = read_tokens(gathered[pcp_ranks * tp_size, places_there])
-    num_kept = gathered[:, :, NUM_KEPT].sum(axis=1)
-    if num_kept.any():
+    if gathered[:, :, NUM_KEPT].any():
+        num_kept = gathered[:, :, NUM_KEPT].sum(axis=1)
         own_kept = [ids or () for ids in own.kept_ids]
         packed = pack_token_lists([*own_kept, *[()] * (num_rows - len(own_kept))])
         kept = gather_packed(replica, packed, (1 + num_rows + num_kept).tolist(), own.numbers.device)
@@ -174,7 +176,7 @@ def agree_on_tokens(
             token and token._replace(kept_ids=kept[pcp_rank * tp_size][row] or None)
             for token, (pcp_rank, row) in zip(tokens, places, strict=True)
         ]
-    return tokens, Says(int(np.bitwise_or.reduce(said)) & ~NO_TOKEN)
+    return tokens, Says(heard)
 
 
 def ended_by(places: Sequence[int]) -> StreamEndedError:

@@ -91,7 +91,7 @@ def usable(logits: Tensor) -> Tensor:
     A token may be ruled out (-inf), as hooks do that mask vocabulary which nobody trained. NaN, +inf, and rows that
     rule out all tokens, are faults: each of them shows in the largest of its row. True for N = 0.
     """
-    return torch.isfinite(logits.amax(dim=-1)).all()
+    return (logits.amax(dim=-1).abs() < torch.inf).all()
 
 
 def _no_token(request: SampledRequest) -> NoTokenError:

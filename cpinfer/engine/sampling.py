@@ -19,7 +19,7 @@ from cpinfer.engine.random_numbers import exponentials
 from cpinfer.engine.request import SampledRequest
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.engine.token_records import KeptIds, TokenRecords
-from cpinfer.models.logits import logits_cuts, logits_processors
+from cpinfer.models.logits import logits_cuts, logits_processors, processed, without_tokens
 from cpinfer.ops.staging import Staging
 from cpinfer.ops.trained_logprobs import trained_logprobs
 
@@ -67,23 +67,23 @@ def _sample_alike(
     if suppressed:
         has_token = scores.amax(dim=-1) > -torch.inf
         scores = scores.masked_fill(~has_token.unsqueeze(-1), 0.0)  # whatever is drawn there is not used
-    processed = masses = raw = None
+    given = masses = raw = None
     kept: KeptIds = ()
     if params.greedy:
         tokens = scores.argmax(dim=-1)
         if params.kept_token_ids:
             kept = [(token,) for token in tokens.tolist()]
     else:
-        chosen_from = logits_cuts(params)(None, scores)
+        chosen_from = processed(logits_cuts(params), None, scores)
         logprobs = torch.log_softmax(chosen_from, dim=-1)
         raw = logprobs if chosen_from is logits else None
         tokens = _draw(logprobs, requests)
         # What `min_new_tokens` does is in `suppressed`: of the key itself these rows may have different values.
         is_plain = not (suppressed or params.cut_by or {*params.shaped_by} - {"min_new_tokens"})
         if as_trained and is_plain:
-            processed = trained_logprobs(logits, tokens, params.temperature)
+            given = trained_logprobs(logits, tokens, params.temperature)
         else:
-            processed = _pick(logprobs, tokens)
+            given = _pick(logprobs, tokens)
         if params.cut_by:
             masses = _kept_mass(torch.log_softmax(scores, dim=-1), logprobs)
         if params.kept_token_ids:
@@ -91,7 +91,7 @@ def _sample_alike(
     if raw is None:  # something shaped them
         raw = torch.log_softmax(logits, dim=-1)
     top = _likeliest(raw, params.top_logprobs)
-    return TokenRecords.of(tokens, _pick(raw, tokens), processed, masses, has_token, top, kept)
+    return TokenRecords.of(tokens, _pick(raw, tokens), given, masses, has_token, top, kept)
 
 
 def _kept_mass(uncut: Tensor, logprobs: Tensor) -> Tensor:
@@ -126,17 +126,17 @@ def _process(
     logits: Tensor, requests: list[SampledRequest], params: SamplingParams, suppressed: tuple[int, ...]
 ) -> Tensor:
     """Logits as they are before a cut; `logits` itself where nothing changes them."""
-    processors = logits_processors(params, suppressed)
+    # Whatever stands beside it, a token at -inf stays there.
+    scores, processors = without_tokens(logits, suppressed), logits_processors(params)
     if not processors:
-        return logits
+        return scores
     if params.repetition_penalty == 1:
         # Nothing else looks at the text so far; one token stands in for it.
         stand_in = torch.zeros(len(requests), 1, dtype=torch.long, device=logits.device)
-        processed: Tensor = processors(stand_in, logits.clone())
-        return processed
+        return processed(processors, stand_in, scores.clone())
     # The penalty looks at the text so far, whose length differs from row to row.
     histories = [torch.tensor([s.all_token_ids], device=logits.device) for s in requests]
-    return torch.cat([processors(h, logits[i : i + 1].clone()) for i, h in enumerate(histories)])
+    return torch.cat([processed(processors, h, scores[i : i + 1].clone()) for i, h in enumerate(histories)])
 
 
 def _likeliest(logprobs: Tensor, num_top: int) -> tuple[Tensor, Tensor] | None:

@@ -59,16 +59,17 @@ def plan_decode(
         raise ValueError("a decode step needs at least one sequence")
     gathered = assign_rows(len(positions), pcp_size, rows_per_rank, ranks)
     own = gathered.reshape(pcp_size, -1)[pcp_rank]
-    at = np.asarray(positions, dtype=np.int64)
+    is_real = gathered >= 0
+    at = np.asarray(positions, dtype=np.int64)[gathered] * is_real
     # Of a new token its owner alone keeps K and V.
-    write_src = np.flatnonzero((gathered >= 0) & (sharding.owner(at[gathered]) == shard))
-    block, offset = np.divmod(sharding.local_index(at[gathered[write_src]]), sharding.block_size)
+    write_src = np.flatnonzero(is_real & (sharding.owner(at) == shard))
+    block, offset = np.divmod(sharding.local_index(at[write_src]), sharding.block_size)
     written = zip(gathered[write_src].tolist(), block.tolist(), strict=True)
     blocks = np.fromiter((block_tables[row][b] for row, b in written), dtype=np.int64, count=len(write_src))
-    kv_lens = np.where(gathered < 0, 0, sharding.local_len(at[gathered] + 1, shard))
+    kv_lens = (sharding.local_len(at + 1, shard) * is_real).astype(np.int32)
     return DecodePlan(
         own=own,
-        positions=np.where(own < 0, 0, at[own]),
+        positions=at.reshape(pcp_size, -1)[pcp_rank],
         gathered=gathered,
         write_src=write_src,
         write_slots=blocks * sharding.block_size + offset,
@@ -128,14 +129,15 @@ def assign_rows(
     >>> assign_rows(3, 2, ranks=[1, 0, 1]).tolist()
     [1, -1, 0, 2]
     """
-    free = -(-num_rows // pcp_size)
-    counts = np.full(pcp_size, free) if ranks is None else np.bincount(np.asarray(ranks), minlength=pcp_size)
-    per_rank = int(counts.max()) if rows_per_rank is None else rows_per_rank
-    if per_rank < counts.max():
+    counts = None if ranks is None else np.bincount(np.asarray(ranks), minlength=pcp_size)
+    needed = -(-num_rows // pcp_size) if counts is None else int(counts.max())
+    per_rank = needed if rows_per_rank is None else rows_per_rank
+    if per_rank < needed:
         raise ValueError(f"{num_rows} rows do not fit {per_rank} on each of {pcp_size} ranks")
-    if ranks is None:
+    if counts is None:
         place = np.arange(per_rank * pcp_size)
-        return np.where(place < num_rows, place, -1)
+        place[num_rows:] = -1
+        return place
     assigned = np.full((pcp_size, per_rank), -1, dtype=np.int64)
     for rank, own in enumerate(assigned):
         own[: counts[rank]] = np.flatnonzero(np.asarray(ranks) == rank)

@@ -75,7 +75,7 @@ class AttentionRows:
             q_lens=np.asarray(q_lens, dtype=np.int32),
             kv_lo=np.zeros(len(tables), dtype=np.int32),
             kv_hi=kv_lens,
-            block_indptr=np.concatenate([[0], np.cumsum(lens)]).astype(np.int32),
+            block_indptr=ends_of(lens),
             block_ids=_concatenate(tables, int(lens.sum())),
             block_size=block_size,
             causal=causal,
@@ -103,7 +103,7 @@ class AttentionRows:
             self,
             kv_lo=np.where(has_keys, lo - dropped * self.block_size, 0).astype(np.int32),
             kv_hi=np.where(has_keys, self.kv_hi - dropped * self.block_size, 0).astype(np.int32),
-            block_indptr=np.concatenate([[0], np.cumsum(num_blocks - dropped)]).astype(np.int32),
+            block_indptr=ends_of(num_blocks - dropped),
             block_ids=np.concatenate([self.block_ids[:0], *(self.block_ids[a:b] for a, b in kept)]),
             begins=self.places_of_tables + dropped.astype(np.int64) * self.block_size,
         )
@@ -127,6 +127,13 @@ class AttentionRows:
         index = np.arange(self.kv_lo[row], self.kv_hi[row])
         slots: NDArray[np.int64] = table[index // self.block_size] * self.block_size + index % self.block_size
         return slots
+
+
+def ends_of(lens: NDArray[np.integer]) -> Int32Array:
+    """`[n + 1]`: where each of n runs of these lengths, one behind the other, begins, and where the last ends."""
+    ends = np.zeros(len(lens) + 1, dtype=np.int32)
+    np.cumsum(lens, out=ends[1:])
+    return ends
 
 
 def _concatenate(tables: Sequence[Sequence[int] | NDArray[np.int64]], length: int) -> Int32Array:

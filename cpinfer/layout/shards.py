@@ -60,7 +60,7 @@ class KVSharding:
         beyond = rest - shard * self.interleave
         if isinstance(beyond, int):  # numpy would take ten times as long for one number
             return rounds * self.interleave + min(max(beyond, 0), self.interleave)
-        return rounds * self.interleave + np.clip(beyond, 0, self.interleave)
+        return rounds * self.interleave + np.minimum(np.maximum(beyond, 0), self.interleave)
 
     def positions(self, length: int, shard: int) -> IntArray:
         """The positions that `shard` stores of a sequence, in local order: the inverse of `local_index`."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import (
-    LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     SequenceBiasLogitsProcessor,
-    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -19,16 +19,14 @@ from transformers import (
 from cpinfer.config import SamplingParams
 
 
-def logits_processors(params: SamplingParams, suppressed: Sequence[int] = ()) -> Any:
-    """A callable `(input_ids [N, L], scores [N, vocab]) -> scores`: all that comes before a cut, in `generate`'s order.
+def logits_processors(params: SamplingParams) -> list[Any]:
+    """Callables `(input_ids [N, L], scores [N, vocab]) -> scores`: all that comes before a cut, in `generate`'s order.
 
-    `suppressed` tokens cannot be chosen. Under greedy decoding only what can change the likeliest token is left.
+    Under greedy decoding only what can change the likeliest token is left.
     """
-    processors = LogitsProcessorList()
+    processors: list[Any] = []
     if params.logit_bias:
         processors.append(SequenceBiasLogitsProcessor({(token,): bias for token, bias in params.logit_bias}))
-    if suppressed:
-        processors.append(SuppressTokensLogitsProcessor(list(suppressed)))
     if params.repetition_penalty != 1:
         processors.append(RepetitionPenaltyLogitsProcessor(penalty=params.repetition_penalty))
     if not params.greedy and params.temperature != 1:
@@ -36,12 +34,12 @@ def logits_processors(params: SamplingParams, suppressed: Sequence[int] = ()) ->
     return processors
 
 
-def logits_cuts(params: SamplingParams) -> Any:
-    """A callable like those of `logits_processors`, to follow them: what cuts to a kept set. It reads no `input_ids`.
+def logits_cuts(params: SamplingParams) -> list[Any]:
+    """Callables like those of `logits_processors`, to follow them: what cuts to a kept set. They read no `input_ids`.
 
-    Empty where nothing cuts. The likeliest token is always kept.
+    None where nothing cuts. The likeliest token is always kept.
     """
-    processors = LogitsProcessorList()
+    processors: list[Any] = []
     if params.greedy:
         return processors
     if params.top_k > 0:
@@ -51,3 +49,19 @@ def logits_cuts(params: SamplingParams) -> Any:
     if params.min_p > 0:
         processors.append(MinPLogitsWarper(min_p=params.min_p))
     return processors
+
+
+def processed(processors: Sequence[Any], input_ids: Tensor | None, scores: Tensor) -> Tensor:
+    """Scores as all `processors` make them; `scores` itself where there are none.
+
+    Transformers' own list of them looks up, in every step, what arguments each of them takes.
+    """
+    for processor in processors:
+        scores = processor(input_ids, scores)
+    return scores
+
+
+def without_tokens(scores: Tensor, suppressed: Sequence[int]) -> Tensor:
+    """`scores [N, vocab]`, of which `suppressed` tokens cannot be chosen; `scores` itself where none of them is."""
+    here = [token for token in suppressed if token < scores.shape[-1]]
+    return scores.index_fill(-1, torch.tensor(here, device=scores.device), -torch.inf) if here else scores

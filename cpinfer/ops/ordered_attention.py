@@ -12,16 +12,15 @@ Letters: T queries, H query heads, K KV heads, D head dim, V head dim of values,
 from __future__ import annotations
 
 import ctypes
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cpinfer.errors import UserError
-from cpinfer.layout.rows import AttentionRows
+from cpinfer.layout.rows import AttentionRows, ends_of
 from cpinfer.ops.cpu_kernels.compiling import compiled
 from cpinfer.ops.states import State
 from cpinfer.ops.triton_modules import triton_module
@@ -57,7 +56,7 @@ class OrderedAttention:
         self._rows = rows
         self._num_shards = num_shards
         self._interleave = interleave
-        self._q_indptr = np.concatenate([[0], np.cumsum(rows.q_lens)]).astype(np.int32)
+        self._q_indptr = ends_of(rows.q_lens)
         self._begins = np.ascontiguousarray(rows.places_of_tables, dtype=np.int64)
         self._placed: dict[object, Any] = {}  # by device and what decides the sizes of programs
 
@@ -119,19 +118,12 @@ class OrderedAttention:
         is_merged: bool,
     ) -> None:
         self._check(q, keys, values)
-        rows, (out, lse), num_threads = self._rows, state, torch.get_num_threads()
+        (out, lse), num_threads = state, torch.get_num_threads()
         rows_per_unit = max(MAX_ROWS_PER_UNIT // num_threads, MIN_ROWS_PER_UNIT)
         q = q.float()
         q, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, keys, values))
-        arrays = (self._q_indptr, rows.kv_lo, rows.kv_hi, rows.block_indptr, rows.block_ids, self._begins)
         call = _Call(
-            rows.num_rows,
-            *(_address(array) for array in arrays),
-            rows.block_size,
-            rows.causal,
-            rows.window or 0,
-            self._num_shards,
-            self._interleave,
+            *self._planned,
             q.shape[1],
             keys.shape[1],
             q.shape[2],
@@ -151,6 +143,23 @@ class OrderedAttention:
             num_threads,
         )
         compiled("ordered_attention").cpinfer_ordered_attention(ctypes.byref(call))
+
+
+    @cached_property
+    def _planned(self) -> tuple[int, ...]:
+        """The first fields of every call: what the plan says, and where its arrays lie, which it keeps."""
+        rows = self._rows
+        arrays = (self._q_indptr, rows.kv_lo, rows.kv_hi, rows.block_indptr, rows.block_ids, self._begins)
+        places = (int(array.ctypes.data) for array in arrays)
+        return (
+            rows.num_rows,
+            *places,
+            rows.block_size,
+            rows.causal,
+            rows.window or 0,
+            self._num_shards,
+            self._interleave,
+        )
 
 
 def merge_ordered(outs: Tensor, lses: Tensor) -> State:
@@ -181,7 +190,3 @@ def _kernels_for(x: Tensor) -> Any:
 def _meanings(dtype: torch.dtype) -> Tensor:
     """`[256]` what each byte means."""
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
-
-
-def _address(array: NDArray[np.generic]) -> int:
-    return int(array.ctypes.data)
