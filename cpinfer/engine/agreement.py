@@ -150,10 +150,8 @@ def agree_on_tokens(
         return [], None
     num_rows = max(row for _, row in places) + 1
     record = own.padded(num_rows, num_top)
-    if says:
-        record[0, STATUS].bitwise_or_(int(says))
-    if is_fault is not None:
-        record[0, STATUS].bitwise_or_(is_fault * int(Says.FAULT))
+    flags = int(says) if is_fault is None else is_fault * int(Says.FAULT) + int(says)
+    record[0, STATUS] |= flags
     gathered = replica.all_gather(record).cpu().numpy()
     said = gathered[:, 0, STATUS]
     heard = int(np.bitwise_or.reduce(said)) & ~NO_TOKEN

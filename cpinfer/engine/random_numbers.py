@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpinfer.engine.request import SampledRequest
+from cpinfer.ops.philox import philox
 
 
 def exponentials(requests: Sequence[SampledRequest], num: int) -> NDArray[np.float64]:
@@ -22,20 +23,11 @@ def exponentials(requests: Sequence[SampledRequest], num: int) -> NDArray[np.flo
         key      (seed, 0)
         counter  (1 + i // 4, token index, sample, hash of the prompt id)      four numbers at each count
 
-    by Philox 4x64-10 (Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3, SC 2011), which passes BigCrush.
+    by `ops/philox.py`.
     """
-    generator = np.random.Philox(key=0)
-    state = generator.state  # one generator put to each place: making one takes six times as long
-    counter, key = state["state"]["counter"], state["state"]["key"]
-    bits = np.empty((len(requests), num), dtype=np.uint64)
-    for row, request in zip(bits, requests, strict=True):
-        # Number by number: numpy would turn a list with large numbers into floats, and ids would share numbers.
-        counter[0], counter[1] = 0, len(request.sampled)
-        counter[2], counter[3] = request.sample_index, request.prompt.random_key
-        key[0] = request.params.seed
-        generator.state = state
-        row[:] = generator.random_raw(num)
-    return exponentials_of(bits)
+    places = [(r.params.seed, len(r.sampled), r.sample_index, r.prompt.random_key) for r in requests]
+    # Of a dtype that is named: numpy would make floats of large numbers, and ids would share numbers.
+    return exponentials_of(philox(np.array(places, dtype=np.uint64).reshape(-1, 4), num))
 
 
 def exponentials_of(bits: NDArray[np.uint64]) -> NDArray[np.float64]:

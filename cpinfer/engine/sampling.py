@@ -63,10 +63,10 @@ def _sample_alike(
     """Sample rows whose requests share the shape of their distribution."""
     params = requests[0].params
     scores, has_token = _process(logits, requests, params, suppressed), None
-    # Nothing else takes the last token away: logits are checked, and the cuts keep the likeliest.
+    # Nothing else takes the last token away: logits are checked, and the cuts keep the likeliest. What is drawn where
+    # none is left, and said of it, is not used.
     if suppressed:
         has_token = scores.amax(dim=-1) > -torch.inf
-        scores = scores.masked_fill(~has_token.unsqueeze(-1), 0.0)  # whatever is drawn there is not used
     given = masses = raw = None
     kept: KeptIds = ()
     if params.greedy:
@@ -161,7 +161,10 @@ def _draw(logprobs: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
     """
     vocab_size = logprobs.shape[-1]
     # float32 will do: a group's sum is off by 1e-6 of it at most, and logits differ between layouts by more.
-    probs = pad(logprobs.exp(), (0, -vocab_size % GROUP_SIZE)).reshape(len(logprobs), -1, GROUP_SIZE)
+    probs = logprobs.exp()
+    if vocab_size % GROUP_SIZE:
+        probs = pad(probs, (0, -vocab_size % GROUP_SIZE))
+    probs = probs.view(len(logprobs), -1, GROUP_SIZE)
     # Made while the device is still at the model: they are a copy of their own.
     numbers = Staging(probs.device).put(exponentials(requests, GROUP_SIZE + probs.shape[1]))
     # Divided by 0 they are infinite: what has no probability wins against nothing.

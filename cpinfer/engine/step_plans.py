@@ -147,13 +147,14 @@ class StepPlanner:
                 starts[piece.prompt] + piece.start : starts[piece.prompt] + piece.end
             ]
         ]
-        last = [i for i, chunk in enumerate(chunks) if chunk.samples]
+        samples = [chunk.samples for chunk in chunks]
+        last = [i for i, own in enumerate(samples) if own]
         mine = [i for i in last if plan.sample_rows[i] >= 0]
         asking = [i for i, chunk in enumerate(chunks) if chunk.wants_experts]
         scored = plan_scored_rows(plan, [chunk.scored_positions for chunk in chunks], starts)
         # Samples that share a prefill are all drawn from the logits of its last token.
-        drawn = [(row, sample) for row, i in enumerate(mine) for sample in chunks[i].prefill.samples]
-        owners = [int(plan.sample_owner[i]) for i in last for _ in chunks[i].prefill.samples]
+        drawn = [(row, sample) for row, i in enumerate(mine) for sample in samples[i]]
+        owners = [int(plan.sample_owner[i]) for i in last for _ in samples[i]]
         rows = {owner: count() for owner in owners}
         return PrefillInput(
             plan=plan,

@@ -19,6 +19,7 @@ serves them all. Shard 0 is never shorter than another, so it decides how many b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import lcm
 from typing import overload
 
@@ -56,6 +57,8 @@ class KVSharding:
     def local_len(self, length: IntArray, shard: int) -> IntArray: ...
     def local_len(self, length: int | IntArray, shard: int) -> int | IntArray:
         """How many of the first `length` positions `shard` stores: 0 for a length of 0."""
+        if self.num_shards == 1:
+            return length
         rounds, rest = divmod(length, self.interleave * self.num_shards)
         beyond = rest - shard * self.interleave
         if isinstance(beyond, int):  # numpy would take ten times as long for one number
@@ -97,7 +100,7 @@ class KVSharding:
         """
         return self.local_len(max(0, length - window + 1), self.num_shards - 1) // self.block_size
 
-    @property
+    @cached_property
     def prefix_unit(self) -> int:
         """Smallest run of tokens whose blocks hold these tokens and no others on every shard."""
         return lcm(self.interleave, self.block_size) * self.num_shards

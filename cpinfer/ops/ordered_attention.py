@@ -144,7 +144,6 @@ class OrderedAttention:
         )
         compiled("ordered_attention").cpinfer_ordered_attention(ctypes.byref(call))
 
-
     @cached_property
     def _planned(self) -> tuple[int, ...]:
         """The first fields of every call: what the plan says, and where its arrays lie, which it keeps."""

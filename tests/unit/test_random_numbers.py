@@ -9,6 +9,9 @@ import pytest
 from cpinfer.config import SamplingParams
 from cpinfer.engine.random_numbers import exponentials, exponentials_of
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
+from cpinfer.errors import UserError
+from cpinfer.ops import philox as random_bits
+from cpinfer.ops.cpu_kernels import compiling
 
 MASK = 2**64 - 1
 # What a number is for. Each axis is neighbours: seeds, ids, samples and places are counted up.
@@ -58,6 +61,39 @@ def test_numbers_are_the_philox_of_their_counter():
     want = exponentials_of(np.array(bits, dtype=np.uint64))
     assert np.array_equal(exponentials(requests, 10), want)
     assert np.array_equal(exponentials(requests[::-1], 10), want[::-1])
+
+
+@pytest.mark.parametrize("num_rows", [0, 1, 7])
+@pytest.mark.parametrize("num", [1, 2, 3, 4, 5, 200])
+def test_bits_are_the_same_with_a_compiler_and_without(monkeypatch, num_rows, num):
+    places = np.random.default_rng(num).integers(0, MASK, (num_rows, 4), dtype=np.uint64, endpoint=True)
+    places[:1] = MASK
+    try:
+        compiling.compiled("philox")
+    except UserError as error:
+        pytest.skip(str(error))
+    by_kernel = random_bits.philox(places, num)
+    assert [tuple(row[:4]) for row in by_kernel.tolist()] == [
+        philox((1, *counter), (key, 0))[:num] for key, *counter in places.tolist()
+    ]
+    monkeypatch.setattr(random_bits, "_kernel", lambda: None)
+    assert np.array_equal(random_bits.philox(places, num), by_kernel) and by_kernel.shape == (num_rows, num)
+
+
+def test_without_a_compiler_nobody_asks_for_one_in_every_step(monkeypatch):
+    asked = []
+
+    def compiled(name):
+        asked.append(name)
+        raise UserError("no compiler")
+
+    monkeypatch.setattr(random_bits, "compiled", compiled)
+    random_bits._kernel.cache_clear()
+    try:
+        assert exponentials([make_request()], 5).shape == exponentials([make_request()], 5).shape == (1, 5)
+    finally:
+        random_bits._kernel.cache_clear()
+    assert asked == ["philox"]
 
 
 def test_numbers_are_the_same_in_any_company_and_however_many_are_drawn():
