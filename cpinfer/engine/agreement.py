@@ -151,7 +151,7 @@ def agree_on_tokens(
     num_rows = max(row for _, row in places) + 1
     record = own.padded(num_rows, num_top)
     flags = int(says) if is_fault is None else is_fault * int(Says.FAULT) + int(says)
-    record[0, STATUS] |= flags
+    record[0, STATUS].bitwise_or_(flags)
     gathered = replica.all_gather(record).cpu().numpy()
     said = gathered[:, 0, STATUS]
     heard = int(np.bitwise_or.reduce(said)) & ~NO_TOKEN
