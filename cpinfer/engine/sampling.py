@@ -12,7 +12,6 @@ from itertools import islice
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.random_numbers import exponentials
@@ -20,14 +19,12 @@ from cpinfer.engine.request import SampledRequest
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.engine.token_records import KeptIds, TokenRecords
 from cpinfer.models.logits import logits_cuts, logits_processors, processed, without_tokens
+from cpinfer.ops.draws import draw, likeliest, logprobs_of, num_random
 from cpinfer.ops.staging import Staging
 from cpinfer.ops.trained_logprobs import trained_logprobs
 
 # As many as `top_logprobs` may ask for: larger sets of kept ids are not reported.
 MAX_KEPT_IDS = 1024
-
-# About the square root of a vocabulary, and most vocabularies are a multiple of it.
-GROUP_SIZE = 128
 
 
 def sample_tokens(
@@ -67,44 +64,44 @@ def _sample_alike(
     # none is left, and said of it, is not used.
     if suppressed:
         has_token = scores.amax(dim=-1) > -torch.inf
-    given = masses = raw = None
+    own = given = masses = None
     kept: KeptIds = ()
     if params.greedy:
-        tokens = scores.argmax(dim=-1)
+        tokens = likeliest(scores)
         if params.kept_token_ids:
             kept = [(token,) for token in tokens.tolist()]
     else:
         chosen_from = processed(logits_cuts(params), None, scores)
-        logprobs = torch.log_softmax(chosen_from, dim=-1)
-        raw = logprobs if chosen_from is logits else None
-        tokens = _draw(logprobs, requests)
+        # Made while the device is still at the model: they are a copy of their own.
+        numbers = Staging(logits.device).put(exponentials(requests, num_random(logits.shape[-1])))
+        tokens, given = draw(chosen_from, numbers)
+        own = given if chosen_from is logits else None
         # What `min_new_tokens` does is in `suppressed`: of the key itself these rows may have different values.
         is_plain = not (suppressed or params.cut_by or {*params.shaped_by} - {"min_new_tokens"})
         if as_trained and is_plain:
             given = trained_logprobs(logits, tokens, params.temperature)
-        else:
-            given = _pick(logprobs, tokens)
         if params.cut_by:
-            masses = _kept_mass(torch.log_softmax(scores, dim=-1), logprobs)
+            masses = _kept_mass(scores, chosen_from)
         if params.kept_token_ids:
-            kept = _kept_ids(logprobs)
-    if raw is None:  # something shaped them
-        raw = torch.log_softmax(logits, dim=-1)
-    top = _likeliest(raw, params.top_logprobs)
-    return TokenRecords.of(tokens, _pick(raw, tokens), given, masses, has_token, top, kept)
+            kept = _kept_ids(chosen_from)
+    if own is None:  # something shaped them
+        own = logprobs_of(logits, tokens)
+    top = _likeliest(logits, params.top_logprobs)
+    return TokenRecords.of(tokens, own, given, masses, has_token, top, kept)
 
 
-def _kept_mass(uncut: Tensor, logprobs: Tensor) -> Tensor:
-    """`[N]`: the probability under `uncut [N, vocab]` of what is possible under `logprobs`, its cut.
+def _kept_mass(scores: Tensor, chosen_from: Tensor) -> Tensor:
+    """`[N]`: the probability under `scores [N, vocab]` of what is possible under `chosen_from`, their cut.
 
     A cut divides by that mass, so one token tells it: the likeliest, which is always kept and nearest to 1.
     """
-    return (uncut.amax(dim=-1) - logprobs.amax(dim=-1)).exp().clamp(max=1.0)
+    tokens = likeliest(scores)
+    return (logprobs_of(scores, tokens) - logprobs_of(chosen_from, tokens)).exp().clamp(max=1.0)
 
 
-def _kept_ids(logprobs: Tensor) -> list[tuple[int, ...] | None]:
+def _kept_ids(chosen_from: Tensor) -> list[tuple[int, ...] | None]:
     """For each row its possible tokens, ascending; None for more than `MAX_KEPT_IDS`."""
-    is_kept = logprobs > -torch.inf
+    is_kept = chosen_from > -torch.inf
     counts = is_kept.sum(dim=-1, keepdim=True)
     ids = iter((is_kept & (counts <= MAX_KEPT_IDS)).nonzero()[:, 1].tolist())
     return [tuple(islice(ids, n)) if n <= MAX_KEPT_IDS else None for n in counts.flatten().tolist()]
@@ -117,9 +114,8 @@ def score_tokens(logits: Tensor, targets: Tensor, num_top: int = 0) -> TokenReco
     """
     if not len(targets):
         return TokenRecords.none(logits.device)
-    raw = torch.log_softmax(logits, dim=-1)
-    is_greedy = (logits.argmax(dim=-1) == targets).int()
-    return TokenRecords.of(is_greedy, _pick(raw, targets), top=_likeliest(raw, num_top))
+    is_greedy = (likeliest(logits) == targets).int()
+    return TokenRecords.of(is_greedy, logprobs_of(logits, targets), top=_likeliest(logits, num_top))
 
 
 def _process(
@@ -139,41 +135,10 @@ def _process(
     return torch.cat([processed(processors, h, scores[i : i + 1].clone()) for i, h in enumerate(histories)])
 
 
-def _likeliest(logprobs: Tensor, num_top: int) -> tuple[Tensor, Tensor] | None:
+def _likeliest(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor] | None:
     """For each row the ids of its likeliest tokens, and their logprobs; None where none are asked for."""
     if not num_top:
         return None
+    logprobs = torch.log_softmax(logits, dim=-1)
     values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
     return ids, values
-
-
-def _draw(logprobs: Tensor, requests: Sequence[SampledRequest]) -> Tensor:
-    """A token for each row of `logprobs [N, vocab]`, by two exponential races.
-
-    A race is won by the smallest e_i / p_i, e_i exponentially distributed with mean 1: by i with probability p_i, and
-    the winner changes with rounding only where two are nearly equal. (It is Gumbel-max, argmax of log p_i - log e_i.)
-    First groups of `GROUP_SIZE` tokens race, each with the probability of its tokens together, then the tokens of the
-    group that won. So a row needs vocab / GROUP_SIZE + GROUP_SIZE random numbers, not one for each token:
-
-        numbers of a row   [ GROUP_SIZE of the tokens of a group | one for each group, in order of token ids ]
-
-    Equal times are won by the lower token id.
-    """
-    vocab_size = logprobs.shape[-1]
-    # float32 will do: a group's sum is off by 1e-6 of it at most, and logits differ between layouts by more.
-    probs = logprobs.exp()
-    if vocab_size % GROUP_SIZE:
-        probs = pad(probs, (0, -vocab_size % GROUP_SIZE))
-    probs = probs.view(len(logprobs), -1, GROUP_SIZE)
-    # Made while the device is still at the model: they are a copy of their own.
-    numbers = Staging(probs.device).put(exponentials(requests, GROUP_SIZE + probs.shape[1]))
-    # Divided by 0 they are infinite: what has no probability wins against nothing.
-    groups = (numbers[:, GROUP_SIZE:] / probs.sum(dim=-1)).argmin(dim=-1)
-    within = probs[torch.arange(len(probs), device=probs.device), groups]
-    places: Tensor = (numbers[:, :GROUP_SIZE] / within).argmin(dim=-1)
-    # Of probabilities that are not finite the last place may win, behind the vocabulary.
-    return (groups * GROUP_SIZE + places).clamp(max=vocab_size - 1)
-
-
-def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
-    return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

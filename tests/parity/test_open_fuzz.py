@@ -24,8 +24,8 @@ from cpinfer.config import SamplingParams, parse_config
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.random_numbers import exponentials
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
-from cpinfer.engine.sampling import GROUP_SIZE
 from cpinfer.layout.grid import RankGrid
+from cpinfer.ops.draws import GROUP_SIZE
 from tiny_models import FAMILIES, make_model
 
 VOCAB, NEAR = 128, 1e-5

@@ -195,7 +195,9 @@ def change_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[
     """A pattern and what stands for it from now on in the kernel that runs."""
 
     def change(pattern: str, other: str) -> None:
-        source = Path(compiling.__file__).with_name("ordered_attention.cpp").read_text()
+        folder = Path(compiling.__file__).parent
+        source = (folder / "ordered_attention.cpp").read_text()
+        source = source.replace('#include "lanes.h"', (folder / "lanes.h").read_text())
         changed, num = re.subn(pattern, other, source)
         assert num and changed != source
         file, library = tmp_path / "other.cpp", tmp_path / "other.so"

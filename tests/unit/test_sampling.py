@@ -10,8 +10,8 @@ import torch
 from cpinfer.config import SamplingParams
 from cpinfer.engine import sampling
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
-from cpinfer.engine.sampling import GROUP_SIZE
 from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.ops.draws import GROUP_SIZE
 
 VOCAB = 24
 EOS = 2

@@ -34,7 +34,9 @@ def compiled(name: str) -> ctypes.CDLL:
     """The library of `name`.cpp. UserError where it cannot be made, with what the compiler said."""
     source = Path(__file__).with_name(f"{name}.cpp")
     compiler = _compiler()
-    made_from = "\n".join([source.read_text(encoding="utf-8"), _version(compiler), *FLAGS, _processor()])
+    headers = sorted(source.parent.glob("*.h"))
+    texts = [file.read_text(encoding="utf-8") for file in (source, *headers)]
+    made_from = "\n".join([*texts, _version(compiler), *FLAGS, _processor()])
     library = _folder() / f"{name}-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.so"
     try:
         if not library.exists():  # an error, too, in a folder that may not be looked into
