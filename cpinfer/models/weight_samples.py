@@ -39,9 +39,12 @@ def software_versions() -> dict[str, str]:
 def config_identity(model: Any) -> dict[str, object]:
     """What a model's config says, in order of names: modules also compute by what no weight shows (norms' epsilons,
     activations, experts per token).
+
+    Without what Transformers writes of itself: `save_pretrained` puts `architectures` into the config of the rank that
+    saves, as a rule of one alone.
     """
     values = model.config.to_dict()
-    return {name: values[name] for name in sorted(values) if name not in NOT_THE_MODEL}
+    return {name: values[name] for name in sorted(values) if name not in (*NOT_THE_MODEL, "architectures")}
 
 
 def weight_identity(model: Any, *, full: bool = False) -> Mapping[str, object]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cpinfer.models.weight_samples import software_versions, weight_identity
+from cpinfer.models.weight_samples import config_identity, software_versions, weight_identity
 from tiny_models import FAMILIES, make_model
 
 
@@ -39,6 +39,16 @@ def test_a_copy_is_the_same_and_every_changed_tensor_is_seen(model, full):
 def test_dtypes_and_shapes_are_told(model):
     [(name, one)] = [(n, v) for n, v in weight_identity(model).items() if n == "weight model.norm.weight"]
     assert (one["dtype"], one["shape"]) == ("float32", (64,)), name
+
+
+def test_a_model_that_one_rank_has_saved_is_still_the_same(tmp_path):
+    """As trainers do: the config then has the name of its class, on the rank that has saved it."""
+    saved, other = (make_model(copy.deepcopy(FAMILIES["qwen2"])) for _ in range(2))
+    saved.save_pretrained(tmp_path)
+    assert saved.config.to_dict() != other.config.to_dict(), "nothing was written"
+    assert config_identity(saved) == config_identity(other)
+    other.config.rms_norm_eps *= 2
+    assert config_identity(saved) != config_identity(other)
 
 
 def test_one_element_anywhere_is_seen_by_the_checksum_alone():
