@@ -68,6 +68,9 @@ int64_t winner(const double* times, const float* speeds, int64_t num) {
     return place;
 }
 
+// No more than there are rows: others would be woken for nothing.
+int used(int64_t threads, int64_t rows) { return int(std::max<int64_t>(1, std::min(threads, rows))); }
+
 }  // namespace
 
 extern "C" {
@@ -76,7 +79,7 @@ extern "C" {
 void cpinfer_draw(const float* scores, int64_t rows, int64_t num, int64_t stride, const double* numbers, int64_t threads,
                   int64_t* tokens, float* logprobs) {
     const int64_t groups = (num + GROUP - 1) / GROUP;
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(used(threads, rows))
     for (int64_t i = 0; i < rows; ++i) {
         const float* row = scores + i * stride;
         const double* times = numbers + i * (GROUP + groups);
@@ -95,7 +98,7 @@ void cpinfer_draw(const float* scores, int64_t rows, int64_t num, int64_t stride
 int64_t cpinfer_logprobs(const float* scores, int64_t rows, int64_t num, int64_t stride, const int64_t* tokens,
                          int64_t threads, float* logprobs) {
     int64_t beyond = 0;
-#pragma omp parallel for num_threads(threads) reduction(+ : beyond)
+#pragma omp parallel for num_threads(used(threads, rows)) reduction(+ : beyond)
     for (int64_t i = 0; i < rows; ++i) {
         const float* row = scores + i * stride;
         if (tokens[i] < 0 || tokens[i] >= num) {
@@ -110,7 +113,7 @@ int64_t cpinfer_logprobs(const float* scores, int64_t rows, int64_t num, int64_t
 // The place of the first number that none is larger than; 0 where none is a number.
 void cpinfer_likeliest(const float* scores, int64_t rows, int64_t num, int64_t stride, int64_t threads,
                        int64_t* tokens) {
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(used(threads, rows))
     for (int64_t i = 0; i < rows; ++i) {
         const float *row = scores + i * stride, *end = row + num, *place = std::find(row, end, largest_of(row, num));
         tokens[i] = place == end ? 0 : place - row;
