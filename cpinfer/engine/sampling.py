@@ -19,7 +19,7 @@ from cpinfer.engine.request import SampledRequest
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.engine.token_records import KeptIds, TokenRecords
 from cpinfer.models.logits import logits_cuts, logits_processors, processed, without_tokens
-from cpinfer.ops.draws import draw, likeliest, logprobs_of, num_random
+from cpinfer.ops.draws import draw, likeliest, logprobs_of, num_random, top_logprobs
 from cpinfer.ops.staging import Staging
 from cpinfer.ops.trained_logprobs import trained_logprobs
 
@@ -137,8 +137,4 @@ def _process(
 
 def _likeliest(logits: Tensor, num_top: int) -> tuple[Tensor, Tensor] | None:
     """For each row the ids of its likeliest tokens, and their logprobs; None where none are asked for."""
-    if not num_top:
-        return None
-    logprobs = torch.log_softmax(logits, dim=-1)
-    values, ids = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-    return ids, values
+    return top_logprobs(logits, min(num_top, logits.shape[-1])) if num_top else None

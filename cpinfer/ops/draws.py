@@ -1,4 +1,4 @@
-"""Tokens from rows of logits: drawn by exponential races, or the likeliest; and how likely given ones are.
+"""Tokens from rows of logits: drawn by exponential races, or the likeliest; and how likely they are.
 
 On CPU in C++ (`cpu_kernels/draws.cpp`), which reads each row twice and writes none, where that can be compiled; what is
 written here in torch is its definition, and what runs elsewhere. The two agree up to rounding.
@@ -85,6 +85,21 @@ def likeliest(scores: Tensor) -> Tensor:
         *_rows(scores), ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(tokens.data_ptr())
     )
     return tokens
+
+
+def top_logprobs(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Ids and logprobs, `[N, num]` each, of the likeliest tokens under `scores [N, vocab]`, float32, likeliest first.
+
+    `num` is at most vocab. The logprob of a token is that of `logprobs_of`, in every bit. Empty for N = 0.
+    """
+    kernels = _kernels_for(scores)
+    if kernels is None:
+        values, ids = torch.log_softmax(scores, dim=-1).topk(num, dim=-1)
+        return ids, values
+    norms = torch.empty(len(scores), 1, dtype=torch.float64)
+    kernels.cpinfer_norms(*_rows(scores), ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(norms.data_ptr()))
+    values, ids = scores.topk(num, dim=-1)
+    return ids, (values.double() - norms).float()
 
 
 def _drawn(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from cpinfer.errors import UserError
 from cpinfer.ops import draws
 from cpinfer.ops.cpu_kernels import compiling
-from cpinfer.ops.draws import GROUP_SIZE, draw, likeliest, logprobs_of, num_random
+from cpinfer.ops.draws import GROUP_SIZE, draw, likeliest, logprobs_of, num_random, top_logprobs
 
 VOCABS = (1, 5, GROUP_SIZE - 1, GROUP_SIZE, GROUP_SIZE + 1, 1000, 40_000)
 
@@ -61,6 +61,15 @@ def test_kernels_draw_what_their_definition_draws(way, vocab):
     assert torch.equal(likeliest(scores), scores.argmax(dim=-1))
 
 
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_the_likeliest_have_the_logprobs_that_they_have_as_tokens(way, vocab):
+    scores = make_scores(9, vocab)
+    ids, logprobs = top_logprobs(scores, min(3, vocab))
+    assert torch.equal(ids[:, 0], likeliest(scores)) and (logprobs.diff(dim=1) <= 0).all()
+    for place in range(ids.shape[1]):
+        assert torch.equal(logprobs[:, place], logprobs_of(scores, ids[:, place]))
+
+
 def test_of_equal_ones_the_first(way):
     scores = torch.zeros(1, 3 * GROUP_SIZE)
     numbers = torch.ones(1, num_random(3 * GROUP_SIZE), dtype=torch.float64)
@@ -104,6 +113,7 @@ def test_no_rows(way):
     scores = torch.zeros(0, 50)
     tokens, logprobs = draw(scores, torch.zeros(0, num_random(50), dtype=torch.float64))
     assert tokens.shape == logprobs.shape == likeliest(scores).shape == logprobs_of(scores, tokens).shape == (0,)
+    assert [x.shape for x in top_logprobs(scores, 4)] == [(0, 4)] * 2
 
 
 @pytest.mark.parametrize("fault", [torch.nan, torch.inf, -torch.inf])

@@ -42,7 +42,8 @@ struct Row {
     float peak;
     double total;  // of exp(number - peak)
 
-    float logprob(float number) const { return float(double(number) - double(peak) - std::log(total)); }
+    double norm() const { return double(peak) + std::log(total); }
+    float logprob(float number) const { return float(double(number) - norm()); }
 };
 
 Row row_of(const float* row, int64_t num, float* groups) {
@@ -108,6 +109,11 @@ int64_t cpinfer_logprobs(const float* scores, int64_t rows, int64_t num, int64_t
         logprobs[i] = row_of(row, num, nullptr).logprob(row[tokens[i]]);
     }
     return beyond;
+}
+
+void cpinfer_norms(const float* scores, int64_t rows, int64_t num, int64_t stride, int64_t threads, double* norms) {
+#pragma omp parallel for num_threads(used(threads, rows))
+    for (int64_t i = 0; i < rows; ++i) norms[i] = row_of(scores + i * stride, num, nullptr).norm();
 }
 
 // The place of the first number that none is larger than; 0 where none is a number.
