@@ -227,9 +227,11 @@ class EngineConfig(Checked):
         0.0,
         within=Bounds(0, 2**14),
     )
+    tp_all_reduce: Literal["auto", "group"] = _key(
+        "how tp ranks add partial sums; auto is in shared memory on CPU, on one host, else by their group", "auto"
+    )
     context_exchange: Literal["auto", "queries", "kv"] = _key(
-        "what travels when a prompt continues cached KV; auto is what moves fewer bytes, alone what computes less",
-        "auto",
+        "what travels when a prompt continues cached KV; auto moves fewer bytes, alone what computes less", "auto"
     )
     context_workspace_tokens: int = _key("cached tokens gathered at a time, when KV travels", 65536, within=_TOKENS)
     decode_exchange: str = _key(

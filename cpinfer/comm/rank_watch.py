@@ -29,6 +29,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
@@ -48,6 +49,7 @@ PATIENCE_S = 1800.0
 
 _CPINFER = str(Path(__file__).parents[1])
 _IN_COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"
+_SHARED_SUM = str(Path(__file__).with_name("shared_sum.py"))
 
 
 class Watch(Protocol):
@@ -350,6 +352,13 @@ def gloo_timeouts(ranks: Sequence[int], timeout_s: float) -> Iterator[None]:
             backend._set_default_timeout(timeout)
 
 
+def timeout_s(group: Any) -> float:
+    """How long a collective of a group on CPU waits; of one that does not say, as long as torch's groups by default."""
+    options = getattr(group._get_backend(torch.device("cpu")), "options", None)
+    timeout: datetime.timedelta = getattr(options, "_timeout", c10d.default_pg_timeout)
+    return timeout.total_seconds()
+
+
 def set_timeout(group: Any, timeout: datetime.timedelta) -> None:
     """How long collectives of a group wait from now on, over whatever they run."""
     for backend in _backends_of(group):
@@ -380,12 +389,16 @@ def place_of(frame: FrameType | None, *, is_async: bool) -> tuple[object, str, b
     if frame is None:
         return None, "", False
     file = frame.f_code.co_filename
-    waits = _IN_COLLECTIVES in file or (is_async and file.startswith(_CPINFER))
+    waits = _is_collective(file) or (is_async and file.startswith(_CPINFER))
     callers = [frame, *([frame.f_back] if frame.f_back else [])]
     key = tuple((id(each), each.f_lasti) for each in callers)
-    while _IN_COLLECTIVES in frame.f_code.co_filename and frame.f_back is not None:
+    while _is_collective(frame.f_code.co_filename) and frame.f_back is not None:
         frame = frame.f_back
     return key, f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})", waits
+
+
+def _is_collective(file: str) -> bool:
+    return _IN_COLLECTIVES in file or file == _SHARED_SUM
 
 
 def _named(ranks: Sequence[int], signs: Mapping[int, Sign]) -> str:

@@ -25,6 +25,7 @@ from cpinfer.engine.deterministic import check_deterministic, deterministic_erro
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.layout_choice import decode_layouts, is_open
 from cpinfer.engine.needs import RankNeeds, own_pool
+from cpinfer.engine.tp_sums import sums_in_shared_memory
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
@@ -61,7 +62,8 @@ def attach(
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
     Collective over the replica: two small gathers, the first of which compares config, model, a sample of the weights
-    (`check_ranks`) and versions. Errors come on every rank alike, with the model as it was.
+    (`check_ranks`) and versions; on CPU with tensor parallelism two more. Errors come on every rank alike, with the
+    model as it was.
 
     Args:
         model: a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
@@ -122,6 +124,7 @@ def attach(
             (wanted, runner, own), pools = begin_together(topology, _device_of(model), prepare)
             # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
             needs = RankNeeds.of(runner, topology, wanted, PoolSize.smallest(pools, own.sharding))
+            stack.enter_context(sums_in_shared_memory(runner, topology, wanted))
             if wanted.deterministic:
                 check_deterministic(runner, topology, wanted, needs)
             engine = Engine(runner, wanted, tokenizer, decode_layouts(topology, wanted, needs))

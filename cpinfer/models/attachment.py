@@ -35,6 +35,20 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 
 @contextmanager
+def exchanged(model: Any, found: object, other: object) -> Iterator[None]:
+    """Every module of `model` that holds the object `found` as an attribute holds `other` in its place."""
+    with ExitStack() as stack:
+        for module, name in places_of(model, found):
+            stack.enter_context(replaced(module, name, other))
+        yield
+
+
+def places_of(model: Any, found: object) -> list[tuple[Any, str]]:
+    """Modules of `model` that hold the object `found`, and by which attribute."""
+    return [(module, name) for module in model.modules() for name, value in vars(module).items() if value is found]
+
+
+@contextmanager
 def claimed(model: Any) -> Iterator[None]:
     """No other engine may have a module of `model` for the length of the block: UserError when one has it already."""
     for name, module in model.named_modules():

@@ -17,7 +17,15 @@ from cpinfer.attention.linear_attention import LinearStep
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.errors import UserError
 from cpinfer.models.adapters import AdapterState, adapter_state, refuse_adapters_under_tp
-from cpinfer.models.attachment import Attachment, attending_by, claimed, replaced, uncompiled
+from cpinfer.models.attachment import (
+    Attachment,
+    attending_by,
+    claimed,
+    exchanged,
+    places_of,
+    replaced,
+    uncompiled,
+)
 from cpinfer.models.attention_keywords import HandedStep, windows_told
 from cpinfer.models.autocast import CastStep, autocast_dtype
 from cpinfer.models.decoder_layers import check_layers, decoder_layers, is_attention
@@ -170,6 +178,14 @@ class ModelRunner:
     def named_modules(self) -> Iterator[tuple[str, Any]]:
         """The modules of the model as it is attached, by name."""
         yield from self._model.named_modules()
+
+    def holds(self, value: object) -> bool:
+        """Whether a module of the model has this object as an attribute."""
+        return bool(places_of(self._model, value))
+
+    def exchanging(self, found: object, other: object) -> AbstractContextManager[None]:
+        """A block in which modules of the model that hold the object `found` hold `other` in its place."""
+        return exchanged(self._model, found, other)
 
     def weight_places(self) -> tuple[int, ...]:
         """Where the weights lie in memory: what was captured reads them there."""
