@@ -16,7 +16,7 @@ import torch
 
 from interpreted_cuda import interpreter
 from interpreted_cuda.build import guard_library, interpreter_folder
-from interpreted_cuda.modules import LOADED, Module
+from interpreted_cuda.modules import LOADED, LOCK, Module
 from interpreted_cuda.tensors import CUDA, made_on_cuda
 
 
@@ -58,8 +58,9 @@ def pretend(card: Card, *, num_sms: int = FEW_SMS, runs: bool = True) -> None:
     load = tvm_ffi.load_module
 
     def loaded(path: Any, *args: Any, **kwargs: Any) -> Module:
-        LOADED.append(str(path))
-        return Module(load(path, *args, **kwargs))
+        with LOCK:  # it brings kernels, which a launch looks through
+            LOADED.append(str(path))
+            return Module(load(path, *args, **kwargs))
 
     tvm_ffi.load_module = loaded
 

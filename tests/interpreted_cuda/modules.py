@@ -80,7 +80,7 @@ class View:
 
 
 # One GPU, and an interpreter that is not for several threads.
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 # The kernels that were launched, since somebody emptied it.
 LAUNCHES: list[str] = []
 # The modules that were loaded, by their paths.
@@ -117,7 +117,7 @@ def _called_with_views(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         views = [View(x) if isinstance(x, Tensor) else None for x in args]
         given = [x if view is None else tvm_ffi.from_dlpack(view) for x, view in zip(args, views, strict=True)]
-        with _LOCK, touching([x for x in args if isinstance(x, CudaTensor)]):
+        with LOCK, touching([x for x in args if isinstance(x, CudaTensor)]):
             result, caught = None, None
             try:
                 result = function(*given)
@@ -150,7 +150,7 @@ class Recording:
 
     def replay(self, tensors: Sequence[CudaTensor]) -> int:
         """Launch them again; they may touch these tensors. How many there were."""
-        with _LOCK, touching(tensors):
+        with LOCK, touching(tensors):
             launched = int(interpreter.library().interpreter_replay())
         failed = interpreter.error()
         interpreter.launches()

@@ -129,6 +129,9 @@ def test_atomics_add_up_over_blocks_and_give_what_was_there() -> None:
         ("st.global.u32 [%rd0+-4], %r0;", "write of 4 bytes.*outside"),
         ("ld.global.u32 %r1, [%rd0+2];", "misaligned read"),
         ("mov.u64 %rd1, 0; ld.u32 %r1, [%rd1];", "outside of the memory of the call"),
+        # the last addresses there are, whose ends are address 0
+        ("mov.s64 %rd1, -16; ld.v4.u32 {%r1, %r2, %r3, %r4}, [%rd1];", "read of 16 bytes.*outside"),
+        ("mov.s64 %rd1, -1; st.global.u8 [%rd1], %r0;", "write of 1 bytes.*outside"),
         ("mov.u32 %r1, 64; st.shared.u32 [%r1], %r0;", "of 0 bytes of shared memory"),
         (".shared .align 4 .b8 s[8]; mov.u32 %r1, s; ld.shared.v2.u32 {%r2, %r3}, [%r1+4];", "at 4 of 8|misaligned"),
         (".local .align 4 .b8 own[4]; mov.u64 %rd1, own; ld.local.u32 %r1, [%rd1+4];", "of 4 bytes of local memory"),

@@ -12,7 +12,9 @@ std::map<u64, u64>& allowed() {  // where memory begins, and where it ends
   return ranges;
 }
 
-bool lies_in(u64 address, u64 bytes, u64 begin, u64 end) { return address >= begin && address + bytes <= end; }
+bool lies_in(u64 address, u64 bytes, u64 begin, u64 end) {  // no sum, which could come round to the first addresses
+  return address >= begin && address <= end && bytes <= end - address;
+}
 bool lies_in(u64 address, u64 bytes, const std::vector<uint8_t>& room) {
   return lies_in(address, bytes, u64(room.data()), u64(room.data()) + room.size());
 }
@@ -55,7 +57,7 @@ void Machine::check(Warp& warp, const Instruction& in, int lane, u64 address, u6
   auto after = allowed().upper_bound(address);
   if (after != allowed().begin()) {
     auto range = std::prev(after);
-    if (address + bytes <= range->second) {
+    if (lies_in(address, bytes, range->first, range->second)) {
       seen_begin_ = range->first, seen_end_ = range->second;
       return;
     }
