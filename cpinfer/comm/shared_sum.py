@@ -327,6 +327,6 @@ def _gathered(replica: AxisComm, message: Mapping[str, Any]) -> list[dict[str, A
     """What each rank says, by its place."""
     why = message.get("why")
     text = json.dumps({**message, "why": why and why[:200]}, ensure_ascii=False).encode()
-    padded = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8)
+    padded = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     return [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in replica.all_gather(padded)]

@@ -63,5 +63,5 @@ def processed(processors: Sequence[Any], input_ids: Tensor | None, scores: Tenso
 
 def without_tokens(scores: Tensor, suppressed: Sequence[int]) -> Tensor:
     """`scores [N, vocab]`, of which `suppressed` tokens cannot be chosen; `scores` itself where none of them is."""
-    here = [token for token in suppressed if token < scores.shape[-1]]
+    here = [token for token in suppressed if 0 <= token < scores.shape[-1]]
     return scores.index_fill(-1, torch.tensor(here, device=scores.device), -torch.inf) if here else scores

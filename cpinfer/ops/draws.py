@@ -46,7 +46,7 @@ def draw(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         return _drawn(scores, numbers)
     if numbers.shape != (len(scores), num_random(scores.shape[-1])) or numbers.dtype != torch.float64:
         raise ValueError(f"random numbers are {[*numbers.shape]} {numbers.dtype}, for scores {[*scores.shape]}")
-    tokens, logprobs = torch.empty(len(scores), dtype=torch.int64), torch.empty(len(scores))
+    tokens, logprobs = scores.new_empty(len(scores), dtype=torch.int64), scores.new_empty(len(scores))
     numbers = numbers.contiguous()
     kernels.cpinfer_draw(
         *_rows(scores),
@@ -64,7 +64,7 @@ def logprobs_of(scores: Tensor, tokens: Tensor) -> Tensor:
     kernels = _kernels_for(scores)
     if kernels is None:
         return _pick(torch.log_softmax(scores, dim=-1), tokens)
-    tokens, logprobs = tokens.to(torch.int64).contiguous(), torch.empty(len(scores))
+    tokens, logprobs = tokens.to(torch.int64).contiguous(), scores.new_empty(len(scores))
     num_beyond = kernels.cpinfer_logprobs(
         *_rows(scores),
         *(ctypes.c_void_p(tokens.data_ptr()), ctypes.c_int64(torch.get_num_threads())),
@@ -80,7 +80,7 @@ def likeliest(scores: Tensor) -> Tensor:
     kernels = _kernels_for(scores)
     if kernels is None:
         return scores.argmax(dim=-1)
-    tokens = torch.empty(len(scores), dtype=torch.int64)
+    tokens = scores.new_empty(len(scores), dtype=torch.int64)
     kernels.cpinfer_likeliest(
         *_rows(scores), ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(tokens.data_ptr())
     )
@@ -96,7 +96,7 @@ def top_logprobs(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
     if kernels is None:
         values, ids = torch.log_softmax(scores, dim=-1).topk(num, dim=-1)
         return ids, values
-    norms = torch.empty(len(scores), 1, dtype=torch.float64)
+    norms = scores.new_empty(len(scores), 1, dtype=torch.float64)
     kernels.cpinfer_norms(*_rows(scores), ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(norms.data_ptr()))
     values, ids = scores.topk(num, dim=-1)
     return ids, (values.double() - norms).float()

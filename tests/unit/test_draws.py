@@ -109,6 +109,26 @@ def test_rows_of_any_strides(way):
         torch.testing.assert_close(logprobs_of(same, tokens), expected[1], rtol=0, atol=1e-5)
 
 
+@pytest.fixture
+def other_defaults():
+    """Those that a job may have set for tensors of its own."""
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+def test_defaults_that_a_job_has_set_change_nothing(way, request):
+    scores, numbers = make_scores(9, 300), make_numbers(9, 300)
+    expected = (*draw(scores, numbers), likeliest(scores), *top_logprobs(scores, 3))
+    request.getfixturevalue("other_defaults")
+    found = (*draw(scores, numbers), likeliest(scores), *top_logprobs(scores, 3))
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+    assert torch.equal(logprobs_of(scores, found[0]), expected[1])
+
+
 def test_no_rows(way):
     scores = torch.zeros(0, 50)
     tokens, logprobs = draw(scores, torch.zeros(0, num_random(50), dtype=torch.float64))

@@ -272,6 +272,13 @@ class TestCompiling:
         with pytest.raises(UserError, match=r"no C\+\+ compiler was found .* Install g\+\+"):
             compiling.compiled("ordered_attention")
 
+    def test_a_compiler_that_does_not_run(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        (tmp_path / "c++").write_text("no program")
+        (tmp_path / "c++").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(UserError, match=r"c\+\+ does not run: .*Exec format error.* take it out of PATH"):
+            compiling.compiled("ordered_attention")
+
     def test_a_compiler_that_fails(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
         monkeypatch.setattr(compiling, "FLAGS", (*compiling.FLAGS, "-fno-such-flag"))
         with pytest.raises(UserError, match=r"(?s)ordered_attention.cpp could not be compiled: .*no-such-flag"):

@@ -143,6 +143,15 @@ def test_the_kept_mass_is_one_where_nothing_is_cut(params):
     assert {token.kept_mass for token in tokens} == {1.0} and {token.kept_ids for token in tokens} == {None}
 
 
+@pytest.mark.parametrize("eos", [(-1,), (-9,), (VOCAB,), (VOCAB + 70, 3)])
+def test_ids_that_no_token_has_suppress_none(eos):
+    """As a model's config may name them."""
+    logits = torch.arange(VOCAB).float().unsqueeze(0)
+    requests = [make_sequence(SamplingParams(temperature=0, min_new_tokens=3))]
+    (token,) = sampling.sample_tokens(logits, requests, StopChecker(eos, None)).tokens()
+    assert token.token_id == VOCAB - 1
+
+
 def test_suppressed_tokens_are_no_part_of_what_is_cut():
     logits = torch.zeros(1, VOCAB)
     logits[0, EOS] = 20.0

@@ -87,7 +87,10 @@ def _compiler() -> str:
 
 
 def _version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    try:
+        return subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(f"the compiler {compiler} does not run: {error}. Mend it, or take it out of PATH.") from error
 
 
 def _processor() -> str:
