@@ -238,7 +238,9 @@ def shown_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], begins
     visible = [token for token in tokens if token not in special]
     shown = spelled(tokenizer, [token for token in tokens[:num_whole] if token not in special])
     if tokens[num_whole] not in special:
-        shown += before[len(spelled(tokenizer, tokens[:num_whole])) :]
+        # With those before it, without the special ones between: bytes of one character may come together then.
+        shown = spelled(tokenizer, [token for token in tokens[: num_whole + 1] if token not in special])
+        shown = shown.removesuffix(spelled(tokenizer, tokens[: num_whole + 1])[begins_at:])
     # A space at the beginning is not shown where decoding drops it.
     is_dropped = spelled(tokenizer, visible) == " " + tokenizer.decode(visible)
     return shown.removeprefix(" ") if is_dropped else shown
