@@ -20,6 +20,7 @@ from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.layout.prefill import PrefillPlan
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.traffic import decode_bytes, decode_collectives, prefill_bytes
+from cpinfer.models.spec import LatentDims
 from cpinfer.ops.states import State
 from cpinfer_tools.gpu.attention_ranks import Case, Tampering, run_case
 
@@ -275,6 +276,27 @@ def test_what_a_layer_does_to_its_logits_is_seen_by_these_tests(change: dict[str
     """Negative control: left out on the ranks' side, each must show."""
     case = make_case(1, 2, 2, 2)
     assert run_case(case, Tampering(oracle=lambda c: replace(c, **change))).max_error > WRONG
+
+
+# --- multi-head latent attention ---
+
+LATENT = LatentDims(kv_lora_rank=12, qk_rope_head_dim=4, qk_nope_head_dim=6, v_head_dim=5)
+LATENT_LAYOUTS = [(1, 1, 1, 1), (1, 2, 2, 1), (2, 1, 2, 1), (2, 2, 4, 1), (1, 4, 2, 1), (4, 1, 1, 1), (4, 2, 8, 1)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"chunk": 37}, {"chunk": 37, "context_exchange": "kv"}, {"decode_exchange": "ag_rs"}], ids=str
+)
+@pytest.mark.parametrize("layout", LATENT_LAYOUTS, ids=lambda x: "tp{}_pcp{}_dcp{}_kv{}".format(*x))
+def test_latents_of_every_layout_equal_dense_attention(
+    layout: tuple[int, int, int, int], changes: dict[str, object]
+) -> None:
+    assert run_case(make_case(*layout, latent=LATENT, **changes)).max_error <= TOLERANCE
+
+
+def test_latents_of_a_wrong_shard_are_seen() -> None:
+    tampering = Tampering(shard=lambda topology: 0)
+    assert run_case(make_case(1, 2, 2, 1, latent=LATENT), tampering).max_error > WRONG
 
 
 # --- the other ways for states to come back ---

@@ -161,9 +161,8 @@ def test_what_does_not_fit_is_refused_before_memory_is_read(way):
 
 
 @pytest.mark.parametrize("registers", ["LANES = 4, HELD = 2", "LANES = 8, HELD = 2"])
+@pytest.mark.parametrize("way", ["compiled"], indirect=True)
 def test_processors_of_other_registers_have_the_same_bits(way, registers, monkeypatch, tmp_path):
-    if way == "torch":
-        pytest.skip("of the kernels alone")
     scores, numbers = make_scores(9, 1000), make_numbers(9, 1000)
     expected = draw(scores, numbers)
     folder = Path(compiling.__file__).parent

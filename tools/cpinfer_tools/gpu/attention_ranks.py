@@ -18,7 +18,7 @@ from cpinfer.attention.backends.base import AttentionBackend
 from cpinfer.attention.backends.torch_backend import TorchBackend
 from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.attention.exchanges.registry import EXCHANGES
-from cpinfer.attention.layer import AttentionLayer
+from cpinfer.attention.layer import AttentionLayer, LatentLayer
 from cpinfer.attention.steps import DecodeStep, PrefillStep
 from cpinfer.comm.axis import CountingComm, Traffic
 from cpinfer.comm.threads import run_ranks
@@ -40,6 +40,7 @@ from cpinfer.layout.heads import GroupHeads, HeadPlacement
 from cpinfer.layout.prefill import PrefillPlan, PrefillSplit, assign_prompts, plan_prefill, zigzag_split
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import KVSharding
+from cpinfer.models.spec import LatentDims
 from cpinfer.ops.attention import dense_attention
 from cpinfer.ops.states import State, merge_states
 
@@ -69,6 +70,8 @@ class Case:
     window: int | None = None
     soft_cap: float | None = None
     with_sinks: bool = False
+    # Heads whose keys and values are maps of one latent: one KV head, and the other sizes instead of `head_dim`.
+    latent: LatentDims | None = None
     # Of queries, keys and values; states travel in float32.
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU
@@ -79,6 +82,35 @@ class Case:
         if not self.with_sinks:
             return None
         return 3 * torch.randn(self.num_q_heads, generator=torch.Generator().manual_seed(3)).to(self.device)
+
+    @property
+    def q_dim(self) -> int:
+        """Of a query of one head."""
+        latent = self.latent
+        return self.head_dim if latent is None else latent.qk_nope_head_dim + latent.qk_rope_head_dim
+
+    def cache_layout(self, num_heads: int) -> KVLayout:
+        """Of what a rank stores that has so many KV heads."""
+        latent = self.latent
+        if latent is None:
+            return KVLayout(num_heads, self.head_dim, self.head_dim)
+        width = latent.kv_lora_rank + latent.qk_rope_head_dim
+        return KVLayout(1, width, latent.kv_lora_rank, v_is_prefix_of_k=True)
+
+    def layer(self, q_heads: Sequence[int]) -> AttentionLayer:
+        """As these query heads see it."""
+        heads, scale = list(q_heads), self.q_dim**-0.5
+        sinks = None if self.sinks is None else self.sinks[heads]
+        if self.latent is None:
+            return AttentionLayer(0, scale, self.soft_cap, self.window, sinks)
+        generator = torch.Generator().manual_seed(5)
+        w_k, w_v = (
+            torch.randn(self.num_q_heads, n, self.latent.kv_lora_rank, generator=generator)
+            * self.latent.kv_lora_rank**-0.5
+            for n in (self.latent.qk_nope_head_dim, self.latent.v_head_dim)
+        )
+        w_k, w_v = (w.to(self.dtype)[heads].to(self.device) for w in (w_k, w_v))
+        return LatentLayer(0, scale, self.soft_cap, self.window, sinks, w_k=w_k, w_v=w_v)
 
     def home(self, sequence: int) -> int:
         """Sequences are dealt to homes one after another."""
@@ -123,12 +155,15 @@ def run_case(case: Case, tampering: Tampering = Tampering()) -> Outcome:
     ranks = run_ranks(
         case.grid, lambda topology: _run_rank(case, tampering, tampering.topology(topology), inputs, tables, num_blocks)
     )
-    scale = case.head_dim**-0.5
     oracle = []
     truth = tampering.oracle(case)
+    layer = truth.layer(range(case.num_q_heads)).to(torch.float64)
     for qkv in inputs:
-        wide = (x.double() for x in qkv)
-        out, lse = dense_attention(*wide, scale=scale, causal=True, window=truth.window, soft_cap=truth.soft_cap)
+        q, k, v = (x.double() for x in qkv)
+        k, v = layer.expand(k, v)
+        out, lse = dense_attention(
+            q, k, v, scale=layer.scale, causal=True, window=truth.window, soft_cap=truth.soft_cap
+        )
         oracle.append(out if truth.sinks is None else merge_states([(out, lse), _sink_states(out, truth.sinks)])[0])
     seen = [torch.zeros(x.shape[:2], device=case.device) for x in oracle]
     worst = 0.0
@@ -163,12 +198,11 @@ def _run_rank(
     placement = HeadPlacement(case.num_q_heads, case.num_kv_heads, grid.tp_size)
     q_heads, kv_heads = placement.q_heads(coords.tp_rank), placement.kv_heads(coords.tp_rank)
     stored = tampering.heads(placement.in_group(grid, coords.tp_rank))
-    sinks = None if case.sinks is None else case.sinks[list(q_heads)]
-    layer = AttentionLayer(0, case.head_dim**-0.5, case.soft_cap, case.window, sinks)
+    layer = case.layer(q_heads)
     sharding = KVSharding(grid.dcp_size, case.interleave, case.block_size)
     shard = tampering.shard(topology)
     cache = PagedKVCache(
-        KVLayout(len(stored.kv_heads), case.head_dim, case.head_dim),
+        case.cache_layout(len(stored.kv_heads)),
         1,
         num_blocks,
         case.block_size,
@@ -261,9 +295,10 @@ def _run_rank(
             pcp_rank=coords.pcp_rank % row_ranks,
             shard=shard,
         )
-        rows = {None: decode_plan.rows}
+        seen_rows = decode_plan.rows
         if case.window is not None:
-            rows = {case.window: rows_in_window(decode_plan, positions, sharding, shard, case.window)}
+            seen_rows = rows_in_window(decode_plan, positions, sharding, shard, case.window)
+        rows = {case.window: seen_rows.over(cache.layout)}
         decode = DecodeStep(decode_plan, {w: backend.plan(r) for w, r in rows.items()}, cache, exchange, stored)
         own = decode_plan.own.tolist()
         # A padding row holds whatever: nothing of it may ever show.
@@ -276,13 +311,18 @@ def _run_rank(
 
 
 def _inputs(case: Case, length: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q `[length, HQ, D]`, k and v `[length, HK, D]`; the logits have std 3 when peaked (with a sink), else 0.1."""
+    """q `[length, HQ, D]`, k and v `[length, HK, D]`; the logits have std 3 when peaked (with a sink), else 0.1.
+
+    Of latents k is `[length, 1, C + R]`, what is cached, and v the first columns of it.
+    """
     generator = torch.Generator().manual_seed(1000 + seed)
+    layout = case.cache_layout(case.num_kv_heads)
 
-    def normal(heads: int) -> Tensor:
-        return torch.randn(length, heads, case.head_dim, generator=generator)
+    def normal(heads: int, dim: int) -> Tensor:
+        return torch.randn(length, heads, dim, generator=generator)
 
-    q, k, v = normal(case.num_q_heads), normal(case.num_kv_heads), normal(case.num_kv_heads)
+    q, k = normal(case.num_q_heads, case.q_dim), normal(layout.num_heads, layout.k_dim)
+    v = k[..., : layout.v_dim] if layout.v_is_prefix_of_k else normal(layout.num_heads, layout.v_dim)
     q = q * (3.0 if case.peaked else 0.1)
     if case.peaked:
         k[0] *= 3.0
