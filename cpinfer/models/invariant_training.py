@@ -27,7 +27,7 @@ from cpinfer.attention.layer import AttentionLayer
 from cpinfer.attention.steps import AttentionStep
 from cpinfer.config import ConfigLike, job_config
 from cpinfer.errors import UserError
-from cpinfer.layout.rows import AttentionRows
+from cpinfer.layout.rows import AttentionRows, ends_of
 from cpinfer.models.attachment import attending_by, replaced
 from cpinfer.models.attention_keywords import windows_told
 from cpinfer.models.autocast import CastStep
@@ -271,9 +271,8 @@ class _OrderedTraining(torch.autograd.Function):
 def _rows_of(mask: Tensor, at: Tensor, window: int | None) -> AttentionRows:
     """A causal row for every sequence of a batch, over its tokens: those of `[B * T]` that `mask` leaves."""
     lens = mask.sum(dim=-1).numpy().astype(np.int32)
-    bounds = np.concatenate([[0], np.cumsum(lens)])
     slots = at.numpy()
-    tables = [slots[a:b] for a, b in pairwise(bounds.tolist())]
+    tables = [slots[a:b] for a, b in pairwise(ends_of(lens).tolist())]
     rows = AttentionRows.build(lens, lens, tables, block_size=1, causal=True)
     return rows if window is None else rows.within(window)
 

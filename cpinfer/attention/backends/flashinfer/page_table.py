@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cpinfer.layout.rows import AttentionRows, Int32Array
+from cpinfer.layout.rows import AttentionRows, Int32Array, ends_of
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def page_table(rows: AttentionRows, *, single_tokens: bool = False) -> PageTable
     if not kept.all():
         pages = pages[np.repeat(kept, num_pages)]
     return PageTable(
-        qo_indptr=_indptr(rows.q_lens[kept]),
-        kv_indptr=_indptr(num_pages[kept]),
+        qo_indptr=ends_of(rows.q_lens[kept]),
+        kv_indptr=ends_of(num_pages[kept]),
         kv_indices=np.ascontiguousarray(pages, dtype=np.int32),
         last_page_len=((kv_lens[kept] - 1) % page_size + 1).astype(np.int32),
         kv_lens=kv_lens[kept].astype(np.int32),
@@ -117,7 +117,7 @@ def _pages(
 ) -> NDArray[np.integer]:
     """The pages of every row from key `first` on, one after another."""
     row = np.repeat(np.arange(rows.num_rows), num_pages)
-    page = np.arange(len(row)) - np.repeat(_indptr(num_pages)[:-1], num_pages)
+    page = np.arange(len(row)) - np.repeat(ends_of(num_pages)[:-1], num_pages)
     key = first[row] + page * page_size
     block, offset = np.divmod(key, rows.block_size)
     found = np.zeros(len(row), dtype=np.int64)
@@ -125,7 +125,3 @@ def _pages(
     found[real] = rows.block_ids[(rows.block_indptr[row] + block)[real]]
     pages: NDArray[np.integer] = np.where(real, found * (rows.block_size // page_size) + offset // page_size, 0)
     return pages
-
-
-def _indptr(lens: NDArray[np.integer]) -> Int32Array:
-    return np.concatenate([[0], np.cumsum(lens)]).astype(np.int32)
