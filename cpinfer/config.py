@@ -227,8 +227,8 @@ class EngineConfig(Checked):
         0.0,
         within=Bounds(0, 2**14),
     )
-    tp_all_reduce: Literal["auto", "group"] = _key(
-        "how tp ranks add partial sums; auto is in shared memory on CPU, on one host, else by their group", "auto"
+    collectives: Literal["auto", "group"] = _key(
+        "by what ranks exchange; auto is shared memory on CPU, between ranks of one host, else process groups", "auto"
     )
     context_exchange: Literal["auto", "queries", "kv"] = _key(
         "what travels when a prompt continues cached KV; auto moves fewer bytes, alone what computes less", "auto"

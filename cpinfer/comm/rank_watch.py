@@ -49,7 +49,7 @@ PATIENCE_S = 1800.0
 
 _CPINFER = str(Path(__file__).parents[1])
 _IN_COLLECTIVES = f"{os.sep}torch{os.sep}distributed{os.sep}"
-_SHARED_SUM = str(Path(__file__).with_name("shared_sum.py"))
+_SHARED_MEMORY = str(Path(__file__).with_name("shared_memory.py"))
 
 
 class Watch(Protocol):
@@ -398,7 +398,7 @@ def place_of(frame: FrameType | None, *, is_async: bool) -> tuple[object, str, b
 
 
 def _is_collective(file: str) -> bool:
-    return _IN_COLLECTIVES in file or file == _SHARED_SUM
+    return _IN_COLLECTIVES in file or file == _SHARED_MEMORY
 
 
 def _named(ranks: Sequence[int], signs: Mapping[int, Sign]) -> str:

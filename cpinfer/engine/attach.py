@@ -21,11 +21,11 @@ from cpinfer.config import (
     with_keys,
 )
 from cpinfer.engine.agreement import Prepared, begin_together
+from cpinfer.engine.collectives import collectives_in_shared_memory
 from cpinfer.engine.deterministic import check_deterministic, deterministic_errors, prepare_deterministic
 from cpinfer.engine.engine import Engine
 from cpinfer.engine.layout_choice import decode_layouts, is_open
 from cpinfer.engine.needs import RankNeeds, own_pool
-from cpinfer.engine.tp_sums import sums_in_shared_memory
 from cpinfer.errors import UserError
 from cpinfer.layout.capacity import PoolSize
 from cpinfer.layout.grid import RankGrid
@@ -62,7 +62,7 @@ def attach(
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
     Collective over the replica: two small gathers, the first of which compares config, model, a sample of the weights
-    (`check_ranks`) and versions; on CPU with tensor parallelism two more. Errors come on every rank alike, with the
+    (`check_ranks`) and versions; on CPU two more. Errors come on every rank alike, with the
     model as it was.
 
     Args:
@@ -124,10 +124,10 @@ def attach(
             (wanted, runner, own), pools = begin_together(topology, _device_of(model), prepare)
             # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
             needs = RankNeeds.of(runner, topology, wanted, PoolSize.smallest(pools, own.sharding))
-            stack.enter_context(sums_in_shared_memory(runner, topology, wanted))
+            attached_ranks = stack.enter_context(collectives_in_shared_memory(runner, topology, wanted))
             if wanted.deterministic:
-                check_deterministic(runner, topology, wanted, needs)
-            engine = Engine(runner, wanted, tokenizer, decode_layouts(topology, wanted, needs))
+                check_deterministic(runner, attached_ranks, wanted, needs)
+            engine = Engine(runner, wanted, tokenizer, decode_layouts(attached_ranks, wanted, needs))
             stack.callback(engine.close)
             engine.wake()
         _tell(engine, runner, topology, wanted)

@@ -26,10 +26,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 from break_even import decode_steps, describe_steps
 from cpinfer_tools.measuring.harness import (
@@ -61,7 +63,6 @@ if TYPE_CHECKING:
     import torch
 
     import cpinfer
-    from cpinfer.comm.axis import AxisComm
     from talk import Talk
 
 NUM_RANKS = 2
@@ -97,39 +98,27 @@ class Watch:
     collective_s: float = 0.0
 
 
-@dataclass
-class TimedComm:
-    """An axis whose time is taken. Of a solo axis there is next to none."""
+@contextmanager
+def timed_collectives(watch: Watch) -> Iterator[None]:
+    """A block in which the time of this process's collectives is taken, by whatever they go."""
+    from cpinfer.comm.axis import ProcessGroupComm
+    from cpinfer.comm.shared_memory import SharedMemory
 
-    inner: AxisComm
-    watch: Watch = field(repr=False)
+    def timed(collective: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def call(*given: Any) -> torch.Tensor:
+            start_s = time.perf_counter()
+            try:
+                return collective(*given)
+            finally:
+                watch.collective_s += time.perf_counter() - start_s
 
-    @property
-    def size(self) -> int:
-        return self.inner.size
+        return call
 
-    @property
-    def index(self) -> int:
-        return self.inner.index
-
-    def all_gather(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        return self._timed(lambda: self.inner.all_gather(x, out))
-
-    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
-        return self._timed(lambda: self.inner.all_to_all(x))
-
-    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
-        return self._timed(lambda: self.inner.reduce_scatter(x))
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        return self._timed(lambda: self.inner.all_reduce(x))
-
-    def _timed(self, call: Callable[[], torch.Tensor]) -> torch.Tensor:
-        start_s = time.perf_counter()
-        try:
-            return call()
-        finally:
-            self.watch.collective_s += time.perf_counter() - start_s
+    with ExitStack() as stack:
+        for comm in (ProcessGroupComm, SharedMemory):
+            for name in ("all_gather", "all_to_all", "reduce_scatter", "all_reduce"):
+                stack.enter_context(mock.patch.object(comm, name, timed(getattr(comm, name))))
+        yield
 
 
 class Way:
@@ -141,9 +130,7 @@ class Way:
     def __init__(self, name: str, topology: cpinfer.Topology, model: Any, shape: ModelShape) -> None:
         self.name = name
         self.watch = Watch()
-        pcp, dcp, replica = (TimedComm(axis, self.watch) for axis in (topology.pcp, topology.dcp, topology.replica))
-        self._topology = dataclasses.replace(topology, pcp=pcp, dcp=dcp, replica=replica)
-        self._model, self._shape = model, shape
+        self._topology, self._model, self._shape = topology, model, shape
         grid = topology.grid
         self.own = list(range(topology.coords.dp_rank, NUM_SAMPLES, grid.dp_size))
 
@@ -165,7 +152,7 @@ class Way:
         sampling = [
             SamplingParams(temperature=0, max_new_tokens=workload.max_new_tokens[i], ignore_eos=True) for i in self.own
         ]
-        with cpinfer.attach(self._model, self._topology, config) as engine:
+        with timed_collectives(self.watch), cpinfer.attach(self._model, self._topology, config) as engine:
             self._take_time_of(engine)
             self.watch.num_tokens, self.watch.busy_s, self.watch.collective_s = 0, 0.0, 0.0
             results, taken_s = timed(lambda: engine.generate(prompts, sampling), talk.barrier)

@@ -1,6 +1,6 @@
-"""Sums in shared memory on the processes it was started with; each rank writes what came of each case.
+"""Collectives in shared memory on the processes it was started with; each rank writes what came of each case.
 
-torchrun --nproc-per-node 2 tests/distributed/shared_sum_worker.py OUTPUT sums stand_in ...
+torchrun --nproc-per-node 2 tests/distributed/shared_memory_worker.py OUTPUT sums stand_in ...
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import reduce
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,29 +23,33 @@ import torch.distributed as dist
 from torch import Tensor
 
 import cpinfer
-from cpinfer.comm import shared_sum
+from cpinfer.comm import segments, shared_memory
+from cpinfer.comm.axis import AxisComm
 from cpinfer.comm.bootstrap import Launch, default_group
 from cpinfer.comm.losses import is_peer_loss, is_timeout
-from cpinfer.comm.shared_sum import SharedSum, SharedSumGroup, open_shared_sum
+from cpinfer.comm.segments import SharingAxis, open_segments
+from cpinfer.comm.shared_memory import SUMMED_DTYPES, SharedMemory, SharedMemoryComm, SharedMemoryGroup
 from cpinfer.config import SamplingParams
+from cpinfer.errors import PeerLostError
 from cpinfer.layout.grid import RankGrid
 from cpinfer.ops.cpu_kernels import compiling
 from tiny_models import FAMILIES, make_model, prompts_of
 
 SHAPES = [(), (0, 3), (1,), (3, 5), (64, 512), (129, 1001), (400, 2000)]
+MESSAGES = [(), (0,), (1,), (3, 5), (7, 4001), (200, 2000)]
 # Ties between two neighbours in bfloat16, numbers of no size, and no numbers.
 ODD = [[1.0, -0.0, float("inf"), float("inf"), 1e-40, 3e38], [2**-8, -0.0, 1.0, -float("inf"), 1e-41, 3e38]]
 
 
-def opened(why_not: str | None = None, limit_s: float = 60.0) -> SharedSum | str:
+def opened(why_not: str | None = None, limit_s: float = 60.0) -> SharedMemory | str:
     topology = cpinfer.Topology.from_world(RankGrid(tp_size=dist.get_world_size()))
-    ranks = topology.replica_ranks
-    return open_shared_sum(topology.replica, ranks, len(ranks), lambda: limit_s, why_not)
+    axis = SharingAxis(topology.grid.tp_groups, lambda: limit_s, why_not)
+    return open_segments(topology.replica, topology.replica_ranks, {"tp": axis})["tp"]
 
 
-def shared(limit_s: float = 60.0) -> SharedSum:
+def shared(limit_s: float = 60.0) -> SharedMemory:
     found = opened(limit_s=limit_s)
-    assert isinstance(found, SharedSum), found
+    assert isinstance(found, SharedMemory), found
     return found
 
 
@@ -64,7 +70,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 def sums() -> dict[str, Any]:
     """Of every dtype, size and stride; sums in the other order and by gloo, to see what can be told apart."""
     total, rank, outcome = shared(), dist.get_rank(), {}
-    for dtype in shared_sum.DTYPES:
+    for dtype in SUMMED_DTYPES:
         wrong, reversed_differs, as_gloo = [], False, True
         for seed, shape in enumerate(SHAPES):
             terms = given(shape, dtype, seed)
@@ -107,10 +113,65 @@ def many() -> dict[str, Any]:
     return {"num_wrong": num_wrong}
 
 
+def axis() -> dict[str, Any]:
+    """All collectives of an axis, beside those of its process group: of all sizes, dtypes and strides."""
+    grid = RankGrid(tp_size=dist.get_world_size())
+    group = cpinfer.Topology.from_world(grid).replica
+    total, size, rank = shared(), dist.get_world_size(), dist.get_rank()
+    comm: AxisComm = SharedMemoryComm(group, total)
+    calls: list[int] = []
+    exchange = total._exchange
+
+    def counted(*what: Any) -> None:
+        calls.append(what[0])
+        exchange(*what)
+
+    wrong: list[str] = []
+    own_dtypes = (torch.float64, torch.int64, torch.bool)  # sums of these, where there are any, are the group's
+    with mock.patch.object(total, "_exchange", counted):
+        for seed, (shape, dtype) in enumerate(product(MESSAGES, (*SUMMED_DTYPES, *own_dtypes))):
+            terms = given((size, *shape), torch.float32, 1000 + seed)[rank].mul(9).to(dtype)
+            for x in (terms, terms.transpose(-1, -2) if terms.dim() > 2 else terms.expand(3, *terms.shape)[1]):
+                held = torch.empty(size, *x.shape, dtype=dtype)
+                found = {"all_gather": comm.all_gather(x), "all_to_all": comm.all_to_all(x)}
+                wanted = {"all_gather": group.all_gather(x), "all_to_all": group.all_to_all(x)}
+                found["in place"], wanted["in place"] = comm.all_gather(x, held), wanted["all_gather"]
+                wrong += [] if found["in place"].data_ptr() == held.data_ptr() else ["another place"]
+                if dtype in SUMMED_DTYPES or dtype == torch.float64:
+                    all_terms = wanted["all_gather"].float() if dtype in SUMMED_DTYPES else wanted["all_gather"]
+                    found["all_reduce"], wanted["all_reduce"] = comm.all_reduce(x.clone()), sum(all_terms).to(dtype)
+                    found["reduce_scatter"], wanted["reduce_scatter"] = comm.reduce_scatter(x), sum(all_terms)[rank]
+                    wanted["reduce_scatter"] = wanted["reduce_scatter"].to(dtype)
+                wrong += [f"{n} {dtype} {shape}" for n, value in found.items() if not same_bits(value, wanted[n])]
+    total.close()
+    return {"wrong": wrong, "calls": {kind: calls.count(kind) for kind in range(4)}, "places": [comm.size, comm.index]}
+
+
+def interrupted() -> dict[str, Any]:
+    """Interrupts come to rank 0 while it waits: a first one waits with it, a second one does not."""
+    total, outcome = shared(), {}
+    for num in (1, 2):
+        if dist.get_rank() == 1:
+            time.sleep(1.0)
+        else:
+            signals = [threading.Timer(0.2 * (i + 1), os.kill, (os.getpid(), signal.SIGINT)) for i in range(num)]
+            for each in signals:
+                each.start()
+        x, began_s = torch.full((3,), dist.get_rank() + 1.0), time.monotonic()
+        try:
+            total.all_reduce(x)
+            error = None
+        except (KeyboardInterrupt, PeerLostError) as raised:
+            error = type(raised).__name__
+        outcome[str(num)] = {"error": error, "x": x.tolist(), "took_s": time.monotonic() - began_s}
+    total.close()
+    return outcome
+
+
 def stand_in() -> dict[str, Any]:
     """A group that sums so, for all that torch asks of a group."""
     total, rank, size = shared(), dist.get_rank(), dist.get_world_size()
-    group: Any = SharedSumGroup(dist.group.WORLD, total)
+    group: Any = SharedMemoryGroup(dist.group.WORLD, total)
     calls: list[int] = []
     summed = total.all_reduce
 
@@ -126,7 +187,7 @@ def stand_in() -> dict[str, Any]:
         dist.all_reduce(double, group=group)
         dist.all_reduce(later, group=group, async_op=True).wait()
     gathered = torch.empty(size)
-    shared_sum.dist.all_gather_into_tensor(gathered, torch.tensor([float(rank)]), group=group)
+    dist.all_gather_into_tensor(gathered, torch.tensor([float(rank)]), group=group)
     total.close()
     return {
         "summed_here": calls,
@@ -150,10 +211,16 @@ def error_of(call: Callable[[], Any]) -> dict[str, Any]:
 
 def differ() -> dict[str, Any]:
     outcome = {}
-    for name, x in (("size", torch.zeros(4 + dist.get_rank())), ("dtype", torch.zeros(4, dtype=of_rank(0)))):
+    ways = {
+        "size": lambda total: total.all_reduce(torch.zeros(4 + dist.get_rank())),
+        "dtype": lambda total: total.all_reduce(torch.zeros(4, dtype=of_rank(0))),
+        "kind": lambda total: (total.all_to_all if dist.get_rank() else total.all_gather)(torch.zeros(4)),
+        "bytes": lambda total: total.all_gather(torch.zeros(4 + dist.get_rank())),
+    }
+    for name, way in ways.items():
         total = shared()
-        outcome[name] = error_of(lambda x=x, total=total: total.all_reduce(x))
-        outcome[f"{name}, again"] = error_of(lambda x=x, total=total: total.all_reduce(x))
+        outcome[name] = error_of(lambda way=way, total=total: way(total))
+        outcome[f"{name}, again"] = error_of(lambda way=way, total=total: way(total))
         dist.barrier()
     return outcome
 
@@ -167,9 +234,9 @@ def refused() -> dict[str, Any]:
     is_one, outcome = dist.get_rank() == 1, {}
     ways = {
         "no compiler": mock.patch.object(compiling.shutil, "which", lambda name: None),
-        "another host": mock.patch.object(shared_sum, "_host", lambda: ["another"]),
-        "another file": mock.patch.object(shared_sum.os, "pread", lambda *given: b"another"),
-        "no locks": mock.patch.object(shared_sum.fcntl, "lockf", no_locks),
+        "another host": mock.patch.object(segments, "_host", lambda: ["another"]),
+        "another file": mock.patch.object(segments.os, "pread", lambda *given: b"another"),
+        "no locks": mock.patch.object(shared_memory.fcntl, "lockf", no_locks),
     }
     for name, way in ways.items():
         compiling.compiled.cache_clear()
@@ -193,7 +260,7 @@ def num_segments() -> int:
     """How many this process has mapped or open."""
     files = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
     mapped = Path("/proc/self/maps").read_text().splitlines()
-    return sum("cpinfer sums" in line for line in [*files, *mapped])
+    return sum("cpinfer collectives" in line for line in [*files, *mapped])
 
 
 def late() -> dict[str, Any]:
@@ -237,21 +304,21 @@ def engine() -> dict[str, Any]:
     greedy = SamplingParams(temperature=0, max_new_tokens=6)
     for way in ("auto", "group"):
         summed: list[int] = []
-        all_reduce = SharedSum.all_reduce
+        all_reduce = SharedMemory.all_reduce
 
-        def counted(self: SharedSum, x: Tensor, all_reduce: Any = all_reduce, summed: Any = summed) -> Tensor:
+        def counted(self: SharedMemory, x: Tensor, all_reduce: Any = all_reduce, summed: Any = summed) -> Tensor:
             summed.append(x.numel())
             return all_reduce(self, x)
 
         with (
-            mock.patch.object(SharedSum, "all_reduce", counted),
-            cpinfer.attach(model, launched.topology, tp_all_reduce=way) as attached,
+            mock.patch.object(SharedMemory, "all_reduce", counted),
+            cpinfer.attach(model, launched.topology, collectives=way) as attached,
         ):
             results = attached.generate(prompts_of((3, 40), vocab_size=128), greedy)
             outcome[way] = {
                 "tokens": [list(r.token_ids) for r in results],
                 "logprobs": [list(r.logprobs) for r in results],
-                "stand_ins": sum(type(module.mp_group) is SharedSumGroup for module in layers),
+                "stand_ins": sum(type(module.mp_group) is SharedMemoryGroup for module in layers),
                 "num_sums": len(summed),
             }
         outcome[way]["restored"] = all(m.mp_group is group for m, group in zip(layers, groups, strict=True))
@@ -261,7 +328,40 @@ def engine() -> dict[str, Any]:
     return outcome
 
 
-CASES = {f.__name__: f for f in (sums, many, stand_in, differ, refused, late, leaves, killed, engine)}
+def layout() -> dict[str, Any]:
+    """An engine whose ranks share prefill and KV by both ways, and on which axes it exchanged here."""
+    topology = cpinfer.Topology.from_world(RankGrid(pcp_size=2, dcp_size=2))
+    model, outcome = make_model(FAMILIES["qwen2"]), {}
+    for exchange, way in product(("a2a", "ag_rs", "replicate_q"), ("auto", "group")):
+        kinds: list[int] = []
+        run = SharedMemory._exchange
+
+        def counted(self: SharedMemory, kind: int, *what: Any, run: Any = run, kinds: Any = kinds) -> None:
+            kinds.append(kind)
+            run(self, kind, *what)
+
+        with (
+            mock.patch.object(SharedMemory, "_exchange", counted),
+            cpinfer.attach(model, topology, collectives=way, decode_exchange=exchange) as engine,
+        ):
+            results = engine.generate(
+                prompts_of((3, 150), vocab_size=128), SamplingParams(temperature=1, seed=3, n=2, max_new_tokens=6)
+            )
+            outcome[f"{exchange} {way}"] = {
+                "tokens": [list(r.token_ids) for r in results],
+                "logprobs": [list(r.logprobs) for r in results],
+                "kinds": sorted(set(kinds)),
+                "same_topology": engine.topology is topology,
+            }
+    outcome["left_open"] = num_segments()
+    topology.close()
+    return outcome
+
+
+CASES = {
+    f.__name__: f
+    for f in (sums, many, stand_in, differ, refused, late, leaves, killed, engine, axis, interrupted, layout)
+}
 
 
 def main(output: str, names: list[str]) -> None:

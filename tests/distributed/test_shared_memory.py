@@ -1,4 +1,4 @@
-"""Sums in shared memory, on real processes: every rank has the same bits, and none waits for one that has gone."""
+"""Collectives in shared memory, on real processes: bits of the group's, and nobody waits for a rank that has gone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from launching import forked
 
-WORKER = "tests/distributed/shared_sum_worker.py"
+WORKER = "tests/distributed/shared_memory_worker.py"
 
 
 def run(num_ranks: int, folder: Path, *cases: str, timeout_s: float = 100) -> list[dict[str, Any]]:
@@ -23,7 +23,19 @@ def run(num_ranks: int, folder: Path, *cases: str, timeout_s: float = 100) -> li
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    cases = ("sums", "many", "stand_in", "differ", "refused", "late", "leaves", "engine")
+    cases = (
+        "sums",
+        "many",
+        "axis",
+        "stand_in",
+        "differ",
+        "refused",
+        "late",
+        "leaves",
+        "interrupted",
+        "engine",
+        "layout",
+    )
     return run(2, tmp_path_factory.mktemp("two"), *cases)
 
 
@@ -36,9 +48,22 @@ def test_two_ranks_have_the_sum_in_the_order_of_ranks_and_the_bits_of_gloo(two: 
         assert outcome["many"] == {"num_wrong": 0}
 
 
+def test_all_collectives_of_an_axis_have_the_bits_of_its_group(two: list[dict[str, Any]]) -> None:
+    for rank, outcome in enumerate(two):
+        check_axis(outcome["axis"], rank, 2)
+
+
+def check_axis(told: dict[str, Any], rank: int, size: int) -> None:
+    assert told["wrong"] == []
+    # Six shapes, twice each by their strides; gathers twice, of six dtypes, and sums of the three that are summed here.
+    assert told["calls"] == {"0": 144, "1": 72, "2": 36, "3": 36}
+    assert told["places"] == [size, rank]
+
+
 @pytest.mark.slow
 def test_four_ranks_have_the_sum_in_the_order_of_ranks_and_another_order_would_show(tmp_path: Path) -> None:
-    for outcome in run(4, tmp_path, "sums", "many"):
+    for rank, outcome in enumerate(run(4, tmp_path, "sums", "many", "axis")):
+        check_axis(outcome["axis"], rank, 4)
         assert all(told["wrong"] == [] for told in outcome["sums"].values())
         assert outcome["sums"]["float32"]["reversed_differs"], "these numbers must tell orders apart"
         assert outcome["many"] == {"num_wrong": 0}
@@ -53,15 +78,20 @@ def test_what_stands_in_for_a_group_sums_here_and_hands_on_all_else(two: list[di
         assert told["rank"] and told["size"]
 
 
-def test_ranks_that_sum_other_sizes_or_dtypes_are_named_on_all(two: list[dict[str, Any]]) -> None:
+def test_ranks_that_make_other_calls_are_named_on_all(two: list[dict[str, Any]]) -> None:
+    of = {
+        "size": ("sums 4 numbers of float32", "sums 5 numbers of float32"),
+        "dtype": ("sums 4 numbers of float32", "sums 4 numbers of bfloat16"),
+        "kind": ("gathers 16 bytes", "sends each 8 bytes"),
+        "bytes": ("gathers 16 bytes", "gathers 20 bytes"),
+    }
     for rank, outcome in enumerate(two):
-        numbers = [("4 numbers of float32", "5 of float32"), ("5 numbers of float32", "4 of float32")]
-        dtypes = [("4 numbers of float32", "4 of bfloat16"), ("4 numbers of bfloat16", "4 of float32")]
-        for case, (own, other) in (("size", numbers[rank]), ("dtype", dtypes[rank])):
+        assert outcome["differ"].keys() == {*of, *(f"{case}, again" for case in of)}
+        for case, what in of.items():
             told = outcome["differ"][case]
             assert told["error"] == "RanksDifferError"
-            assert f"rank {rank} sums {own}, rank {1 - rank} {other}" in told["message"]
-            assert outcome["differ"][f"{case}, again"]["error"] == "PeerLostError", "and nothing is summed behind it"
+            assert f"rank {rank} {what[rank]}, rank {1 - rank} {what[1 - rank]};" in told["message"]
+            assert outcome["differ"][f"{case}, again"]["error"] == "PeerLostError", "and nothing is exchanged behind it"
 
 
 def test_where_one_rank_cannot_none_does_and_all_know_why(two: list[dict[str, Any]]) -> None:
@@ -89,6 +119,15 @@ def test_a_rank_that_leaves_ends_the_wait_for_it_and_not_the_sum_before(two: lis
     assert leaves["took_s"] < 10
 
 
+def test_a_first_interrupt_waits_for_the_others_and_a_second_does_not(two: list[dict[str, Any]]) -> None:
+    first, second = (two[0]["interrupted"][num] for num in "12")
+    assert first["error"] == "KeyboardInterrupt" and first["x"] == [3, 3, 3], "rank 1 has the same, and goes on"
+    assert first["took_s"] > 0.7
+    assert second["error"] == "KeyboardInterrupt" and second["x"] == [1, 1, 1]
+    assert second["took_s"] < 0.7
+    assert two[1]["interrupted"]["1"]["error"] is None and two[1]["interrupted"]["1"]["x"] == [3, 3, 3]
+
+
 def test_a_killed_rank_ends_the_wait_for_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
     (outcome,) = run_killed(tmp_path)
     assert outcome["killed"]["lost"] and "rank 1 has ended" in outcome["killed"]["message"]
@@ -111,3 +150,16 @@ def test_an_engine_sums_here_while_it_is_attached_with_the_answers_of_the_group(
         assert (auto["tokens"], auto["logprobs"]) == (group["tokens"], group["logprobs"])
         assert auto["restored"] and group["restored"]
         assert outcome["engine"]["left_open"] == 0
+
+
+def test_ranks_of_an_engine_exchange_here_along_all_axes_with_the_answers_of_their_groups(
+    two: list[dict[str, Any]],
+) -> None:
+    gather, to_all, scatter, _ = range(4)
+    for outcome in two:
+        for exchange, kinds in (("a2a", [gather, to_all]), ("ag_rs", [gather, scatter]), ("replicate_q", [gather])):
+            auto, group = outcome["layout"][f"{exchange} auto"], outcome["layout"][f"{exchange} group"]
+            assert (auto["kinds"], group["kinds"]) == (kinds, [])
+            assert (auto["tokens"], auto["logprobs"]) == (group["tokens"], group["logprobs"])
+            assert (auto["same_topology"], group["same_topology"]) == (False, True)
+        assert outcome["layout"]["left_open"] == 0
