@@ -16,19 +16,26 @@ which means nothing.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cpinfer.errors import UserError
-from cpinfer.ops.cpu_kernels.compiling import compiled
+from cpinfer.ops.cpu_kernels.compiling import functions_of
 
 # About the square root of a vocabulary, and most vocabularies are a multiple of it.
 GROUP_SIZE = 128
+# Of the kernels' functions.
+ARGUMENTS = MappingProxyType(
+    {
+        "cpinfer_draw": "pnnnpnpp",
+        "cpinfer_logprobs": "pnnnpnp",
+        "cpinfer_likeliest": "pnnnnp",
+        "cpinfer_norms": "pnnnnp",
+    }
+)
 
 
 def num_random(vocab_size: int) -> int:
@@ -48,11 +55,8 @@ def draw(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"random numbers are {[*numbers.shape]} {numbers.dtype}, for scores {[*scores.shape]}")
     tokens, logprobs = scores.new_empty(len(scores), dtype=torch.int64), scores.new_empty(len(scores))
     numbers = numbers.contiguous()
-    kernels.cpinfer_draw(
-        *_rows(scores),
-        *(ctypes.c_void_p(numbers.data_ptr()), ctypes.c_int64(torch.get_num_threads())),
-        *(ctypes.c_void_p(x.data_ptr()) for x in (tokens, logprobs)),
-    )
+    outs = tokens.data_ptr(), logprobs.data_ptr()
+    kernels.cpinfer_draw(*_rows(scores), numbers.data_ptr(), torch.get_num_threads(), *outs)
     return tokens, logprobs
 
 
@@ -66,9 +70,7 @@ def logprobs_of(scores: Tensor, tokens: Tensor) -> Tensor:
         return _pick(torch.log_softmax(scores, dim=-1), tokens)
     tokens, logprobs = tokens.to(torch.int64).contiguous(), scores.new_empty(len(scores))
     num_beyond = kernels.cpinfer_logprobs(
-        *_rows(scores),
-        *(ctypes.c_void_p(tokens.data_ptr()), ctypes.c_int64(torch.get_num_threads())),
-        ctypes.c_void_p(logprobs.data_ptr()),
+        *_rows(scores), tokens.data_ptr(), torch.get_num_threads(), logprobs.data_ptr()
     )
     if num_beyond:
         raise IndexError(f"{num_beyond} token(s) are outside the {scores.shape[-1]} of the logits")
@@ -81,9 +83,7 @@ def likeliest(scores: Tensor) -> Tensor:
     if kernels is None:
         return scores.argmax(dim=-1)
     tokens = scores.new_empty(len(scores), dtype=torch.int64)
-    kernels.cpinfer_likeliest(
-        *_rows(scores), ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(tokens.data_ptr())
-    )
+    kernels.cpinfer_likeliest(*_rows(scores), torch.get_num_threads(), tokens.data_ptr())
     return tokens
 
 
@@ -97,7 +97,7 @@ def top_logprobs(scores: Tensor, num: int) -> tuple[Tensor, Tensor]:
         values, ids = torch.log_softmax(scores, dim=-1).topk(num, dim=-1)
         return ids, values
     norms = scores.new_empty(len(scores), 1, dtype=torch.float64)
-    kernels.cpinfer_norms(*_rows(scores), ctypes.c_int64(torch.get_num_threads()), ctypes.c_void_p(norms.data_ptr()))
+    kernels.cpinfer_norms(*_rows(scores), torch.get_num_threads(), norms.data_ptr())
     values, ids = scores.topk(num, dim=-1)
     return ids, (values.double() - norms).float()
 
@@ -123,21 +123,13 @@ def _pick(logprobs: Tensor, tokens: Tensor) -> Tensor:
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _rows(scores: Tensor) -> tuple[Any, ...]:
+def _rows(scores: Tensor) -> tuple[int, ...]:
     """Rows as the kernels are given them."""
-    numbers = (*scores.shape, scores.stride(0))
-    return ctypes.c_void_p(scores.data_ptr()), *map(ctypes.c_int64, numbers)
+    return scores.data_ptr(), *scores.shape, scores.stride(0)
 
 
 def _kernels_for(scores: Tensor) -> Any:
-    """The kernels, for rows side by side in float32 on CPU, where they can be compiled, which is asked once."""
-    fits = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.stride(-1) == 1
-    return _kernels() if fits else None
-
-
-@cache
-def _kernels() -> Any:
-    try:
-        return compiled("draws")
-    except UserError:
+    """The kernels, for rows side by side in float32 on CPU, where they can be compiled."""
+    if scores.device.type != "cpu" or scores.dtype != torch.float32 or scores.stride(-1) != 1:
         return None
+    return functions_of("draws", **ARGUMENTS)

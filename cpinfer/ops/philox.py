@@ -6,14 +6,10 @@ one call, with the same bits, where that can be compiled.
 
 from __future__ import annotations
 
-import ctypes
-from functools import cache
-
 import numpy as np
 from numpy.typing import NDArray
 
-from cpinfer.errors import UserError
-from cpinfer.ops.cpu_kernels.compiling import compiled
+from cpinfer.ops.cpu_kernels.compiling import functions_of
 
 
 def philox(places: NDArray[np.uint64], num: int) -> NDArray[np.uint64]:
@@ -24,11 +20,11 @@ def philox(places: NDArray[np.uint64], num: int) -> NDArray[np.uint64]:
 
     whatever `num` and the other rows of `places [N, 4]`, contiguous. Empty for N = 0.
     """
-    kernel = _kernel()
-    if kernel is None:
+    kernels = functions_of("philox", cpinfer_philox="pnnp")
+    if kernels is None:
         return by_numpy(places, num)
     bits = np.empty((len(places), num), dtype=np.uint64)
-    kernel(places.ctypes.data, len(places), num, bits.ctypes.data)
+    kernels.cpinfer_philox(places.ctypes.data, len(places), num, bits.ctypes.data)
     return bits
 
 
@@ -43,15 +39,3 @@ def by_numpy(places: NDArray[np.uint64], num: int) -> NDArray[np.uint64]:
         generator.state = state
         row[:] = generator.random_raw(num)
     return bits
-
-
-@cache
-def _kernel() -> ctypes._NamedFuncPointer | None:
-    """The function of the C++ file; None where it cannot be compiled, which is asked once."""
-    try:
-        function = compiled("philox").cpinfer_philox
-    except UserError:
-        return None
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-    function.restype = None
-    return function

@@ -20,7 +20,7 @@ VOCABS = (1, 5, GROUP_SIZE - 1, GROUP_SIZE, GROUP_SIZE + 1, 1000, 40_000)
 def way(request, monkeypatch):
     """Each test runs by the kernels, and by their definition."""
     if request.param == "torch":
-        monkeypatch.setattr(draws, "_kernels", lambda: None)
+        monkeypatch.setattr(draws, "functions_of", lambda *given, **named: None)
     else:
         try:
             compiling.compiled("draws")
@@ -175,6 +175,6 @@ def test_processors_of_other_registers_have_the_same_bits(way, registers, monkey
     file, library = tmp_path / "other.cpp", tmp_path / "other.so"
     file.write_text(source)
     subprocess.run(["c++", *compiling.FLAGS, str(file), "-o", str(library)], check=True, timeout=100)
-    other = ctypes.CDLL(str(library))
-    monkeypatch.setattr(draws, "_kernels", lambda: other)
+    other = compiling.typed(ctypes.CDLL(str(library)), **draws.ARGUMENTS)
+    monkeypatch.setattr(draws, "functions_of", lambda *given, **named: other)
     assert all(torch.equal(a, b) for a, b in zip(draw(scores, numbers), expected, strict=True))

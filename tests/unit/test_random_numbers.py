@@ -76,7 +76,7 @@ def test_bits_are_the_same_with_a_compiler_and_without(monkeypatch, num_rows, nu
     assert [tuple(row[:4]) for row in by_kernel.tolist()] == [
         philox((1, *counter), (key, 0))[:num] for key, *counter in places.tolist()
     ]
-    monkeypatch.setattr(random_bits, "_kernel", lambda: None)
+    monkeypatch.setattr(random_bits, "functions_of", lambda *given, **named: None)
     assert np.array_equal(random_bits.philox(places, num), by_kernel) and by_kernel.shape == (num_rows, num)
 
 
@@ -87,12 +87,12 @@ def test_without_a_compiler_nobody_asks_for_one_in_every_step(monkeypatch):
         asked.append(name)
         raise UserError("no compiler")
 
-    monkeypatch.setattr(random_bits, "compiled", compiled)
-    random_bits._kernel.cache_clear()
+    monkeypatch.setattr(compiling, "compiled", compiled)
+    compiling.functions_of.cache_clear()
     try:
         assert exponentials([make_request()], 5).shape == exponentials([make_request()], 5).shape == (1, 5)
     finally:
-        random_bits._kernel.cache_clear()
+        compiling.functions_of.cache_clear()
     assert asked == ["philox"]
 
 

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +51,22 @@ def compiled(name: str) -> ctypes.CDLL:
             f"{source.name} could not be compiled in {library.parent}, or not loaded from there: {error}. "
             "Name a folder that can be written to, and code run from, in TORCH_HOME."
         ) from error
+
+
+@cache
+def functions_of(name: str, **arguments: str) -> Any:
+    """The library of `name`.cpp, `typed`; None where it cannot be made, which is asked once."""
+    try:
+        return typed(compiled(name), **arguments)
+    except UserError:
+        return None
+
+
+def typed(library: ctypes.CDLL, **arguments: str) -> ctypes.CDLL:
+    """A library whose functions take numbers of Python's: "p" stands for an address, "n" for a number of 64 bits."""
+    for function, kinds in arguments.items():
+        getattr(library, function).argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64}[kind] for kind in kinds]
+    return library
 
 
 @contextmanager
