@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     num_steps = 5 if args.quick else 60
     steps = {(n, s): step_us(n, s, num_steps) for n in SEQUENCES for s in (1, 2)}
     choices = {name: sampling_us(params, 64, num_steps) for name, params in CHOICES.items()}
-    with mock.patch.object(draws, "_kernels", lambda: None):
+    with mock.patch.object(draws, "functions_of", lambda *given, **named: None):
         by_torch = {name: sampling_us(params, 64, num_steps) for name, params in CHOICES.items()}
     admitted = {n: admission_us(n, 3 if args.quick else 9) for n in (ADMITTED[:2] if args.quick else ADMITTED)}
     decoded = decode_share(64 if args.quick else RUNNING, 8 if args.quick else 24)
