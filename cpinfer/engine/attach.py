@@ -62,8 +62,7 @@ def attach(
     """An engine on `model`'s own weights, for the length of the block; then the model is as it was, bit for bit.
 
     Collective over the replica: two small gathers, the first of which compares config, model, a sample of the weights
-    (`check_ranks`) and versions; on CPU two more. Errors come on every rank alike, with the
-    model as it was.
+    (`check_ranks`) and versions; on CPU two more. Errors come on every rank alike, with the model as it was.
 
     Args:
         model: a Hugging Face causal LM, or what a framework made of one (a DeepSpeed engine's `.module`, a PeftModel,
