@@ -179,7 +179,7 @@ class DecodeStep:
 
 
 class IdleStep:
-    """A decode step in which this rank's home has no sequence: its dummy row attends to nothing."""
+    """A decode step in which this rank's home has no sequence, but others wait for it. Its dummy row sees nothing."""
 
     num_tokens = 0
 

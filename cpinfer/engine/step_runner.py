@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -69,6 +70,8 @@ class StepRunner:
         self._graphs = graphs
         self._states = states
         self._others = others
+        # Whether nobody waits for this rank within a forward of a home that has no sequence.
+        self._may_rest = states is None and not runner.weights_come_and_go
 
     def over(self, num_shards: int) -> StepRunner:
         """Who runs steps of sequences in so many KV shards."""
@@ -137,8 +140,10 @@ class StepRunner:
         return StepOutput(sampled, heard=heard, experts=experts)
 
     def _decode_logits(self, planned: DecodeInput) -> Tensor:
-        """`[N, vocab]` of this rank's rows."""
+        """`[N, vocab]` of this rank's rows. A rank whose home has none runs no model, where nobody waits for it there."""
         tokens, plan = planned.token_ids, planned.plan
+        if plan is None and planned.told is None and self._may_rest:
+            return torch.empty(0, self._runner.vocab_size, dtype=torch.float32, device=self._runner.device)
         if plan is not None and self._graphs is not None:  # of models without experts
             return self._graphs.forward(plan, planned.rows, tokens)
         num_padding = 0 if plan is None else len(plan.own) - len(tokens)

@@ -232,7 +232,7 @@ def prefill(
 def _home_step(
     model: ModelSizes, grid: RankGrid, rates: Rates, home: IntArray, num_sequences: int, widths: Widths
 ) -> StepSeconds:
-    """A decode step as the ranks of a home see it; one without sequences runs a dummy row."""
+    """A decode step as the ranks of a home see it, which has a sequence, or others take longer."""
     rows = max(1, -(-len(home) // grid.row_ranks))
     exchanges = rates.exchange_s * len(model.windows) if grid.dcp_size > 1 else 0.0
     return StepSeconds(
