@@ -140,7 +140,7 @@ class StepRunner:
         return StepOutput(sampled, heard=heard, experts=experts)
 
     def _decode_logits(self, planned: DecodeInput) -> Tensor:
-        """`[N, vocab]` of this rank's rows. A rank whose home has none runs no model, where nobody waits for it there."""
+        """`[N, vocab]` of this rank's rows. A rank whose home has none runs no model, if nobody waits for it."""
         tokens, plan = planned.token_ids, planned.plan
         if plan is None and planned.told is None and self._may_rest:
             return torch.empty(0, self._runner.vocab_size, dtype=torch.float32, device=self._runner.device)
