@@ -123,7 +123,7 @@ def attach(
             (wanted, runner, own), pools = begin_together(topology, _device_of(model), prepare)
             # What every rank can afford: memory, or the heads it stores, may differ, block ids may not.
             needs = RankNeeds.of(runner, topology, wanted, PoolSize.smallest(pools, own.sharding))
-            attached_ranks = stack.enter_context(collectives_in_shared_memory(runner, topology, wanted))
+            attached_ranks = stack.enter_context(collectives_in_shared_memory(topology, wanted, runner))
             if wanted.deterministic:
                 check_deterministic(runner, attached_ranks, wanted, needs)
             engine = Engine(runner, wanted, tokenizer, decode_layouts(attached_ranks, wanted, needs))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from cpinfer.comm.segments import SharingAxis, open_segments
 from cpinfer.comm.shared_memory import SharedMemory, SharedMemoryComm, SharedMemoryGroup
 from cpinfer.comm.topology import Topology
 from cpinfer.config import EngineConfig
+from cpinfer.layout.grid import Group
 from cpinfer.models.runner import ModelRunner
 
 # Axes of a topology on which an engine exchanges, and those of its groups.
@@ -22,18 +23,18 @@ _TP = "tp"
 
 
 @contextmanager
-def collectives_in_shared_memory(runner: ModelRunner, topology: Topology, config: EngineConfig) -> Iterator[Topology]:
-    """A topology whose axes exchange in shared memory for the length of the block, where they can.
+def collectives_in_shared_memory(
+    topology: Topology, config: EngineConfig, runner: ModelRunner | None = None
+) -> Iterator[Topology]:
+    """A topology whose axes exchange in shared memory for the length of the block, where they can, and may.
 
-    So do layers that hold the tensor-parallel group: AutoTP's, and slices of weights that cpinfer makes for a phase.
-    Behind the block they hold the group again: training never sums here. Sums of two ranks, as many as deterministic
-    mode takes, have the bits that they have by gloo. Collective over the replica where there is something to agree on:
-    two small gathers.
+    So do layers of the `runner`'s model that hold the tensor-parallel group: AutoTP's, and slices of weights that
+    cpinfer makes for a phase. Behind the block they hold the group again: training never sums here. Sums of two ranks,
+    as many as deterministic mode takes, have the bits that they have by gloo. Collective over the replica where there
+    is something to agree on: two small gathers.
     """
-    axes = {} if runner.device.type != "cpu" or config.collectives == "group" else _sharing_axes(topology)
-    tp_values = [value for value in (topology.tp, topology.tp_group) if value is not None and runner.holds(value)]
-    if _TP in axes and not tp_values:
-        axes[_TP] = dataclasses.replace(axes[_TP], why_not="no layer of this model holds the group that it sums over")
+    is_on_cpu = runner is None or runner.device.type == "cpu"
+    axes = _sharing_axes(topology, runner) if is_on_cpu and config.collectives == "auto" else {}
     if not axes:
         yield topology
         return
@@ -48,26 +49,36 @@ def collectives_in_shared_memory(runner: ModelRunner, topology: Topology, config
     with ExitStack() as stack:
         for part in shared.values():
             stack.callback(part.close)
-        for value in tp_values if _TP in shared else ():
-            stack.enter_context(runner.exchanging(value, _stand_in(value, shared[_TP])))
+        if runner is not None and _TP in shared:
+            for value in _held_tp(topology, runner):
+                stack.enter_context(runner.exchanging(value, _stand_in(value, shared[_TP])))
         comms = {name: _stand_in(getattr(topology, name), shared[name]) for name in _AXES if name in shared}
         yield dataclasses.replace(topology, **comms)
 
 
-def _sharing_axes(topology: Topology) -> dict[str, SharingAxis]:
+def _sharing_axes(topology: Topology, runner: ModelRunner | None) -> dict[str, SharingAxis]:
     """The axes of this replica that have more than one rank, each a process of its own."""
-    groups = {name: getattr(topology.grid, attribute) for name, attribute in _AXES.items()}
-    comms = {name: getattr(topology, name) for name in _AXES}
-    held = {name: comm.group for name, comm in comms.items() if isinstance(comm, ProcessGroupComm)}
-    if topology.grid.tp_size > 1:
-        held[_TP] = topology.tp.group if isinstance(topology.tp, ProcessGroupComm) else topology.tp_group
-        groups[_TP] = topology.grid.tp_groups
     mine = set(topology.replica_ranks)
-    return {
-        name: SharingAxis([ranks for ranks in groups[name] if mine.issuperset(ranks)], partial(timeout_s, group))
-        for name, group in held.items()
-        if group is not None
-    }
+
+    def sharing(groups: Sequence[Group], group: Any, why_not: str | None = None) -> SharingAxis:
+        return SharingAxis([ranks for ranks in groups if mine.issuperset(ranks)], partial(timeout_s, group), why_not)
+
+    axes = {}
+    for name, groups in _AXES.items():
+        comm = getattr(topology, name)
+        if isinstance(comm, ProcessGroupComm):
+            axes[name] = sharing(getattr(topology.grid, groups), comm.group)
+    tp_group = topology.tp.group if isinstance(topology.tp, ProcessGroupComm) else topology.tp_group
+    if runner is not None and tp_group is not None and topology.grid.tp_size > 1:
+        held = _held_tp(topology, runner)
+        why_not = None if held else "no layer of this model holds the group that it sums over"
+        axes[_TP] = sharing(topology.grid.tp_groups, tp_group, why_not)
+    return axes
+
+
+def _held_tp(topology: Topology, runner: ModelRunner) -> list[Any]:
+    """By what layers of the model sum over tensor-parallel ranks."""
+    return [value for value in (topology.tp, topology.tp_group) if value is not None and runner.holds(value)]
 
 
 def _stand_in(value: Any, shared: SharedMemory) -> Any:

@@ -24,8 +24,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,15 +38,12 @@ from cpinfer_tools.measuring.harness import bench_parser, run_bench, run_workers
 from cpinfer_tools.measuring.workloads import QUICK_SHAPE, ModelShape, random_prompts, shape_as_dict
 
 if TYPE_CHECKING:
-    import cpinfer
-    from cpinfer.comm.axis import AxisComm
     from talk import Talk
 
 WORLDS = (1, 2, 4)
 TARGET = 0.15
 BLOCK_SIZE = 16
 FLOAT32 = Widths(4, 4, 4)
-WAIT_S = 300.0
 PARTS = ("products", "attention", "links", "host")
 
 
@@ -256,6 +252,8 @@ def work(task: Mapping[str, Any]) -> int:
 
     import cpinfer
     from cpinfer.comm.bootstrap import Launch, default_group
+    from cpinfer.config import EngineConfig
+    from cpinfer.engine.collectives import collectives_in_shared_memory
     from cpinfer_tools.measuring.rates import measured_rates
     from talk import Talk
 
@@ -266,8 +264,8 @@ def work(task: Mapping[str, Any]) -> int:
     with default_group(launch):
         talk = Talk(launch.rank, launch.world_size)
         all_ranks = cpinfer.Topology.from_world(RankGrid(pcp_size=launch.world_size))
-        with exchanging(all_ranks) as pcp:
-            rates = measured_rates(size.shape, pcp, talk.all, quick=task["quick"])
+        with collectives_in_shared_memory(all_ranks, EngineConfig()) as exchanging:  # as engines do
+            rates = measured_rates(size.shape, exchanging.pcp, talk.all, quick=task["quick"])
         all_ranks.close()
         layouts = []
         for grid in grids(launch.world_size, size.shape):
@@ -278,21 +276,6 @@ def work(task: Mapping[str, Any]) -> int:
         outcome = {"rates": dataclasses.asdict(rates), "layouts": layouts, "load": [load, os.getloadavg()[0]]}
         Path(task["output"]).write_text(json.dumps(outcome), encoding="utf-8")
     return 0
-
-
-@contextmanager
-def exchanging(topology: cpinfer.Topology) -> Iterator[AxisComm]:
-    """The pcp axis as engines exchange along it: in shared memory, where ranks can."""
-    from cpinfer.comm.segments import SharingAxis, open_segments
-    from cpinfer.comm.shared_memory import SharedMemory
-
-    axes = {"pcp": SharingAxis(topology.grid.pcp_groups, lambda: WAIT_S)}
-    part = open_segments(topology.replica, topology.replica_ranks, axes)["pcp"]
-    if not isinstance(part, SharedMemory):
-        yield topology.pcp
-        return
-    with closing(part):
-        yield part
 
 
 def measure(task: Mapping[str, Any], size: Size, grid: RankGrid, talk: Talk) -> dict[str, Any]:

@@ -143,6 +143,8 @@ def work(task: dict[str, Any]) -> int:
     import cpinfer
     from cpinfer.comm.axis import CountingComm
     from cpinfer.comm.bootstrap import Launch, default_group
+    from cpinfer.config import EngineConfig
+    from cpinfer.engine.collectives import collectives_in_shared_memory
     from cpinfer.layout.grid import RankGrid
     from talk import Talk
 
@@ -155,11 +157,13 @@ def work(task: dict[str, Any]) -> int:
         talk = Talk(launch.rank, launch.world_size)
         model = make_model(size.shape)
         both = cpinfer.Topology.from_world(RankGrid(pcp_size=NUM_RANKS, dcp_size=NUM_RANKS))
-        counted = dataclasses.replace(both, pcp=CountingComm(both.pcp), dcp=CountingComm(both.dcp))
-        prefill = measure_prefill(task, size, model, counted, talk, complaints)
-        decode = {
-            str(batch): measure_decode(task, size, batch, model, counted, talk, complaints) for batch in size.batches
-        }
+        with collectives_in_shared_memory(both, EngineConfig()) as shared:  # as engines do
+            counted = dataclasses.replace(shared, pcp=CountingComm(shared.pcp), dcp=CountingComm(shared.dcp))
+            prefill = measure_prefill(task, size, model, counted, talk, complaints)
+            decode = {
+                str(batch): measure_decode(task, size, batch, model, counted, talk, complaints)
+                for batch in size.batches
+            }
         everyone = [line for lines in talk.all(complaints) for line in lines]
         if launch.rank == 0:
             outcome = {"prefill": prefill, "decode": decode, "complaints": everyone}
