@@ -51,8 +51,9 @@ def collectives_in_shared_memory(
             stack.callback(part.close)
         if runner is not None and _TP in shared:
             for value in _held_tp(topology, runner):
-                stack.enter_context(runner.exchanging(value, _stand_in(value, shared[_TP])))
-        comms = {name: _stand_in(getattr(topology, name), shared[name]) for name in _AXES if name in shared}
+                stand_in = SharedMemoryGroup if value is topology.tp_group else SharedMemoryComm
+                stack.enter_context(runner.exchanging(value, stand_in(value, shared[_TP])))
+        comms = {name: SharedMemoryComm(getattr(topology, name), shared[name]) for name in _AXES if name in shared}
         yield dataclasses.replace(topology, **comms)
 
 
@@ -79,9 +80,3 @@ def _sharing_axes(topology: Topology, runner: ModelRunner | None) -> dict[str, S
 def _held_tp(topology: Topology, runner: ModelRunner) -> list[Any]:
     """By what layers of the model sum over tensor-parallel ranks."""
     return [value for value in (topology.tp, topology.tp_group) if value is not None and runner.holds(value)]
-
-
-def _stand_in(value: Any, shared: SharedMemory) -> Any:
-    """What exchanges in shared memory in the place of an axis, or of a process group."""
-    is_axis = isinstance(value, ProcessGroupComm)
-    return SharedMemoryComm(value, shared) if is_axis else SharedMemoryGroup(value, shared)
