@@ -53,7 +53,9 @@ def collectives_in_shared_memory(
             for value in _held_tp(topology, runner):
                 stand_in = SharedMemoryGroup if value is topology.tp_group else SharedMemoryComm
                 stack.enter_context(runner.exchanging(value, stand_in(value, shared[_TP])))
-        comms = {name: SharedMemoryComm(getattr(topology, name), shared[name]) for name in _AXES if name in shared}
+        comms: dict[str, Any] = {
+            name: SharedMemoryComm(getattr(topology, name), shared[name]) for name in _AXES if name in shared
+        }
         yield dataclasses.replace(topology, **comms)
 
 
