@@ -18,7 +18,8 @@ from cpinfer.errors import BackendFaultError
 from cpinfer.layout.capacity import KVLayout
 
 CUDA = torch.device("cuda")
-FILES = ("bin/nvcc", "include/cuda_runtime.h", "include/curand_kernel.h", "lib64/stubs/libcuda.so")
+LIBRARIES = ("lib64/libcudart.so", "lib64/stubs/libcuda.so")
+FILES = ("bin/nvcc", "include/cuda_runtime.h", "include/curand_kernel.h", *LIBRARIES)
 
 
 @pytest.fixture
@@ -30,6 +31,15 @@ def home(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def finds(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """The compiler answers with the name of the library that it is asked for, in this folder."""
+
+    def run(command: list[str], **_: Any) -> Any:
+        return type("Done", (), {"stdout": f"{folder}{command[1].removeprefix('-print-file-name=')}\n"})
+
+    monkeypatch.setattr(toolchain.subprocess, "run", run)
+
+
 def test_a_whole_toolkit_lacks_nothing(home: Path) -> None:
     assert toolchain.missing_tools(home) == () and toolchain.missing_for_fa3(home) is None
 
@@ -39,20 +49,22 @@ def test_a_whole_toolkit_lacks_nothing(home: Path) -> None:
     [
         ("bin/nvcc", "nvidia-cuda-nvcc"),
         ("include/cuda_runtime.h", "nvidia-cuda-runtime"),
+        ("lib64/libcudart.so", "lib/libcudart.so.13"),
         ("lib64/stubs/libcuda.so", "cuda-driver-dev"),
     ],
 )
 def test_what_is_missing_is_named_alone(home: Path, name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(toolchain.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": "libcuda.so\n"}))
+    finds(monkeypatch, "")
     (home / name).unlink()
     (missing,) = toolchain.missing_tools(home)
     assert words in missing and Path(name).name in missing and str((home / name).parent) in missing
     assert toolchain.missing_for_fa3(home) is None
 
 
-def test_a_driver_that_the_compiler_finds_is_enough(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (home / FILES[-1]).unlink()
-    monkeypatch.setattr(toolchain.subprocess, "run", lambda *_, **__: type("Done", (), {"stdout": "/lib/libcuda.so"}))
+@pytest.mark.parametrize("name", LIBRARIES)
+def test_a_library_that_the_compiler_finds_is_enough(home: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (home / name).unlink()
+    finds(monkeypatch, "/lib/")
     assert toolchain.missing_tools(home) == ()
 
 

@@ -2,6 +2,7 @@
 
     CUDA_HOME/bin/nvcc                    compiles kernels       c++          compiles what calls them
     CUDA_HOME/include/cuda_runtime.h                             libcuda.so   is linked, the driver's or a stub of it
+    CUDA_HOME/lib64/libcudart.so          is linked by this name, which NVIDIA's packages for pip do not have
     CUDA_HOME/include/curand_kernel.h     FlashAttention-3's prefill kernels alone include it
 
 CUDA_HOME is what FlashInfer takes for it. Variables of its own may name other tools, so what is not found here may be
@@ -52,18 +53,24 @@ def _missing(home: Path | None) -> Iterator[str]:
     compiler = shutil.which("c++")
     if compiler is None:
         yield "c++, a C++ compiler (apt: g++)"
-    elif not _links_libcuda(compiler, home):
+        return
+    if not _links("libcudart.so", compiler, home):
+        yield (
+            f"libcudart.so to link with in {_folder(home, 'lib64')} (of the toolkit; of pip's nvidia-cuda-runtime a "
+            "link to its lib/libcudart.so.13; apt: cuda-cudart-dev-*)"
+        )
+    if not _links("libcuda.so", compiler, home):
         yield (
             "libcuda.so to link with (the driver's, with its link for developers, or the stub of CUDA's toolkit in "
             f"{_folder(home, 'lib64/stubs')}; apt: cuda-driver-dev-*)"
         )
 
 
-def _links_libcuda(compiler: str, home: Path | None) -> bool:
-    if home is not None and any((home / folder / "libcuda.so").exists() for folder in ("lib64/stubs", "lib64")):
+def _links(name: str, compiler: str, home: Path | None) -> bool:
+    if home is not None and any((home / folder / name).exists() for folder in ("lib64/stubs", "lib64")):
         return True
     # A path where the compiler finds it by itself, else the name as it was given.
-    asked = [compiler, "-print-file-name=libcuda.so"]
+    asked = [compiler, f"-print-file-name={name}"]
     return "/" in subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout
 
 
