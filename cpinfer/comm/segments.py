@@ -6,6 +6,7 @@ last of them, however they end. Where one rank cannot, no rank of the axis does,
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import secrets
@@ -25,6 +26,7 @@ from cpinfer.layout.grid import Group
 from cpinfer.ops.cpu_kernels.compiling import compiled
 
 _TOKEN_AT = HEAD_BYTES - TOKEN_BYTES
+_CLOSE_ON_EXEC = 1  # MFD_CLOEXEC
 # Of a message in which a rank speaks of all axes, and of a reason in it.
 _MESSAGE_BYTES, _REASON_CHARACTERS = 8192, 200
 
@@ -90,7 +92,7 @@ class _Segment:
             if size > MAX_RANKS:
                 raise UserError(f"{size} ranks are more than {MAX_RANKS}")
             if self._rank == self._ranks[0]:
-                self._fd = os.memfd_create("cpinfer collectives")
+                self._fd = _memory_file()
                 os.posix_fallocate(self._fd, 0, segment_bytes(size))  # an error now, where there is no memory for it
                 token = secrets.token_bytes(TOKEN_BYTES)
                 os.pwrite(self._fd, token, _TOKEN_AT)
@@ -123,6 +125,21 @@ class _Segment:
             self._part.close()
         if self._fd is not None:
             os.close(self._fd)
+
+
+def _memory_file() -> int:
+    """A file in memory, without a name.
+
+    By libc's own function: `os.memfd_create` is not there where Python was built with a libc older than 2.27, as
+    conda's are.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "memfd_create"):
+        raise UserError("the C library here has no memfd_create")
+    fd = int(libc.memfd_create(b"cpinfer collectives", ctypes.c_uint(_CLOSE_ON_EXEC)))
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return fd
 
 
 def _host() -> list[str]:

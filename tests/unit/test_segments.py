@@ -1,6 +1,7 @@
 """Segments of shared memory: what one takes, and when there is none. What goes through them: tests/distributed."""
 
 import datetime
+import os
 import sys
 
 import pytest
@@ -47,6 +48,24 @@ def test_a_rank_says_why_it_cannot(monkeypatch, platform, size, told):
     segment = segments._Segment(SharingAxis([tuple(range(size))], lambda: 1.0), 0)
     assert told in segment.offer()["why"]
     segment.close()
+
+
+def test_a_python_built_with_an_older_libc_has_segments_too(monkeypatch):
+    monkeypatch.setattr(segments, "compiled", lambda name: None)
+    monkeypatch.delattr(os, "memfd_create")
+    segment = segments._Segment(SharingAxis([(0, 1)], lambda: 1.0), 0)
+    offer = segment.offer()
+    with open(offer["path"], "rb") as file:
+        assert (file.seek(0, os.SEEK_END), os.get_inheritable(segment._fd)) == (segment_bytes(2), False)
+    segment.close()
+    assert not os.path.exists(offer["path"])
+
+
+def test_a_machine_without_files_in_memory_says_so(monkeypatch):
+    monkeypatch.setattr(segments, "compiled", lambda name: None)
+    monkeypatch.setattr(segments.ctypes, "CDLL", lambda name, **options: object())
+    segment = segments._Segment(SharingAxis([(0, 1)], lambda: 1.0), 0)
+    assert segment.offer()["why"] == "the C library here has no memfd_create"
 
 
 def test_long_reasons_are_cut_to_what_a_message_holds():
