@@ -58,13 +58,24 @@ class _Call(ctypes.Structure):
     ]
 
 
+class _Held:
+    """A segment's file and mapping, which end with the last who refers to it: a collective in another thread may."""
+
+    def __init__(self, fd: int, memory: object) -> None:
+        self.fd, self._memory = fd, memory
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
 class SharedMemory:
     """One rank's part in the collectives of `ranks`, of the world, over a segment that all of them have mapped.
 
     Its collectives are those of `AxisComm`, places in the order of `ranks`, of tensors that it `takes`. They raise
     PeerLostError when another rank has ended or left, RanksDifferError, on all, when ranks make other calls, and
     RuntimeError when one does not come in time. Behind an error it is of no more use. A first KeyboardInterrupt waits
-    until the collective is done, as in a process group's: others count on this rank's part of it.
+    until the collective is done, as in a process group's: others count on this rank's part of it. A collective of one
+    thread, in which another thread calls `close`, raises PeerLostError.
 
     Args:
         fd: of the segment; it is closed with this.
@@ -74,16 +85,15 @@ class SharedMemory:
     """
 
     def __init__(self, fd: int, ranks: Sequence[int], index: int, limit_s: Callable[[], float]) -> None:
-        self._fd, self._ranks, self._limit_s = fd, tuple(ranks), limit_s
-        self._is_closed = False
+        self._ranks, self._limit_s = tuple(ranks), limit_s
         # Holds the mapping, which ends with it.
-        self._memory = ctypes.c_char.from_buffer(mmap.mmap(fd, segment_bytes(len(ranks))))
+        memory = ctypes.c_char.from_buffer(mmap.mmap(fd, segment_bytes(len(ranks))))
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
         self._library = compiled("shared_memory")
         self._run = self._library.cpinfer_run_collective
         self._run.restype = self._library.cpinfer_has_left_collectives.restype = ctypes.c_int64
         self._call = _Call(
-            memory=ctypes.addressof(self._memory),
+            memory=ctypes.addressof(memory),
             size=len(ranks),
             index=index,
             slots_at=HEAD_BYTES,
@@ -92,6 +102,7 @@ class SharedMemory:
             wait_ns=int(_LOOK_S * 1e9),
         )
         self._at_call = ctypes.byref(self._call)
+        self._held: _Held | None = _Held(fd, memory)
 
     @property
     def size(self) -> int:
@@ -133,15 +144,14 @@ class SharedMemory:
 
     def close(self) -> None:
         """Leave: who waits for this rank has an error, and the memory is free when all have left."""
-        if not self._is_closed:
-            self._is_closed = True
+        held, self._held = self._held, None
+        if held is not None:
             self._library.cpinfer_leave_collectives(self._at_call)
-            del self._memory
-            os.close(self._fd)
 
     def _exchange(self, kind: int, x: Tensor, out: Tensor, count: int, dtype: int) -> None:
         """A collective of messages of `count` elements, or bytes; of none, too, ranks wait for each other."""
-        if self._is_closed:
+        held, interrupt = self._held, None
+        if held is None:
             raise PeerLostError(
                 "an earlier exchange in shared memory has failed on this rank, or its engine has ended. Leave the "
                 "`with cpinfer.attach(...)` block, and attach again."
@@ -150,22 +160,26 @@ class SharedMemory:
         call.x, call.out = x.data_ptr(), out.data_ptr()
         call.kind, call.count, call.dtype = kind, count, dtype
         call.done, call.status = 0, _BEGINS
-        interrupt: KeyboardInterrupt | None = None
-        while call.status != _DONE:
-            try:
-                self._go_on(began_s)
-            except BaseException as error:
-                if isinstance(error, KeyboardInterrupt) and interrupt is None:
+        try:
+            while call.status != _DONE:
+                try:
+                    self._go_on(held.fd, began_s)
+                except KeyboardInterrupt as error:
+                    if interrupt is not None:
+                        raise
                     interrupt = error
-                    continue
+            if interrupt is not None:
+                raise interrupt
+        finally:  # wherever an error comes: an interrupt may do so between any two lines
+            if call.status != _DONE:
                 self.close()  # of a collective that was cut short nobody knows how far others came
-                raise
-        if interrupt is not None:
-            raise interrupt
+            del held, interrupt  # who keeps the error, and so this frame, keeps no memory
 
-    def _go_on(self, began_s: float) -> None:
+    def _go_on(self, fd: int, began_s: float) -> None:
         """Run the collective until it is done, or it is time to look at others again."""
-        gone = self._gone() if self._call.status == _WAITS else None  # before another look: who left may have come
+        if self._held is None:
+            raise PeerLostError("the engine of this rank was left in another thread, while this one exchanged with it")
+        gone = self._gone(fd) if self._call.status == _WAITS else None  # before another look: who left may have come
         waited_s, status = time.monotonic() - began_s, self._run(self._at_call)
         if status == _DIFFERS:
             call = self._call
@@ -183,7 +197,7 @@ class SharedMemory:
             other = self._ranks[self._call.other]
             raise RuntimeError(f"timed out waiting {limit_s:g} s for rank {other}, in an exchange in shared memory")
 
-    def _gone(self) -> int | None:
+    def _gone(self, fd: int) -> int | None:
         """A rank that takes part no more."""
         for place, rank in enumerate(self._ranks):
             if place == self._call.index:
@@ -191,10 +205,10 @@ class SharedMemory:
             if self._library.cpinfer_has_left_collectives(self._at_call, ctypes.c_int64(place)):
                 return rank
             try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+                fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
             except OSError:  # it holds it, and lives
                 continue
-            fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, place)  # others look, too
+            fcntl.lockf(fd, fcntl.LOCK_UN, 1, place)  # others look, too
             return rank
         return None
 

@@ -168,6 +168,50 @@ def interrupted() -> dict[str, Any]:
     return outcome
 
 
+def interrupted_between_looks() -> dict[str, Any]:
+    """An interrupt comes to rank 0 when it has looked at others, and before it looks again."""
+    total, outcome = shared(limit_s=5.0), {}
+    for call in ("first", "next"):
+        x = torch.full((3,), dist.get_rank() + 1.0)
+        if dist.get_rank() == 1:
+            time.sleep(0.5)
+        elif call == "first":
+            sys.settrace(interrupts_behind(SharedMemory._go_on))
+        outcome[call] = error_of(lambda x=x: total.all_reduce(x))
+        sys.settrace(None)
+        dist.barrier()
+    return outcome
+
+
+def interrupts_behind(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A trace that raises a KeyboardInterrupt at the first line behind a call of a function."""
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        if event == "return" and frame.f_code is function.__code__:
+            frame.f_back.f_trace = interrupt
+        return trace
+
+    def interrupt(frame: Any, event: str, argument: Any) -> Any:
+        sys.settrace(None)
+        raise KeyboardInterrupt
+
+    return trace
+
+
+def left_by_another_thread() -> dict[str, Any]:
+    """Rank 0 leaves while a thread of it waits in a collective."""
+    total, outcome = shared(), {}
+    if dist.get_rank() == 0:
+        waits = threading.Thread(target=lambda: outcome.update(error_of(lambda: total.all_reduce(torch.zeros(3)))))
+        waits.start()
+        time.sleep(0.3)
+        total.close()
+        waits.join()
+    dist.barrier()
+    total.close()
+    return {**outcome, "left_open": num_segments()}
+
+
 def stand_in() -> dict[str, Any]:
     """A group that sums so, for all that torch asks of a group."""
     total, rank, size = shared(), dist.get_rank(), dist.get_world_size()
@@ -202,7 +246,7 @@ def error_of(call: Callable[[], Any]) -> dict[str, Any]:
     began_s = time.monotonic()
     try:
         call()
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         kinds = {"lost": is_peer_loss(error), "timeout": is_timeout(error)}
         took_s = time.monotonic() - began_s
         return {"error": type(error).__name__, "message": str(error), "took_s": took_s, **kinds}
@@ -360,7 +404,10 @@ def layout() -> dict[str, Any]:
 
 CASES = {
     f.__name__: f
-    for f in (sums, many, stand_in, differ, refused, late, leaves, killed, engine, axis, interrupted, layout)
+    for f in (
+        *(sums, many, axis, stand_in, differ, refused, late, leaves, killed, engine, layout),
+        *(interrupted, interrupted_between_looks, left_by_another_thread),
+    )
 }
 
 

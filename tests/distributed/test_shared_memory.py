@@ -33,6 +33,8 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "late",
         "leaves",
         "interrupted",
+        "interrupted_between_looks",
+        "left_by_another_thread",
         "engine",
         "layout",
     )
@@ -126,6 +128,20 @@ def test_a_first_interrupt_waits_for_the_others_and_a_second_does_not(two: list[
     assert second["error"] == "KeyboardInterrupt" and second["x"] == [1, 1, 1]
     assert second["took_s"] < 0.7
     assert two[1]["interrupted"]["1"]["error"] is None and two[1]["interrupted"]["1"]["x"] == [3, 3, 3]
+
+
+def test_an_interrupt_between_two_looks_leaves_no_half_of_a_sum_for_the_next(two: list[dict[str, Any]]) -> None:
+    for outcome in two:
+        assert outcome["interrupted_between_looks"]["next"]["error"] == "PeerLostError"
+    assert two[0]["interrupted_between_looks"]["first"]["error"] == "KeyboardInterrupt"
+    assert "timed out" not in two[1]["interrupted_between_looks"]["next"]["message"]
+
+
+def test_a_thread_that_waits_while_another_leaves_has_an_error_and_memory(two: list[dict[str, Any]]) -> None:
+    left = two[0]["left_by_another_thread"]
+    assert left["lost"] and left["message"].startswith("the engine of this rank was left in another thread")
+    assert left["took_s"] < 10
+    assert [outcome["left_by_another_thread"]["left_open"] for outcome in two] == [0, 0]
 
 
 def test_a_killed_rank_ends_the_wait_for_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
