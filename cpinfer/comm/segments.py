@@ -169,7 +169,7 @@ def _gathered(
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """What each rank says, by axis and rank."""
     cut = {name: {**said, "why": said["why"] and said["why"][:_REASON_CHARACTERS]} for name, said in messages.items()}
-    text = json.dumps(cut, ensure_ascii=False).encode()
+    text = json.dumps(cut, ensure_ascii=False).encode(errors="replace")  # a path may hold what is no text
     padded = torch.zeros(_MESSAGE_BYTES, dtype=torch.uint8, device="cpu")
     padded[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     told = [json.loads(bytes(row.tolist()).rstrip(b"\0")) for row in replica.all_gather(padded)]

@@ -75,6 +75,11 @@ def test_long_reasons_are_cut_to_what_a_message_holds():
     assert len(found) == 4
 
 
+def test_a_reason_may_name_a_folder_whose_name_is_no_text():
+    found = open_segments(SoloComm(), (0,), {"tp": SharingAxis([(0,)], lambda: 1.0, os.fsdecode(b"no /\xff"))})
+    assert found == {"tp": "no /? (rank 0)"}
+
+
 def test_a_rank_in_a_collective_here_waits_for_others_as_in_any():
     frames = []
     source = "def all_gather(see):\n    see()\n"
