@@ -62,7 +62,7 @@ class _Held:
     """A segment's file and mapping, which end with the last who refers to it: a collective in another thread may."""
 
     def __init__(self, fd: int, memory: object) -> None:
-        self.fd, self._memory = fd, memory
+        self.fd, self.pid, self._memory = fd, os.getpid(), memory
 
     def __del__(self) -> None:
         os.close(self.fd)
@@ -143,9 +143,12 @@ class SharedMemory:
         return x
 
     def close(self) -> None:
-        """Leave: who waits for this rank has an error, and the memory is free when all have left."""
+        """Leave: who waits for this rank has an error, and the memory is free when all have left.
+
+        A process that was forked from this rank leaves nothing: it has a mapping of its own, and the rank goes on.
+        """
         held, self._held = self._held, None
-        if held is not None:
+        if held is not None and held.pid == os.getpid():
             self._library.cpinfer_leave_collectives(self._at_call)
 
     def _exchange(self, kind: int, x: Tensor, out: Tensor, count: int, dtype: int) -> None:

@@ -212,6 +212,23 @@ def left_by_another_thread() -> dict[str, Any]:
     return {**outcome, "left_open": num_segments()}
 
 
+def left_by_a_fork() -> dict[str, Any]:
+    """A process that was forked from rank 1 unwinds what it has from there; rank 1 goes on."""
+    total, child = shared(), 0
+    if dist.get_rank() == 1:
+        child = os.fork()
+        if child == 0:
+            total.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        time.sleep(0.5)  # rank 0 waits, and looks whether it has left
+    outcome = error_of(lambda: total.all_reduce(torch.zeros(3)))
+    total.close()
+    return outcome
+
+
 def stand_in() -> dict[str, Any]:
     """A group that sums so, for all that torch asks of a group."""
     total, rank, size = shared(), dist.get_rank(), dist.get_world_size()
@@ -406,7 +423,7 @@ CASES = {
     f.__name__: f
     for f in (
         *(sums, many, axis, stand_in, differ, refused, late, leaves, killed, engine, layout),
-        *(interrupted, interrupted_between_looks, left_by_another_thread),
+        *(interrupted, interrupted_between_looks, left_by_another_thread, left_by_a_fork),
     )
 }
 

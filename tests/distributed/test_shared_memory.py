@@ -35,6 +35,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         "interrupted",
         "interrupted_between_looks",
         "left_by_another_thread",
+        "left_by_a_fork",
         "engine",
         "layout",
     )
@@ -142,6 +143,10 @@ def test_a_thread_that_waits_while_another_leaves_has_an_error_and_memory(two: l
     assert left["lost"] and left["message"].startswith("the engine of this rank was left in another thread")
     assert left["took_s"] < 10
     assert [outcome["left_by_another_thread"]["left_open"] for outcome in two] == [0, 0]
+
+
+def test_a_rank_has_not_left_because_a_process_forked_from_it_unwinds(two: list[dict[str, Any]]) -> None:
+    assert [outcome["left_by_a_fork"]["error"] for outcome in two] == [None, None]
 
 
 def test_a_killed_rank_ends_the_wait_for_it_and_leaves_nothing_behind(tmp_path: Path) -> None:
