@@ -118,7 +118,10 @@ class SharedMemory:
 
     def all_gather(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         x = x.detach().contiguous()
-        out = x.new_empty(self.size, *x.shape) if out is None else out
+        if out is None:
+            out = x.new_empty(self.size, *x.shape)
+        elif out.nbytes != self.size * x.nbytes:
+            raise ValueError(f"{[*out.shape]} of {out.dtype} do not hold {self.size} times {[*x.shape]} of {x.dtype}")
         self._exchange(_ALL_GATHER, x, out.view(-1), x.nbytes, _BYTES)
         return out
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -143,6 +144,9 @@ def axis() -> dict[str, Any]:
                     found["reduce_scatter"], wanted["reduce_scatter"] = comm.reduce_scatter(x), sum(all_terms)[rank]
                     wanted["reduce_scatter"] = wanted["reduce_scatter"].to(dtype)
                 wrong += [f"{n} {dtype} {shape}" for n, value in found.items() if not same_bits(value, wanted[n])]
+    for other in (torch.empty(size - 1, 4), torch.empty(size, 4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="do not hold"):  # before anybody waits
+            comm.all_gather(torch.zeros(4), other)
     total.close()
     return {"wrong": wrong, "calls": {kind: calls.count(kind) for kind in range(4)}, "places": [comm.size, comm.index]}
 
