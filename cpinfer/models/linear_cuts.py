@@ -68,9 +68,9 @@ def prepare_linear_attention(model: Any, layout: StateLayout, tp_size: int) -> N
             ends = accumulate(layout.channels_by_kind, initial=0)
             module.in_proj_qkv = SplitLinear([_rows(module.in_proj_qkv, slice(*rows)) for rows in pairwise(ends)])
     for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear) and child.out_features < tp_size:
-                setattr(module, name, WholeLinear(child))
+        gate = module._modules.get("shared_expert_gate")
+        if isinstance(gate, nn.Linear):  # its one output is for all that the shared expert adds
+            module.shared_expert_gate = WholeLinear(gate)
 
 
 class SplitLinear(nn.Module):

@@ -88,7 +88,7 @@ def refuse_unusable_weights(model: Any) -> None:
     for name, weight in model.named_parameters():
         if _is_quantized(weight):
             raise refuse("quantized_weights", f"{name} is a {type(weight).__name__} of {weight.dtype}")
-        if shape_in_use(weight) == (0,):
+        if _is_missing(weight, model.get_submodule(name.rpartition(".")[0])):
             raise UserError(
                 f"{name} is empty on this rank; whole weights were wanted. Where a trainer keeps them elsewhere, lend "
                 "its model by a context that brings them (docs/extending/trainer.md)."
@@ -106,6 +106,18 @@ def refuse_unusable_weights(model: Any) -> None:
     devices |= {"meta" for buffer in model.buffers() if buffer.is_meta}
     if len(devices) > 1 or "meta" in devices:
         raise refuse("device_map", f"weights on {', '.join(sorted(devices))}")
+
+
+def _is_missing(weight: Any, module: Any) -> bool:
+    """Whether there is nothing where a weight of `module` was, and no note of its shape, as ZeRO-3 and FSDP have one.
+
+    A bias whose matrix is cut to no rows has none either: AutoTP's inference deals the width of an MLP out in steps of
+    64 (seen in 0.19), so with fewer steps than ranks some of them have nothing to add.
+    """
+    if tuple(getattr(weight, "ds_shape", weight.shape)) != (0,):
+        return False
+    matrix = module._parameters.get("weight")
+    return matrix is None or matrix.ndim < 2 or matrix.shape[0] > 0
 
 
 def _name(dtype: torch.dtype) -> str:

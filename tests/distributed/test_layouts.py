@@ -69,7 +69,7 @@ EVERY_FAMILY: dict[int, list[dict[str, Any]]] = {
     ],
     4: [
         *({"tp": 2, "pcp": 2, "dcp": 4, "family": family, **CHUNKED} for family in WITH_TP),
-        *({"tp": 4, "pcp": 1, "dcp": 2, "family": family} for family in ("gpt_oss", "deepseek_v2", "gpt_bigcode")),
+        *({"tp": 4, "pcp": 1, "dcp": 2, "family": family} for family in WITH_TP),
     ],
 }
 

@@ -89,6 +89,19 @@ def test_no_even_cut_is_left_that_goes_through_heads(family):
         assert not narrow, "some rank would have no row of it"
 
 
+def test_of_a_shared_expert_narrower_than_tp_either_all_is_cut_or_nothing():
+    config = copy.deepcopy(FAMILIES["qwen3_next"])
+    config.shared_expert_intermediate_size = 3
+    model = make_model(config)
+    expand_kv_heads(model, 4)
+    for layer in model.model.layers:
+        cuttable = {
+            isinstance(child, nn.Linear) for child in layer.mlp.shared_expert.children() if list(child.parameters())
+        }
+        assert cuttable == {True}, "rows of what is whole would meet columns of what is cut"
+        assert isinstance(layer.mlp.shared_expert_gate, WholeLinear)
+
+
 @pytest.mark.parametrize("family", HYBRIDS)
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_is_cut_between_heads_is_known_by_what_out_proj_takes(family, rank):

@@ -6,11 +6,14 @@ import warnings
 import accelerate
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cpinfer.engine.attach import attach
 from cpinfer.errors import UnsupportedError, UserError
-from cpinfer.models.local_weights import weight_kind
+from cpinfer.models.local_weights import refuse_unusable_weights, weight_kind
 from tiny_models import FAMILIES, make_model
 
 
@@ -106,6 +109,46 @@ def test_weights_that_are_elsewhere_are_refused_by_name():
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(UnsupportedError, match=r"weights on cpu, meta: .*device_map"), attach(model):
         pytest.fail("the block must not be entered")
+
+
+def without_width(mlp):
+    """What AutoTP leaves of an MLP on a rank for which there is no width: no rows, no bias for them, no columns."""
+    mlp.c_fc.weight.data = mlp.c_fc.weight.data[:0]
+    mlp.c_fc.bias.data = mlp.c_fc.bias.data[:0]
+    mlp.c_proj.weight.data = mlp.c_proj.weight.data[:, :0]
+
+
+@pytest.mark.parametrize("family", ["gpt_bigcode", "starcoder2"])
+def test_a_rank_without_width_in_an_mlp_with_biases_adds_nothing_to_it(family):
+    cut, whole = fresh(family), fresh(family)
+    for name, module in cut.named_modules():
+        if name.endswith(".mlp"):
+            without_width(module)
+            whole.get_submodule(name).c_proj.weight.data.zero_()
+    small = {"kv_cache_gib": 2**-8}
+    with attach(cut, config=small) as engine, attach(whole, config=small) as other:
+        assert engine.generate([[1, 2, 3]])[0].token_ids == other.generate([[1, 2, 3]])[0].token_ids
+
+
+@pytest.mark.parametrize("missing", [("bias",), ("weight", "bias")])
+def test_a_bias_that_is_missing_beside_rows_of_a_matrix_or_with_it_is_refused(missing):
+    model = fresh("starcoder2")
+    linear = model.model.layers[1].mlp.c_fc
+    for name in missing:
+        getattr(linear, name).data = torch.empty(0)
+    with pytest.raises(UserError, match=rf"layers.1.mlp.c_fc.{missing[0]} is empty on this rank"), attach(model):
+        pytest.fail("the block must not be entered")
+
+
+def test_a_weight_of_which_fsdp_gives_a_rank_nothing_is_none_that_is_elsewhere():
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=3)
+    try:
+        model = fully_shard(fresh("gpt_oss"))
+        bias = model.model.layers[0].mlp.router.bias
+        assert bias.shape == (4,) and bias.to_local().shape == (0,), "two values each for the first two ranks"
+        refuse_unusable_weights(model)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_kind_of_weight_is_what_stays_the_same_between_steps():
