@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cpinfer.comm.axis import AxisComm
 from cpinfer.errors import PeerLostError, RanksDifferError
-from cpinfer.ops.cpu_kernels.compiling import compiled
+from cpinfer.ops.cpu_kernels.compiling import compiled, typed
 
 SUMMED_DTYPES: Mapping[torch.dtype, int] = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 MAX_BYTES = 2**20
@@ -89,9 +89,12 @@ class SharedMemory:
         # Holds the mapping, which ends with it.
         memory = ctypes.c_char.from_buffer(mmap.mmap(fd, segment_bytes(len(ranks))))
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, index)
-        self._library = compiled("shared_memory")
-        self._run = self._library.cpinfer_run_collective
-        self._run.restype = self._library.cpinfer_has_left_collectives.restype = ctypes.c_int64
+        self._library = typed(
+            compiled("shared_memory"),
+            cpinfer_run_collective="p",
+            cpinfer_leave_collectives="p",
+            cpinfer_has_left_collectives="pn",
+        )
         self._call = _Call(
             memory=ctypes.addressof(memory),
             size=len(ranks),
@@ -186,7 +189,7 @@ class SharedMemory:
         if self._held is None:
             raise PeerLostError("the engine of this rank was left in another thread, while this one exchanged with it")
         gone = self._gone(fd) if self._call.status == _WAITS else None  # before another look: who left may have come
-        waited_s, status = time.monotonic() - began_s, self._run(self._at_call)
+        waited_s, status = time.monotonic() - began_s, self._library.cpinfer_run_collective(self._at_call)
         if status == _DIFFERS:
             call = self._call
             raise RanksDifferError(
@@ -208,7 +211,7 @@ class SharedMemory:
         for place, rank in enumerate(self._ranks):
             if place == self._call.index:
                 continue
-            if self._library.cpinfer_has_left_collectives(self._at_call, ctypes.c_int64(place)):
+            if self._library.cpinfer_has_left_collectives(self._at_call, place):
                 return rank
             try:
                 fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)

@@ -33,8 +33,9 @@ def collectives_in_shared_memory(
     as many as deterministic mode takes, have the bits that they have by gloo. Collective over the replica where there
     is something to agree on: two small gathers.
     """
-    is_on_cpu = runner is None or runner.device.type == "cpu"
-    axes = _sharing_axes(topology, runner) if is_on_cpu and config.collectives == "auto" else {}
+    may_share = config.collectives == "auto" and (runner is None or runner.device.type == "cpu")
+    held = _held_tp(topology, runner) if may_share and runner is not None else None
+    axes = _sharing_axes(topology, held) if may_share else {}
     if not axes:
         yield topology
         return
@@ -49,8 +50,8 @@ def collectives_in_shared_memory(
     with ExitStack() as stack:
         for part in shared.values():
             stack.callback(part.close)
-        if runner is not None and _TP in shared:
-            for value in _held_tp(topology, runner):
+        if runner is not None and held and _TP in shared:
+            for value in held:
                 stand_in = SharedMemoryGroup if value is topology.tp_group else SharedMemoryComm
                 stack.enter_context(runner.exchanging(value, stand_in(value, shared[_TP])))
         comms: dict[str, Any] = {
@@ -59,8 +60,8 @@ def collectives_in_shared_memory(
         yield dataclasses.replace(topology, **comms)
 
 
-def _sharing_axes(topology: Topology, runner: ModelRunner | None) -> dict[str, SharingAxis]:
-    """The axes of this replica that have more than one rank, each a process of its own."""
+def _sharing_axes(topology: Topology, held_tp: Sequence[Any] | None) -> dict[str, SharingAxis]:
+    """The axes of this replica that have more than one rank, each a process of its own; tp where layers are known."""
     mine = set(topology.replica_ranks)
 
     def sharing(groups: Sequence[Group], group: Any, why_not: str | None = None) -> SharingAxis:
@@ -72,13 +73,13 @@ def _sharing_axes(topology: Topology, runner: ModelRunner | None) -> dict[str, S
         if isinstance(comm, ProcessGroupComm):
             axes[name] = sharing(getattr(topology.grid, groups), comm.group)
     tp_group = topology.tp.group if isinstance(topology.tp, ProcessGroupComm) else topology.tp_group
-    if runner is not None and tp_group is not None and topology.grid.tp_size > 1:
-        held = _held_tp(topology, runner)
-        why_not = None if held else "no layer of this model holds the group that it sums over"
+    if held_tp is not None and tp_group is not None and topology.grid.tp_size > 1:
+        why_not = None if held_tp else "no layer of this model holds the group that it sums over"
         axes[_TP] = sharing(topology.grid.tp_groups, tp_group, why_not)
     return axes
 
 
 def _held_tp(topology: Topology, runner: ModelRunner) -> list[Any]:
     """By what layers of the model sum over tensor-parallel ranks."""
-    return [value for value in (topology.tp, topology.tp_group) if value is not None and runner.holds(value)]
+    values = (topology.tp, topology.tp_group) if topology.grid.tp_size > 1 else ()
+    return [value for value in values if value is not None and runner.holds(value)]

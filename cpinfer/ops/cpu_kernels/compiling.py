@@ -63,9 +63,14 @@ def functions_of(name: str, **arguments: str) -> Any:
 
 
 def typed(library: ctypes.CDLL, **arguments: str) -> ctypes.CDLL:
-    """A library whose functions take numbers of Python's: "p" stands for an address, "n" for a number of 64 bits."""
-    for function, kinds in arguments.items():
-        getattr(library, function).argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64}[kind] for kind in kinds]
+    """A library whose functions take numbers of Python's: "p" stands for an address, "n" for a number of 64 bits.
+
+    Such a number is what they return, where they return anything.
+    """
+    for name, kinds in arguments.items():
+        function = getattr(library, name)
+        function.argtypes = [{"p": ctypes.c_void_p, "n": ctypes.c_int64}[kind] for kind in kinds]
+        function.restype = ctypes.c_int64
     return library
 
 
