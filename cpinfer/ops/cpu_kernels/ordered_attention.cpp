@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "lanes.h"
@@ -21,7 +22,11 @@
 namespace {
 
 constexpr int STEP = HELD * LANES;
+#ifndef PF
+#define PF 1
+#endif
 constexpr int TILE = 64, GROUPS = TILE / LANES;  // keys that enter a state together
+constexpr int TOGETHER = 4;                      // queries whose sums are in registers at once
 
 // tanh by a polynomial near 0 (Cephes), where the quotient behind it would lose what is left of small numbers.
 inline Lanes tanh_lanes(Lanes x) {
@@ -99,21 +104,32 @@ inline void products(const float* q, int64_t q_stride, const float* keys, int di
     }
 }
 
+// Work of as many queries as there are, from 1 to TOGETHER, which it is told at compile time.
+template <typename Work>
+inline void by_count(int count, Work work) {
+    switch (count) {
+        case 1: return work(std::integral_constant<int, 1>());
+        case 2: return work(std::integral_constant<int, 2>());
+        case 3: return work(std::integral_constant<int, 3>());
+        default: return work(std::integral_constant<int, 4>());
+    }
+}
+
 // Keys [first, last) of a tile: those that a query sees.
 struct Seen {
     int first, last;
 };
 
-// acc[q][:] of STEP columns += sum over keys of weights[q][key] * values[key][:], key after key.
+// acc[q][:] of STEP columns += sum over keys of weights[q][key] * values[key][column:], key after key.
 template <int NQ>
-inline void weigh(const float (*weights)[TILE], const float* values, int64_t v_stride, Seen seen, float* acc,
+inline void weigh(const float (*weights)[TILE], const float* const* values, int64_t column, Seen seen, float* acc,
                   int64_t acc_stride) {
     Lanes sums[NQ][HELD];
     for (int i = 0; i < NQ; i++)
         for (int g = 0; g < HELD; g++) sums[i][g] = load(acc + i * acc_stride + g * LANES);
     for (int key = seen.first; key < seen.last; key++) {
         Lanes row[HELD];
-        hold(values + key * v_stride, row);
+        hold(values[key] + column, row);
         for (int i = 0; i < NQ; i++)
             for (int g = 0; g < HELD; g++) sums[i][g] = sums[i][g] + row[g] * weights[i][key];
     }
@@ -172,7 +188,9 @@ struct Unit {
     std::vector<float> queries, keys, values, acc, states, state_lses;
     std::vector<float> m, l;
 
-    explicit Unit(const Call& call) : call(call) {}
+    // Columns that only pad values stay the zeros that they are here.
+    explicit Unit(const Call& call)
+        : call(call), keys(call.dim * TILE), values(TILE * padded(call.v_dim)) {}
 
     static int64_t padded(int64_t dim) { return (dim + STEP - 1) / STEP * STEP; }
 
@@ -187,9 +205,6 @@ struct Unit {
             const float* from = call.q + query * call.q_row + query_head * call.q_head;
             std::memcpy(&queries[i * dim], from, dim * sizeof(float));
         }
-        keys.resize(dim * TILE);
-        values.resize(TILE * v_wide);
-        std::memset(values.data(), 0, values.size() * sizeof(float));
         states.resize(num * V * v_dim);
         state_lses.resize(num * V);
         // Of each query the table indices that it sees are [lo, hi).
@@ -206,8 +221,16 @@ struct Unit {
             l.assign(num, 0.0f);
             acc.assign(num * v_wide, 0.0f);
             const int64_t from = held(lo, shard), to = held(hi, shard);  // its own places of them
-            for (int64_t tile = from / TILE; tile * TILE < to; tile++)
-                take(row, head, shard, tile, num, begin, lo, hi, sees_from, sees_to);
+            Tile tiles[2];
+            const int64_t first_tile = from / TILE, num_tiles = from < to ? (to + TILE - 1) / TILE - first_tile : 0;
+            auto find_tile = [&](int64_t i) {
+                if (i < num_tiles) find(tiles[i % 2], row, head, shard, first_tile + i, begin, lo, hi);
+            };
+            find_tile(0);
+            for (int64_t i = 0; i < num_tiles; i++) {
+                find_tile(i + 1);
+                take(tiles[i % 2], num, begin, sees_from, sees_to);
+            }
             for (int64_t i = 0; i < num; i++) {
                 float* state = &states[(i * V + shard) * v_dim];
                 const bool is_empty = l[i] == 0.0f;
@@ -247,64 +270,129 @@ struct Unit {
         }
     }
 
-    template <typename From, typename To>
-    void take(int64_t row, int64_t head, int64_t shard, int64_t tile, int64_t num, int64_t begin, int64_t lo,
-              int64_t hi, From sees_from, To sees_to) {
-        const int64_t dim = call.dim, v_dim = call.v_dim, v_wide = padded(v_dim);
+    // Where its keys and values lie; null where nobody sees them: they may not be in the table.
+    struct Tile {
+        int64_t places[TILE];
+        const T *keys[TILE], *values[TILE];
+        int num_keys;
+    };
+
+    // Tile `index` of a shard, whose memory is asked for: it comes while the tile before it is computed.
+    void find(Tile& tile, int64_t row, int64_t head, int64_t shard, int64_t index, int64_t begin, int64_t lo,
+              int64_t hi) const {
         const T* all_keys = static_cast<const T*>(call.keys);
         const T* all_values = static_cast<const T*>(call.values);
         const int32_t* table = call.block_ids + call.block_indptr[row];
-        int64_t places[TILE];
-        place_keys(shard, tile, places);
-        const T *key_rows[TILE] = {}, *value_rows[TILE] = {};  // none of what nobody sees: it may not be in the table
-        int num_keys = 0;
+        place_keys(shard, index, tile.places);
+        tile.num_keys = 0;
         int64_t slot = 0, left = 0;  // left: so many keys follow in the block of the last one
         for (int key = 0; key < TILE; key++) {
-            if (places[key] >= hi) break;
-            num_keys = key + 1;
-            if (places[key] < lo) continue;
-            if (left > 0 && places[key] == places[key - 1] + 1) {
+            tile.keys[key] = tile.values[key] = nullptr;
+            const int64_t place = tile.places[key];
+            if (place >= hi) continue;
+            tile.num_keys = key + 1;
+            if (place < lo) continue;
+            if (left > 0 && place == tile.places[key - 1] + 1) {
                 slot++, left--;
             } else {
-                const int64_t index = places[key] - begin, offset = index % call.block_size;
-                slot = int64_t(table[index / call.block_size]) * call.block_size + offset;
+                const int64_t at = place - begin, offset = at % call.block_size;
+                slot = int64_t(table[at / call.block_size]) * call.block_size + offset;
                 left = call.block_size - 1 - offset;
             }
-            key_rows[key] = all_keys + slot * call.k_slot + head * call.k_head;
-            value_rows[key] = all_values + slot * call.v_slot + head * call.v_head;
+            tile.keys[key] = all_keys + slot * call.k_slot + head * call.k_head;
+            tile.values[key] = all_values + slot * call.v_slot + head * call.v_head;
+            fetch(tile.keys[key], call.dim);
+            fetch(tile.values[key], call.v_dim);
         }
-        const int groups = (num_keys + LANES - 1) / LANES;
-        for (int g = 0; g < groups; g++) lay_out(key_rows + g * LANES, g);
+    }
+
+    static void fetch(const T* from, int64_t num) {
+        for (int64_t at = 0; at < num; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + at, 0, 2);
+    }
+
+    template <typename From, typename To>
+    void take(const Tile& tile, int64_t num, int64_t begin, From sees_from, To sees_to) {
+        const int64_t dim = call.dim, v_dim = call.v_dim, v_wide = padded(v_dim);
+        const int num_keys = tile.num_keys, groups = (num_keys + LANES - 1) / LANES;
+        // Of queries that are all in one go nothing is laid out: each number would be written once, and read once.
+        const bool is_once = num <= TOGETHER;
+        if (!is_once)
+            for (int g = 0; g < groups; g++) lay_out(tile.keys + g * LANES, g);
+        const float* value_rows[TILE];
         for (int key = 0; key < num_keys; key++) {
+            const T* from = tile.values[key];
+            if constexpr (sizeof(T) == sizeof(float)) {
+                if (is_once && v_dim == v_wide) {
+                    value_rows[key] = from;
+                    continue;
+                }
+            }
             float* row = &values[key * v_wide];
-            const T* from = value_rows[key];
+            value_rows[key] = row;
             for (int64_t c = 0; c < v_dim; c++) row[c] = from ? wide(from[c], call.meanings) : 0.0f;
         }
         for (int64_t at = 0; at < num;) {
-            float weights[4][TILE];  // logits first
-            const int n = num - at >= 4 ? 4 : 1;
+            float weights[TOGETHER][TILE];  // logits first
+            const int n = int(std::min<int64_t>(TOGETHER, num - at));
             const float* q = &queries[at * dim];
-            if (n == 4) products<4>(q, dim, keys.data(), int(dim), weights);
-            else products<1>(q, dim, keys.data(), int(dim), weights);
-            Seen seen[4], shared = {0, num_keys};
+            by_count(n, [&](auto count) {
+                constexpr int NQ = decltype(count)::value;
+                if (is_once)
+                    for (int g = 0; g < groups; g++) products_of<NQ>(tile.keys + g * LANES, q, g, weights);
+                else products<NQ>(q, dim, keys.data(), int(dim), weights);
+            });
+            Seen seen[TOGETHER], shared = {0, num_keys};
             for (int i = 0; i < n; i++) {
                 const int64_t from = begin + sees_from(at + i), to = begin + sees_to(at + i);
-                seen[i] = weigh_logits(weights[i], groups, num_keys, places, from, to, at + i);
+                seen[i] = weigh_logits(weights[i], groups, num_keys, tile.places, from, to, at + i);
                 shared = {std::max(shared.first, seen[i].first), std::min(shared.last, seen[i].last)};
             }
-            if (n == 1 || shared.first >= shared.last) shared = {num_keys, num_keys};  // each takes its own
+            if (shared.first >= shared.last) shared = {num_keys, num_keys};  // each takes its own
             for (int64_t c = 0; c < v_wide; c += STEP) {
                 float* sums = &acc[at * v_wide + c];
                 auto alone = [&](int i, Seen keys) {
                     if (keys.first < keys.last)
-                        weigh<1>(weights + i, &values[c], v_wide, keys, sums + i * v_wide, v_wide);
+                        weigh<1>(weights + i, value_rows, c, keys, sums + i * v_wide, v_wide);
                 };
                 for (int i = 0; i < n; i++) alone(i, {seen[i].first, std::min(seen[i].last, shared.first)});
-                if (shared.first < shared.last) weigh<4>(weights, &values[c], v_wide, shared, sums, v_wide);
+                if (shared.first < shared.last)
+                    by_count(n, [&](auto count) {
+                        weigh<decltype(count)::value>(weights, value_rows, c, shared, sums, v_wide);
+                    });
                 for (int i = 0; i < n; i++) alone(i, {shared.last, seen[i].last});
             }
             at += n;
         }
+    }
+
+    // What `products` says, of NQ queries to the keys of a group, read where they lie.
+    template <int NQ>
+    void products_of(const T* const* rows, const float* q, int group, float (*logits)[TILE]) const {
+        const int64_t dim = call.dim, whole = dim / LANES * LANES;
+        Lanes acc[NQ] = {};
+        for (int64_t d = 0; d < whole; d += LANES) {
+            Lanes block[LANES];
+            columns_of(rows, d, block);
+            for (int j = 0; j < LANES; j++)
+                for (int i = 0; i < NQ; i++) acc[i] = acc[i] + block[j] * q[i * dim + d + j];
+        }
+        for (int64_t d = whole; d < dim; d++) {
+            float column[LANES];
+            for (int key = 0; key < LANES; key++) column[key] = rows[key] ? wide(rows[key][d], call.meanings) : 0.0f;
+            for (int i = 0; i < NQ; i++) acc[i] = acc[i] + load(column) * q[i * dim + d];
+        }
+        for (int i = 0; i < NQ; i++) store(acc[i], &logits[i][group * LANES]);
+    }
+
+    // Of as many rows as lanes, LANES columns from `d` on: block[i][row], zeros where there is no row.
+    void columns_of(const T* const* rows, int64_t d, Lanes (&block)[LANES]) const {
+        for (int row = 0; row < LANES; row++) {
+            float numbers[LANES] = {};
+            if (rows[row])
+                for (int i = 0; i < LANES; i++) numbers[i] = wide(rows[row][d + i], call.meanings);
+            block[row] = load(numbers);
+        }
+        transpose(block);
     }
 
     // Keys of a group side by side: keys[d][key] for as many rows as lanes, zeros where there is no row.
@@ -312,13 +400,7 @@ struct Unit {
         const int64_t dim = call.dim, whole = dim / LANES * LANES;
         for (int64_t d = 0; d < whole; d += LANES) {
             Lanes block[LANES];
-            for (int key = 0; key < LANES; key++) {
-                float numbers[LANES] = {};
-                if (rows[key])
-                    for (int i = 0; i < LANES; i++) numbers[i] = wide(rows[key][d + i], call.meanings);
-                block[key] = load(numbers);
-            }
-            transpose(block);
+            columns_of(rows, d, block);
             for (int i = 0; i < LANES; i++) store(block[i], &keys[(d + i) * TILE + group * LANES]);
         }
         for (int64_t d = whole; d < dim; d++)
