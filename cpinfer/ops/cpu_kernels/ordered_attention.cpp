@@ -185,12 +185,16 @@ namespace {
 template <typename T>
 struct Unit {
     const Call& call;
+    const std::vector<T> nothing;  // zeros of a key, or of its values
     std::vector<float> queries, keys, values, acc, states, state_lses;
     std::vector<float> m, l;
 
     // Columns that only pad values stay the zeros that they are here.
     explicit Unit(const Call& call)
-        : call(call), keys(call.dim * TILE), values(TILE * padded(call.v_dim)) {}
+        : call(call),
+          nothing(std::max(call.dim, call.v_dim)),
+          keys(call.dim * TILE),
+          values(TILE * padded(call.v_dim)) {}
 
     static int64_t padded(int64_t dim) { return (dim + STEP - 1) / STEP * STEP; }
 
@@ -221,7 +225,7 @@ struct Unit {
             l.assign(num, 0.0f);
             acc.assign(num * v_wide, 0.0f);
             const int64_t from = held(lo, shard), to = held(hi, shard);  // its own places of them
-            Tile tiles[2];
+            Tile tiles[2];  // this one and the next
             const int64_t first_tile = from / TILE, num_tiles = from < to ? (to + TILE - 1) / TILE - first_tile : 0;
             auto find_tile = [&](int64_t i) {
                 if (i < num_tiles) find(tiles[i % 2], row, head, shard, first_tile + i, begin, lo, hi);
@@ -229,7 +233,7 @@ struct Unit {
             find_tile(0);
             for (int64_t i = 0; i < num_tiles; i++) {
                 find_tile(i + 1);
-                take(tiles[i % 2], num, begin, sees_from, sees_to);
+                take(tiles[i % 2], tiles[(i + 1 < num_tiles ? i + 1 : i) % 2], num, begin, sees_from, sees_to);
             }
             for (int64_t i = 0; i < num; i++) {
                 float* state = &states[(i * V + shard) * v_dim];
@@ -270,14 +274,14 @@ struct Unit {
         }
     }
 
-    // Where its keys and values lie; null where nobody sees them: they may not be in the table.
+    // Where its keys and values lie; `nothing` in place of what nobody sees: it may not be in the table.
     struct Tile {
         int64_t places[TILE];
         const T *keys[TILE], *values[TILE];
         int num_keys;
     };
 
-    // Tile `index` of a shard, whose memory is asked for: it comes while the tile before it is computed.
+    // Tile `index` of a virtual shard.
     void find(Tile& tile, int64_t row, int64_t head, int64_t shard, int64_t index, int64_t begin, int64_t lo,
               int64_t hi) const {
         const T* all_keys = static_cast<const T*>(call.keys);
@@ -287,7 +291,7 @@ struct Unit {
         tile.num_keys = 0;
         int64_t slot = 0, left = 0;  // left: so many keys follow in the block of the last one
         for (int key = 0; key < TILE; key++) {
-            tile.keys[key] = tile.values[key] = nullptr;
+            tile.keys[key] = tile.values[key] = nothing.data();
             const int64_t place = tile.places[key];
             if (place >= hi) continue;
             tile.num_keys = key + 1;
@@ -301,23 +305,17 @@ struct Unit {
             }
             tile.keys[key] = all_keys + slot * call.k_slot + head * call.k_head;
             tile.values[key] = all_values + slot * call.v_slot + head * call.v_head;
-            fetch(tile.keys[key], call.dim);
-            fetch(tile.values[key], call.v_dim);
         }
     }
 
-    static void fetch(const T* from, int64_t num) {
-        for (int64_t at = 0; at < num; at += 64 / int64_t(sizeof(T))) __builtin_prefetch(from + at, 0, 2);
-    }
-
     template <typename From, typename To>
-    void take(const Tile& tile, int64_t num, int64_t begin, From sees_from, To sees_to) {
+    void take(const Tile& tile, const Tile& next, int64_t num, int64_t begin, From sees_from, To sees_to) {
         const int64_t dim = call.dim, v_dim = call.v_dim, v_wide = padded(v_dim);
         const int num_keys = tile.num_keys, groups = (num_keys + LANES - 1) / LANES;
         // Of queries that are all in one go nothing is laid out: each number would be written once, and read once.
         const bool is_once = num <= TOGETHER;
         if (!is_once)
-            for (int g = 0; g < groups; g++) lay_out(tile.keys + g * LANES, g);
+            for (int g = 0; g < groups; g++) lay_out(tile, next, g * LANES);
         const float* value_rows[TILE];
         for (int key = 0; key < num_keys; key++) {
             const T* from = tile.values[key];
@@ -329,7 +327,7 @@ struct Unit {
             }
             float* row = &values[key * v_wide];
             value_rows[key] = row;
-            for (int64_t c = 0; c < v_dim; c++) row[c] = from ? wide(from[c], call.meanings) : 0.0f;
+            for (int64_t c = 0; c < v_dim; c++) row[c] = wide(from[c], call.meanings);
         }
         for (int64_t at = 0; at < num;) {
             float weights[TOGETHER][TILE];  // logits first
@@ -338,7 +336,7 @@ struct Unit {
             by_count(n, [&](auto count) {
                 constexpr int NQ = decltype(count)::value;
                 if (is_once)
-                    for (int g = 0; g < groups; g++) products_of<NQ>(tile.keys + g * LANES, q, g, weights);
+                    for (int g = 0; g < groups; g++) products_where_they_lie<NQ>(tile, next, q, g * LANES, weights);
                 else products<NQ>(q, dim, keys.data(), int(dim), weights);
             });
             Seen seen[TOGETHER], shared = {0, num_keys};
@@ -367,45 +365,57 @@ struct Unit {
 
     // What `products` says, of NQ queries to the keys of a group, read where they lie.
     template <int NQ>
-    void products_of(const T* const* rows, const float* q, int group, float (*logits)[TILE]) const {
+    void products_where_they_lie(const Tile& tile, const Tile& next, const float* q, int first,
+                                 float (*logits)[TILE]) const {
         const int64_t dim = call.dim, whole = dim / LANES * LANES;
         Lanes acc[NQ] = {};
         for (int64_t d = 0; d < whole; d += LANES) {
             Lanes block[LANES];
-            columns_of(rows, d, block);
-            for (int j = 0; j < LANES; j++)
-                for (int i = 0; i < NQ; i++) acc[i] = acc[i] + block[j] * q[i * dim + d + j];
+            columns_of(tile, first, d, block);
+            for (int i = 0; i < LANES; i++) {
+                ask_for(next, first + i, d);
+                for (int query = 0; query < NQ; query++) acc[query] = acc[query] + block[i] * q[query * dim + d + i];
+            }
         }
         for (int64_t d = whole; d < dim; d++) {
             float column[LANES];
-            for (int key = 0; key < LANES; key++) column[key] = rows[key] ? wide(rows[key][d], call.meanings) : 0.0f;
-            for (int i = 0; i < NQ; i++) acc[i] = acc[i] + load(column) * q[i * dim + d];
+            for (int i = 0; i < LANES; i++) column[i] = wide(tile.keys[first + i][d], call.meanings);
+            for (int query = 0; query < NQ; query++) acc[query] = acc[query] + load(column) * q[query * dim + d];
         }
-        for (int i = 0; i < NQ; i++) store(acc[i], &logits[i][group * LANES]);
+        for (int query = 0; query < NQ; query++) store(acc[query], &logits[query][first]);
     }
 
-    // Of as many rows as lanes, LANES columns from `d` on: block[i][row], zeros where there is no row.
-    void columns_of(const T* const* rows, int64_t d, Lanes (&block)[LANES]) const {
-        for (int row = 0; row < LANES; row++) {
-            float numbers[LANES] = {};
-            if (rows[row])
-                for (int i = 0; i < LANES; i++) numbers[i] = wide(rows[row][d + i], call.meanings);
-            block[row] = load(numbers);
+    // What lies at column d of a key and its values begins to come from memory. A tile asks for the next one, a key at
+    // a time: a core that asks for more than memory is about to give waits for it.
+    static void ask_for(const Tile& next, int key, int64_t d) {
+        __builtin_prefetch(next.keys[key] + d, 0, 2);
+        __builtin_prefetch(next.values[key] + d, 0, 2);
+    }
+
+    // Of as many keys as lanes, LANES columns from `d` on: block[i][key].
+    void columns_of(const Tile& tile, int first, int64_t d, Lanes (&block)[LANES]) const {
+        for (int key = 0; key < LANES; key++) {
+            float numbers[LANES];
+            for (int i = 0; i < LANES; i++) numbers[i] = wide(tile.keys[first + key][d + i], call.meanings);
+            block[key] = load(numbers);
         }
         transpose(block);
     }
 
-    // Keys of a group side by side: keys[d][key] for as many rows as lanes, zeros where there is no row.
-    void lay_out(const T* const* rows, int group) {
+    // Keys of a group side by side: keys[d][key] for as many rows as lanes.
+    void lay_out(const Tile& tile, const Tile& next, int first) {
         const int64_t dim = call.dim, whole = dim / LANES * LANES;
         for (int64_t d = 0; d < whole; d += LANES) {
             Lanes block[LANES];
-            columns_of(rows, d, block);
-            for (int i = 0; i < LANES; i++) store(block[i], &keys[(d + i) * TILE + group * LANES]);
+            columns_of(tile, first, d, block);
+            for (int i = 0; i < LANES; i++) {
+                ask_for(next, first + i, d);
+                store(block[i], &keys[(d + i) * TILE + first]);
+            }
         }
         for (int64_t d = whole; d < dim; d++)
-            for (int key = 0; key < LANES; key++)
-                keys[d * TILE + group * LANES + key] = rows[key] ? wide(rows[key][d], call.meanings) : 0.0f;
+            for (int key = first; key < first + LANES; key++)
+                keys[d * TILE + key] = wide(tile.keys[key][d], call.meanings);
     }
 
     // Logits of one query become weights, and its state made ready for them; of the keys that it sees.
