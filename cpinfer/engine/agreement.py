@@ -19,7 +19,7 @@ from typing import Generic, NoReturn, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from cpinfer.comm.axis import AxisComm
@@ -131,7 +131,7 @@ def _raise_complaint(
 def agree_on_tokens(
     replica: AxisComm,
     tp_size: int,
-    places: Sequence[tuple[int, int]],
+    places: ArrayLike,
     own: TokenRecords,
     num_top: int = 0,
     *,
@@ -140,15 +140,17 @@ def agree_on_tokens(
 ) -> tuple[list[SampledToken | None], Says | None]:
     """The tokens of a step and what ranks say, the same on every rank; when it samples none, nobody is asked: None.
 
-    `places[i]` is (pcp rank, row there) that computed token i; `own` are this rank's rows, on its device. What is
-    returned is None where no token could be chosen. `num_top` bounds the `top` of every token of the step. `is_fault`:
-    where this rank says `FAULT`, on its device, too. One collective, and another where any token has `kept_ids`; the
-    host waits for the device once in each. EngineFaultError, on every rank, when any says `FAULT`; StreamEndedError
-    when one `LEAVES`.
+    `places [N, 2]`, integers: (pcp rank, row there) that computed each token; `own` are this rank's rows, on its
+    device. What is returned is None where no token could be chosen. `num_top` bounds the `top` of every token of the
+    step. `is_fault`: where this rank says `FAULT`, on its device, too. One collective, and another where any token has
+    `kept_ids`; the host waits for the device once in each. EngineFaultError, on every rank, when any says `FAULT`;
+    StreamEndedError when one `LEAVES`.
     """
-    if not places:  # as every rank knows: chunks of prompts that go on in another step
+    places = np.asarray(places, dtype=np.int64).reshape(-1, 2)
+    if not len(places):  # as every rank knows: chunks of prompts that go on in another step
         return [], None
-    num_rows = max(row for _, row in places) + 1
+    pcp_ranks, rows = places.T
+    num_rows = int(rows.max()) + 1
     record = own.padded(num_rows, num_top)
     flags = int(says) if is_fault is None else is_fault * int(Says.FAULT) + int(says)
     record[0, STATUS].bitwise_or_(flags)
@@ -163,8 +165,7 @@ def agree_on_tokens(
             f"logits are not finite on rank(s) {faults} of the replica (NaN, +inf, or -inf for every token); check the "
             "model's weights and dtype, and hooks that mask its logits"
         )
-    pcp_ranks, places_there = np.array(places).T
-    tokens = read_tokens(gathered[pcp_ranks * tp_size, places_there])
+    tokens = read_tokens(gathered[pcp_ranks * tp_size, rows])
     if gathered[:, :, NUM_KEPT].any():
         num_kept = gathered[:, :, NUM_KEPT].sum(axis=1)
         own_kept = [ids or () for ids in own.kept_ids]
@@ -172,7 +173,7 @@ def agree_on_tokens(
         kept = gather_packed(replica, packed, (1 + num_rows + num_kept).tolist(), own.numbers.device)
         tokens = [
             token and token._replace(kept_ids=kept[pcp_rank * tp_size][row] or None)
-            for token, (pcp_rank, row) in zip(tokens, places, strict=True)
+            for token, (pcp_rank, row) in zip(tokens, places.tolist(), strict=True)
         ]
     return tokens, Says(heard)
 
@@ -189,7 +190,7 @@ def ended_by(places: Sequence[int]) -> StreamEndedError:
 def agree_on_scores(
     replica: AxisComm,
     tp_size: int,
-    places: Sequence[tuple[int, int]],
+    places: ArrayLike,
     own: TokenRecords,
     num_top: int = 0,
     *,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from cpinfer.comm.topology import Topology
 from cpinfer.engine.agreement import Says, agree_on_scores, agree_on_tokens
 from cpinfer.engine.request import SampledRequest, SampledToken, TokenScore
 from cpinfer.engine.sampling import sample_tokens, score_tokens
-from cpinfer.engine.step_plans import TokenPlace
 from cpinfer.engine.stop_checker import StopChecker
 from cpinfer.engine.token_records import TokenRecords
 from cpinfer.errors import NoTokenError, quoted
@@ -37,7 +37,7 @@ class LogitsReader:
         logits: Tensor,
         requests: Sequence[SampledRequest],
         samples: Sequence[SampledRequest],
-        places: Sequence[TokenPlace],
+        places: ArrayLike,
         says: Says,
     ) -> tuple[list[SampledToken], Says | None]:
         """Sample this rank's rows, `requests`, where it is their authority; learn the tokens of all `samples`.
@@ -64,7 +64,7 @@ class LogitsReader:
         return tokens, heard
 
     def score(
-        self, logits: Tensor, targets: Tensor, places: Sequence[TokenPlace], num_top: int, says: Says
+        self, logits: Tensor, targets: Tensor, places: ArrayLike, num_top: int, says: Says
     ) -> tuple[list[TokenScore], Says | None]:
         """The scores of all `places` of a step, from this rank's rows of them, which are asked for `targets`.
 

@@ -33,17 +33,14 @@ from cpinfer.layout.shards import IntArray, KVSharding
 from cpinfer.layout.states import PromptStates, StatePlace, StatePlan, plan_states
 from cpinfer.layout.told_rows import ToldRows
 
-# Who computed a token: its pcp rank, and the row of that rank's record.
-TokenPlace = tuple[int, int]
-
 
 @dataclass(frozen=True)
 class PrefillInput:
     """A prefill step on one rank: `token_ids` at `plan.positions`, behind what `context` says is cached.
 
     `sampled_rows` of the model's rows are sampled from, request i of `requests` from the `drawn[i]`-th of them; and
-    those of `scored` are asked for `targets`. `places` are those of all tokens that the step samples, on any rank,
-    `told` all whose experts are asked for, None where none are. `states`: of a model that has
+    those of `scored` are asked for `targets`. `places`: who computed each token that the step samples, on any rank:
+    (pcp rank, row there). `told`: all whose experts are asked for, None where none are. `states`: of a model that has
     them.
     """
 
@@ -53,7 +50,7 @@ class PrefillInput:
     sampled_rows: list[int]
     drawn: list[int]
     requests: list[SampledRequest]
-    places: list[TokenPlace]
+    places: list[tuple[int, int]]
     scored: ScoredRows
     targets: list[int]
     told: ToldRows | None
@@ -69,15 +66,15 @@ class PrefillInput:
 class DecodeInput:
     """A decode step on one rank: the newest tokens of its `requests`, and keys for the layers of every window.
 
-    Without a plan its home has no request. `places` are those of all tokens that the step samples, on any rank, `told`
-    all whose experts are asked for, None where none are. `state_slots`: where the states of
-    `requests` lie, of a model that has them.
+    Without a plan its home has no request. `places [N, 2]`: who computes each token that the step samples, on any rank:
+    (pcp rank, row there). `told`: all whose experts are asked for, None where none are. `state_slots`: where the states
+    of `requests` lie, of a model that has them.
     """
 
     plan: DecodePlan | None
     rows: Mapping[int | None, AttentionRows]
     requests: list[SampledRequest]
-    places: list[TokenPlace]
+    places: IntArray
     told: ToldRows | None
 
     @property
@@ -194,8 +191,8 @@ class StepPlanner:
         by_home = [np.flatnonzero(homes == home) for home in range(self._grid.num_homes)]
         here = [running[i] for i in by_home[self._home].tolist()]
         places = self._decode_places(running, by_home)
-        asking = [place for place, r in zip(places, running, strict=True) if r.experts is not None]
-        told = ToldRows.of_places(asking) if asking else None
+        asking = [i for i, request in enumerate(running) if request.experts is not None]
+        told = ToldRows(*places[asking].T) if asking else None
         if not here:
             return DecodeInput(None, {}, [], places, told)
         positions = [r.next_position for r in here]
@@ -218,8 +215,8 @@ class StepPlanner:
         rows = {window: r.over(self._kv_layout) for window, r in rows.items()}
         return DecodeInput(plan, rows, [here[i] for i in plan.own if i >= 0], places, told)
 
-    def _decode_places(self, running: Sequence[SampledRequest], by_home: Sequence[IntArray]) -> list[TokenPlace]:
-        """Who computes each running request; `by_home` are those of each home, as indices into all."""
+    def _decode_places(self, running: Sequence[SampledRequest], by_home: Sequence[IntArray]) -> IntArray:
+        """`[N, 2]`: who computes each running request; `by_home` are those of each home, as indices into all."""
         ranks, records = np.zeros((2, len(running)), dtype=np.int64)
         for home, members in enumerate(by_home):
             if not len(members):
@@ -230,7 +227,7 @@ class StepPlanner:
             taken = np.flatnonzero(rows >= 0)
             pcp_rank, records[members[rows[taken]]] = np.divmod(taken, rows_per_rank)
             ranks[members[rows[taken]]] = home * self._grid.row_ranks + pcp_rank
-        return list(zip(ranks.tolist(), records.tolist(), strict=True))
+        return np.stack((ranks, records), axis=1)
 
     def _own_ranks(self, requests: Sequence[SampledRequest]) -> list[int] | None:
         """The rank of a home that has the state of each request, None where they have none and may go anywhere."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import repeat
 
 import numpy as np
@@ -115,9 +116,9 @@ def read_tokens(numbers: NDArray[np.int32]) -> list[SampledToken | None]:
         listed = zip(numbers[:, TOP : TOP + num_top].tolist(), floats[:, TOP + num_top :].tolist(), strict=True)
         tops = [tuple((i, p) for i, p in zip(*pair, strict=True) if i >= 0) for pair in listed]
     said = (numbers[:, TOKEN], floats[:, LOGPROB], floats[:, PROCESSED])
-    tokens: list[SampledToken | None] = list(
-        map(SampledToken, *(column.tolist() for column in said), tops, floats[:, KEPT_MASS].tolist())
-    )
+    fields = zip(*(column.tolist() for column in said), tops, floats[:, KEPT_MASS].tolist(), repeat(None))
+    # As `SampledToken(...)` makes each, which is a call in Python.
+    tokens: list[SampledToken | None] = list(map(partial(tuple.__new__, SampledToken), fields))
     for row in np.flatnonzero(numbers[:, STATUS] & NO_TOKEN).tolist():
         tokens[row] = None
     return tokens

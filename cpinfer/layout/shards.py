@@ -62,7 +62,8 @@ class KVSharding:
         rounds, rest = divmod(length, self.interleave * self.num_shards)
         beyond = rest - shard * self.interleave
         if isinstance(beyond, int):  # numpy would take ten times as long for one number
-            return rounds * self.interleave + min(max(beyond, 0), self.interleave)
+            here = 0 if beyond < 0 else beyond if beyond < self.interleave else self.interleave
+            return rounds * self.interleave + here
         return rounds * self.interleave + np.minimum(np.maximum(beyond, 0), self.interleave)
 
     def positions(self, length: int, shard: int) -> IntArray:

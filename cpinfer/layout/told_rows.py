@@ -31,12 +31,6 @@ class ToldRows:
     rows: IntArray
 
     @classmethod
-    def of_places(cls, places: Sequence[tuple[int, int]]) -> ToldRows:
-        """Of pairs (pcp rank, row)."""
-        ranks, rows = np.array(places, dtype=np.int64).reshape(-1, 2).T
-        return cls(ranks, rows)
-
-    @classmethod
     def of_prompts(cls, split: PrefillSplit, prompts: Sequence[int]) -> ToldRows:
         """Of all tokens of some prompts of a prefill step, prompt after prompt, in sequence order."""
         first_rows, num_packed = {}, [0] * split.pcp_size

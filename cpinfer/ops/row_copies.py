@@ -40,6 +40,8 @@ def copy_rows(copies: Sequence[Copy], src_rows: Tensor | None, dst_rows: Tensor 
 
 def _kernels_for(copies: Sequence[Copy]) -> Any:
     """The kernel, for one or two copies on CUDA whose values lie side by side and keep their dtype; else None."""
+    if not copies[0][0].is_cuda:
+        return None
     fits = len(copies) <= 2 and all(
         src.is_cuda and src.dtype == dst.dtype and src.stride(-1) == dst.stride(-1) == 1 for src, dst in copies
     )

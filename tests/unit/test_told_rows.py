@@ -27,7 +27,7 @@ def test_tokens_of_any_prompts_come_in_sequence_order(pcp_size, page_size):
 
 def test_a_rank_sends_the_rows_that_are_asked_for_and_no_other():
     # Four rows on two ranks, of which the first of rank 1 does not ask.
-    told = ToldRows.of_places([(1, 1), (0, 1), (0, 0)])
+    told = ToldRows(np.array([1, 0, 0]), np.array([1, 1, 0]))
     assert told.own(0).tolist() == [0, 1] and told.own(1).tolist() == [1]
     assert told_by_ranks(told, [["a", "b"], ["c", "d"]]) == ["d", "b", "a"]
     assert told.own(2).tolist() == []

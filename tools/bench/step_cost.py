@@ -206,7 +206,7 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
     scheduler.commit(first, sampled, lambda sequence: False)
 
     backend, replica = make_backend("auto", CPU, AttentionNeeds(torch.float32, ())), SoloComm()
-    places = [(0, i) for i in range(num_sequences)]
+    places = np.stack((np.zeros(num_sequences, dtype=np.int64), np.arange(num_sequences)), axis=1)
     records = TokenRecords.of(torch.ones(num_sequences, dtype=torch.int64), torch.full((num_sequences,), -1.0))
     seconds: dict[str, list[float]] = {stage: [] for stage in STAGES}
 
