@@ -22,11 +22,8 @@
 namespace {
 
 constexpr int STEP = HELD * LANES;
-#ifndef PF
-#define PF 1
-#endif
 constexpr int TILE = 64, GROUPS = TILE / LANES;  // keys that enter a state together
-constexpr int TOGETHER = 4;                      // queries whose sums are in registers at once
+constexpr int TOGETHER = 4;  // queries whose sums are in registers at once
 
 // tanh by a polynomial near 0 (Cephes), where the quotient behind it would lose what is left of small numbers.
 inline Lanes tanh_lanes(Lanes x) {
