@@ -105,7 +105,7 @@ def run_workers(
         task_file.write_text(json.dumps({**task, "output": str(output)}), encoding="utf-8")
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_ranks)),
-            *("--master-addr", "127.0.0.1", "--master-port", str(_free_port())),
+            *("--master-addr", "127.0.0.1", "--master-port", str(free_port())),
             *(str(script), "--worker", str(task_file)),
         ]
         # Cards say CPU, so a GPU that happens to be here stays out of it.
@@ -276,7 +276,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens at now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
