@@ -18,18 +18,18 @@ PLACE = "../tools/bench/results"  # from docs/benchmarks.md
 SAYS: Mapping[str, tuple[str, str]] = {
     "engine_amd_epyc_2_cores": (
         "Rollout throughput beside Transformers and vLLM",
-        "On one process 3.62 times as fast as `generate` for groups of samples, 2.31 for ragged batches, 1.18 for one "
-        "prompt of 16k tokens, 1.10 for many short ones; beside vLLM 1.48, 0.89, 0.98 and 0.97. No token parted.",
+        "On one process 4.27 times as fast as `generate` for groups of samples, 2.70 for ragged batches, 1.24 for one "
+        "prompt of 16k tokens, 1.09 for many short ones; beside vLLM 1.40, 1.02, 0.96 and 0.97. No token parted.",
     ),
     "scaling_amd_epyc_2_cores": (
         "Prefill over pcp, decode and capacity over dcp",
-        "On two ranks prefill of 16k tokens is 2.10 times as fast, decode at 64k tokens 1.73 times for 8 sequences and "
-        "1.17 for 1; a sequence may be `dcp` times as long.",
+        "On two ranks prefill of 16k tokens is 1.98 times as fast, decode at 64k tokens 2.01 times for 8 sequences and "
+        "1.28 for 1; a sequence may be `dcp` times as long.",
     ),
     "long_tail_amd_epyc_2_cores": (
         "One long sample in a batch, beside data parallelism",
-        "Beside two replicas pcp=2 dcp=auto is 1.57 times as fast where a prompt is long, 1.05 where an answer is, "
-        "1.16 where both are; pcp=2 dcp=2 is 0.80 where an answer is.",
+        "Beside two replicas pcp=2 dcp=auto is 1.76 times as fast where a prompt is long, 0.95 where an answer is, "
+        "1.32 where both are; pcp=2 dcp=2 is 0.82 where an answer is.",
     ),
     "cascade_amd_epyc_2_cores": (
         "Samples that attend to their prompt together",
