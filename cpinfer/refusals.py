@@ -159,6 +159,11 @@ REFUSALS: dict[str, Refusal] = {
         "DeepSpeed's torch_autocast (it is around the engine's forward, not the model's)",
         "Use DeepSpeed's \"bf16\", or Accelerate's mixed_precision.",
     ),
+    "deepspeed_shared_memory": Refusal(
+        "tensor parallelism of fewer ranks than the job has beside DeepSpeed's sums in shared memory "
+        "(deepspeed_shm_comm, for CPU: they add up what all ranks of the job have, whatever the group, and hang where one is not there)",
+        'Set deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False before deepspeed.init_distributed.',
+    ),
     "deepspeed_continuous_batch_size": Refusal(
         "continuous_batch_size in DeepSpeed's SamplingConfig (the batching of its HybridEngineRollout)",
         "Leave it None: batching is continuous anyway, of at most max_num_seqs requests of cpinfer's config.",

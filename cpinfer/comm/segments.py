@@ -143,12 +143,15 @@ def _memory_file() -> int:
 
 
 def _host() -> list[str]:
-    """What processes have in common that find each other under /proc."""
+    """What processes have in common that find each other under /proc, and whose network is one.
+
+    Where networks differ, as containers have them, a job sees several hosts: one that is cut off is lost to the others.
+    """
     if sys.platform != "linux":
         raise UserError(f"{sys.platform} shares no memory through /proc")
     return [
         Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip(),
-        os.readlink("/proc/self/ns/pid"),
+        *(os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")),
     ]
 
 

@@ -65,9 +65,11 @@ def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | N
 
     Raises:
         ValueError: for sizes that do not fit the job.
+        UnsupportedError: for what the table of refusals names.
     """
     tp_group, lent = _groups_of(engine)
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
+    _check_sums(tp_size)
     num_replicas = dist.get_world_size() // tp_size if dist.is_initialized() else 1
     grid = RankGrid.lending(tp_size, num_replicas, pcp_size, dcp_size)
     return Topology.from_world(grid, tp_group=tp_group, lent=lent)
@@ -131,7 +133,10 @@ def _lend_tp_shards(engine: Any, config: JobConfig) -> Lent:
 
 
 def init_distributed() -> None:
-    """Make DeepSpeed use the default process group, which must exist, without compiling anything."""
+    """Make DeepSpeed use the default process group, which must exist, without compiling anything.
+
+    Its sums in shared memory stay off: they are right only where all ranks of a job are one tensor-parallel group.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
 
@@ -168,6 +173,7 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
         The engine, and the topology, to which the groups made here belong.
     """
     init_distributed()
+    _check_sums(grid.tp_size)
     tp_group, owned = None, []
     for ranks in grid.tp_groups:
         group = new_group(ranks)
@@ -193,6 +199,16 @@ def cut_by_autotp(model: Any, grid: RankGrid, tp_group: Any, dtype: torch.dtype)
             injection_policy=_row_parallel(model),
             tensor_parallel={"tp_size": grid.tp_size, "mpu": _ModelParallelUnit(tp_group), "tp_group": tp_group},
         )
+
+
+def _check_sums(tp_size: int) -> None:
+    """UnsupportedError where AutoTP's layers would add up what ranks of other tensor-parallel groups have.
+
+    A job that has called `deepspeed.init_distributed` itself may have DeepSpeed's op for it (seen in 0.19).
+    """
+    op = getattr(deepspeed.comm.comm.cdb, "shm_comm_op", None)
+    if op is not None and 1 < tp_size < dist.get_world_size():
+        raise refuse("deepspeed_shared_memory", f"tp_size {tp_size} of {dist.get_world_size()} ranks")
 
 
 def _row_parallel(model: Any) -> dict[type, tuple[str, ...]] | None:
