@@ -161,7 +161,8 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "deepspeed_shared_memory": Refusal(
         "tensor parallelism of fewer ranks than the job has beside DeepSpeed's sums in shared memory "
-        "(deepspeed_shm_comm, for CPU: they add up what all ranks of the job have, whatever the group, and hang where one is not there)",
+        "(deepspeed_shm_comm, for CPU: they add up what all ranks of the job have, whatever the group, and hang where "
+        "one is not there)",
         'Set deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False before deepspeed.init_distributed.',
     ),
     "deepspeed_continuous_batch_size": Refusal(
