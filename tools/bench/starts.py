@@ -330,7 +330,7 @@ def answers(model: Any, folder: Path) -> bool:
     import torch
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=False)
     line = json.loads((folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()[0])
     ids = tokenizer(line["prompt"], return_tensors="pt")
     with torch.no_grad():
