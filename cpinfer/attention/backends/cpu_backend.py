@@ -33,8 +33,9 @@ from cpinfer.refusals import refuse
 # to 16,384 keys.
 MAX_QUERIES_WHERE_TORCH_MULTIPLIES_FASTER = 64
 
-# Keys per query that a shared prefix has to save: its rows are then read once, and merged with the others.
-MIN_SAVED_KEYS = 256
+# Keys per query that a shared prefix has to save: its rows are then read once, and merged with the others. Measured by
+# `tools/bench/cascade.py`: a step of groups of eight is level where 448 are saved, and slower below.
+MIN_SAVED_KEYS = 512
 
 
 def unfit(device: torch.device, needs: AttentionNeeds) -> UserError | None:
