@@ -34,7 +34,7 @@ from cpinfer.refusals import refuse
 MAX_QUERIES_WHERE_TORCH_MULTIPLIES_FASTER = 64
 
 # Keys per query that a shared prefix has to save: its rows are then read once, and merged with the others. Measured by
-# `tools/bench/cascade.py`: a step of groups of eight is 1.01 times as fast where 448 are saved, 0.96 times where 224 are.
+# `tools/bench/cascade.py`: a step of groups of eight is 1.01 times as fast where 448 are saved, 0.96 times where 224.
 MIN_SAVED_KEYS = 384
 
 
