@@ -40,9 +40,9 @@ def copy_rows(copies: Sequence[Copy], src_rows: Tensor | None, dst_rows: Tensor 
 
 def _kernels_for(copies: Sequence[Copy]) -> Any:
     """The kernel, for one or two copies on CUDA whose values lie side by side and keep their dtype; else None."""
-    if not copies[0][0].is_cuda:
+    if not copies or not copies[0][0].is_cuda:  # in every layer and step on CPU
         return None
     fits = len(copies) <= 2 and all(
-        src.is_cuda and src.dtype == dst.dtype and src.stride(-1) == dst.stride(-1) == 1 for src, dst in copies
+        src.dtype == dst.dtype and src.stride(-1) == dst.stride(-1) == 1 for src, dst in copies
     )
     return triton_module("copy_kernels") if fits else None

@@ -69,7 +69,8 @@ def topology_from(engine: Any, *, pcp_size: int | None = None, dcp_size: int | N
     """
     tp_group, lent = _groups_of(engine)
     tp_size = 1 if tp_group is None else dist.get_world_size(tp_group)
-    _check_sums(tp_size)
+    if isinstance(engine, InferenceEngine):  # AutoTP's layers sum by the group in training
+        _check_sums(tp_size)
     num_replicas = dist.get_world_size() // tp_size if dist.is_initialized() else 1
     grid = RankGrid.lending(tp_size, num_replicas, pcp_size, dcp_size)
     return Topology.from_world(grid, tp_group=tp_group, lent=lent)
@@ -171,6 +172,9 @@ def launch_inference(model: Any, grid: RankGrid, *, dtype: torch.dtype) -> Launc
 
     Returns:
         The engine, and the topology, to which the groups made here belong.
+
+    Raises:
+        UnsupportedError: for what the table of refusals names.
     """
     init_distributed()
     _check_sums(grid.tp_size)

@@ -9,10 +9,11 @@ import deepspeed
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.inference.engine import InferenceEngine
 
 from cpinfer.errors import UnsupportedError
 from cpinfer.layout.grid import RankGrid
-from cpinfer_integrations.deepspeed import launch_inference
+from cpinfer_integrations.deepspeed import launch_inference, topology_from
 from launching import forked
 
 
@@ -46,21 +47,51 @@ def test_an_existing_engine_generates_on_its_own_weights_and_groups(
     assert outcome["created"] == [], outcome
 
 
-@pytest.mark.parametrize(("tp_size", "op", "refused"), [(2, object(), True), (2, None, False), (4, object(), False)])
-def test_sums_over_all_ranks_are_refused_where_a_group_is_smaller(
-    tp_size: int, op: object, refused: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DeepSpeed's op for CPU ignores groups. Seen with it, on 4 ranks of tp=2: other tokens than the model's."""
-
-    class PassedError(Exception):
-        pass
-
-    def new_group(ranks: object) -> None:
-        raise PassedError
-
+def job_with_op(monkeypatch: pytest.MonkeyPatch, op: object) -> None:
+    """A job of 4 ranks that has called `deepspeed.init_distributed` itself, and has DeepSpeed's op or not."""
     monkeypatch.setattr(deepspeed.comm.comm, "cdb", SimpleNamespace(shm_comm_op=op))
     monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: None)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 4)
-    monkeypatch.setattr("cpinfer_integrations.deepspeed.new_group", new_group)
-    with pytest.raises(UnsupportedError if refused else PassedError, match="deepspeed_shm_comm" if refused else ""):
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 4 if group is None else group)
+
+
+class PassedError(Exception):
+    """It was not refused."""
+
+
+def fail(*_: object, **__: object) -> None:
+    raise PassedError
+
+
+CASES = [(2, object(), UnsupportedError), (2, None, PassedError), (4, object(), PassedError)]
+
+
+@pytest.mark.parametrize(("tp_size", "op", "error"), CASES)
+def test_sums_over_all_ranks_are_refused_before_a_model_is_cut(
+    tp_size: int, op: object, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's op for CPU ignores groups. Seen with it, on 4 ranks of tp=2: a hang, or other tokens."""
+    job_with_op(monkeypatch, op)
+    monkeypatch.setattr("cpinfer_integrations.deepspeed.new_group", fail)
+    with pytest.raises(error, match="deepspeed_shm_comm" if error is UnsupportedError else None):
         launch_inference(None, RankGrid(tp_size=tp_size, pcp_size=4 // tp_size), dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("tp_size", "op", "error"), CASES)
+def test_sums_over_all_ranks_are_refused_of_an_engine_that_is_there(
+    tp_size: int, op: object, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_with_op(monkeypatch, op)
+    monkeypatch.setattr("cpinfer_integrations.deepspeed.RankGrid", SimpleNamespace(lending=fail))
+    engine = InferenceEngine.__new__(InferenceEngine)
+    engine.__dict__["mp_group"] = tp_size
+    with pytest.raises(error, match="deepspeed_shm_comm" if error is UnsupportedError else None):
+        topology_from(engine)
+
+
+def test_a_training_engine_sums_by_its_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    job_with_op(monkeypatch, object())
+    monkeypatch.setattr("cpinfer_integrations.deepspeed.RankGrid", SimpleNamespace(lending=fail))
+    groups = SimpleNamespace(get_tensor_model_parallel_group=lambda: 2, get_data_parallel_group=lambda: 2)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    with pytest.raises(PassedError):
+        topology_from(SimpleNamespace(autotp_size=lambda: 2, mpu=groups))

@@ -27,6 +27,14 @@ def test_a_segment_is_never_more_than_it_may_be_and_holds_whole_pages():
         assert chunk_bytes(num_ranks) % 4096 == 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="namespaces are Linux's")
+@pytest.mark.parametrize("namespace", ["pid", "net"])
+def test_ranks_of_other_processes_or_another_network_are_on_another_host(namespace, monkeypatch):
+    here, readlink = segments._host(), os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: f"{readlink(path)}{'0' * str(path).endswith(namespace)}")
+    assert segments._host() != here
+
+
 def test_only_ranks_that_exchange_have_to_be_on_one_host():
     two_hosts = offers(HERE, HERE, THERE, THERE, first=4)
     assert segments._refusal(two_hosts, [(4, 5), (6, 7)]) is None

@@ -20,7 +20,7 @@ once on a machine, and files are then in the page cache.
 Beside that, without a launcher: seconds of a processor that the imports take, and `explain`.
 
 Every rank has to say that it is ready. Of a floor the first then answers a prompt, and a rollout answers some; a wrong
-answer, or an exit code that is not 0, fails the benchmark before a figure is printed. Tables go to stderr, the last
+answer, or an exit code that is not 0, fails the benchmark before there is a table. Tables go to stderr, the last
 stdout line is one JSON object.
 """
 
@@ -250,10 +250,10 @@ def job_table(jobs: Mapping[int, Mapping[str, Sequence[Start]]]) -> str:
             rows.append([str(num_ranks), WAYS[way], *row])
     header = ["ranks", "way", "until ready", "over the floor", "processors, all ranks", "over the floor"]
     told = (
-        "Medians (least..most). Ranks of the launcher alone have imported nothing; those of the floors have a process "
-        "group and the whole model, a rollout's an engine attached to its part of it. Without tensor parallelism, on 2 "
-        f"ranks, a rollout imports no DeepSpeed, so that {WAYS[TRANSFORMERS]} is the floor; else it is "
-        f"{WAYS[DEEPSPEED]}, which cuts no weights, as a rollout does by AutoTP."
+        "Medians (least..most). Ranks of the launcher alone have not imported torch; those of the floors have a "
+        "process group and the whole model, a rollout's an engine attached to its part of it. Without tensor "
+        f"parallelism, on 2 ranks, a rollout imports no DeepSpeed, so that {WAYS[TRANSFORMERS]} is the floor; else it "
+        f"is {WAYS[DEEPSPEED]}, which cuts no weights, as a rollout does by AutoTP."
     )
     return f"{table(header, rows)}\n\n{told}"
 

@@ -309,14 +309,16 @@ struct Unit {
     void take(const Tile& tile, const Tile& next, int64_t num, int64_t begin, From sees_from, To sees_to) {
         const int64_t dim = call.dim, v_dim = call.v_dim, v_wide = padded(v_dim);
         const int num_keys = tile.num_keys, groups = (num_keys + LANES - 1) / LANES;
-        // Of queries that are all in one go nothing is laid out: each number would be written once, and read once.
-        const bool is_once = num <= TOGETHER;
-        if (!is_once)
+        // For queries that are all in one go keys are not laid out: each number would be written once, and read once. They
+        // are for one alone: not every compiler fuses a single chain of products for every processor (GCC for Zen 2 and 3
+        // does not), and its bits would not be those that it has in company.
+        const bool is_once = num <= TOGETHER, is_laid_out = !is_once || num == 1;
+        if (is_laid_out)
             for (int g = 0; g < groups; g++) lay_out(tile, next, g * LANES);
         const float* value_rows[TILE];
         for (int key = 0; key < num_keys; key++) {
             const T* from = tile.values[key];
-            if constexpr (sizeof(T) == sizeof(float)) {
+            if constexpr (std::is_same_v<T, float>) {
                 if (is_once && v_dim == v_wide) {
                     value_rows[key] = from;
                     continue;
@@ -332,9 +334,9 @@ struct Unit {
             const float* q = &queries[at * dim];
             by_count(n, [&](auto count) {
                 constexpr int NQ = decltype(count)::value;
-                if (is_once)
+                if (is_laid_out) products<NQ>(q, dim, keys.data(), int(dim), weights);
+                else
                     for (int g = 0; g < groups; g++) products_where_they_lie<NQ>(tile, next, q, g * LANES, weights);
-                else products<NQ>(q, dim, keys.data(), int(dim), weights);
             });
             Seen seen[TOGETHER], shared = {0, num_keys};
             for (int i = 0; i < n; i++) {
