@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,7 @@ import psutil
 
 from cpinfer.errors import OutputError, UserError
 from cpinfer.packages import need_package
+from cpinfer_tools.measuring.harness import free_port
 
 Launcher = Literal["torchrun", "deepspeed"]
 # How long a launcher may take to end its processes when it is asked to, before they are killed.
@@ -67,7 +67,7 @@ def launch_command(launcher: Launcher, num_ranks: int, module: str, arguments: S
         start += ["-m"]
     else:
         start = [python, "-m", "deepspeed.launcher.runner", "--log_level", "warning", "--num_gpus", str(num_ranks)]
-        start += ["--master_port", str(_free_port()), "--module"]
+        start += ["--master_port", str(free_port()), "--module"]
     return [*start, module, *arguments]
 
 
@@ -182,9 +182,3 @@ def _own_returncode(log: Path) -> int | None:
     _, _, cause = log.read_text(errors="replace").rpartition("Root Cause (first observed failure):")
     found = re.search(r"^\s*exitcode\s*:\s*(-?\d+)", cause, re.MULTILINE)
     return int(found[1]) if found else None
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
