@@ -156,10 +156,10 @@ def agree_on_tokens(
     record[0, STATUS].bitwise_or_(flags)
     gathered = replica.all_gather(record).cpu().numpy()
     said = gathered[:, 0, STATUS]
-    heard = int(np.bitwise_or.reduce(said)) & ~NO_TOKEN
-    if heard & Says.LEAVES:
+    heard = Says(int(np.bitwise_or.reduce(said)) & ~NO_TOKEN)
+    if Says.LEAVES in heard:
         raise ended_by(np.flatnonzero(said & Says.LEAVES).tolist())
-    if heard & Says.FAULT:
+    if Says.FAULT in heard:
         faults = np.flatnonzero(said & Says.FAULT).tolist()
         raise EngineFaultError(
             f"logits are not finite on rank(s) {faults} of the replica (NaN, +inf, or -inf for every token); check the "
@@ -175,7 +175,7 @@ def agree_on_tokens(
             token and token._replace(kept_ids=kept[pcp_rank * tp_size][row] or None)
             for token, (pcp_rank, row) in zip(tokens, places.tolist(), strict=True)
         ]
-    return tokens, Says(heard)
+    return tokens, heard
 
 
 def ended_by(places: Sequence[int]) -> StreamEndedError:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import islice, takewhile
 
 from cpinfer.engine.home_load import HomeLoad, assign_to_homes, counted_load
@@ -67,6 +68,7 @@ class Scheduler:
         self._load = [HomeLoad() for _ in self.homes]
         self._prefixes = KnownPrefixes(self.homes, self.sharding, self.states)
         self._kept = KeptRequests(len(self.homes), self.max_kept_tokens)
+        self._num_tokens_in = cache(self.sharding.num_tokens_in)  # asked of every request in every step
         # A decode step computes one token per request, so the token budget bounds the requests too.
         self.max_num_seqs = min(self.max_num_seqs, self.max_num_batched_tokens)
 
@@ -127,7 +129,6 @@ class Scheduler:
 
         `sampled` are the tokens of `step.samples`, `scores` those of its chunks' `scored_positions`, one after another.
         """
-        token_of = dict(zip(map(id, step.samples), sampled, strict=True))
         next_scores = iter(scores)
         started: list[SampledRequest] = []
         finished: list[Request] = []
@@ -151,8 +152,12 @@ class Scheduler:
             for ended in (chunk.prefill for chunk in step.chunks if chunk.is_last):
                 self._prefixes.withdraw(ended, ended.leaders)
         self._running += started
-        for request in started if step.chunks else step.running:
-            request.sampled.append(token_of[id(request)])
+        drawn: Iterable[tuple[SampledRequest, SampledToken]] = zip(step.samples, sampled, strict=True)
+        if step.chunks:  # of which some may have been put back
+            token_of = dict(drawn)
+            drawn = [(request, token_of[request]) for request in started]
+        for request, token in drawn:
+            request.sampled.append(token)
             self.stats.num_generated_tokens += 1
             reason: FinishReason | None = "length" if len(request.sampled) >= request.max_new_tokens else None
             if stops(request):
@@ -429,12 +434,10 @@ class Scheduler:
         """A slot for the newest token of every running request; others of its home make way when it has none."""
         youngest_last: dict[int, list[SampledRequest]] = {}
         for request in self._running:
-            if not request.blocks:  # preempted by one before it
-                continue
+            if request.next_position < self._num_tokens_in(len(request.blocks)) or not request.blocks:
+                continue  # it has a slot, or was preempted by one before it
             home = self.homes[request.home]
             missing = self.sharding.num_blocks(request.next_position + 1) - len(request.blocks)
-            if missing <= 0:
-                continue
             while not self._make_room(request.home, missing):
                 if request.home not in youngest_last:
                     here = [s for s in self._running if s.home == request.home]

@@ -7,8 +7,9 @@ chunks of prefills, or running requests  ->  token ids and positions of this ran
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
+from operator import is_
 
 import numpy as np
 
@@ -16,7 +17,14 @@ from cpinfer.engine.request import Request, SampledRequest
 from cpinfer.engine.step import Chunk
 from cpinfer.layout.capacity import KVLayout
 from cpinfer.layout.context import Context, StepContext, exchange_places
-from cpinfer.layout.decode import DecodePlan, assign_rows, cuda_graph_batch_size, plan_decode, rows_in_window
+from cpinfer.layout.decode import (
+    DecodePlan,
+    assign_rows,
+    cuda_graph_batch_size,
+    plan_decode,
+    plan_next_decode,
+    rows_in_window,
+)
 from cpinfer.layout.grid import RankGrid
 from cpinfer.layout.prefill import (
     PrefillPlan,
@@ -121,6 +129,7 @@ class StepPlanner:
         self._num_tail = num_tail
         self._cost = StepCost(pairs_per_token=pairs_per_token)
         self._places = exchange_places(grid, rank)
+        self._before: _PlannedDecode | None = None
 
     def prefill(self, chunks: Sequence[Chunk]) -> PrefillInput:
         """A step of chunks: split over the pcp axis, or dealt to its ranks whole."""
@@ -186,18 +195,27 @@ class StepPlanner:
         return StatePlace(request.home * self._grid.row_ranks + request.state.rank, request.state.slot)
 
     def decode(self, running: Sequence[SampledRequest]) -> DecodeInput:
-        """A step of one token of every running request, each in its home."""
+        """A step of one token of every running request, each in its home.
+
+        As a rule those of the decode step before run on, and so does its plan.
+        """
+        before = self._before
+        planned = self._decode_anew(running) if before is None or not before.goes_on(running) else self._next(before)
+        self._before = planned
+        return planned.input
+
+    def _decode_anew(self, running: Sequence[SampledRequest]) -> _PlannedDecode:
         homes = np.fromiter((r.home for r in running), dtype=np.int64, count=len(running))
         by_home = [np.flatnonzero(homes == home) for home in range(self._grid.num_homes)]
         here = [running[i] for i in by_home[self._home].tolist()]
         places = self._decode_places(running, by_home)
         asking = [i for i, request in enumerate(running) if request.experts is not None]
         told = ToldRows(*places[asking].T) if asking else None
+        of = running, [r.blocks for r in running], here, [len(r.sampled) for r in here]
         if not here:
-            return DecodeInput(None, {}, [], places, told)
-        positions = [r.next_position for r in here]
+            return _PlannedDecode(*of, DecodeInput(None, {}, [], places, told))
         plan = plan_decode(
-            positions,
+            [r.next_position for r in here],
             [r.packed_blocks for r in here],
             self._sharding,
             pcp_size=self._row_ranks,
@@ -206,14 +224,30 @@ class StepPlanner:
             rows_per_rank=self._rows_per_rank(here),
             ranks=self._own_ranks(here),
         )
-        rows = {
-            window: plan.rows
-            if window is None
-            else rows_in_window(plan, positions, self._sharding, self._shard, window)
+        plan = replace(plan, rows=plan.rows.over(self._kv_layout))
+        own = [here[i] for i in plan.own if i >= 0]
+        return _PlannedDecode(*of, DecodeInput(plan, self._rows_by_window(plan), own, places, told))
+
+    def _next(self, before: _PlannedDecode) -> _PlannedDecode:
+        """The step behind one that goes on."""
+        plan, here = before.input.plan, before.here
+        if plan is None:
+            return before
+        plan = plan_next_decode(
+            plan,
+            [r.blocks for r in here],
+            self._sharding,
+            pcp_rank=self._pcp_rank % self._row_ranks,
+            shard=self._shard,
+        )
+        planned = replace(before.input, plan=plan, rows=self._rows_by_window(plan))
+        return replace(before, num_sampled=[n + 1 for n in before.num_sampled], input=planned)
+
+    def _rows_by_window(self, plan: DecodePlan) -> dict[int | None, AttentionRows]:
+        return {
+            window: plan.rows if window is None else rows_in_window(plan, self._sharding, self._shard, window)
             for window in self._windows
         }
-        rows = {window: r.over(self._kv_layout) for window, r in rows.items()}
-        return DecodeInput(plan, rows, [here[i] for i in plan.own if i >= 0], places, told)
 
     def _decode_places(self, running: Sequence[SampledRequest], by_home: Sequence[IntArray]) -> IntArray:
         """`[N, 2]`: who computes each running request; `by_home` are those of each home, as indices into all."""
@@ -240,6 +274,31 @@ class StepPlanner:
         ranks = self._own_ranks(requests)
         needed = -(-len(requests) // self._row_ranks) if ranks is None else max(map(ranks.count, set(ranks)))
         return cuda_graph_batch_size(needed) if self._in_buckets else needed
+
+
+@dataclass(frozen=True)
+class _PlannedDecode:
+    """A decode step that was planned: of whom, where their blocks are listed, and how far those `here` had come.
+
+    `here`: in this home.
+    """
+
+    running: Sequence[SampledRequest]
+    tables: list[list[int]]
+    here: list[SampledRequest]
+    num_sampled: list[int]
+    input: DecodeInput
+
+    def goes_on(self, running: Sequence[SampledRequest]) -> bool:
+        """Whether the same run now, a token further, in the blocks that they had. They may have got more.
+
+        Who was put back and came again has another list of them, and may be in another home.
+        """
+        return (
+            self.running == running
+            and all(map(is_, self.tables, [request.blocks for request in running]))
+            and [n + 1 for n in self.num_sampled] == [len(request.sampled) for request in self.here]
+        )
 
 
 def _context_of(chunk: Chunk) -> Context:

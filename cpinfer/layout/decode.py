@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
@@ -24,16 +25,18 @@ from cpinfer.layout.shards import IntArray, KVSharding
 class DecodePlan:
     """What one rank does in a decode step.
 
-    `own`: `[R]` the rows this rank computes, as indices into the step's sequences, -1 for padding.
-    `positions`: `[R]` positions of their new tokens, 0 for padding.
-    `gathered`: `[pcp * R]` the rows of all pcp ranks in the order a gather over the pcp axis brings them.
+    `gathered`: `[pcp * R]` the rows of all pcp ranks in the order a gather over the pcp axis brings them, as indices
+    into the step's sequences, -1 for padding.
+    `gathered_positions`: `[pcp * R]` positions of their new tokens, 0 for padding.
+    `own`, `positions`: `[R]` those of this rank.
     `write_src`, `write_slots`: `[W]` which of the gathered rows this shard stores, and where.
     `rows`: one query row per gathered row, over the keys of this shard, the new token included.
     """
 
+    gathered: IntArray
+    gathered_positions: IntArray
     own: IntArray
     positions: IntArray
-    gathered: IntArray
     write_src: IntArray
     write_slots: IntArray
     rows: AttentionRows
@@ -58,41 +61,76 @@ def plan_decode(
     if not positions:
         raise ValueError("a decode step needs at least one sequence")
     gathered = assign_rows(len(positions), pcp_size, rows_per_rank, ranks)
-    own = gathered.reshape(pcp_size, -1)[pcp_rank]
     is_real = gathered >= 0
     at = np.asarray(positions, dtype=np.int64)[gathered] * is_real
-    # Of a new token its owner alone keeps K and V.
-    write_src = np.flatnonzero(is_real & (sharding.owner(at) == shard))
-    block, offset = np.divmod(sharding.local_index(at[write_src]), sharding.block_size)
-    written = zip(gathered[write_src].tolist(), block.tolist(), strict=True)
-    blocks = np.fromiter((block_tables[row][b] for row, b in written), dtype=np.int64, count=len(write_src))
-    kv_lens = (sharding.local_len(at + 1, shard) * is_real).astype(np.int32)
+    rows = AttentionRows.build(
+        np.ones(len(gathered), dtype=np.int32),
+        _kv_lens(at, is_real, sharding, shard),
+        [() if i < 0 else block_tables[i] for i in gathered.tolist()],
+        block_size=sharding.block_size,
+        # One query at the end of its keys sees them all, and in another shard's tokens there is no order to keep.
+        causal=False,
+    )
+    write_src = _written(at, is_real, sharding, shard)
     return DecodePlan(
-        own=own,
-        positions=at.reshape(pcp_size, -1)[pcp_rank],
         gathered=gathered,
+        gathered_positions=at,
+        own=gathered.reshape(pcp_size, -1)[pcp_rank],
+        positions=at.reshape(pcp_size, -1)[pcp_rank],
         write_src=write_src,
-        write_slots=blocks * sharding.block_size + offset,
-        rows=AttentionRows.build(
-            np.ones(len(gathered), dtype=np.int32),
-            kv_lens,
-            [() if i < 0 else block_tables[i] for i in gathered.tolist()],
-            block_size=sharding.block_size,
-            # One query at the end of its keys sees them all, and in another shard's tokens there is no order to keep.
-            causal=False,
-        ),
+        write_slots=_last_slots(rows, write_src),
+        rows=rows,
     )
 
 
-def rows_in_window(
-    plan: DecodePlan, positions: Sequence[int], sharding: KVSharding, shard: int, window: int
-) -> AttentionRows:
+def plan_next_decode(
+    plan: DecodePlan, block_tables: Sequence[Sequence[int]], sharding: KVSharding, *, pcp_rank: int, shard: int
+) -> DecodePlan:
+    """What `plan_decode` plans when the sequences of `plan` have a token more each, at a part of its cost.
+
+    Who computes what has not changed, and of the tables only the last block of those that begin one is looked at.
+    """
+    is_real = plan.gathered >= 0
+    at = plan.gathered_positions + is_real
+    kv_lens = _kv_lens(at, is_real, sharding, shard)
+    begins_block = plan.rows.are_short_of(kv_lens)
+    last_blocks = (kv_lens[begins_block] - 1) // sharding.block_size
+    lookups = zip(plan.gathered[begins_block].tolist(), last_blocks.tolist(), strict=True)
+    rows = plan.rows.grown(kv_lens, begins_block, [block_tables[i][block] for i, block in lookups])
+    write_src = plan.write_src if sharding.num_shards == 1 else _written(at, is_real, sharding, shard)
+    return replace(
+        plan,
+        gathered_positions=at,
+        positions=at.reshape(-1, len(plan.own))[pcp_rank],
+        write_src=write_src,
+        write_slots=_last_slots(rows, write_src),
+        rows=rows,
+    )
+
+
+def _kv_lens(at: IntArray, is_real: NDArray[np.bool_], sharding: KVSharding, shard: int) -> NDArray[np.int32]:
+    """`[rows]` keys of this shard that each row sees, its new token at `at` included."""
+    return (sharding.local_len(at + 1, shard) * is_real).astype(np.int32)
+
+
+def _written(at: IntArray, is_real: NDArray[np.bool_], sharding: KVSharding, shard: int) -> IntArray:
+    """Which rows this shard stores: of a new token its owner alone keeps K and V."""
+    return np.flatnonzero(is_real & (sharding.owner(at) == shard))
+
+
+def _last_slots(rows: AttentionRows, of: IntArray) -> IntArray:
+    """Where the last key of each row lies."""
+    blocks = rows.block_ids[rows.block_indptr[of + 1] - 1].astype(np.int64)
+    slots: IntArray = blocks * rows.block_size + (rows.kv_hi[of] - 1) % rows.block_size
+    return slots
+
+
+def rows_in_window(plan: DecodePlan, sharding: KVSharding, shard: int, window: int) -> AttentionRows:
     """The rows of a plan, as layers see them whose queries see the last `window` tokens, their own included.
 
     Of the tokens from position `lo` on a shard holds those from `local_len(lo)` on.
     """
-    at = np.asarray(positions, dtype=np.int64)[plan.gathered]
-    return plan.rows.above(sharding.local_len(np.maximum(0, at - window + 1), shard))
+    return plan.rows.above(sharding.local_len(np.maximum(0, plan.gathered_positions - window + 1), shard))
 
 
 def writing_all(plan: DecodePlan, padding_slot: int) -> DecodePlan:

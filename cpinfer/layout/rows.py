@@ -42,16 +42,17 @@ class AttentionRows:
         n = len(self.q_lens)
         if not len(self.kv_lo) == len(self.kv_hi) == len(self.block_indptr) - 1 == n:
             raise ValueError("q_lens, kv_lo, kv_hi and block_indptr disagree on the number of rows")
-        if (self.kv_lo > self.kv_hi).any() or (self.kv_lo < 0).any():
+        if ((self.kv_lo > self.kv_hi) | (self.kv_lo < 0)).any():
             raise ValueError("key ranges must be [lo, hi) with 0 <= lo <= hi")
         if self.block_indptr[0] != 0 or self.block_indptr[-1] != len(self.block_ids):
             raise ValueError("block_indptr does not cover block_ids")
-        if (np.diff(self.block_indptr) * self.block_size < self.kv_hi).any():
+        if self.are_short_of(self.kv_hi).any():
             raise ValueError("a block table is too short for its kv_hi")
-        kv_lens = self.kv_hi - self.kv_lo
-        # With fewer keys than queries the first queries would see nothing: no plan of ours means that.
-        if self.causal and ((kv_lens > 0) & (kv_lens < self.q_lens)).any():
-            raise ValueError("a causal row needs at least as many keys as queries")
+        if self.causal:
+            kv_lens = self.kv_hi - self.kv_lo
+            # With fewer keys than queries the first queries would see nothing: no plan of ours means that.
+            if ((kv_lens > 0) & (kv_lens < self.q_lens)).any():
+                raise ValueError("a causal row needs at least as many keys as queries")
         if self.window is not None and (self.window < 1 or not self.causal):
             raise ValueError("a window is at least 1 and needs causal rows: elsewhere the key range says what is seen")
 
@@ -81,6 +82,23 @@ class AttentionRows:
             causal=causal,
             begins=begins,
         )
+
+    def are_short_of(self, kv_hi: Int32Array) -> NDArray[np.bool_]:
+        """`[rows]`: whose tables do not cover `kv_hi` keys."""
+        short: NDArray[np.bool_] = np.diff(self.block_indptr) * self.block_size < kv_hi
+        return short
+
+    def grown(self, kv_hi: Int32Array, begins_block: NDArray[np.bool_], blocks: Sequence[int]) -> AttentionRows:
+        """The same rows with keys up to `kv_hi`, those that `begins_block` with one more of `blocks` each, in order."""
+        if not blocks:
+            return replace(self, kv_hi=kv_hi)
+        indptr = self.block_indptr.copy()
+        indptr[1:] += np.cumsum(begins_block, dtype=np.int32)
+        is_old = np.ones(len(self.block_ids) + len(blocks), dtype=np.bool_)
+        is_old[indptr[1:][begins_block] - 1] = False
+        block_ids = np.empty(len(is_old), dtype=np.int32)
+        block_ids[is_old], block_ids[~is_old] = self.block_ids, blocks
+        return replace(self, kv_hi=kv_hi, block_indptr=indptr, block_ids=block_ids)
 
     def over(self, layout: KVLayout) -> AttentionRows:
         """The same rows over a store of this layout."""

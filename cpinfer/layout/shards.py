@@ -86,6 +86,17 @@ class KVSharding:
         """Blocks that a sequence of `length` tokens takes (from every shard, so from the pool once)."""
         return -(-self.local_len(length, 0) // self.block_size)
 
+    def num_tokens_in(self, num_blocks: int) -> int:
+        """The longest sequence that takes no more than `num_blocks`.
+
+        >>> [KVSharding(2, 2, 4).num_tokens_in(n) for n in range(3)]
+        [0, 8, 16]
+        >>> [KVSharding(2, 3, 4).num_tokens_in(n) for n in range(3)]
+        [0, 7, 14]
+        """
+        rounds, rest = divmod(num_blocks * self.block_size, self.interleave)
+        return rounds * self.interleave * self.num_shards + rest
+
     def num_immutable_blocks(self, length: int) -> int:
         """Blocks at the front of a sequence's table that no later token will be written to, on any shard."""
         return self.local_len(length, self.num_shards - 1) // self.block_size

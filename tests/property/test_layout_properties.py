@@ -1,5 +1,6 @@
 """The laws of the layout floor, on layouts and lengths that nobody thought of."""
 
+import dataclasses
 from collections import Counter
 from itertools import chain, pairwise, takewhile
 from math import lcm
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from cpinfer.kv_cache.block_pool import BlockPool
-from cpinfer.layout.decode import plan_decode
+from cpinfer.layout.decode import plan_decode, plan_next_decode, rows_in_window
 from cpinfer.layout.explain import rank_places
 from cpinfer.layout.grid import RankGrid, legal_dcp_sizes
 from cpinfer.layout.heads import HeadPlacement
@@ -394,3 +395,34 @@ def test_own_heads_alone_would_not_do_in_a_mixed_group():
     grid, heads = RankGrid(2, 2, 4), HeadPlacement(8, 2, 2)
     stored = {(head, grid.kv_shard(r)) for r in range(4) for head in heads.kv_heads(grid.coords(r).tp_rank)}
     assert stored == {(0, 0), (0, 1), (1, 2), (1, 3)}
+
+
+@LAW
+@given(st.data(), small_shardings, st.integers(1, 3), st.lists(st.integers(0, 60), min_size=1, max_size=6))
+def test_a_plan_that_goes_on_is_the_plan_of_where_it_has_come_to(data, sharding, pcp, positions):
+    num_steps, window = 12, data.draw(st.sampled_from([1, 3, 8]))
+    tables = data.draw(block_tables([p + num_steps for p in positions], sharding))
+    shard, rank = data.draw(st.integers(0, sharding.num_shards - 1)), data.draw(st.integers(0, pcp - 1))
+    ranks = data.draw(st.none() | st.lists(st.integers(0, pcp - 1), min_size=len(positions), max_size=len(positions)))
+    spare = data.draw(st.integers(0, 2))  # rows of padding
+    at = {"pcp_rank": rank, "shard": shard}
+    rows_per_rank = len(positions) + spare
+    dealt = {"pcp_size": pcp, "rows_per_rank": rows_per_rank, "ranks": ranks}
+    plan = plan_decode(positions, tables, sharding, **dealt, **at)
+    for step in range(1, num_steps):
+        plan = plan_next_decode(plan, tables, sharding, **at)
+        anew = plan_decode([p + step for p in positions], tables, sharding, **dealt, **at)
+        assert_same(plan, anew)
+        assert_same(rows_in_window(plan, sharding, shard, window), rows_in_window(anew, sharding, shard, window))
+
+
+def assert_same(found, wanted):
+    """Plans, or their rows, field by field, dtypes included."""
+    for field in dataclasses.fields(wanted):
+        a, b = getattr(found, field.name), getattr(wanted, field.name)
+        if dataclasses.is_dataclass(b):
+            assert_same(a, b)
+        elif isinstance(b, np.ndarray):
+            assert a.dtype == b.dtype and a.tolist() == b.tolist(), field.name
+        else:
+            assert a == b, field.name

@@ -380,4 +380,7 @@ def test_the_bench_of_step_costs_runs_on_the_engine_as_it_is():
         [sys.executable, str(BENCH / "step_cost.py"), "--quick"], capture_output=True, text=True, timeout=110
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["sampling_us"].keys() >= {"greedy", "temperature 1"}
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["sampling_us"].keys() >= {"greedy", "temperature 1"}
+    # Several times what they are on a quiet machine.
+    assert figures["worst_step_us_per_sequence"] < 20 and figures["decode"]["share"] < 0.1

@@ -92,7 +92,7 @@ def windowed(positions, tables, sharding, window, pcp_size=1):
     seen = [[] for _ in positions]
     for shard in range(sharding.num_shards):
         p = plan_decode(positions, tables, sharding, pcp_size=pcp_size, pcp_rank=0, shard=shard)
-        rows = rows_in_window(p, positions, sharding, shard, window)
+        rows = rows_in_window(p, sharding, shard, window)
         assert not rows.causal and rows.window is None and rows.q_lens.tolist() == p.rows.q_lens.tolist()
         assert (rows.block_ids >= 0).all(), "a block that was given back is looked up"
         for row, i in enumerate(p.gathered.tolist()):
@@ -143,7 +143,7 @@ def test_the_window_of_a_known_step():
 def test_a_shard_that_holds_nothing_of_the_window_has_an_empty_row():
     p = plan([5], [[3]], shard=1, pcp_size=1)
     assert p.rows.slots(0).tolist() == [12, 13]
-    rows = rows_in_window(p, [5], SHARDING, 1, 2)
+    rows = rows_in_window(p, SHARDING, 1, 2)
     assert rows.kv_hi.tolist() == [0] and rows.block_ids.tolist() == []
 
 

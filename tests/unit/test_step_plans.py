@@ -20,9 +20,9 @@ GRIDS = [RankGrid(), RankGrid(1, 2, 2), RankGrid(1, 4, 2), RankGrid(1, 2, 1), Ra
 WINDOWS = (None, 6, None, 6)
 
 
-def scheduler_of(grid, budget=40):
+def scheduler_of(grid, budget=40, num_blocks=200):
     sharding = KVSharding(grid.dcp_size, 2, 4)
-    homes = [KVHome(200, sharding, enable_prefix_caching=True) for _ in range(grid.num_homes)]
+    homes = [KVHome(num_blocks, sharding, enable_prefix_caching=True) for _ in range(grid.num_homes)]
     return Scheduler(homes, sharding, max_num_seqs=16, max_num_batched_tokens=budget)
 
 
@@ -43,12 +43,12 @@ def planners_of(grid, *, in_buckets=False, row_ranks=None):
     ]
 
 
-def add_requests(scheduler):
+def add_requests(scheduler, max_new_tokens=4):
     """Prompts of several lengths with two samples each, and given answers between them."""
     for index, length in enumerate((3, 21, 50, 1)):
         prompt = Prompt(index, str(index), tuple(range(100 * index, 100 * index + length)))
         for sample_index in range(2):
-            scheduler.add(SampledRequest(prompt, sample_index, SamplingParams(), 4))
+            scheduler.add(SampledRequest(prompt, sample_index, SamplingParams(), max_new_tokens))
         scheduler.add(ScoredRequest(prompt, tuple(range(900, 900 + length))))
 
 
@@ -158,6 +158,77 @@ def test_a_home_without_requests_has_no_plan_and_a_plan_has_rows_for_every_windo
     here, there = (planners[rank].decode(running) for rank in (running[0].home, 1 - running[0].home))
     assert there.plan is None and there.requests == [] and np.array_equal(there.places, here.places)
     assert list(here.rows) == [None, 6]
+
+
+def decoded(planner, running):
+    """What a planner says of a step, as plain values."""
+    planned = planner.decode(running)
+    rows = {
+        window: [getattr(r, name).tolist() for name in ("kv_lo", "kv_hi", "block_indptr", "block_ids")]
+        for window, r in planned.rows.items()
+    }
+    plan = planned.plan
+    arrays = [] if plan is None else [plan.own, plan.positions, plan.gathered, plan.write_src, plan.write_slots]
+    return planned.requests, planned.token_ids, planned.places.tolist(), [a.tolist() for a in arrays], rows
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("is_short_of_blocks", [False, True])
+def test_plans_that_go_on_are_those_of_a_planner_that_saw_no_step_before(grid, is_short_of_blocks):
+    num_blocks = 200 if not is_short_of_blocks else 28 if grid.dcp_size == 1 else 22
+    scheduler, kept, num_steps = scheduler_of(grid, num_blocks=num_blocks), planners_of(grid), 0
+    add_requests(scheduler, max_new_tokens=30)
+    while (step := scheduler.schedule()) is not None:
+        for planner, fresh in zip(kept, planners_of(grid), strict=True):
+            if not step.chunks:
+                assert decoded(planner, step.running) == decoded(fresh, step.running)
+        num_steps += not step.chunks
+        if num_steps == 9:  # a prompt that comes later
+            scheduler.add(SampledRequest(Prompt(9, "9", tuple(range(17))), 0, SamplingParams(), 12))
+        scores = [TokenScore(0.0, True) for chunk in step.chunks for _ in chunk.scored_positions]
+        scheduler.commit(step, [SampledToken(7, 0.0, 0.0)] * len(step.samples), lambda r: False, scores)
+    assert num_steps >= 30
+    assert bool(scheduler.stats.num_preemptions) == is_short_of_blocks
+
+
+def running_in(blocks, planner):
+    """A request that runs in `blocks`, as a planner saw it a step ago."""
+    request = SampledRequest(Prompt(0, "0", tuple(range(5))), 0, SamplingParams(), 9)
+    request.blocks = blocks
+    request.sampled.append(SampledToken(3, 0.0, 0.0))
+    running = (request,)
+    decoded(planner, running)
+    request.sampled.append(SampledToken(4, 0.0, 0.0))
+    return running
+
+
+@pytest.mark.parametrize("change", ["other blocks", "no step since", "two steps since", "another request"])
+def test_a_plan_goes_on_only_where_the_same_run_a_token_further_in_the_same_blocks(change):
+    grid = RankGrid()
+    (planner,), (fresh,) = planners_of(grid), planners_of(grid)
+    running = running_in([3, 4], planner)
+    (request,) = running
+    if change == "other blocks":
+        request.blocks = [6, 5]
+    elif change == "no step since":
+        request.sampled.pop()
+    elif change == "two steps since":
+        request.sampled.append(SampledToken(5, 0.0, 0.0))
+    else:
+        running = running_in(request.blocks, fresh)
+    assert decoded(planner, running) == decoded(fresh, running)
+
+
+def test_a_block_that_came_since_is_taken_up_and_one_that_is_missing_is_an_error():
+    (planner,) = planners_of(RankGrid())
+    running = running_in([3, 4], planner)
+    running[0].sampled += [SampledToken(5, 0.0, 0.0)]
+    decoded(planner, running)
+    running[0].sampled += [SampledToken(6, 0.0, 0.0)]
+    with pytest.raises(IndexError):
+        planner.decode(running)
+    running[0].blocks.append(9)
+    assert decoded(planner, running)[-1][None][-1] == [3, 4, 9]
 
 
 def test_plans_are_made_without_torch():

@@ -158,7 +158,7 @@ def test_the_next_token_sees_all_shards_and_itself_with_each_sink_counted_once(l
             LENGTHS, TABLES, world.sharding, pcp_size=pcp, pcp_rank=topology.coords.pcp_rank % pcp, shard=shard
         )
         exchange = AllToAllExchange(topology.dcp, pcp_size=pcp, wire_dtype=torch.float32, kv_columns=heads.columns)
-        rows = {window: plan.rows if window is None else rows_in_window(plan, LENGTHS, world.sharding, shard, window)}
+        rows = {window: plan.rows if window is None else rows_in_window(plan, world.sharding, shard, window)}
         # Partial states travel with a float32 lse, so decode runs in float32.
         cache32 = PagedKVCache(cache.layout, 1, 8, BLOCK_SIZE, torch.float32, CPU)
         for new, old in zip(cache32.read(0), cache.read(0), strict=True):

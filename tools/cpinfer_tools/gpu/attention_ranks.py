@@ -297,7 +297,7 @@ def _run_rank(
         )
         seen_rows = decode_plan.rows
         if case.window is not None:
-            seen_rows = rows_in_window(decode_plan, positions, sharding, shard, case.window)
+            seen_rows = rows_in_window(decode_plan, sharding, shard, case.window)
         rows = {case.window: seen_rows.over(cache.layout)}
         decode = DecodeStep(decode_plan, {w: backend.plan(r) for w, r in rows.items()}, cache, exchange, stored)
         own = decode_plan.own.tolist()
