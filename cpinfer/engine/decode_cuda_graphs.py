@@ -174,7 +174,6 @@ class _Bucket:
         self._numbers = torch.zeros(sum(sizes), dtype=torch.int64, device=runner.device)
         self._token_ids, self._positions, *writes = torch.split(self._numbers, sizes)
         step.write_by(*writes)
-        self._keep = torch.arange(len(logits), device=runner.device)
         self.logits = logits
         self.replay: Callable[[], None] | None = None
 
@@ -187,7 +186,7 @@ class _Bucket:
             planned.update(rows[window])
 
     def run(self) -> None:
-        self.logits.copy_(self._runner.forward(self._token_ids, self._positions, self._step, self._keep))
+        self.logits.copy_(self._runner.forward(self._token_ids, self._positions, self._step, None))
 
 
 def capture_on_cuda() -> Capture:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cpinfer.attention.backends.base import StepBackends
-from cpinfer.attention.cascade import plan_cascade
+from cpinfer.attention.cascade import plan_cut
 from cpinfer.attention.context import ContextAttention, KVContext, QueryContext, WindowContext
 from cpinfer.attention.steps import DecodeStep, IdleStep, PrefillStep
 from cpinfer.config import EngineConfig
@@ -47,13 +47,6 @@ class StepAttention:
         if config.deterministic:
             # A tile may hold keys of the context and new ones, so all that a query sees is laid out behind each other.
             self._gathered += [None] * self._has_full_layers
-        min_saved_keys = self._decode_backend.min_saved_keys
-        self._min_saved_keys = {"auto": min_saved_keys, "on": 0, "off": None}[config.cascade_attention]
-
-    @property
-    def may_cascade(self) -> bool:
-        """Whether rows that begin alike may attend to that beginning together."""
-        return self._min_saved_keys is not None
 
     def prefill(self, planned: PrefillInput) -> PrefillStep:
         """The attention of a prefill step, with what earlier steps cached of its prompts."""
@@ -109,7 +102,7 @@ class StepAttention:
         if planned.plan is None:
             return IdleStep()
         kernels = {
-            window: plan_cascade(self._decode_backend, r, self._min_saved_keys if window is None else None)
+            window: plan_cut(self._decode_backend, r, planned.cut if window is None else None)
             for window, r in planned.rows.items()
         }
         return DecodeStep(planned.plan, kernels, self._cache, self._exchanges.decode, self._heads)

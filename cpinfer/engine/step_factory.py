@@ -127,11 +127,12 @@ def make_step_runner(
             runner, topology.replica, backends.decode, cache, exchanges.decode, heads, sharding, max_rows
         )
     attention = StepAttention(spec, config, heads, exchanges, backends, cache)
+    min_saved_keys = {"auto": backends.decode.min_saved_keys, "on": 0, "off": None}[config.cascade_attention]
     ordered = f"deterministic, {config.deterministic_kv_shards} virtual KV shards"
     topology.logger(__name__).shared(
         "attention by %s (%s, device %s), cascade_attention %s, CUDA graphs %s, decode with dcp=%d",
         backends.prefill.name, ordered if config.deterministic else f"backend is {config.backend!r}", runner.device,
-        config.cascade_attention if attention.may_cascade else "off", "off" if graphs is None else "on",
+        "off" if min_saved_keys is None else config.cascade_attention, "off" if graphs is None else "on",
         grid.dcp_size,
     )  # fmt: skip
     planner = StepPlanner(
@@ -144,6 +145,7 @@ def make_step_runner(
         windows=spec.windows,
         pairs_per_token=spec.pairs_per_token,
         kv_layout=cache.layout,
+        min_saved_keys=None if graphs is not None else min_saved_keys,  # what is captured reads rows as they are
         num_tail=None if spec.states is None else spec.states.num_tail,
     )
     reader = LogitsReader(topology, runner.device, stop_checker, as_trained=config.deterministic)

@@ -38,6 +38,7 @@ from cpinfer.layout.prefill import (
 )
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
+from cpinfer.layout.shared_prefix import SharedPrefix, share_prefix
 from cpinfer.layout.states import PromptStates, StatePlace, StatePlan, plan_states
 from cpinfer.layout.told_rows import ToldRows
 
@@ -75,8 +76,9 @@ class DecodeInput:
     """A decode step on one rank: the newest tokens of its `requests`, and keys for the layers of every window.
 
     Without a plan its home has no request. `places [N, 2]`: who computes each token that the step samples, on any rank:
-    (pcp rank, row there). `told`: all whose experts are asked for, None where none are. `state_slots`: where the states
-    of `requests` lie, of a model that has them.
+    (pcp rank, row there). `told`: all whose experts are asked for, None where none are. `cut`: rows without a window,
+    where they attend together to what they share. `state_slots`: where the states of `requests` lie, of a model that
+    has them.
     """
 
     plan: DecodePlan | None
@@ -84,6 +86,7 @@ class DecodeInput:
     requests: list[SampledRequest]
     places: IntArray
     told: ToldRows | None
+    cut: SharedPrefix | None = None
 
     @property
     def token_ids(self) -> list[int]:
@@ -98,8 +101,8 @@ class StepPlanner:
     """Plans steps for one rank. Decode rows are dealt over `row_ranks` of a home; `in_buckets`: padded to few sizes.
 
     `windows`: of the model's layers, how many of the last tokens each sees; `pairs_per_token` as `StepCost` has it.
-    `kv_layout`: of what decode rows attend to, the cache. `num_tail`: of a model with states, how many inputs come
-    before a token in its convolutions.
+    `kv_layout`: of what decode rows attend to, the cache; `min_saved_keys` as `plan_cascade` has it. `num_tail`: of a
+    model with states, how many inputs come before a token in its convolutions.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class StepPlanner:
         windows: Sequence[int | None],
         pairs_per_token: int,
         kv_layout: KVLayout,
+        min_saved_keys: int | None = None,
         num_tail: int | None = None,
     ) -> None:
         self._grid = grid
@@ -126,6 +130,7 @@ class StepPlanner:
         # In a fixed order, the same on every rank.
         self._windows: list[int | None] = sorted(set(windows), key=lambda window: -1 if window is None else window)
         self._kv_layout = kv_layout
+        self._min_saved_keys = min_saved_keys if None in windows else None
         self._num_tail = num_tail
         self._cost = StepCost(pairs_per_token=pairs_per_token)
         self._places = exchange_places(grid, rank)
@@ -226,21 +231,25 @@ class StepPlanner:
         )
         plan = replace(plan, rows=plan.rows.over(self._kv_layout))
         own = [here[i] for i in plan.own if i >= 0]
-        return _PlannedDecode(*of, DecodeInput(plan, self._rows_by_window(plan), own, places, told))
+        cut = None
+        if self._min_saved_keys is not None:
+            cut = share_prefix(plan.rows, self._min_saved_keys * plan.rows.num_queries)
+        return _PlannedDecode(*of, DecodeInput(plan, self._rows_by_window(plan), own, places, told, cut))
 
     def _next(self, before: _PlannedDecode) -> _PlannedDecode:
         """The step behind one that goes on."""
-        plan, here = before.input.plan, before.here
-        if plan is None:
+        last, cut, here = before.input.plan, before.input.cut, before.here
+        if last is None:
             return before
         plan = plan_next_decode(
-            plan,
+            last,
             [r.blocks for r in here],
             self._sharding,
             pcp_rank=self._pcp_rank % self._row_ranks,
             shard=self._shard,
         )
-        planned = replace(before.input, plan=plan, rows=self._rows_by_window(plan))
+        cut = None if cut is None else cut.grown(last.rows, plan.rows)
+        planned = replace(before.input, plan=plan, rows=self._rows_by_window(plan), cut=cut)
         return replace(before, num_sampled=[n + 1 for n in before.num_sampled], input=planned)
 
     def _rows_by_window(self, plan: DecodePlan) -> dict[int | None, AttentionRows]:

@@ -156,9 +156,9 @@ class StepRunner:
 
     def _inputs(self, token_ids: Sequence[int], positions: Any, keep: Sequence[int]) -> _Inputs:
         """Where the model reads them. It crashes on zero rows, so where there is none a dummy is computed."""
-        put = self._cache.staging.put
-        ids, places, rows = (put(_int64(values if len(values) else [0])) for values in (token_ids, positions, keep))
-        return _Inputs(ids, places, rows, len(keep))
+        put, is_whole = self._cache.staging.put, len(keep) == len(token_ids) > 0
+        ids, places = (put(_int64(values if len(values) else [0])) for values in (token_ids, positions))
+        return _Inputs(ids, places, None if is_whole else put(_int64(keep if len(keep) else [0])), len(keep))
 
     def _forward(self, inputs: _Inputs, attention: AttentionStep, linear: LinearStep | None) -> Tensor:
         """`[num_kept, vocab]` logits."""
@@ -167,11 +167,11 @@ class StepRunner:
 
 
 class _Inputs(NamedTuple):
-    """What the model is given beside its step: ids, positions, and the rows whose logits are asked for."""
+    """What the model is given beside its step: ids, positions, and the rows whose logits are asked for, None: all."""
 
     token_ids: Tensor
     positions: Tensor
-    keep: Tensor
+    keep: Tensor | None
     num_kept: int
 
 

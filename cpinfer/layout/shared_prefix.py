@@ -34,6 +34,16 @@ class SharedPrefix:
     own: AttentionRows
     num_saved_keys: int
 
+    def grown(self, before: AttentionRows, after: AttentionRows) -> SharedPrefix:
+        """The same cut of `after`, to which the rows that were cut, `before`, have grown by at most a block each.
+
+        What neighbours share ends where one of them has a block of its own, or began to write: it never grows.
+        """
+        begins_block = np.diff(after.block_indptr) > np.diff(before.block_indptr)
+        blocks = after.block_ids[after.block_indptr[1:][begins_block] - 1]
+        own = self.own.grown(self.own.kv_hi + (after.kv_hi - before.kv_hi), begins_block, blocks.tolist())
+        return replace(self, own=own)
+
 
 def share_prefix(rows: AttentionRows, min_saved_keys: int = 1) -> SharedPrefix | None:
     """What neighbours of `rows` share, None where that is nothing or saves fewer keys. ValueError for causal rows.

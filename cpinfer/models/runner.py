@@ -197,10 +197,10 @@ class ModelRunner:
         token_ids: Tensor,
         positions: Tensor,
         step: AttentionStep,
-        keep: Tensor,
+        keep: Tensor | None,
         linear: LinearStep | None = None,
     ) -> Tensor:
-        """`[N, vocab]` float32 logits of the packed tokens `keep [N]`; the other tokens never meet the vocabulary.
+        """`[N, vocab]` float32 logits of the packed tokens `keep [N]`, None for all; others never meet the vocabulary.
 
         token_ids, positions `[T]`, T and N at least 1: models crash on zero rows. `linear`: the step of layers of
         linear attention, where the model has any. EngineFaultError when a layer did not take its attention from its
@@ -218,7 +218,7 @@ class ModelRunner:
                 position_ids=positions.unsqueeze(0),
                 attention_mask=None,
                 use_cache=False,
-                logits_to_keep=keep,
+                logits_to_keep=0 if keep is None else keep,  # 0 is all
                 return_dict=True,  # whatever the config says
                 cp_step=cp_step,
             )

@@ -38,6 +38,7 @@ def planners_of(grid, *, in_buckets=False, row_ranks=None):
             windows=WINDOWS,
             pairs_per_token=100,
             kv_layout=KVLayout(1, 8, 8),
+            min_saved_keys=0,
         )
         for rank in range(grid.world_size)
     ]
@@ -163,10 +164,14 @@ def test_a_home_without_requests_has_no_plan_and_a_plan_has_rows_for_every_windo
 def decoded(planner, running):
     """What a planner says of a step, as plain values."""
     planned = planner.decode(running)
-    rows = {
-        window: [getattr(r, name).tolist() for name in ("kv_lo", "kv_hi", "block_indptr", "block_ids")]
-        for window, r in planned.rows.items()
-    }
+
+    def values(rows):
+        return [getattr(rows, name).tolist() for name in ("kv_lo", "kv_hi", "block_indptr", "block_ids")]
+
+    rows = {window: values(r) for window, r in planned.rows.items()}
+    if planned.cut is not None:
+        cut = planned.cut
+        rows["cut"] = [values(cut.shared), values(cut.own), cut.own.places_of_tables.tolist(), cut.num_saved_keys]
     plan = planned.plan
     arrays = [] if plan is None else [plan.own, plan.positions, plan.gathered, plan.write_src, plan.write_slots]
     return planned.requests, planned.token_ids, planned.places.tolist(), [a.tolist() for a in arrays], rows
@@ -177,17 +182,21 @@ def decoded(planner, running):
 def test_plans_that_go_on_are_those_of_a_planner_that_saw_no_step_before(grid, is_short_of_blocks):
     num_blocks = 200 if not is_short_of_blocks else 28 if grid.dcp_size == 1 else 22
     scheduler, kept, num_steps = scheduler_of(grid, num_blocks=num_blocks), planners_of(grid), 0
+    num_cut = 0
     add_requests(scheduler, max_new_tokens=30)
     while (step := scheduler.schedule()) is not None:
         for planner, fresh in zip(kept, planners_of(grid), strict=True):
             if not step.chunks:
-                assert decoded(planner, step.running) == decoded(fresh, step.running)
+                planned = decoded(planner, step.running)
+                assert planned == decoded(fresh, step.running)
+                num_cut += "cut" in planned[-1]
         num_steps += not step.chunks
         if num_steps == 9:  # a prompt that comes later
             scheduler.add(SampledRequest(Prompt(9, "9", tuple(range(17))), 0, SamplingParams(), 12))
         scores = [TokenScore(0.0, True) for chunk in step.chunks for _ in chunk.scored_positions]
         scheduler.commit(step, [SampledToken(7, 0.0, 0.0)] * len(step.samples), lambda r: False, scores)
     assert num_steps >= 30
+    assert num_cut >= 20 or grid.num_homes > 1, "samples of a prompt are to have something in common"
     assert bool(scheduler.stats.num_preemptions) == is_short_of_blocks
 
 
