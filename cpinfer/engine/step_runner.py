@@ -95,9 +95,9 @@ class StepRunner:
             if runner._graphs is not None:
                 runner._graphs.forget()
 
-    def clear_cache(self) -> None:
-        """Nothing of what is cached will be read again, and something in it is not finite."""
-        self._cache.clear()
+    def clear_cache(self, num_blocks: int | None = None) -> None:
+        """Nothing of what is cached will be read again, or of its first blocks: they are zeros."""
+        self._cache.clear(num_blocks)
 
     def run(self, step: Step, says: Says = Says.NOTHING) -> StepOutput:
         """What `step` samples and scores, the same on every rank. `says` travels with it."""

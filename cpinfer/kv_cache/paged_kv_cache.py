@@ -101,11 +101,11 @@ class PagedKVCache:
         """What comes is computed with other weights, and nothing of what is stored will be read."""
         self._fault.zero_()
 
-    def clear(self) -> None:
-        """Zeros again, after a fault: blocks that hold NaN will be given out, and kernels read whole blocks."""
+    def clear(self, num_blocks: int | None = None) -> None:
+        """Zeros in all blocks, or the first so many. After a fault some hold NaN; they are given out and read whole."""
         for layer in range(len(self._keys)):
             for store in self.parts(*self.read(layer)):
-                store.zero_()
+                store[: None if num_blocks is None else num_blocks * self.block_size].zero_()
         self.forget_faults()
 
     def index(self, array: IntArray) -> Tensor:

@@ -1,6 +1,8 @@
 """The layout of decode left open ("auto"): what is chosen, by all ranks alike, and that answers are the same."""
 
 import copy
+import threading
+from collections import Counter
 from dataclasses import replace
 from itertools import count
 
@@ -11,7 +13,9 @@ from cpinfer.comm.axis import CountingComm
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import EngineConfig, JobConfig, SamplingParams
 from cpinfer.engine import layout_choice
+from cpinfer.engine.step_runner import StepRunner
 from cpinfer.errors import RanksDifferError, UserError
+from cpinfer.kv_cache.paged_kv_cache import PagedKVCache
 from cpinfer.layout.decode_choice import DecodeRates
 from cpinfer.layout.grid import RankGrid
 from tiny_models import FAMILIES, make_model, prompts_of
@@ -87,6 +91,61 @@ def test_ranks_whose_clocks_differ_choose_alike(monkeypatch):
     found = with_engine(lambda engine: (tokens_of(engine.generate(PROMPTS, SAMPLING)), shards(engine)))
     assert found[0] == found[1]
     assert rates[0] == rates[1]
+
+
+def rates_by(monkeypatch, seconds_of):
+    """The rates that ranks find, where rehearsals take what `seconds_of` says of requests and those before."""
+    rates, num_timed = [], Counter()
+
+    def timed(runner, requests):
+        rank = threading.get_ident()
+        num_timed[rank] += 1
+        return seconds_of(requests, num_timed[rank] - 1)
+
+    def noted(*given):
+        rates.append(measured_rates(*given))
+        return rates[-1]
+
+    measured_rates = layout_choice.measured_rates
+    monkeypatch.setattr(layout_choice, "_seconds_of", timed)
+    monkeypatch.setattr("cpinfer.engine.step_factory.measured_rates", noted)
+    with_engine(lambda engine: None)
+    monkeypatch.undo()
+    assert len(rates) == 2 and rates[0] == rates[1]
+    return rates[0]
+
+
+def test_what_slows_the_machine_for_a_while_slows_no_layout_alone(monkeypatch):
+    def seconds_of(requests, num_before):
+        return 1 + 0.1 * len(requests) + 0.01 * len(requests[0].prompt.token_ids)
+
+    def slowed(requests, num_before):
+        return seconds_of(requests, num_before) * (3 if num_before < 6 * 7 else 1)
+
+    quiet, busy = rates_by(monkeypatch, seconds_of), rates_by(monkeypatch, slowed)
+    assert quiet == busy
+    assert quiet[1].row_s > 0 and quiet[2].key_s > 0
+
+
+def test_memory_that_is_measured_has_been_written(monkeypatch):
+    """What was never written is one page of zeros, which costs next to nothing to read."""
+    events, clear, rehearse = [], PagedKVCache.clear, StepRunner.rehearse
+
+    def cleared(cache, num_blocks=None):
+        events.append(("clear", num_blocks))
+        clear(cache, num_blocks)
+
+    def rehearsed(runner, requests):
+        events.append(("read", max(block for request in requests for block in request.blocks)))
+        rehearse(runner, requests)
+
+    monkeypatch.setattr(PagedKVCache, "clear", cleared)
+    monkeypatch.setattr(StepRunner, "rehearse", rehearsed)
+    with_engine(lambda engine: None)
+    (written,) = {n for kind, n in events if kind == "clear"}
+    assert written == 1 + max(block for kind, block in events if kind == "read")
+    kinds = [kind for kind, _ in events]
+    assert kinds.index("clear") < kinds.index("read")
 
 
 def test_a_request_for_the_memory_of_all_ranks_is_held_and_those_under_way_are_computed_anew(monkeypatch):
