@@ -7,6 +7,7 @@ chunks of prefills, or running requests  ->  token ids and positions of this ran
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from operator import is_
@@ -135,6 +136,7 @@ class StepPlanner:
         self._cost = StepCost(pairs_per_token=pairs_per_token)
         self._places = exchange_places(grid, rank)
         self._before: _PlannedDecode | None = None
+        self._ahead: _PlannedDecode | None = None
 
     def prefill(self, chunks: Sequence[Chunk]) -> PrefillInput:
         """A step of chunks: split over the pcp axis, or dealt to its ranks whole."""
@@ -204,10 +206,20 @@ class StepPlanner:
 
         As a rule those of the decode step before run on, and so does its plan.
         """
-        before = self._before
-        planned = self._decode_anew(running) if before is None or not before.goes_on(running) else self._next(before)
-        self._before = planned
-        return planned.input
+        before, ahead, self._ahead = self._before, self._ahead, None
+        if before is None or not before.goes_on(running):
+            self._before = self._decode_anew(running)
+        else:
+            self._before = ahead or self._next(before)
+        return self._before.input
+
+    def plan_ahead(self) -> None:
+        """Plan the step behind the last one, while that runs: as if all run on, in the blocks that they have.
+
+        Where one will begin a block, which is not known yet, nothing is planned.
+        """
+        with suppress(IndexError):
+            self._ahead = None if self._before is None else self._next(self._before)
 
     def _decode_anew(self, running: Sequence[SampledRequest]) -> _PlannedDecode:
         homes = np.fromiter((r.home for r in running), dtype=np.int64, count=len(running))

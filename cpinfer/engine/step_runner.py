@@ -72,6 +72,8 @@ class StepRunner:
         self._others = others
         # Whether nobody waits for this rank within a forward of a home that has no sequence.
         self._may_rest = states is None and not runner.weights_come_and_go
+        # On a device the model still runs when it has been called. On CPU it has run, and nothing would be gained.
+        self._plans_ahead = runner.device.type != "cpu"
 
     def over(self, num_shards: int) -> StepRunner:
         """Who runs steps of sequences in so many KV shards."""
@@ -135,6 +137,8 @@ class StepRunner:
         planned = self._planner.decode(running)
         with self._experts.watching(planned.told) as watched:
             logits = self._decode_logits(planned)
+        if self._plans_ahead:
+            self._planner.plan_ahead()
         sampled, heard = self._reader.sample(logits, planned.requests, running, planned.places, says)
         experts = self._experts.agree(planned.told, watched, len(planned.requests))
         return StepOutput(sampled, heard=heard, experts=experts)

@@ -179,16 +179,20 @@ def decoded(planner, running):
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("is_short_of_blocks", [False, True])
-def test_plans_that_go_on_are_those_of_a_planner_that_saw_no_step_before(grid, is_short_of_blocks):
+@pytest.mark.parametrize("is_ahead", [False, True])
+def test_plans_that_go_on_are_those_of_a_planner_that_saw_no_step_before(grid, is_short_of_blocks, is_ahead):
     num_blocks = 200 if not is_short_of_blocks else 28 if grid.dcp_size == 1 else 22
     scheduler, kept, num_steps = scheduler_of(grid, num_blocks=num_blocks), planners_of(grid), 0
-    num_cut = 0
+    num_cut = num_ahead = 0
     add_requests(scheduler, max_new_tokens=30)
     while (step := scheduler.schedule()) is not None:
         for planner, fresh in zip(kept, planners_of(grid), strict=True):
             if not step.chunks:
+                num_ahead += planner._ahead is not None
                 planned = decoded(planner, step.running)
                 assert planned == decoded(fresh, step.running)
+                if is_ahead:
+                    planner.plan_ahead()
                 num_cut += "cut" in planned[-1]
         num_steps += not step.chunks
         if num_steps == 9:  # a prompt that comes later
@@ -196,6 +200,7 @@ def test_plans_that_go_on_are_those_of_a_planner_that_saw_no_step_before(grid, i
         scores = [TokenScore(0.0, True) for chunk in step.chunks for _ in chunk.scored_positions]
         scheduler.commit(step, [SampledToken(7, 0.0, 0.0)] * len(step.samples), lambda r: False, scores)
     assert num_steps >= 30
+    assert bool(num_ahead) == is_ahead
     assert num_cut >= 20 or grid.num_homes > 1, "samples of a prompt are to have something in common"
     assert bool(scheduler.stats.num_preemptions) == is_short_of_blocks
 
@@ -211,11 +216,14 @@ def running_in(blocks, planner):
     return running
 
 
+@pytest.mark.parametrize("is_ahead", [False, True])
 @pytest.mark.parametrize("change", ["other blocks", "no step since", "two steps since", "another request"])
-def test_a_plan_goes_on_only_where_the_same_run_a_token_further_in_the_same_blocks(change):
+def test_a_plan_goes_on_only_where_the_same_run_a_token_further_in_the_same_blocks(change, is_ahead):
     grid = RankGrid()
     (planner,), (fresh,) = planners_of(grid), planners_of(grid)
     running = running_in([3, 4], planner)
+    if is_ahead:
+        planner.plan_ahead()
     (request,) = running
     if change == "other blocks":
         request.blocks = [6, 5]
@@ -234,6 +242,8 @@ def test_a_block_that_came_since_is_taken_up_and_one_that_is_missing_is_an_error
     running[0].sampled += [SampledToken(5, 0.0, 0.0)]
     decoded(planner, running)
     running[0].sampled += [SampledToken(6, 0.0, 0.0)]
+    planner.plan_ahead()
+    assert planner._ahead is None, "it cannot know the block"
     with pytest.raises(IndexError):
         planner.decode(running)
     running[0].blocks.append(9)

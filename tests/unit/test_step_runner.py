@@ -1,6 +1,7 @@
 """Steps as the engine plans them for layers that see differently far: whole prompts, chunks after others, decode."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import JobConfig
 from cpinfer.engine import step_attention
+from cpinfer.engine.step_plans import StepPlanner
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
 from tiny_models import FAMILIES, make_model, prompts_of
@@ -88,3 +90,24 @@ def test_alone_chunks_of_many_tokens_expand_the_latents_before_them(monkeypatch,
         results = engine.generate(prompts_of((5 * num_tokens,), vocab_size=128), SAMPLING)
     assert taken == {expected} and max(lengths) == (num_tokens if expected == "KVContext" else 0)
     assert largest_error(model, results) <= TOLERANCE
+
+
+def test_what_is_planned_while_a_device_runs_is_what_the_next_step_would_plan(monkeypatch):
+    """On CPU, as if the model still ran. A block of four tokens begins now and then, and one sample ends early."""
+    model, ahead, plan_ahead = make_model(FAMILIES["gemma2"]), [], StepPlanner.plan_ahead
+
+    def noted(planner):
+        plan_ahead(planner)
+        ahead.append(planner._ahead is not None)
+
+    monkeypatch.setattr(StepPlanner, "plan_ahead", noted)
+    sampling = [replace(SAMPLING, max_new_tokens=n, n=2, ignore_eos=True) for n in (14, 9, 14)]
+    answers = []
+    for plans_ahead in (False, True):
+        config = JobConfig(dtype="float32", kv_cache_gib=0.001, block_size=4)
+        with cpinfer.attach(copy.deepcopy(model), config=config) as engine:
+            engine._steps._plans_ahead = plans_ahead
+            answers.append([(r.token_ids, r.logprobs) for r in engine.generate(PROMPTS, sampling)])
+        assert plans_ahead or not ahead
+    assert answers[0] == answers[1]
+    assert set(ahead) == {False, True}
