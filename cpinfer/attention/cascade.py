@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cpinfer.attention.backends.base import AttentionBackend, PlannedAttention
 from cpinfer.layout.rows import AttentionRows
-from cpinfer.layout.shared_prefix import SharedPrefix, share_prefix
+from cpinfer.layout.shared_prefix import SharedPrefix, share_where_it_saves
 from cpinfer.ops.states import State, merge_states
 
 
@@ -30,8 +30,7 @@ class CascadePlan:
 
 def plan_cascade(backend: AttentionBackend, rows: AttentionRows, min_saved_keys: int | None) -> PlannedAttention:
     """Plan `rows`, which are not causal, as a cascade where that saves so many keys per query; None never does."""
-    cut = None if min_saved_keys is None else share_prefix(rows, min_saved_keys * rows.num_queries)
-    return plan_cut(backend, rows, cut)
+    return plan_cut(backend, rows, share_where_it_saves(rows, min_saved_keys))
 
 
 def plan_cut(backend: AttentionBackend, rows: AttentionRows, cut: SharedPrefix | None) -> PlannedAttention:

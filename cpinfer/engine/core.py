@@ -146,6 +146,8 @@ class EngineCore:
                 batch.num_unfinished -= 1
                 batch.finished.append(request)
             self._rest_when_idle()
+            if self._is_at_rest:
+                steps.end()
         return heard
 
     def leave(self, batch: Batch, advance: Callable[[Says], object]) -> None:

@@ -95,7 +95,7 @@ def make_layout_choice(
         return None
     topology, key = layouts[0].topology, _key(runner, config)
     if not is_known:
-        topology.measured[key] = measured_rates(steps, layouts, runner.device)
+        topology.measured[key] = measured_rates(steps, layouts, runner, config.max_num_seqs)
     rates: Mapping[int, DecodeRates] = topology.measured[key]
     told = ", ".join(f"dcp={n} {1e3 * r.first_s:.2f} ms" for n, r in sorted(rates.items()))
     topology.logger(__name__).shared("a decode step of one row takes %s", told)

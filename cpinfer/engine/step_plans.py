@@ -39,7 +39,7 @@ from cpinfer.layout.prefill import (
 )
 from cpinfer.layout.rows import AttentionRows
 from cpinfer.layout.shards import IntArray, KVSharding
-from cpinfer.layout.shared_prefix import SharedPrefix, share_prefix
+from cpinfer.layout.shared_prefix import SharedPrefix, share_where_it_saves
 from cpinfer.layout.states import PromptStates, StatePlace, StatePlan, plan_states
 from cpinfer.layout.told_rows import ToldRows
 
@@ -216,10 +216,15 @@ class StepPlanner:
     def plan_ahead(self) -> None:
         """Plan the step behind the last one, while that runs: as if all run on, in the blocks that they have.
 
-        Where one will begin a block, which is not known yet, nothing is planned.
+        Where one will begin a block, which is not known yet, nothing is planned: of one row in a step of 16, of many
+        that are out of step with each other in nearly all.
         """
         with suppress(IndexError):
             self._ahead = None if self._before is None else self._next(self._before)
+
+    def forget(self) -> None:
+        """No step is to go on: hold on to no request."""
+        self._before = self._ahead = None
 
     def _decode_anew(self, running: Sequence[SampledRequest]) -> _PlannedDecode:
         homes = np.fromiter((r.home for r in running), dtype=np.int64, count=len(running))
@@ -228,9 +233,8 @@ class StepPlanner:
         places = self._decode_places(running, by_home)
         asking = [i for i, request in enumerate(running) if request.experts is not None]
         told = ToldRows(*places[asking].T) if asking else None
-        of = running, [r.blocks for r in running], here, [len(r.sampled) for r in here]
         if not here:
-            return _PlannedDecode(*of, DecodeInput(None, {}, [], places, told))
+            return _PlannedDecode.of(running, here, DecodeInput(None, {}, [], places, told))
         plan = plan_decode(
             [r.next_position for r in here],
             [r.packed_blocks for r in here],
@@ -243,10 +247,9 @@ class StepPlanner:
         )
         plan = replace(plan, rows=plan.rows.over(self._kv_layout))
         own = [here[i] for i in plan.own if i >= 0]
-        cut = None
-        if self._min_saved_keys is not None:
-            cut = share_prefix(plan.rows, self._min_saved_keys * plan.rows.num_queries)
-        return _PlannedDecode(*of, DecodeInput(plan, self._rows_by_window(plan), own, places, told, cut))
+        cut = share_where_it_saves(plan.rows, self._min_saved_keys)
+        planned = DecodeInput(plan, self._rows_by_window(plan), own, places, told, cut)
+        return _PlannedDecode.of(running, here, planned)
 
     def _next(self, before: _PlannedDecode) -> _PlannedDecode:
         """The step behind one that goes on."""
@@ -257,6 +260,7 @@ class StepPlanner:
             last,
             [r.blocks for r in here],
             self._sharding,
+            pcp_size=self._row_ranks,
             pcp_rank=self._pcp_rank % self._row_ranks,
             shard=self._shard,
         )
@@ -299,16 +303,22 @@ class StepPlanner:
 
 @dataclass(frozen=True)
 class _PlannedDecode:
-    """A decode step that was planned: of whom, where their blocks are listed, and how far those `here` had come.
+    """A decode step that was planned, and what it was planned from.
 
-    `here`: in this home.
+    `tables`: the lists of blocks of all `running`. `num_sampled`: tokens that those `here`, in this home, had then; no
+    plan of this home depends on those of others.
     """
 
     running: Sequence[SampledRequest]
-    tables: list[list[int]]
     here: list[SampledRequest]
+    tables: list[list[int]]
     num_sampled: list[int]
     input: DecodeInput
+
+    @classmethod
+    def of(cls, running: Sequence[SampledRequest], here: list[SampledRequest], planned: DecodeInput) -> _PlannedDecode:
+        """As these are now."""
+        return cls(running, here, [r.blocks for r in running], [len(r.sampled) for r in here], planned)
 
     def goes_on(self, running: Sequence[SampledRequest]) -> bool:
         """Whether the same run now, a token further, in the blocks that they had. They may have got more.

@@ -89,6 +89,11 @@ class StepRunner:
             if runner._graphs is not None:
                 runner._graphs.forget_what_moved()
 
+    def end(self) -> None:
+        """After the last of many steps: nothing is held on to of who took part."""
+        for runner in (self, *self._others.values()):
+            runner._planner.forget()
+
     def weights_changed(self) -> None:
         """Other adapters may be other modules: what was captured without them says nothing of them."""
         self._runner.prepacked.pack()
@@ -155,14 +160,20 @@ class StepRunner:
         with self._cache.staging.together():
             attention = self._attention.decode(planned)
             linear = None if self._states is None else self._states.decode(planned)
-            inputs = self._inputs([*tokens, *[0] * num_padding], positions, range(len(tokens)))
+            inputs = self._inputs([*tokens, *[0] * num_padding], positions, range(len(tokens)) if num_padding else None)
         return self._forward(inputs, attention, linear)
 
-    def _inputs(self, token_ids: Sequence[int], positions: Any, keep: Sequence[int]) -> _Inputs:
-        """Where the model reads them. It crashes on zero rows, so where there is none a dummy is computed."""
-        put, is_whole = self._cache.staging.put, len(keep) == len(token_ids) > 0
-        ids, places = (put(_int64(values if len(values) else [0])) for values in (token_ids, positions))
-        return _Inputs(ids, places, None if is_whole else put(_int64(keep if len(keep) else [0])), len(keep))
+    def _inputs(self, token_ids: Sequence[int], positions: Any, keep: Sequence[int] | None) -> _Inputs:
+        """Where the model reads them; `keep` None: all rows, in order.
+
+        It crashes on zero rows, so where there is none a dummy is computed.
+        """
+
+        def put(values: Any) -> Tensor:
+            return self._cache.staging.put(_int64(values if len(values) else [0]))
+
+        num_kept = len(token_ids if keep is None else keep)
+        return _Inputs(put(token_ids), put(positions), None if keep is None else put(keep), num_kept)
 
     def _forward(self, inputs: _Inputs, attention: AttentionStep, linear: LinearStep | None) -> Tensor:
         """`[num_kept, vocab]` logits."""

@@ -71,39 +71,55 @@ def plan_decode(
         # One query at the end of its keys sees them all, and in another shard's tokens there is no order to keep.
         causal=False,
     )
-    write_src = _written(at, is_real, sharding, shard)
+    return _planned(gathered, at, rows, sharding, pcp_size=pcp_size, pcp_rank=pcp_rank, shard=shard)
+
+
+def plan_next_decode(
+    plan: DecodePlan,
+    block_tables: Sequence[Sequence[int]],
+    sharding: KVSharding,
+    *,
+    pcp_size: int,
+    pcp_rank: int,
+    shard: int,
+) -> DecodePlan:
+    """What `plan_decode` plans when the sequences of `plan` have a token more each, at a part of its cost.
+
+    Who computes what has not changed, and of the tables only the last block of those that begin one is looked at:
+    `plan.rows` goes on naming blocks that were given back since. IndexError where a table lacks a block.
+    """
+    is_real = plan.gathered >= 0
+    at = plan.gathered_positions + is_real
+    kv_lens = _kv_lens(at, is_real, sharding, shard)
+
+    def blocks_of(rows: IntArray) -> list[int]:
+        last = (kv_lens[rows] - 1) // sharding.block_size
+        return [block_tables[i][block] for i, block in zip(plan.gathered[rows].tolist(), last.tolist(), strict=True)]
+
+    rows = plan.rows.grown(kv_lens, blocks_of)
+    return _planned(plan.gathered, at, rows, sharding, pcp_size=pcp_size, pcp_rank=pcp_rank, shard=shard)
+
+
+def _planned(
+    gathered: IntArray,
+    at: IntArray,
+    rows: AttentionRows,
+    sharding: KVSharding,
+    *,
+    pcp_size: int,
+    pcp_rank: int,
+    shard: int,
+) -> DecodePlan:
+    """The plan of gathered rows whose new tokens are `at` these places. Their owners alone keep their K and V."""
+    write_src = np.flatnonzero((gathered >= 0) & (sharding.owner(at) == shard))
+    last_blocks = rows.block_ids[rows.block_indptr[write_src + 1] - 1].astype(np.int64)
     return DecodePlan(
         gathered=gathered,
         gathered_positions=at,
         own=gathered.reshape(pcp_size, -1)[pcp_rank],
         positions=at.reshape(pcp_size, -1)[pcp_rank],
         write_src=write_src,
-        write_slots=_last_slots(rows, write_src),
-        rows=rows,
-    )
-
-
-def plan_next_decode(
-    plan: DecodePlan, block_tables: Sequence[Sequence[int]], sharding: KVSharding, *, pcp_rank: int, shard: int
-) -> DecodePlan:
-    """What `plan_decode` plans when the sequences of `plan` have a token more each, at a part of its cost.
-
-    Who computes what has not changed, and of the tables only the last block of those that begin one is looked at.
-    """
-    is_real = plan.gathered >= 0
-    at = plan.gathered_positions + is_real
-    kv_lens = _kv_lens(at, is_real, sharding, shard)
-    begins_block = plan.rows.are_short_of(kv_lens)
-    last_blocks = (kv_lens[begins_block] - 1) // sharding.block_size
-    lookups = zip(plan.gathered[begins_block].tolist(), last_blocks.tolist(), strict=True)
-    rows = plan.rows.grown(kv_lens, begins_block, [block_tables[i][block] for i, block in lookups])
-    write_src = plan.write_src if sharding.num_shards == 1 else _written(at, is_real, sharding, shard)
-    return replace(
-        plan,
-        gathered_positions=at,
-        positions=at.reshape(-1, len(plan.own))[pcp_rank],
-        write_src=write_src,
-        write_slots=_last_slots(rows, write_src),
+        write_slots=last_blocks * sharding.block_size + (rows.kv_hi[write_src] - 1) % sharding.block_size,
         rows=rows,
     )
 
@@ -111,18 +127,6 @@ def plan_next_decode(
 def _kv_lens(at: IntArray, is_real: NDArray[np.bool_], sharding: KVSharding, shard: int) -> NDArray[np.int32]:
     """`[rows]` keys of this shard that each row sees, its new token at `at` included."""
     return (sharding.local_len(at + 1, shard) * is_real).astype(np.int32)
-
-
-def _written(at: IntArray, is_real: NDArray[np.bool_], sharding: KVSharding, shard: int) -> IntArray:
-    """Which rows this shard stores: of a new token its owner alone keeps K and V."""
-    return np.flatnonzero(is_real & (sharding.owner(at) == shard))
-
-
-def _last_slots(rows: AttentionRows, of: IntArray) -> IntArray:
-    """Where the last key of each row lies."""
-    blocks = rows.block_ids[rows.block_indptr[of + 1] - 1].astype(np.int64)
-    slots: IntArray = blocks * rows.block_size + (rows.kv_hi[of] - 1) % rows.block_size
-    return slots
 
 
 def rows_in_window(plan: DecodePlan, sharding: KVSharding, shard: int, window: int) -> AttentionRows:

@@ -42,8 +42,11 @@ class DecodeRates:
 
     @classmethod
     def through(cls, one: float, rows: tuple[int, float], keys: tuple[int, float]) -> DecodeRates:
-        """From the seconds of one row, of so many rows, and of one row over so many keys. More never takes less."""
-        return cls(one, max(0.0, (rows[1] - one) / (rows[0] - 1)), max(0.0, (keys[1] - one) / keys[0]))
+        """From the seconds of one row, of so many rows, and of one row over so many keys. More never takes less.
+
+        Where one row is all, or no key, another one is taken to cost nothing.
+        """
+        return cls(one, max(0.0, (rows[1] - one) / max(1, rows[0] - 1)), max(0.0, (keys[1] - one) / max(1, keys[0])))
 
 
 def phase_seconds(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cpinfer.layout.capacity import KVLayout
+from cpinfer.layout.shards import IntArray
 
 Int32Array = NDArray[np.int32]
 
@@ -88,16 +89,25 @@ class AttentionRows:
         short: NDArray[np.bool_] = np.diff(self.block_indptr) * self.block_size < kv_hi
         return short
 
-    def grown(self, kv_hi: Int32Array, begins_block: NDArray[np.bool_], blocks: Sequence[int]) -> AttentionRows:
-        """The same rows with keys up to `kv_hi`, those that `begins_block` with one more of `blocks` each, in order."""
-        if not blocks:
+    def grown(self, kv_hi: Int32Array, blocks_of: Callable[[IntArray], Sequence[int]]) -> AttentionRows:
+        """The same rows with keys up to `kv_hi`, for which none needs more than a block.
+
+        `blocks_of` says which, for the rows that do need one, ascending.
+        """
+        is_short = self.are_short_of(kv_hi)
+        short = np.flatnonzero(is_short)
+        if not len(short):
             return replace(self, kv_hi=kv_hi)
+        blocks = blocks_of(short)
         indptr = self.block_indptr.copy()
-        indptr[1:] += np.cumsum(begins_block, dtype=np.int32)
-        is_old = np.ones(len(self.block_ids) + len(blocks), dtype=np.bool_)
-        is_old[indptr[1:][begins_block] - 1] = False
-        block_ids = np.empty(len(is_old), dtype=np.int32)
-        block_ids[is_old], block_ids[~is_old] = self.block_ids, blocks
+        indptr[1:] += np.cumsum(is_short, dtype=np.int32)
+        # Tables may be long, and those that grow are few: what lies between their ends is copied as it lies.
+        block_ids, begin = np.empty(len(self.block_ids) + len(blocks), dtype=np.int32), 0
+        for i, (end, block) in enumerate(zip(self.block_indptr[short + 1].tolist(), blocks, strict=True)):
+            block_ids[begin + i : end + i] = self.block_ids[begin:end]
+            block_ids[end + i] = block
+            begin = end
+        block_ids[begin + len(blocks) :] = self.block_ids[begin:]
         return replace(self, kv_hi=kv_hi, block_indptr=indptr, block_ids=block_ids)
 
     def over(self, layout: KVLayout) -> AttentionRows:

@@ -39,10 +39,17 @@ class SharedPrefix:
 
         What neighbours share ends where one of them has a block of its own, or began to write: it never grows.
         """
-        begins_block = np.diff(after.block_indptr) > np.diff(before.block_indptr)
-        blocks = after.block_ids[after.block_indptr[1:][begins_block] - 1]
-        own = self.own.grown(self.own.kv_hi + (after.kv_hi - before.kv_hi), begins_block, blocks.tolist())
-        return replace(self, own=own)
+
+        def blocks_of(rows: IntArray) -> list[int]:
+            last: list[int] = after.block_ids[after.block_indptr[rows + 1] - 1].tolist()
+            return last
+
+        return replace(self, own=self.own.grown(self.own.kv_hi + (after.kv_hi - before.kv_hi), blocks_of))
+
+
+def share_where_it_saves(rows: AttentionRows, min_saved_keys: int | None) -> SharedPrefix | None:
+    """What neighbours share, where that saves so many keys *per query*; None never does. ValueError for causal rows."""
+    return None if min_saved_keys is None else share_prefix(rows, min_saved_keys * rows.num_queries)
 
 
 def share_prefix(rows: AttentionRows, min_saved_keys: int = 1) -> SharedPrefix | None:

@@ -49,7 +49,7 @@ def shards(engine):
 
 
 def rated(monkeypatch, rates):
-    monkeypatch.setattr("cpinfer.engine.step_factory.measured_rates", lambda steps, layouts, device: rates)
+    monkeypatch.setattr("cpinfer.engine.step_factory.measured_rates", lambda *given: rates)
 
 
 def tokens_of(results):
@@ -146,6 +146,27 @@ def test_memory_that_is_measured_has_been_written(monkeypatch):
     assert written == 1 + max(block for kind, block in events if kind == "read")
     kinds = [kind for kind, _ in events]
     assert kinds.index("clear") < kinds.index("read")
+
+
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ("gpt_bigcode", {}),  # whose 512 positions are learnt, and the pool holds more
+        ("qwen3_next", {"max_num_seqs": 2, "max_model_len": 6}),  # whose states have two places
+        ("qwen2", {"max_num_seqs": 1, "kv_cache_gib": 2**-19, "max_model_len": 6}),  # of two blocks
+        ("qwen2", {"max_num_seqs": 1, "kv_cache_gib": 2**-20, "max_model_len": 6}),  # of one
+    ],
+)
+def test_no_more_is_measured_than_there_is_room_for(family, keys):
+    """Ranks would read beyond the end of what they hold."""
+    sampling, grid = replace(SAMPLING, max_new_tokens=2), RankGrid(pcp_size=4, dcp_size=4)
+    found = with_engine(
+        lambda engine: tokens_of(engine.generate([[1, 2, 3]], sampling)),
+        family,
+        grid,
+        **{"prefill_context_parallel_size": 4, "kv_cache_gib": 0.02, **keys},
+    )
+    assert len({tuple(map(tuple, tokens)) for tokens in found}) == 1 and len(found[0][0]) == 2
 
 
 def test_a_request_for_the_memory_of_all_ranks_is_held_and_those_under_way_are_computed_anew(monkeypatch):
@@ -270,9 +291,9 @@ def test_rates_are_measured_once_for_many_engines_and_anew_unless_all_ranks_know
     model, measured = make_model(copy.deepcopy(FAMILIES["qwen2"])), layout_choice.measured_rates
     calls = []
 
-    def counted(steps, layouts, device):
+    def counted(steps, layouts, *limits):
         calls.append(layouts[0].topology.rank)
-        return measured(steps, layouts, device)
+        return measured(steps, layouts, *limits)
 
     monkeypatch.setattr("cpinfer.engine.step_factory.measured_rates", counted)
 

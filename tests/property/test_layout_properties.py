@@ -405,9 +405,8 @@ def test_a_plan_that_goes_on_is_the_plan_of_where_it_has_come_to(data, sharding,
     shard, rank = data.draw(st.integers(0, sharding.num_shards - 1)), data.draw(st.integers(0, pcp - 1))
     ranks = data.draw(st.none() | st.lists(st.integers(0, pcp - 1), min_size=len(positions), max_size=len(positions)))
     spare = data.draw(st.integers(0, 2))  # rows of padding
-    at = {"pcp_rank": rank, "shard": shard}
-    rows_per_rank = len(positions) + spare
-    dealt = {"pcp_size": pcp, "rows_per_rank": rows_per_rank, "ranks": ranks}
+    at = {"pcp_size": pcp, "pcp_rank": rank, "shard": shard}
+    dealt = {"rows_per_rank": len(positions) + spare, "ranks": ranks}
     plan = plan_decode(positions, tables, sharding, **dealt, **at)
     for step in range(1, num_steps):
         plan = plan_next_decode(plan, tables, sharding, **at)

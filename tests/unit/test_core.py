@@ -45,6 +45,9 @@ class Steps:
     def clear_cache(self):
         self.events.append("clear")
 
+    def end(self):
+        pass
+
 
 def core_of(num_ranks=1, num_blocks=50):
     """A core without requests, and the home whose blocks they take."""

@@ -1,6 +1,8 @@
 """Steps as the engine plans them for layers that see differently far: whole prompts, chunks after others, decode."""
 
 import copy
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import cpinfer
 from cpinfer.comm.threads import run_ranks
 from cpinfer.config import JobConfig
 from cpinfer.engine import step_attention
+from cpinfer.engine.request import SampledRequest
 from cpinfer.engine.step_plans import StepPlanner
 from cpinfer.layout.grid import RankGrid
 from cpinfer_tools.verify import check_rollout
@@ -111,3 +114,28 @@ def test_what_is_planned_while_a_device_runs_is_what_the_next_step_would_plan(mo
         assert plans_ahead or not ahead
     assert answers[0] == answers[1]
     assert set(ahead) == {False, True}
+
+
+@pytest.mark.parametrize("layout", [{}, {"prefill_context_parallel_size": 2, "decode_context_parallel_size": "auto"}])
+def test_nothing_is_held_on_to_of_requests_that_have_ended(monkeypatch, layout):
+    """They hold prompts, answers and, where asked, experts: too much to keep until the next phase."""
+    model, made, init = make_model(FAMILIES["qwen2"]), [], SampledRequest.__post_init__
+    num_live = []
+
+    def noted(request):
+        init(request)
+        made.append(weakref.ref(request))
+
+    monkeypatch.setattr(SampledRequest, "__post_init__", noted)
+    config = JobConfig(dtype="float32", kv_cache_gib=0.001, **layout)
+
+    def body(topology):
+        with cpinfer.attach(copy.deepcopy(model), topology, config) as engine:
+            engine.generate(PROMPTS, SAMPLING)
+            topology.replica.all_gather(torch.zeros(1))  # nobody is still at it
+            gc.collect()
+            num_live.append(sum(request() is not None for request in made))
+            topology.replica.all_gather(torch.zeros(1))  # nobody is still at it
+
+    run_ranks(RankGrid(pcp_size=2, dcp_size=2) if layout else RankGrid(), body)
+    assert made and set(num_live) == {0}

@@ -3,12 +3,12 @@
     python tools/bench/step_cost.py             # a minute; writes a card to tools/bench/results/
     python tools/bench/step_cost.py --quick     # fewer steps, no card, no target
 
-In the first three parts no model runs. Sequences of 600 tokens decode through the real scheduler, planner and backend
-planner, and random logits are sampled. Figures are microseconds per running sequence and step, medians over steps; the
-target for all but sampling is 3. Short prompts are admitted all in one step, more and more of them; each is to cost
-the same. Last, the engine decodes with a model of two layers, and the scheduler's part of the step is taken; the target
-is a tenth. And phases of six tokens by that model stand beside Transformers' `generate`. Times are those of the thread
-on its processor, so other programs on the machine do not count.
+In the first three parts no model runs. Sequences of about 600 tokens, which begin their blocks in turn, decode through
+the real scheduler, planner and backend planner, and random logits are sampled. Figures are microseconds per running
+sequence and step, medians over steps; the target for all but sampling is 3. Short prompts are admitted all in one step,
+more and more of them; each is to cost the same. Last, the engine decodes with a model of two layers, and the
+scheduler's part of the step is taken; the target is a tenth. And phases of six tokens by that model stand beside
+Transformers' `generate`. Times are those of the thread on its processor, so other programs on the machine do not count.
 
 Before anything is timed, the slots planned for a step are compared with those of the sharding rule, and a phase's
 tokens with those of `generate`. A table goes to stderr, the last stdout line is one JSON object.
@@ -202,7 +202,8 @@ def step_us(num_sequences: int, num_shards: int, num_steps: int) -> dict[str, fl
     scheduler = Scheduler([home], sharding, num_sequences, num_sequences * PROMPT_LEN)
     params = SamplingParams(max_new_tokens=200)
     for i in range(num_sequences):
-        scheduler.add(SampledRequest(Prompt(i, str(i), tuple(range(i, i + PROMPT_LEN))), 0, params, 200))
+        length = PROMPT_LEN - i % sharding.block_size
+        scheduler.add(SampledRequest(Prompt(i, str(i), tuple(range(i, i + length))), 0, params, 200))
     sampled = [SampledToken(1, -1.0, -1.0)] * num_sequences
     first = scheduler.schedule()
     assert first is not None
