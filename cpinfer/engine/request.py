@@ -172,6 +172,11 @@ class Request(ABC):
         """The blocks it refers to."""
         return self.blocks[self.num_dropped :]
 
+    @property
+    def last_block(self) -> int | None:
+        """The last of them, None where it refers to none."""
+        return self.blocks[-1] if len(self.blocks) > self.num_dropped else None
+
     def drop_blocks(self, num_dead: int) -> list[int]:
         """Give up the first `num_dead` blocks; returns those that it still had."""
         dropped = self.blocks[self.num_dropped : num_dead]

@@ -383,9 +383,8 @@ class Scheduler:
             self._kept.add(before)
             return None
         self._waiting.remove(request)
-        after = before.held_blocks[-1] if before.held_blocks else None
         request.home, request.num_dropped, request.continues = before.home, before.num_dropped, None
-        request.blocks = before.blocks + self.homes[before.home].take(missing, after=after)
+        request.blocks = before.blocks + self.homes[before.home].take(missing, after=before.last_block)
         before.blocks, before.num_dropped = [], 0
         request.state = before.take_state()
         load.num_active += 1
@@ -447,8 +446,7 @@ class Scheduler:
                 if youngest is request:
                     break
             else:
-                after = request.held_blocks[-1] if request.held_blocks else None
-                request.blocks += home.take(missing, after=after)
+                request.blocks += home.take(missing, after=request.last_block)
         if youngest_last:
             self._running = [s for s in self._running if s.blocks]
 

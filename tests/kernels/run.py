@@ -1,7 +1,7 @@
 """What `make kernels` runs: FlashInfer's kernels, compiled to PTX and interpreted, in each version that is supported.
 
     python tests/kernels/run.py                             all of it
-    python tests/kernels/run.py --version 0.7.2.post1 -k negative     one version; what is not known here is pytest's
+    python tests/kernels/run.py --version 0.7.4 -k negative     one version; what is not known here is pytest's
 
 FlashInfer comes without what it depends on, beside a few small packages that it imports; nvcc from CUDA_HOME, from
 /usr/local/cuda, or from NVIDIA's packages. All of it, and what is compiled, is kept beside what torch downloads, in
@@ -25,7 +25,7 @@ sys.path.insert(0, str(TESTS))
 
 from interpreted_cuda.build import cache_folder, compiler, interpreter_folder  # noqa: E402
 
-VERSIONS = ("0.6.18", "0.7.2.post1")
+VERSIONS = ("0.6.18", "0.7.4")
 # What FlashInfer imports beside torch, numpy and what this environment has anyway.
 IMPORTED = ("apache-tvm-ffi", "ninja", "nvidia-ml-py", "einops", "tabulate", "requests", "click", "charset_normalizer")
 NVCC = ("nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-cuda-cccl", "nvidia-cuda-runtime", "nvidia-nvvm")
