@@ -31,8 +31,8 @@ from cpinfer.layout.decode_choice import DecodeRates, phase_seconds
 from cpinfer.layout.shards import KVSharding
 from cpinfer.models.runner import ModelRunner
 
-# Whoever stays loses at most so much, and flips no coins over what was measured.
-WORTH_A_SWITCH = 0.97
+# What is not this much faster is not worth collectives in every layer, which wait for the slowest rank, nor the cache.
+WORTH_IT = 0.97
 # What is measured: rows of each rank, keys of a row, and how often. With 4,096 keys, five times in a row, a key came
 # out at 0.25 to 0.72 us where decode steps took 0.4.
 _MANY_ROWS, _MANY_KEYS, _NUM_ROUNDS = 8, 16384, 10
@@ -98,11 +98,13 @@ class LayoutChoice:
             return scheduler
         roomy = [n for n, layout in self._layouts.items() if self._has_room(layout, waiting, scheduler.max_num_seqs)]
         seconds = {n: self._seconds(n, waiting, scheduler.max_num_seqs) for n in roomy or [max(self._layouts)]}
-        best = min(sorted(seconds), key=lambda n: seconds[n])
-        if current in seconds:
+        best, fewest = min(sorted(seconds), key=lambda n: seconds[n]), min(seconds)
+        if seconds[best] >= WORTH_IT * seconds[fewest]:
+            best = fewest
+        if current in seconds and (num_remembered := _num_remembered(scheduler)):
             # Of what is cached each token would be one more row, shared by all ranks.
-            lost_s = self._rates[current].row_s * _num_remembered(scheduler) / max(self._layouts)
-            if seconds[best] + lost_s >= WORTH_A_SWITCH * seconds[current]:
+            lost_s = self._rates[current].row_s * num_remembered / max(self._layouts)
+            if seconds[best] + lost_s >= WORTH_IT * seconds[current]:
                 return scheduler
         return self._switched(scheduler, best)
 

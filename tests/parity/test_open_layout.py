@@ -75,6 +75,17 @@ def test_the_faster_layout_is_chosen_for_a_phase_and_the_answers_are_the_same(mo
     assert len({capacity for _, _, capacity in found}) == 1, "that of all shards, whatever was chosen"
 
 
+@pytest.mark.parametrize(("share", "chosen"), [(1.0, 1), (0.98, 1), (0.95, 2)])
+def test_of_layouts_that_are_about_as_fast_the_one_without_collectives_is_chosen(monkeypatch, share, chosen):
+    rated(monkeypatch, {1: DecodeRates(1.0, 0.0, 0.0), 2: DecodeRates(share, 0.0, 0.0)})
+
+    def body(engine):
+        engine.generate(PROMPTS, SAMPLING)
+        return shards(engine)
+
+    assert with_engine(body) == [chosen] * 2
+
+
 def test_ranks_whose_clocks_differ_choose_alike(monkeypatch):
     """One finds shards slow, the other fast; all take the longest times that any of them had."""
     numbers = count()
@@ -202,7 +213,7 @@ def test_a_request_for_the_memory_of_all_ranks_is_held_and_those_under_way_are_c
 def test_what_is_cached_and_sessions_keep_an_engine_where_it_is(monkeypatch):
     """A little faster is not worth what would be computed anew, nor is anything worth the KV of sessions."""
     rates = {1: DecodeRates(1.0, 0.0, 0.0), 2: DecodeRates(1.1, 0.05, 0.0)}
-    rated(monkeypatch, dict.fromkeys(rates, rates[2]))
+    rated(monkeypatch, {1: replace(rates[2], first_s=2 * rates[2].first_s), 2: rates[2]})
 
     def body(engine):
         engine.generate(PROMPTS, SAMPLING)

@@ -28,6 +28,17 @@ def ends(lines: Lines) -> tuple[float, float]:
     return statistics.fmean(rewards[:num]), statistics.fmean(rewards[-num:])
 
 
+def names_of(outputs: Sequence[Path]) -> list[str]:
+    """What each run is called: by the folder of its output; where that is not its alone, by the file, too.
+
+    >>> names_of([Path("runs/a/output.jsonl"), Path("runs/b/one.jsonl"), Path("runs/b/two.jsonl")])
+    ['a', 'b/one', 'b/two']
+    """
+    folders = [output.parent.name for output in outputs]
+    names = [f if folders.count(f) == 1 else f"{f}/{output.stem}" for f, output in zip(folders, outputs, strict=True)]
+    return [name if names.count(name) == 1 else str(output) for name, output in zip(names, outputs, strict=True)]
+
+
 def draw_curves(runs: Mapping[str, Lines], path: Path) -> None:
     """Reward and seconds per rollout phase over steps, a line for each run by its name: a PNG, an SVG beside it."""
     figure = Figure(figsize=(9.0, 3.2), layout="constrained")

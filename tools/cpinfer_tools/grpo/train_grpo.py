@@ -35,7 +35,7 @@ from cpinfer.layout.capacity import PoolSize
 from cpinfer.models.spec import ModelSpec
 from cpinfer.packages import need_package
 from cpinfer.strict_json import read_text
-from cpinfer_tools.grpo.curves import draw_curves, ends
+from cpinfer_tools.grpo.curves import draw_curves, ends, names_of
 from cpinfer_tools.grpo.rewards import Reward, find_reward
 from cpinfer_tools.grpo.training import Line, Trained, train
 from cpinfer_tools.job import (
@@ -68,7 +68,7 @@ class Training(OutputJob):
 
     reward: Reward
     rows: tuple[dict[str, Any], ...]
-    beside: dict[str, list[Line]]
+    beside: dict[Path, list[Line]]
 
     @property
     def shown_logs(self) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def prepare(launch: Launch, args: argparse.Namespace) -> Training:
         log_level=args.log_level,
         reward=reward,
         rows=tuple(_read_rows(Path(config.input))),
-        beside={Path(path).parent.name: _read_lines(Path(path)) for path in args.beside},
+        beside={Path(path): _read_lines(Path(path)) for path in args.beside},
     )
 
 
@@ -216,7 +216,8 @@ def train_and_write(launch: Launch, job: Training) -> None:
     summary = summarize_run(job, trained, time.perf_counter() - start_s)
     write_json(summary_path(job.output), summary)
     curve = job.output.with_suffix(".png")
-    draw_curves({job.output.parent.name: trained.lines, **job.beside}, curve)
+    names = names_of([job.output, *job.beside])
+    draw_curves(dict(zip(names, [trained.lines, *job.beside.values()], strict=True)), curve)
     log_to_wandb("train_grpo", job, summary, trained.lines, {"curve": curve})
     print(format_summary(summary), file=sys.stderr, flush=True)
     print(json.dumps(summary), flush=True)
