@@ -1,6 +1,6 @@
 """Write down how FlashInfer's wrappers are called, from its wheels: the table that the tests bind our calls against.
 
-pip download --no-deps flashinfer-python==0.6.18 flashinfer-python==0.7.2.post1
+pip download --no-deps flashinfer-python==0.6.18 flashinfer-python==0.7.4
 python tools/dev/flashinfer_signatures.py flashinfer_python-*.whl > tests/flashinfer_signatures.json
 
 The package needs a GPU to do anything and gigabytes to be installed, so its sources are read, not imported.
