@@ -237,7 +237,9 @@ def shown_text(tokenizer: PreTrainedTokenizerFast, tokens: Sequence[int], begins
     special = set(tokenizer.all_special_ids)
     visible = [token for token in tokens if token not in special]
     shown = spelled(tokenizer, [token for token in tokens[:num_whole] if token not in special])
-    if tokens[num_whole] not in special:
+    if not special.intersection(tokens[: num_whole + 1]):
+        shown = before  # the token alone may be bytes of which those after it make characters
+    elif tokens[num_whole] not in special:
         # With those before it, without the special ones between: bytes of one character may come together then.
         shown = spelled(tokenizer, [token for token in tokens[: num_whole + 1] if token not in special])
         shown = shown.removesuffix(spelled(tokenizer, tokens[: num_whole + 1])[begins_at:])

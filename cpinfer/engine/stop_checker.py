@@ -56,10 +56,10 @@ def stop_begins_at(tokenizer: Any, token_ids: Sequence[int], params: SamplingPar
         return None
     # A string of c characters that the newest token completes began at most 4 * c tokens ago (bytes of UTF-8).
     longest = max(map(len, params.stop))
-    start = max(0, len(token_ids) - 4 * longest - 4)
+    start = _before_parts(tokenizer, token_ids, max(0, len(token_ids) - 4 * longest - 4))
     text = _whole_text(tokenizer, token_ids, start, len(token_ids))
     while start > 0 and len(text) <= longest:  # of tokens that are no text, as those of a padded vocabulary
-        start = max(0, 2 * start - len(token_ids))
+        start = _before_parts(tokenizer, token_ids, max(0, 2 * start - len(token_ids)))
         text = _whole_text(tokenizer, token_ids, start, len(token_ids))
     stops = [stop for stop in params.stop if stop in text]
     if not stops:  # as a rule
@@ -96,10 +96,24 @@ def _whole_text(tokenizer: Any, token_ids: Sequence[int], start: int, end: int) 
     that begins later begins ahead of all that is looked for.
     """
 
-    def decode(ids: Sequence[int]) -> str:
-        return str(tokenizer.decode(ids, skip_special_tokens=False, spaces_between_special_tokens=False))
-
-    if start:
-        return decode(token_ids[start:end])
     first = list(token_ids[: min(1, end)])
-    return decode([*first, *token_ids[:end]])[len(decode(first)) :]
+    # Bytes of a character are no text with a space of its own, and twice the same would make none whole.
+    if start or _is_part(tokenizer, first):
+        return _decoded(tokenizer, token_ids[start:end])
+    return _decoded(tokenizer, [*first, *token_ids[:end]])[len(_decoded(tokenizer, first)) :]
+
+
+def _before_parts(tokenizer: Any, token_ids: Sequence[int], start: int) -> int:
+    """`start`, or where the bytes of characters begin that it lies in: some decoders show none of a run cut in two."""
+    while start > 0 and any(_is_part(tokenizer, [token]) for token in token_ids[start - 1 : start + 1]):
+        start -= 1
+    return start
+
+
+def _is_part(tokenizer: Any, token_ids: Sequence[int]) -> bool:
+    """Whether tokens are bytes that make no character by themselves."""
+    return "\N{REPLACEMENT CHARACTER}" in _decoded(tokenizer, token_ids)
+
+
+def _decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=False, spaces_between_special_tokens=False))

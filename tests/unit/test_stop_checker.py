@@ -9,7 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import Prompt, SampledRequest, SampledToken
-from cpinfer.engine.stop_checker import StopChecker
+from cpinfer.engine.stop_checker import StopChecker, shown_text
+from small_tokenizers import tokenizer_of
 
 EOS = 26
 
@@ -82,6 +83,16 @@ def test_a_stop_string_of_characters_with_many_bytes_is_seen(tokenizer):
     ids = tokenizer("." * 40 + stop + "...")["input_ids"]
     n = stops_after(StopChecker((), tokenizer), ids, stop=(stop,))
     assert n is not None and tokenizer.decode(ids[:n]).endswith(stop)
+
+
+@pytest.mark.parametrize("before", ["", "旂", "旂" * 30])
+def test_a_stop_string_is_seen_among_characters_that_are_all_spelled_in_bytes(before):
+    """A decoder that falls back on bytes shows none of a run of them that begins within a character."""
+    tokenizer = tokenizer_of("byte_fallback")
+    ids = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in f"{before}旂é旂".encode()]
+    n = stops_after(StopChecker((), tokenizer), ids, stop=("é",))
+    assert n == len(ids) - 3
+    assert shown_text(tokenizer, ids[:n], SamplingParams(stop=("é",))) == f"{before}旂"
 
 
 def test_any_of_several_stop_strings_ends_the_answer(tokenizer):
