@@ -17,6 +17,9 @@ from typing import Any
 from cpinfer.config import SamplingParams
 from cpinfer.engine.request import SampledRequest
 
+# What bytes are shown as that make no character by themselves.
+_PART = "\N{REPLACEMENT CHARACTER}"
+
 
 class StopChecker:
     """Knows the model's end-of-text tokens and, where there is a tokenizer, reads the text so far."""
@@ -97,22 +100,18 @@ def _whole_text(tokenizer: Any, token_ids: Sequence[int], start: int, end: int) 
     """
 
     first = list(token_ids[: min(1, end)])
+    lead = "" if start else _decoded(tokenizer, first)
     # Bytes of a character are no text with a space of its own, and twice the same would make none whole.
-    if start or _is_part(tokenizer, first):
+    if start or _PART in lead:
         return _decoded(tokenizer, token_ids[start:end])
-    return _decoded(tokenizer, [*first, *token_ids[:end]])[len(_decoded(tokenizer, first)) :]
+    return _decoded(tokenizer, [*first, *token_ids[:end]])[len(lead) :]
 
 
 def _before_parts(tokenizer: Any, token_ids: Sequence[int], start: int) -> int:
     """`start`, or where the bytes of characters begin that it lies in: some decoders show none of a run cut in two."""
-    while start > 0 and any(_is_part(tokenizer, [token]) for token in token_ids[start - 1 : start + 1]):
+    while start > 0 and any(_PART in _decoded(tokenizer, [token]) for token in token_ids[start - 1 : start + 1]):
         start -= 1
     return start
-
-
-def _is_part(tokenizer: Any, token_ids: Sequence[int]) -> bool:
-    """Whether tokens are bytes that make no character by themselves."""
-    return "\N{REPLACEMENT CHARACTER}" in _decoded(tokenizer, token_ids)
 
 
 def _decoded(tokenizer: Any, token_ids: Sequence[int]) -> str:
